@@ -1,0 +1,21 @@
+"""Every error that shardgrad raises on purpose."""
+
+
+class LayoutError(ValueError):
+    """A layout that cannot be read, or that no choice of collectives could compute."""
+
+
+class ShapeError(ValueError):
+    """A local tensor whose shape, dtype or device does not fit its layout, or its peers'."""
+
+
+class MeshError(ValueError):
+    """A device mesh that lacks an axis, or does not contain this rank."""
+
+
+class DisagreementError(RuntimeError):
+    """Ranks of one mesh axis came to the same operation with different layouts, shapes or dtypes."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or timed out; says which, of what, over which ranks, seen from which rank."""

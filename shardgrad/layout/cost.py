@@ -1,0 +1,101 @@
+"""What a layout sends: every collective of every phase, with the bytes that one rank puts on the wire.
+
+Convention (Chan et al. 2007, the least that any algorithm sends): an all-gather sends the rank's block to p - 1 others;
+a reduce-scatter sends p - 1 of its p blocks; an all-reduce is a reduce-scatter and an all-gather. Uneven shards travel
+padded to the largest in their group, as torch.distributed's single-tensor collectives need, and are counted so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from shardgrad.layout.plan import Move, Phase, Plan, Role, backward_phases, forward_phases
+from shardgrad.layout.sizes import Sizes, chunk
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective: phase ("forward", "dX", "dW", "db"), operation, the tensor that moves, the mesh axis, and the
+    bytes that one rank sends."""
+
+    phase: str
+    operation: str
+    tensor: str
+    axis: str
+    bytes: int
+
+
+def sent(operation: str, elements: int, ranks: int, index: int = 0) -> int:
+    """Elements that rank `index` of `ranks` sends, for an operation whose *input* on this rank has `elements`."""
+    if operation == "all-gather":
+        return (ranks - 1) * elements
+    if operation in ("reduce-scatter", "all-to-all"):
+        return elements - elements // ranks
+    if operation == "all-reduce":
+        own = chunk(elements, ranks, index)[1]
+        return elements - own + (ranks - 1) * own
+    if operation in ("broadcast", "scatter", "gather", "reduce"):
+        return elements
+    raise ValueError(f"no convention for the bytes of {operation!r}")
+
+
+def input_elements(move: Move, sizes: Sizes) -> int:
+    """Elements of the (padded) tensor that a rank hands to the collective of this move."""
+    before = list(sizes.shape_of(move.before))
+    if move.kind == "all-gather":
+        whole = sizes.shape_of(move.after)[move.dim]
+        before[move.dim] = -(-whole // sizes.shape[move.axis])
+    elif move.kind == "reduce-scatter":
+        ranks = sizes.shape[move.axis]
+        before[move.dim] = ranks * -(-before[move.dim] // ranks)
+    return prod(before)
+
+
+def itemsize(dtype: Any) -> int:
+    """Bytes of one element of a torch or NumPy dtype, or of its name."""
+    size = getattr(dtype, "itemsize", None) or _ITEMSIZE.get(str(dtype).removeprefix("torch."))
+    if not isinstance(size, int):
+        raise ValueError(f"unknown dtype {dtype!r}: give a torch or NumPy dtype, or one of {', '.join(_ITEMSIZE)}")
+    return size
+
+
+def collectives(
+    plans: Sequence[Plan],
+    sizes: Sizes,
+    *,
+    bias: Sequence[bool],
+    needs: Sequence[Collection[Role]],
+    keep: Collection[Role],
+    wire: int,
+    reduce_wire: int,
+) -> Iterator[Collective]:
+    """The collectives of products that share their first operand, in the order in which they are listed in the plan.
+
+    wire, reduce_wire: bytes of an element in gathers and in reductions.
+    """
+
+    def moved(phase: Phase, name: str, moves: Sequence[Move], reducing: bool) -> Iterator[Collective]:
+        for move in moves:
+            ranks = sizes.shape[move.axis]
+            if ranks == 1 or move.kind == "slice":
+                continue
+            elements = input_elements(move, sizes)
+            if elements:
+                width = reduce_wire if reducing and move.kind != "all-gather" else wire
+                count = sent(move.kind, elements, ranks, sizes.coordinate[move.axis])
+                yield Collective(phase.name, move.kind, name, move.axis, count * width)
+
+    for phase in (*forward_phases(plans, bias), *backward_phases(plans, needs, keep)):
+        forward = phase.name == "forward"
+        for read in phase.reads:
+            name = plans[read.index].names[read.role]
+            name = f"d{name}" if read.role == "product" and not forward else name
+            yield from moved(phase, name, read.moves, reducing=False)
+        made = plans[phase.index].names[phase.made]
+        made = made if forward else "db" if phase.made == "bias" else f"d{made}"
+        yield from moved(phase, made, phase.reduce, reducing=True)

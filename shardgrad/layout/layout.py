@@ -1,0 +1,206 @@
+"""`Layout`: the face of this room. A legal layout, what the rule reads from it, and its derived plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from shardgrad.errors import LayoutError
+from shardgrad.layout import cost
+from shardgrad.layout.explain import explain
+from shardgrad.layout.nearest import nearest
+from shardgrad.layout.notation import TensorSpec, locate, parse, point
+from shardgrad.layout.plan import Plan, Role, derive
+from shardgrad.layout.rule import Illegal, Reading, read
+from shardgrad.layout.sizes import Sizes
+
+
+class Layout:
+    """How two operands and their product are stored, and with that how Y, dX, dW and db are computed.
+
+        Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]")
+
+    Letters and names are yours; `/axis` after a letter says that the mesh axis cuts it (major first); `{axis}` after a
+    tensor leaves a sum over the axis to the caller; `+ B[…]` adds a bias. `layout["X"]` is how X is stored.
+
+    Attributes:
+        first, second, product, bias: the tensors, as `TensorSpec`. Where no bias is written, `bias` is the default one.
+        has_bias: whether the layout writes a bias.
+        splits: for each mesh axis, the letter that it splits.
+        rows, contracted, columns, batched: the letters by role.
+
+    Raises:
+        LayoutError: with the layout, a caret under the letter or axis, the reason and the nearest legal layouts.
+    """
+
+    __slots__ = ("_hash", "bias", "first", "has_bias", "plan", "product", "reading", "second", "text")
+
+    text: str
+    first: TensorSpec
+    second: TensorSpec
+    product: TensorSpec
+    bias: TensorSpec
+    has_bias: bool
+    reading: Reading
+    plan: Plan
+
+    def __init__(self, text: str) -> None:
+        notation = parse(text)
+        try:
+            reading = read(notation)
+        except Illegal as wrong:
+            raise LayoutError(_refusal(text, wrong, nearest(notation, wrong))) from None
+        self.text = str(notation)
+        self.first, self.second, self.product = notation.first, notation.second, notation.product
+        self.has_bias = notation.bias is not None
+        self.bias = reading.bias
+        self.reading = reading
+        self.plan = derive(notation, reading)
+        self._hash = hash(self.text)
+
+    @property
+    def splits(self) -> Mapping[str, str]:
+        return self.reading.splits
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return self.reading.rows
+
+    @property
+    def contracted(self) -> tuple[str, ...]:
+        return self.reading.contracted
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.reading.columns
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        return self.reading.batched
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every mesh axis that the layout mentions."""
+        return tuple(self.reading.splits)
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """Every letter, in the order of first appearance."""
+        return tuple(dict.fromkeys((*self.first.letters, *self.second.letters, *self.product.letters)))
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Both operands, the product, and the bias (as written, or the default one)."""
+        return self.first, self.second, self.product, self.bias
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        raise LayoutError(f"no tensor {name!r} in {self}: it has {', '.join(t.name for t in self.tensors)}")
+
+    def explain(self) -> str:
+        """In words and formulas, for forward, dX, dW and db: what is computed locally, what is communicated where."""
+        notation = parse(self.text)
+        return explain(notation, self.reading, self.plan)
+
+    def collectives(
+        self,
+        sizes: Mapping[str, int],
+        mesh_shape: Mapping[str, int],
+        dtype: Any = "float32",
+        *,
+        bias: bool | None = None,
+        frozen: Collection[str] = (),
+        keep: Collection[str] = (),
+        reduce_dtype: Any = None,
+        coordinate: Mapping[str, int] | None = None,
+    ) -> list[cost.Collective]:
+        """Every collective of forward and backward, in order, with the bytes that one rank sends.
+
+        Args:
+            sizes: the global size of every letter.
+            mesh_shape: the number of ranks along every axis that the layout mentions.
+            dtype: of the operands; torch, NumPy, or a name.
+            bias: whether a bias is added; by default, whether the layout writes one.
+            frozen: names of operands (and bias) that need no gradient.
+            keep: names of operands kept as gathered in forward, rather than gathered again for backward.
+            reduce_dtype: in which partial sums of a 16-bit dtype are reduced.
+            coordinate: the rank in question, as its index on each axis; by default the first one of each axis. Only
+                uneven sizes make a difference between ranks.
+
+        A layer called without `sizes` may exchange them first; that is not listed here.
+
+        Raises:
+            LayoutError: a size, an axis or a name is missing or unknown.
+        """
+        roles: dict[str, Role] = {self.first.name: "first", self.second.name: "second", self.bias.name: "bias"}
+        for what, names in (("frozen", frozen), ("keep", keep)):
+            for name in names:
+                if name not in roles or (what == "keep" and roles[name] == "bias"):
+                    raise LayoutError(f"{what}: no operand {name!r} in {self}")
+        has_bias = self.has_bias if bias is None else bias
+        need: set[Role] = {role for name, role in roles.items() if name not in frozen}
+        if not has_bias:
+            need.discard("bias")
+        width = cost.itemsize(dtype)
+        reduce_width = cost.itemsize(reduce_dtype) if reduce_dtype is not None and width == 2 else width
+        return list(
+            cost.collectives(
+                [self.plan],
+                self.resolve(sizes, mesh_shape, coordinate),
+                bias=[has_bias],
+                needs=[need],
+                keep=[roles[name] for name in keep],
+                wire=width,
+                reduce_wire=reduce_width,
+            )
+        )
+
+    def resolve(
+        self, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int] | None = None
+    ) -> Sizes:
+        """Global sizes as one rank's `Sizes`, checked against this layout.
+
+        Raises:
+            LayoutError: a letter or an axis that the layout has is missing, or a size or an index is out of range.
+        """
+        coordinate = dict.fromkeys(mesh_shape, 0) | dict(coordinate or {})
+        for letter in self.letters:
+            if letter not in sizes:
+                raise LayoutError(f"sizes lacks letter {letter!r} of {self}: it has {dict(sizes)}")
+        for letter, size in sizes.items():
+            if letter not in self.letters:
+                raise LayoutError(f"sizes names {letter!r}, but {self} has the letters {', '.join(self.letters)}")
+            if size < 0:
+                raise LayoutError(f"size {size} of letter {letter!r} is negative")
+        for axis in self.axes:
+            if axis not in mesh_shape:
+                raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {self}")
+        for axis, ranks in mesh_shape.items():
+            if ranks < 1 or not 0 <= coordinate[axis] < ranks:
+                raise LayoutError(f"axis {axis!r}: index {coordinate[axis]} is not one of {ranks} ranks")
+        return Sizes(mesh_shape, coordinate, {(letter, ()): size for letter, size in sizes.items()})
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Layout({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self.text == other.text)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Layout], tuple[str]]:
+        return Layout, (self.text,)
+
+
+def _refusal(text: str, wrong: Illegal, proposals: list[str]) -> str:
+    at, width = locate(text, wrong.tensor, wrong.letter, wrong.axis)
+    lines = ["illegal layout", point(text, at, width), wrong.why]
+    if proposals:
+        lines += ["the nearest legal layouts:", *(f"  {proposal}" for proposal in proposals)]
+    return "\n".join(lines)

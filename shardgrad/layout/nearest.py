@@ -1,0 +1,91 @@
+"""The nearest legal layouts to an illegal one: for each misplaced axis, the fewest axes added, moved or removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product as every
+
+from shardgrad.layout.notation import Notation, TensorSpec
+from shardgrad.layout.rule import Illegal, read, unmarked
+
+MOST = 3
+_ROUNDS = 4  # axes mended one after the other; a layout with more wrong than this gets no proposal
+
+
+def nearest(layout: Notation, wrong: Illegal) -> list[str]:
+    """Up to three legal layouts, nearest first; none where the letters themselves are at fault."""
+    found: dict[str, int] = {}
+    frontier = [(0, unmarked(layout), wrong.axis, wrong.letter)]
+    for _ in range(_ROUNDS):
+        later = []
+        for cost, candidate, axis, letter in frontier:
+            for extra, changed in _mended(candidate, axis, letter):
+                try:
+                    read(changed)
+                except Illegal as still:
+                    later.append((cost + extra, changed, still.axis, still.letter))
+                else:
+                    found[str(changed)] = min(cost + extra, found.get(str(changed), cost + extra))
+        if found or not later:
+            break
+        frontier = sorted(later, key=lambda entry: entry[0])[:32]
+    return sorted(found, key=lambda text: (found[text], len(text), text))[:MOST]
+
+
+def _mended(layout: Notation, axis: str | None, letter: str | None) -> Iterator[tuple[int, Notation]]:
+    if layout.bias and (axis in layout.bias.axes or letter in layout.bias.letters) and _bias_alone_is_wrong(layout):
+        yield 1, layout._replace(bias=None)
+    if axis is not None:
+        yield from _placed_anew(layout, axis)
+    if letter is not None:
+        yield from _ordered_anew(layout, letter)
+
+
+def _bias_alone_is_wrong(layout: Notation) -> bool:
+    try:
+        read(layout._replace(bias=None))
+    except Illegal:
+        return False
+    return True
+
+
+def _placed_anew(layout: Notation, axis: str) -> Iterator[tuple[int, Notation]]:
+    """The axis made to split each letter in turn, stored or not by the tensor that lacks the letter."""
+    three = (layout.first, layout.second, layout.product)
+    for split in dict.fromkeys(letter for tensor in three for letter in tensor.letters):
+        choices: list[list[tuple[int, TensorSpec]]] = []
+        for tensor in three:
+            places = [split] if split in tensor.letters else [None, *tensor.letters]
+            choices.append([_moved(tensor, axis, place) for place in places])
+        for picked in every(*choices):
+            cost = sum(extra for extra, _ in picked)
+            yield cost, layout._replace(**dict(zip(("first", "second", "product"), (t for _, t in picked))))
+    yield 3, layout._replace(**{role: _moved(getattr(layout, role), axis, None)[1] for role in layout._fields[:3]})
+
+
+def _moved(tensor: TensorSpec, axis: str, letter: str | None) -> tuple[int, TensorSpec]:
+    """The tensor with the axis on one letter (or none), kept where it already is, else put innermost."""
+    before = [dim.letter for dim in tensor.dims for a in dim.axes if a == axis]
+    if before == ([letter] if letter else []):
+        return 0, tensor
+    axes = {dim.letter: tuple(a for a in dim.axes if a != axis) for dim in tensor.dims}
+    if letter:
+        axes[letter] += (axis,)
+    return max(len(before), 1 if letter else 0) + (1 if letter and before else 0), tensor.with_axes(axes)
+
+
+def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation]]:
+    """The axes of one letter in the order in which some tensor lists them, and with the common ones first."""
+    three = (layout.first, layout.second, layout.product)
+    carriers = [tensor for tensor in three if letter in tensor.letters]
+    shared = [a for a in carriers[0].axes_of(letter) if all(a in t.axes_of(letter) for t in carriers)] if carriers else []
+    for model in carriers:
+        order = sorted(shared, key=model.axes_of(letter).index)
+        changed, cost = {}, 0
+        for role, tensor in zip(layout._fields[:3], three):
+            axes = tensor.axes_of(letter)
+            new = (*order, *(a for a in axes if a not in order)) if axes else axes
+            cost += axes != new
+            changed[role] = tensor.with_axes({letter: new})
+        if cost:
+            yield cost, layout._replace(**changed)

@@ -1,0 +1,200 @@
+"""The notation: text to tensors of letters and axes, and back. What is *legal* is decided in `rule`.
+
+    X[n/dp,d] W[d,m/tp]{dp} -> Y[n/dp,m/tp] + B[m/tp]
+
+A tensor is a name, its dims in order, and in braces the axes over which a sum is left to the caller. A dim is a
+letter and the mesh axes that cut it, major first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from shardgrad.errors import LayoutError
+
+_TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][A-Za-z0-9_]*)|(?P<arrow>->|→)|(?P<mark>[\[\]{},/+])|(?P<end>$))")
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One dimension: its letter, and the axes that cut it, major first (`d/tp`)."""
+
+    letter: str
+    axes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "/".join((self.letter, *self.axes))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """How one tensor is stored: dims in order, and what is left unsummed.
+
+    partial: axes over which the local *value* is one term of a sum (the mark on a product, `Y[n,m]{tp}`).
+    grad_partial: axes over which its *gradient* is one term of a sum (the mark on an operand, `X[n,d]{tp}`).
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    partial: tuple[str, ...] = ()
+    grad_partial: tuple[str, ...] = ()
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        return tuple(dim.letter for dim in self.dims)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis that cuts the tensor, dim by dim."""
+        return tuple(axis for dim in self.dims for axis in dim.axes)
+
+    @property
+    def grad(self) -> TensorSpec:
+        """How the gradient is stored: like the tensor, and partial where the tensor is marked."""
+        return TensorSpec(f"d{self.name}", self.dims, partial=self.grad_partial, grad_partial=self.partial)
+
+    def letter_with(self, axis: str) -> str | None:
+        """The letter that the axis cuts in this tensor, or None."""
+        return next((dim.letter for dim in self.dims if axis in dim.axes), None)
+
+    def axes_of(self, letter: str) -> tuple[str, ...]:
+        """The axes on a letter; none if the tensor lacks it."""
+        return next((dim.axes for dim in self.dims if dim.letter == letter), ())
+
+    def with_axes(self, axes: dict[str, tuple[str, ...]]) -> TensorSpec:
+        """The same tensor with the axes of some letters replaced."""
+        return replace(self, dims=tuple(Dim(d.letter, axes.get(d.letter, d.axes)) for d in self.dims))
+
+    def __str__(self) -> str:
+        marks = self.partial or self.grad_partial
+        return f"{self.name}[{','.join(map(str, self.dims))}]" + (f"{{{','.join(marks)}}}" if marks else "")
+
+
+class Notation(NamedTuple):
+    """A layout as it was written: nothing has been judged yet but its grammar."""
+
+    first: TensorSpec
+    second: TensorSpec
+    product: TensorSpec
+    bias: TensorSpec | None
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for t in self if t is not None)
+
+    def __str__(self) -> str:
+        bias = f" + {self.bias}" if self.bias else ""
+        return f"{self.first} {self.second} -> {self.product}{bias}"
+
+
+def point(text: str, at: int, width: int = 1) -> str:
+    """The layout with a caret line under what is meant."""
+    return f"  {text}\n  {' ' * at}{'^' * max(width, 1)}"
+
+
+def locate(text: str, tensor: str, letter: str | None = None, axis: str | None = None) -> tuple[int, int]:
+    """Where a tensor, a letter of it, or an axis on that letter stands in the text: (column, width)."""
+    start = re.search(rf"\b{re.escape(tensor)}\s*\[", text)
+    if start is None:
+        return 0, len(text)
+    inside = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+    close = text.find("]", start.end())
+    for dim in re.finditer(r"[^,\[\]]+", text[start.end() : close]) if letter or axis else ():
+        words = list(inside.finditer(dim.group()))
+        if letter is not None and (not words or words[0].group() != letter):
+            continue
+        for word in reversed(words) if axis else words[:1]:
+            if axis in (None, word.group()):
+                return start.end() + dim.start() + word.start(), len(word.group())
+    return start.start(), len(tensor)
+
+
+def parse(text: str) -> Notation:
+    """Read a layout's grammar.
+
+    Raises:
+        LayoutError: with the text, a caret under the place, and what was expected there.
+    """
+    if not isinstance(text, str):
+        raise LayoutError(f"a layout is a string such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', not {type(text).__name__}")
+    return _Reader(text).layout()
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = list(self._tokens())
+        self.next = 0
+
+    def _tokens(self) -> Iterator[tuple[str, str, int]]:
+        at = 0
+        while True:
+            match = _TOKEN.match(self.text, at)
+            if match is None:
+                at += len(self.text[at:]) - len(self.text[at:].lstrip())
+                self._fail(at, f"{self.text[at]!r} has no meaning in a layout")
+            kind = match.lastgroup or "end"
+            yield kind, match.group(kind), match.start(kind)
+            if kind == "end":
+                return
+            at = match.end()
+
+    def _fail(self, at: int, why: str) -> None:
+        raise LayoutError(
+            f"cannot read the layout\n{point(self.text, at)}\n{why}\n"
+            "a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]"
+        )
+
+    def _peek(self) -> tuple[str, str]:
+        return self.tokens[self.next][:2]
+
+    def _take(self, what: str, kind: str, value: str | None = None) -> str:
+        found_kind, found, at = self.tokens[self.next]
+        if found_kind != kind or (value is not None and found != value):
+            self._fail(at, f"expected {what}, found {found!r}" if found else f"expected {what}, but the text ends")
+        self.next += 1
+        return found
+
+    def _axes(self, opening: str) -> tuple[str, ...]:
+        axes = []
+        while self._peek() == ("mark", opening):
+            self.next += 1
+            axes.append(self._take("the name of a mesh axis", "word"))
+        return tuple(axes)
+
+    def _tensor(self, what: str) -> tuple[str, tuple[Dim, ...], tuple[str, ...]]:
+        name = self._take(what, "word")
+        self._take(f"'[' and the letters of {name}", "mark", "[")
+        dims = []
+        while self._peek() != ("mark", "]"):
+            letter = self._take(f"a letter of {name}", "word")
+            dims.append(Dim(letter, self._axes("/")))
+            if self._peek() != ("mark", "]"):
+                self._take(f"',' or ']' in {name}", "mark", ",")
+        self.next += 1
+        marks: list[str] = []
+        if self._peek() == ("mark", "{"):
+            self.next += 1
+            marks.append(self._take("the name of a mesh axis", "word"))
+            marks.extend(self._axes(","))
+            self._take("'}'", "mark", "}")
+        return name, tuple(dims), tuple(marks)
+
+    def layout(self) -> Notation:
+        def operand(what: str) -> TensorSpec:
+            name, dims, marks = self._tensor(what)
+            return TensorSpec(name, dims, grad_partial=marks)
+
+        first, second = operand("the first operand"), operand("the second operand")
+        self._take("'->' and the product", "arrow")
+        name, dims, marks = self._tensor("the product")
+        product = TensorSpec(name, dims, partial=marks)
+        bias = None
+        if self._peek() == ("mark", "+"):
+            self.next += 1
+            bias = operand("the bias")
+        self._take("the end of the layout", "end")
+        return Notation(first, second, product, bias)

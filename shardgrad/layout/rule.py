@@ -1,0 +1,193 @@
+"""The one rule: what an axis splits, who must talk along it, and what makes a layout illegal.
+
+A letter stands in both operands (contracted), in one operand and the product (rows, columns), or in all three
+(batched). A mesh axis splits the one letter on which *every* tensor that carries the letter has the axis. The tensor
+that lacks the letter is the one communicated along that axis: gathered where it is read, reduced where it is produced.
+It may store the axis on a letter of its own (all-gather, reduce-scatter) or not at all (nothing, all-reduce).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from shardgrad.layout.notation import Dim, Notation, TensorSpec
+
+
+class Illegal(Exception):
+    """Why a layout is refused, and where: terse. `Layout` adds the text, a caret and the nearest legal layouts."""
+
+    def __init__(self, why: str, tensor: str, letter: str | None = None, axis: str | None = None) -> None:
+        super().__init__(why)
+        self.why, self.tensor, self.letter, self.axis = why, tensor, letter, axis
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the rule reads from a legal layout.
+
+    splits: for each axis, the letter it splits.
+    rows, contracted, columns, batched: the letters by role, in the order in which the tensors list them.
+    bias: the bias as written, or the default one: the product's column letters, split by the axes that split them.
+    """
+
+    splits: dict[str, str]
+    rows: tuple[str, ...]
+    contracted: tuple[str, ...]
+    columns: tuple[str, ...]
+    batched: tuple[str, ...]
+    bias: TensorSpec
+
+    def used(self, spec: TensorSpec) -> TensorSpec:
+        """The tensor as a local product reads or makes it: cut only by the axes that split its letters."""
+        return spec.with_axes({d.letter: tuple(a for a in d.axes if self.splits[a] == d.letter) for d in spec.dims})
+
+    def lacking(self, spec: TensorSpec) -> tuple[str, ...]:
+        """The axes that split a letter which the tensor does not carry: it is communicated along these, no others."""
+        return tuple(axis for axis, letter in self.splits.items() if letter not in spec.letters)
+
+
+def read(layout: Notation) -> Reading:
+    """Apply the rule.
+
+    Raises:
+        Illegal: the first thing found wrong.
+    """
+    first, second, product = layout.first, layout.second, layout.product
+    _check_tensors(layout)
+    rows = tuple(x for x in first.letters if x in product.letters and x not in second.letters)
+    columns = tuple(x for x in second.letters if x in product.letters and x not in first.letters)
+    contracted = tuple(x for x in first.letters if x in second.letters and x not in product.letters)
+    batched = tuple(x for x in first.letters if x in second.letters and x in product.letters)
+    operands = (first, second, product)
+    axes = tuple(dict.fromkeys(a for tensor in operands for a in tensor.axes))
+    splits = {axis: _letter_split_by(axis, operands) for axis in axes}
+    _check_order(operands, splits)
+    bias = layout.bias or _default_bias(layout, columns, splits)
+    reading = Reading(splits, rows, contracted, columns, batched, bias)
+    _check_bias(bias, product, splits)
+    _check_marks(layout, reading)
+    return reading
+
+
+def _check_tensors(layout: Notation) -> None:
+    names = [tensor.name for tensor in layout.tensors]
+    for name in names:
+        if names.count(name) > 1:
+            raise Illegal(f"two tensors are called {name}", name)
+    for tensor in layout.tensors:
+        for letter in tensor.letters:
+            if tensor.letters.count(letter) > 1:
+                raise Illegal(f"letter {letter} stands twice in {tensor.name}", tensor.name, letter)
+        for axis in tensor.axes:
+            if tensor.axes.count(axis) > 1:
+                raise Illegal(f"axis {axis} stands twice in {tensor.name}", tensor.name, axis=axis)
+    three = (layout.first, layout.second, layout.product)
+    for tensor in three:
+        for letter in tensor.letters:
+            if sum(letter in other.letters for other in three) == 1:
+                role = "summed away without a partner" if tensor is not layout.product else "made from nothing"
+                raise Illegal(
+                    f"letter {letter} stands in {tensor.name} alone, so it would be {role}: a letter stands in two "
+                    "of the three tensors, or in all three",
+                    tensor.name,
+                    letter,
+                )
+
+
+def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...]) -> str:
+    """The one letter on which all its carriers have the axis. (Two such letters would meet in one tensor.)"""
+    for letter in dict.fromkeys(t.letter_with(axis) for t in tensors):
+        if letter and all(t.letter_with(axis) == letter for t in tensors if letter in t.letters):
+            return letter
+    holder = next(t for t in tensors if t.letter_with(axis))
+    letter = holder.letter_with(axis)
+    other = next(t for t in tensors if letter in t.letters and t.letter_with(axis) != letter)
+    elsewhere = other.letter_with(axis)
+    does = f"has {axis} on {elsewhere} instead" if elsewhere else f"does not have {axis} there"
+    raise Illegal(
+        f"axis {axis} splits no letter: {holder.name} has it on {letter}, but {other.name}, which also carries "
+        f"{letter}, {does}. An axis splits a letter in every tensor that carries it; only the tensor that lacks "
+        "the letter may store the axis elsewhere",
+        holder.name,
+        letter,
+        axis,
+    )
+
+
+def _check_order(tensors: tuple[TensorSpec, ...], splits: dict[str, str]) -> None:
+    seen: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for tensor in tensors:
+        for dim in tensor.dims:
+            splitting = tuple(axis for axis in dim.axes if splits[axis] == dim.letter)
+            for axis, minor in zip(dim.axes, dim.axes[1:]):
+                if axis not in splitting and minor in splitting:
+                    raise Illegal(
+                        f"on {dim} of {tensor.name}, {axis} only stores (it splits {splits[axis]}) but stands before "
+                        f"{minor}, which splits {dim.letter}: splitting axes come first",
+                        tensor.name,
+                        dim.letter,
+                        axis,
+                    )
+            other, order = seen.setdefault(dim.letter, (tensor.name, splitting))
+            if order != splitting:
+                raise Illegal(
+                    f"{tensor.name} splits {dim.letter} as {Dim(dim.letter, splitting)}, {other} as "
+                    f"{Dim(dim.letter, order)}: all carriers list the axes that split a letter in one order",
+                    tensor.name,
+                    dim.letter,
+                )
+
+
+def _default_bias(layout: Notation, columns: tuple[str, ...], splits: dict[str, str]) -> TensorSpec:
+    taken = {tensor.name for tensor in layout.tensors}
+    name = next(n for n in ("B", "bias", "bias_") if n not in taken)
+    dims = (d for d in layout.product.dims if d.letter in columns)
+    return TensorSpec(name, tuple(Dim(d.letter, tuple(a for a in d.axes if splits[a] == d.letter)) for d in dims))
+
+
+def _check_bias(bias: TensorSpec, product: TensorSpec, splits: dict[str, str]) -> None:
+    for dim in bias.dims:
+        if dim.letter not in product.letters:
+            raise Illegal(
+                f"the bias {bias.name} carries {dim.letter}, which {product.name} does not", bias.name, dim.letter
+            )
+        for axis in dim.axes:
+            if axis not in splits:
+                raise Illegal(
+                    f"axis {axis} stands only in the bias {bias.name}, where it splits nothing",
+                    bias.name,
+                    dim.letter,
+                    axis,
+                )
+
+
+def _check_marks(layout: Notation, reading: Reading) -> None:
+    product = layout.product
+    for tensor in layout.tensors:
+        summed: tuple[str, ...]
+        if tensor is layout.bias:
+            summed = tuple(a for d in product.dims if d.letter not in tensor.letters for a in d.axes)
+        else:
+            summed = reading.lacking(tensor)
+        for axis in (*tensor.partial, *tensor.grad_partial):
+            what = tensor.name if tensor is product else f"d{tensor.name}"
+            if axis in tensor.axes:
+                raise Illegal(
+                    f"{tensor.name} is cut by {axis} on {tensor.letter_with(axis)}, so {what} is complete there: it "
+                    f"cannot be left partial over {axis} as well",
+                    tensor.name,
+                    axis=axis,
+                )
+            if axis not in summed:
+                over = ", ".join(summed) or "no axis"
+                raise Illegal(
+                    f"{{{axis}}} leaves a sum over {axis} to the caller, but {what} is no sum over {axis} "
+                    f"(it is summed over {over})",
+                    tensor.name,
+                    axis=axis,
+                )
+
+
+def unmarked(layout: Notation) -> Notation:
+    """The layout without its marks: what the nearest legal layouts are looked for among."""
+    return Notation(*(t and replace(t, partial=(), grad_partial=()) for t in layout))

@@ -1,0 +1,64 @@
+"""Sizes of shards: torch.chunk's arithmetic, nested, and what one rank can know from the shards it holds.
+
+A level is a letter cut by some axes: ("n", ("dp", "tp")) is the size of n on this rank after dp, then tp. From a level
+every finer one follows; a coarser one does not, and where it is needed and unknown the ranks must exchange it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shardgrad.layout.notation import Dim
+
+Level = tuple[str, tuple[str, ...]]
+
+
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and length of one of `parts` chunks, as torch.chunk cuts: ceil(size / parts) each, the last ones less."""
+    most = -(-size // parts)
+    start = min(index * most, size)
+    return start, min(most, size - start)
+
+
+def slab(size: int, axes: Iterable[str], shape: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
+    """Start and length of this rank's part of a letter of global `size` cut by `axes`, major first."""
+    start = 0
+    for axis in axes:
+        offset, size = chunk(size, shape[axis], coordinate[axis])
+        start += offset
+    return start, size
+
+
+@dataclass(slots=True)
+class Sizes:
+    """The sizes that one rank knows.
+
+    shape, coordinate: of each mesh axis, how many ranks and which of them this one is.
+    """
+
+    shape: Mapping[str, int]
+    coordinate: Mapping[str, int]
+    known: dict[Level, int] = field(default_factory=dict)
+
+    def level(self, letter: str, axes: Iterable[str] = ()) -> Level:
+        """A level's name, in which axes of one rank do not count."""
+        return letter, tuple(axis for axis in axes if self.shape[axis] > 1)
+
+    def get(self, letter: str, axes: Iterable[str] = ()) -> int | None:
+        """The size at a level, cut down from the finest coarser level that is known; None if there is none."""
+        _, all_axes = self.level(letter, axes)
+        for cut in range(len(all_axes), -1, -1):
+            size = self.known.get((letter, all_axes[:cut]))
+            if size is not None:
+                return slab(size, all_axes[cut:], self.shape, self.coordinate)[1]
+        return None
+
+    def shape_of(self, dims: Iterable[Dim]) -> tuple[int, ...]:
+        """The local shape of a tensor stored as `dims`; every size must be known."""
+        shape = []
+        for dim in dims:
+            size = self.get(dim.letter, dim.axes)
+            assert size is not None, f"the size of {dim} was not resolved"
+            shape.append(size)
+        return tuple(shape)
