@@ -70,7 +70,7 @@ def collectives(
     *,
     bias: Sequence[bool],
     needs: Sequence[Collection[Role]],
-    keep: Collection[Role],
+    keep: Collection[tuple[Role, int]],
     wire: int,
     reduce_wire: int,
 ) -> Iterator[Collective]:

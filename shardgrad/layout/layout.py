@@ -151,7 +151,7 @@ class Layout:
                 self.resolve(sizes, mesh_shape, coordinate),
                 bias=[has_bias],
                 needs=[need],
-                keep=[roles[name] for name in keep],
+                keep=[(roles[name], 0) for name in keep],
                 wire=width,
                 reduce_wire=reduce_width,
             )

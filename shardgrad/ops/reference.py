@@ -271,7 +271,7 @@ def shard(tensor: ArrayLike, dim: int, ranks: int) -> list[Array]:
     """
     if ranks < 1:
         raise ValueError(f"ranks = {ranks} is less than 1")
-    array = np.asarray(tensor)
+    (array,) = _read(("tensor", None, tensor))
     size = array.shape[dim]
     chunk = -(-size // ranks)
     return np.split(array, [min(rank * chunk, size) for rank in range(1, ranks)], axis=dim)
@@ -279,17 +279,23 @@ def shard(tensor: ArrayLike, dim: int, ranks: int) -> list[Array]:
 
 def all_gather(shards: Sequence[ArrayLike], dim: int) -> Array:
     """What every rank holds after an all-gather: the shards side by side. The inverse of `shard`."""
-    return np.concatenate([np.asarray(block) for block in shards], axis=dim)
+    return np.concatenate(_read_blocks(shards), axis=dim)
 
 
 def all_reduce(partials: Sequence[ArrayLike]) -> Array:
     """What every rank holds after an all-reduce: the sum of the partial sums, all of one shape."""
-    return np.sum([np.asarray(block) for block in partials], axis=0)
+    return np.sum(_read_blocks(partials), axis=0)
 
 
 def reduce_scatter(partials: Sequence[ArrayLike], dim: int) -> list[Array]:
     """What each rank holds after a reduce-scatter: its own shard of that sum."""
     return shard(all_reduce(partials), dim, len(partials))
+
+
+def _read_blocks(blocks: Sequence[ArrayLike]) -> list[Array]:
+    return _read(
+        *((f"the block of rank {rank}", None, block) for rank, block in enumerate(blocks)), factors=1
+    )
 
 
 # Operands.

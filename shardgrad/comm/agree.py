@@ -1,0 +1,73 @@
+"""Do the ranks of an axis mean the same? A description is compared when first seen, or at every call on request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shardgrad.comm.collectives import all_gather, gather_ints
+from shardgrad.comm.mesh import Axis, MeshView
+from shardgrad.errors import DisagreementError
+
+_every_call = 0
+
+
+@contextmanager
+def check_every_call() -> Iterator[None]:
+    """A debugging mode: inside the block, each product compares layouts, shapes and dtypes with its peers at every
+    call, forward and backward (one small all-gather an axis), rather than when it first sees them."""
+    global _every_call
+    _every_call += 1
+    try:
+        yield
+    finally:
+        _every_call -= 1
+
+
+def checking_every_call() -> bool:
+    return _every_call > 0
+
+
+def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> None:
+    """Compare a description over the ranks of an axis, unless this rank has seen it agreed on before.
+
+    Raises:
+        DisagreementError: on every rank of the axis, with what each rank says.
+    """
+    if axis.size == 1:
+        return
+    text = describe()
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    if digest in view.agreed[axis.name] and not _every_call:
+        return
+    digests = [row[0] for row in gather_ints([digest], axis, view.device, f"comparison of {who} between ranks")]
+    if len(set(digests)) > 1:
+        said = gather_texts(text, axis, view.device)
+        raise DisagreementError(_report(said, axis, who))
+    view.agreed[axis.name].add(digest)
+
+
+def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:
+    """Every rank's text, in the order of the axis."""
+    raw = text.encode()
+    lengths = [row[0] for row in gather_ints([len(raw)], axis, device, "comparison between ranks")]
+    most = max(lengths)
+    mine = torch.frombuffer(bytearray(raw.ljust(most)), dtype=torch.uint8).to(device)
+    full = all_gather(mine, axis, 0, most * axis.size, "comparison between ranks").wait().cpu().numpy().tobytes()
+    return [full[i * most : i * most + length].decode() for i, length in enumerate(lengths)]
+
+
+def _report(said: list[str], axis: Axis, who: str) -> str:
+    by_text: dict[str, list[int]] = {}
+    for rank, text in zip(axis.ranks, said):
+        by_text.setdefault(text, []).append(rank)
+    parts = {text: text.split("\n") for text in by_text}
+    shared = set.intersection(*(set(lines) for lines in parts.values()))
+    lines = [f"the ranks of {axis} disagree about {who}:"]
+    for text, ranks in by_text.items():
+        differs = "; ".join(line for line in parts[text] if line not in shared) or "(nothing beside what all say)"
+        lines.append(f"  rank {', '.join(map(str, ranks))}: {differs}")
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""The raw collectives, started and waited for: uneven shards along any dim, over one mesh axis. Not differentiable.
+
+The only file that calls torch.distributed to move data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardgrad.comm import shim
+from shardgrad.comm.mesh import Axis
+from shardgrad.errors import CollectiveError
+from shardgrad.layout.sizes import chunk
+
+
+class Pending:
+    """A collective under way. `wait` returns its result, or says which one failed."""
+
+    __slots__ = ("_axis", "_finish", "_keep", "_what", "_work")
+
+    def __init__(self, work: Any, finish: Callable[[], Tensor], what: str, axis: Axis, keep: Any = None) -> None:
+        self._work, self._finish, self._what, self._axis = work, finish, what, axis
+        self._keep = keep  # inputs must outlive an asynchronous collective
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            _timed(self._work.wait, self._what, self._axis)
+        return self._finish()
+
+
+class Clock:
+    """Seconds that this process spent starting collectives and blocked on them, and how many there were.
+
+    On CUDA a wait only orders streams, so this is host time there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.count = 0
+
+
+_clocks: list[Clock] = []
+
+
+@contextmanager
+def communication_clock() -> Iterator[Clock]:
+    """Measure the time this process spends in communication inside the block, backward included."""
+    clock = Clock()
+    _clocks.append(clock)
+    try:
+        yield clock
+    finally:
+        _clocks.remove(clock)
+
+
+def _timed(call: Callable[[], Any], what: str, axis: Axis) -> Any:
+    start = time.perf_counter() if _clocks else 0.0
+    try:
+        result = call()
+    except (RuntimeError, ValueError) as error:
+        raise CollectiveError(_failure(error, what, axis)) from error
+    if _clocks:
+        for clock in _clocks:
+            clock.seconds += time.perf_counter() - start
+    return result
+
+
+def _start(call: Callable[[], Any], what: str, axis: Axis) -> Any:
+    for clock in _clocks:
+        clock.count += 1
+    return _timed(call, what, axis)
+
+
+def _failure(error: BaseException, what: str, axis: Axis) -> str:
+    return (
+        f"rank {dist.get_rank()}: {what} over {axis} failed: {str(error).strip()}\n{_who_is_missing(axis)}"
+        "A rank that died, that raised before this operation, or that came here with another layout or shape leaves "
+        "the others waiting; run the block under sg.check_every_call() to compare layouts and shapes at every call."
+    )
+
+
+def _who_is_missing(axis: Axis) -> str:
+    """Ask gloo which ranks still answer (only the group's first rank can see all the others)."""
+    if dist.get_backend(axis.group) != "gloo":
+        return ""
+    try:
+        dist.monitored_barrier(axis.group, timeout=timedelta(seconds=5), wait_all_ranks=True)
+    except RuntimeError as error:
+        if axis.index == 0:
+            return f"Asked again, within 5 s: {str(error).strip().splitlines()[0]}\n"
+        return f"Asked again, rank {axis.ranks[0]} (the first of the axis) did not answer for all within 5 s.\n"
+    return ""
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> Pending:
+    """Concatenate the shards of `x` along `dim`, whose size over all ranks is `whole` (cut as torch.chunk cuts)."""
+    most = -(-whole // axis.size)
+    shape = list(x.shape)
+    shape[dim] = most
+    x = _padded(x, dim, most).contiguous()
+    gathered = x.new_empty((axis.size, *shape))
+
+    def finish() -> Tensor:
+        if dim == 0:
+            full = gathered.view(axis.size * most, *shape[1:])
+        else:
+            full = gathered.movedim(0, dim).reshape(*shape[:dim], axis.size * most, *shape[dim + 1 :])
+        return full.narrow(dim, 0, whole)
+
+    if gathered.numel() == 0:
+        return Pending(None, finish, what, axis)
+    work = _start(
+        lambda: shim.all_gather_single(gathered.view(-1), x.view(-1), group=axis.group, async_op=True), what, axis
+    )
+    return Pending(work, finish, what, axis, keep=x)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter") -> Pending:
+    """Sum `x` over the ranks and keep this rank's chunk along `dim`."""
+    size = x.shape[dim]
+    most = -(-size // axis.size)
+    x = _padded(x, dim, most * axis.size)
+    if dim:
+        x = x.unflatten(dim, (axis.size, most)).movedim(dim, 0)
+    x = x.contiguous()
+    shape = (*x.shape[1:],) if dim else (most, *x.shape[1:])
+    block = x.new_empty(shape)
+
+    def finish() -> Tensor:
+        return block.narrow(dim, 0, chunk(size, axis.size, axis.index)[1])
+
+    if block.numel() == 0:
+        return Pending(None, finish, what, axis)
+    work = _start(
+        lambda: shim.reduce_scatter_single(block.view(-1), x.view(-1), group=axis.group, async_op=True), what, axis
+    )
+    return Pending(work, finish, what, axis, keep=x)
+
+
+def all_reduce(x: Tensor, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> Pending:
+    """Sum `x` over the ranks. `x` is overwritten if it is contiguous: hand over a tensor of your own."""
+    own = x.contiguous()
+    if own.numel() == 0:
+        return Pending(None, lambda: own, what, axis)
+    work = _start(lambda: dist.all_reduce(own, op=op, group=axis.group, async_op=True), what, axis)
+    return Pending(work, lambda: own, what, axis)
+
+
+def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what: str = "all-to-all") -> Pending:
+    """Give each rank its chunk along `split`; concatenate what comes along `concat`, whose total size is `whole`."""
+    most_split = -(-x.shape[split] // axis.size)
+    most = -(-whole // axis.size)
+    mine = chunk(x.shape[split], axis.size, axis.index)[1]
+    x = _padded(_padded(x, split, most_split * axis.size), concat, most)
+    out = x.unflatten(split, (axis.size, most_split)).movedim(split, 0).contiguous()
+    received = torch.empty_like(out)
+
+    def finish() -> Tensor:
+        full = received.movedim(0, concat).flatten(concat, concat + 1)
+        return full.narrow(concat, 0, whole).narrow(split, 0, mine)
+
+    if out.numel() == 0:
+        return Pending(None, finish, what, axis)
+    work = _start(
+        lambda: dist.all_to_all_single(received.view(-1), out.view(-1), group=axis.group, async_op=True), what, axis
+    )
+    return Pending(work, finish, what, axis, keep=out)
+
+
+def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's chunk of `x` along `dim`, as a view: no communication."""
+    start, length = chunk(x.shape[dim], axis.size, axis.index)
+    return x.narrow(dim, start, length)
+
+
+def gather_ints(values: list[int], axis: Axis, device: torch.device, what: str) -> list[list[int]]:
+    """Every rank's integers (as many on each), in the order of the axis."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    full = all_gather(mine, axis, 0, len(values) * axis.size, what).wait()
+    return full.view(axis.size, len(values)).tolist()
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat((x, x.new_zeros(shape)), dim)

@@ -1,0 +1,123 @@
+"""What shardgrad needs of a DeviceMesh, looked up once: each axis with its group, and what is cached for the mesh."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.errors import MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them."""
+
+    name: str
+    size: int
+    index: int
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    """A mesh as this rank sees it.
+
+    shape, coordinate: ranks along each axis, and this rank's index.
+    compiled: what other rooms keep for this mesh, and lose with it.
+    agreed: per axis, the descriptions on which its ranks have agreed (see `agree`).
+    """
+
+    axes: dict[str, Axis]
+    device: torch.device
+    shape: dict[str, int]
+    coordinate: dict[str, int]
+    compiled: dict[Any, Any] = field(default_factory=dict)
+    agreed: dict[str, set[int]] = field(default_factory=dict)
+
+    def axis(self, name: str, user: object = None) -> Axis:
+        """One axis.
+
+        Raises:
+            MeshError: the mesh has no such axis.
+        """
+        try:
+            return self.axes[name]
+        except KeyError:
+            of = f" of {user}" if user is not None else ""
+            have = ", ".join(f"{axis}={size}" for axis, size in self.shape.items())
+            raise MeshError(
+                f"the mesh has no axis {name!r}{of}: it has {have}. Name its axes with "
+                f"init_device_mesh(…, mesh_dim_names=(…, {name!r}, …))"
+            ) from None
+
+    def require(self, names: Iterable[str], user: object) -> None:
+        for name in names:
+            self.axis(name, user)
+
+
+# By identity: equal meshes may hold different process groups (after destroy_process_group and a new start).
+_views: dict[int, tuple[weakref.ref[DeviceMesh], MeshView]] = {}
+
+
+def view(mesh: DeviceMesh) -> MeshView:
+    """The mesh's view, made at first use and dropped with the mesh.
+
+    Raises:
+        MeshError: not a DeviceMesh, its axes have no names, or this rank is not part of it.
+    """
+    found = _views.get(id(mesh))
+    if found is not None and found[0]() is mesh:
+        return found[1]
+    made = _view(mesh)
+    key = id(mesh)
+    _views[key] = (weakref.ref(mesh, lambda _: _views.pop(key, None)), made)
+    return made
+
+
+def _view(mesh: DeviceMesh) -> MeshView:
+    if not isinstance(mesh, DeviceMesh):
+        raise MeshError(
+            f"mesh must be a torch DeviceMesh, not {type(mesh).__name__}: make one with "
+            "torch.distributed.init_device_mesh('cpu', (2,), mesh_dim_names=('tp',))"
+        )
+    names = mesh.mesh_dim_names
+    if not names:
+        raise MeshError(
+            "the axes of the mesh have no names: pass mesh_dim_names=('tp',) (or as many as it has) to init_device_mesh"
+        )
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise MeshError(f"rank {dist.get_rank()} is not part of the mesh {mesh}")
+    axes = {}
+    for dim, name in enumerate(names):
+        group = mesh.get_group(name)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
+        _axis_names[group] = name
+    kind = mesh.device_type
+    device = torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
+    return MeshView(
+        axes,
+        device,
+        shape={name: axis.size for name, axis in axes.items()},
+        coordinate={name: axis.index for name, axis in axes.items()},
+        agreed={name: set() for name in axes},
+    )
+
+
+_axis_names: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
+
+
+def axis_name(group: dist.ProcessGroup) -> str:
+    """The mesh axis that a group was last seen as, or the group's own description."""
+    return _axis_names.get(group) or group.group_desc or group.group_name

@@ -1,0 +1,123 @@
+"""What torch.distributed was really asked to do: every collective in a block, seen below all of shardgrad."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardgrad.comm import shim
+from shardgrad.comm.mesh import axis_name
+from shardgrad.layout.cost import sent
+
+# c10d operator -> (our word for it, position of the argument that holds the input)
+_OPERATORS = {
+    "allreduce_": ("all-reduce", 0),
+    "allreduce_coalesced_": ("all-reduce", 0),
+    "_allgather_base_": ("all-gather", 1),
+    "allgather_": ("all-gather", 1),
+    "allgather_into_tensor_coalesced_": ("all-gather", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "alltoall_base_": ("all-to-all", 1),
+    "alltoall_": ("all-to-all", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 1),
+    "send": ("send", 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One collective as torch.distributed saw it.
+
+    axis: the mesh axis whose group it ran on (the group's description where no mesh names it).
+    bytes: what this rank sends, by the convention of `shardgrad.layout.cost`.
+    """
+
+    operation: str
+    axis: str
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    ranks: int
+
+
+class Trace:
+    """The events of a traced block, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that this rank sent in all."""
+        return sum(event.bytes for event in self.events)
+
+    def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Count and bytes by (operation, axis)."""
+        counts: Counter[tuple[str, str]] = Counter()
+        sums: Counter[tuple[str, str]] = Counter()
+        for event in self.events:
+            counts[event.operation, event.axis] += 1
+            sums[event.operation, event.axis] += event.bytes
+        return {key: (counts[key], sums[key]) for key in counts}
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+
+class _Listener(shim.TorchDispatchMode):
+    def __init__(self, events: list[Event]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._note(func.name().removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, operator: str, args: Any) -> None:
+        if operator not in _OPERATORS:
+            return  # barriers and receives send nothing
+        operation, at = _OPERATORS[operator]
+        group = next(g for g in map(shim.process_group, args) if g is not None)
+        tensors = list(_tensors(args[at]))
+        if not tensors:
+            return
+        elements = sum(t.numel() for t in tensors)
+        count = elements if operation == "send" else sent(operation, elements, group.size(), group.rank())
+        shape, dtype = tuple(tensors[0].shape), str(tensors[0].dtype).removeprefix("torch.")
+        self.events.append(
+            Event(operation, axis_name(group), count * tensors[0].element_size(), shape, dtype, group.size())
+        )
+
+
+def _tensors(argument: Any) -> Iterator[Tensor]:
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            yield from _tensors(part)
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Record every collective that this process starts inside the block, in forward and in backward, whoever asks.
+
+    It listens to PyTorch's dispatcher, not to shardgrad's plan, so it also sees what DDP, an optimizer or your own code
+    sends, and can contradict a prediction.
+    """
+    record = Trace()
+    with _Listener(record.events):
+        yield record

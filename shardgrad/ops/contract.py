@@ -1,0 +1,73 @@
+"""The local product: one contraction of two tensors given by letters, done as a single (batched) matrix product."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+Letters = tuple[str, ...]
+
+
+def _order(letters: Letters, wanted: Letters) -> tuple[int, ...] | None:
+    """The permutation that brings `letters` into `wanted` order; None where nothing is to be done."""
+    return None if letters == wanted else tuple(letters.index(letter) for letter in wanted)
+
+
+class Contraction:
+    """out = Σ left · right over the letters that `out` lacks.
+
+    Permutations and reshapes are views wherever memory allows; BLAS reads transposed operands as they lie. Operands are
+    taken in the order that leaves the result in `out`'s order, if one does.
+    """
+
+    __slots__ = ("_batched", "_columns", "_left", "_right", "_rows", "_swap", "_unpermute")
+
+    def __init__(self, left: Letters, right: Letters, out: Letters) -> None:
+        self._swap = self._leads(right, left, out) and not self._leads(left, right, out)
+        if self._swap:
+            left, right = right, left
+        batched = tuple(x for x in out if x in left and x in right)
+        rows = tuple(x for x in out if x in left and x not in right)
+        columns = tuple(x for x in out if x in right and x not in left)
+        contracted = tuple(x for x in left if x in right and x not in out)
+        self._left = _order(left, batched + rows + contracted)
+        self._right = _order(right, batched + contracted + columns)
+        self._unpermute = _order(batched + rows + columns, out)
+        self._batched, self._rows, self._columns = len(batched), len(rows), len(columns)
+
+    @staticmethod
+    def _leads(left: Letters, right: Letters, out: Letters) -> bool:
+        """Whether a product with `left` first comes out in `out`'s order."""
+        batched = tuple(x for x in out if x in left and x in right)
+        rows = tuple(x for x in out if x in left and x not in right)
+        columns = tuple(x for x in out if x in right and x not in left)
+        return batched + rows + columns == out
+
+    def __call__(self, left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
+        """The product, or `into` plus the product (in place where the order of the letters allows)."""
+        if self._swap:
+            left, right = right, left
+        if self._left is not None:
+            left = left.permute(self._left)
+        if self._right is not None:
+            right = right.permute(self._right)
+        b, r, c = self._batched, self._rows, self._columns
+        if b == 0 and r == 1 and c == 1 and left.dim() == 2 and right.dim() == 2:
+            if into is not None and self._unpermute is None:
+                return into.addmm_(left, right)
+            out = torch.mm(left, right)
+        else:
+            batch, rows, inner = left.shape[:b], left.shape[b : b + r], left.shape[b + r :]
+            columns = right.shape[right.dim() - c :]
+            m, k, n = prod(rows), prod(inner), prod(columns)
+            if b == 0:
+                out = torch.mm(left.reshape(m, k), right.reshape(k, n))
+            else:
+                size = prod(batch)
+                out = torch.bmm(left.reshape(size, m, k), right.reshape(size, k, n))
+            out = out.view(*batch, *rows, *columns)
+        if self._unpermute is not None:
+            out = out.permute(self._unpermute)
+        return out if into is None else into.add_(out)

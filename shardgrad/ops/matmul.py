@@ -1,0 +1,201 @@
+"""`matmul`: the one differentiable product. Forward and backward run the plan that the layout derives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.mesh import view
+from shardgrad.errors import LayoutError
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.plan import Role
+from shardgrad.ops.product import Key, Product, Sized, run_backward, run_forward
+
+Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
+_layout = lru_cache(maxsize=512)(Layout)
+
+
+@overload
+def matmul(
+    x: Tensor,
+    w: Tensor,
+    layout: Layout | str,
+    mesh: DeviceMesh,
+    bias: Tensor | None = None,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    keep: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+) -> Tensor: ...
+@overload
+def matmul(
+    x: Tensor,
+    w: Sequence[Weight],
+    layout: DeviceMesh | None = None,
+    mesh: DeviceMesh | None = None,
+    bias: None = None,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    keep: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]: ...
+def matmul(
+    x: Tensor,
+    w: Any,
+    layout: Any = None,
+    mesh: Any = None,
+    bias: Tensor | None = None,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    keep: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+) -> Any:
+    """The product of two sharded tensors, in the storage that the layout writes. Local shards in, local shard out.
+
+    Differentiable: each gradient comes back stored as its tensor is, complete (but for axes marked `{axis}`), for one
+    global scalar loss. What nobody needs is neither computed nor communicated.
+
+        y = matmul(x, w, "X[n,d] W[d,m/tp] -> Y[n,m/tp]", mesh)
+
+    Products of one input share its gather and the reduction of its gradient:
+
+        q, k, v = matmul(x, [(wq, layout_q), (wk, layout_k), (wv, layout_v, bias_v)], mesh)
+
+    Args:
+        x, w: local shards of the first and the second operand, in the layout's order and of one dtype.
+        layout: a `Layout` or its text.
+        mesh: a DeviceMesh with named axes, which has every axis that the layout mentions.
+        bias: local shard of the bias, stored as `layout.bias`: as the layout writes it, else the product's column
+            letters, split by the axes that split them. Added once, after the reduction.
+        sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds uncut by storage;
+            without it the ranks then exchange their sizes, one small all-gather a call.
+        keep: names of operands that stay in memory as gathered until backward; the others are gathered again.
+        reduce_dtype: the dtype in which partial sums are reduced, e.g. torch.float32 for 16-bit operands.
+
+    Raises:
+        LayoutError: the layout is illegal, or does not fit the arguments.
+        MeshError: the mesh lacks an axis.
+        ShapeError: a local shape contradicts the layout, another tensor, `sizes`, or torch.chunk's arithmetic; dtypes
+            or devices differ.
+        DisagreementError: the ranks of an axis came with different layouts, shapes, dtypes or frozen operands
+            (compared when first seen; at every call under `check_every_call`).
+        CollectiveError: a collective failed or timed out.
+    """
+    if isinstance(w, Tensor):
+        if mesh is None:
+            raise TypeError("matmul needs a mesh: matmul(x, w, layout, mesh)")
+        return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, keep, reduce_dtype)[0]
+    if isinstance(layout, DeviceMesh) and mesh is None:
+        layout, mesh = None, layout
+    if bias is not None or layout is not None or mesh is None or not w:
+        raise TypeError("products of one input: matmul(x, [(w, layout), (w, layout, bias), …], mesh)")
+    weights = tuple((entry[0], _as_layout(entry[1]), entry[2] if len(entry) > 2 else None) for entry in w)
+    return multiply(x, weights, mesh, sizes, keep, reduce_dtype)
+
+
+def _as_layout(layout: object) -> Layout:
+    return layout if isinstance(layout, Layout) else _layout(layout)
+
+
+def multiply(
+    x: Tensor,
+    weights: tuple[tuple[Tensor, Layout, Tensor | None], ...],
+    mesh: DeviceMesh,
+    sizes: Mapping[str, int] | None,
+    keep: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """`matmul` of several weights, its arguments in one form."""
+    layouts = tuple(layout for _, layout, _ in weights)
+    biases = tuple(bias for _, _, bias in weights)
+    mesh_view = view(mesh)
+    key = (layouts, tuple([bias is not None for bias in biases]), tuple(keep), reduce_dtype)
+    product = mesh_view.compiled.get(key)
+    if product is None:
+        _check_layouts(layouts, biases)
+        product = Product(layouts, key[1], mesh_view, _kept(keep, layouts), reduce_dtype)
+        mesh_view.compiled[key] = product
+    tensors = (x, *[w for w, _, _ in weights], *[bias for bias in biases if bias is not None])
+    sized = product.sized(tensors, sizes)
+    return _Product.apply(product, sized, *tensors)
+
+
+def _check_layouts(layouts: Sequence[Layout], biases: Sequence[Tensor | None]) -> None:
+    first = layouts[0].first
+    for layout, bias in zip(layouts, biases):
+        if layout.first.dims != first.dims or layout.first.grad_partial != first.grad_partial:
+            raise LayoutError(
+                f"products of one input must write it alike: {first} in {layouts[0]}, {layout.first} in {layout}"
+            )
+        if layout.has_bias and bias is None:
+            raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
+
+
+def _kept(keep: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
+    if isinstance(keep, str):
+        raise TypeError(f"keep is a collection of operands' names: keep=({keep!r},)")
+    kept: set[Key] = set()
+    for name in keep:
+        seconds = [("second", at) for at, layout in enumerate(layouts) if layout.second.name == name]
+        firsts = [("first", at) for at, layout in enumerate(layouts) if layout.first.name == name]
+        if not firsts and not seconds:
+            raise LayoutError(f"keep: no operand {name!r} in {'; '.join(map(str, layouts))}")
+        kept.update(seconds + firsts)  # type: ignore[arg-type]
+    return frozenset(kept)
+
+
+class _Product(torch.autograd.Function):
+    """Inputs: the bound product, its sizes, X, the weights, the biases that are there."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Product, sized: Sized, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        count = len(product.layouts)
+        weights = rest[:count]
+        there = iter(rest[count:])
+        biases = [next(there) if biased else None for biased in product.biased]
+        ys, kept = run_forward(product, sized, x, weights, biases)
+        # Saved: X for dW, W for dX; as gathered if kept, else as stored, to be gathered again.
+        save: dict[Key, Tensor] = {}
+        for at, weight in enumerate(weights):
+            if ctx.needs_input_grad[3 + at]:
+                share: Key = ("first", product.share[at])
+                save[share] = kept.get(share, x)
+            if ctx.needs_input_grad[2]:
+                save["second", at] = kept.get(("second", at), weight)
+        ctx.save_for_backward(*save.values())
+        ctx.saved_keys, ctx.product, ctx.sized = tuple(save), product, sized
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        product: Product = ctx.product
+        need = ctx.needs_input_grad
+        count = len(product.layouts)
+        needs: list[set[Role]] = [set() for _ in range(count)]
+        bias_at = [at for at, biased in enumerate(product.biased) if biased]
+        for at in range(count):
+            if need[2]:
+                needs[at].add("first")
+            if need[3 + at]:
+                needs[at].add("second")
+        for place, at in enumerate(bias_at):
+            if need[3 + count + place]:
+                needs[at].add("bias")
+        operands: dict[Key, Tensor] = dict(zip(ctx.saved_keys, ctx.saved_tensors))
+        product.check_backward(dys)
+        grads = run_backward(product, ctx.sized, operands, dys, needs)
+        return (
+            None,
+            None,
+            grads.get(("first", 0)),
+            *[grads.get(("second", at)) for at in range(count)],
+            *[grads.get(("bias", at)) for at in bias_at],
+        )

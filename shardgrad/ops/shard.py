@@ -1,0 +1,69 @@
+"""Cut a global tensor into this rank's shard, and assemble the global tensor from the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.mesh import view
+from shardgrad.errors import ShapeError
+from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.plan import route
+from shardgrad.layout.sizes import slab
+from shardgrad.ops import sizing
+from shardgrad.ops.route import Transit, steps
+
+
+def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of a global tensor, contiguous and of its own memory. No communication.
+
+    Every dim is cut as torch.chunk cuts, once for each of its axes, major first. Marks (`{axis}`) are not applied: a
+    tensor marked as partial, or whose gradient is, is cut like any other. The result does not require grad.
+
+    Raises:
+        ShapeError: `full` has another number of dims than `spec`.
+        MeshError: the mesh lacks an axis of `spec`.
+    """
+    mesh_view = view(mesh)
+    mesh_view.require(spec.axes, spec)
+    if full.dim() != len(spec.dims):
+        raise ShapeError(f"{spec} has {len(spec.dims)} dims, but the tensor to cut has shape {tuple(full.shape)}")
+    part = full.detach()
+    for at, dim in enumerate(spec.dims):
+        start, length = slab(full.shape[at], dim.axes, mesh_view.shape, mesh_view.coordinate)
+        part = part.narrow(at, start, length)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[str, int] | None = None) -> Tensor:
+    """The global tensor, on every rank: all-gathered over the axes that cut it, summed over those it is partial on.
+
+    A product marked `Y[n,m]{tp}` is summed over tp; a gradient is partial where its tensor is marked, so assemble it
+    with `layout["X"].grad`. Not differentiable.
+
+    Args:
+        local: this rank's shard, stored as `spec`.
+        sizes: global sizes of letters; those missing are exchanged (one small all-gather for each axis).
+
+    Raises:
+        ShapeError: the shards are not cut as torch.chunk cuts, or contradict `sizes`.
+        MeshError: the mesh lacks an axis of `spec`.
+    """
+    mesh_view = view(mesh)
+    mesh_view.require((*spec.axes, *spec.partial), spec)
+    whole = tuple(Dim(dim.letter) for dim in spec.dims)
+    moves = route(spec.dims, whole, spec.partial)
+    given = {letter: size for letter, size in (sizes or {}).items() if letter in spec.letters}
+    known = sizing.learn([spec], [local], given, mesh_view, spec)
+    missing = sizing.unknown(moves, known)
+    if missing:
+        sizing.exchange(missing, known, mesh_view, spec)
+    concrete = steps(moves, spec.name, mesh_view, known, None, local.dtype)
+    own = local.detach().clone() if any(step.kind == "all-reduce" for step in concrete) else local.detach()
+    full = Transit(own, concrete).result()
+    return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()
+
+
