@@ -1,5 +1,12 @@
 """shardgrad: sharded matrix products whose backward is derived from how the tensors are stored."""
 
+from shardgrad.comm.adjoint import all_gather as all_gather
+from shardgrad.comm.adjoint import all_reduce as all_reduce
+from shardgrad.comm.adjoint import all_to_all as all_to_all
+from shardgrad.comm.adjoint import gather_replicated as gather_replicated
+from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
+from shardgrad.comm.adjoint import replicate as replicate
+from shardgrad.comm.adjoint import split as split
 from shardgrad.comm.agree import check_every_call as check_every_call
 from shardgrad.comm.collectives import communication_clock as communication_clock
 from shardgrad.comm.trace import trace as trace
@@ -12,6 +19,14 @@ from shardgrad.layout import PRESETS as PRESETS
 from shardgrad.layout import Collective as Collective
 from shardgrad.layout import Layout as Layout
 from shardgrad.layout import TensorSpec as TensorSpec
+from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
+from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
+from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
+from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+from shardgrad.nn.module import Stored as Stored
+from shardgrad.nn.module import stored_parameters as stored_parameters
+from shardgrad.nn.norm import LayerNorm as LayerNorm
+from shardgrad.nn.norm import RMSNorm as RMSNorm
 from shardgrad.ops.matmul import matmul as matmul
 from shardgrad.ops.shard import shard as shard
 from shardgrad.ops.shard import unshard as unshard

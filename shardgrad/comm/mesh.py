@@ -105,7 +105,9 @@ def _view(mesh: DeviceMesh) -> MeshView:
         axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
         _axis_names[group] = name
     kind = mesh.device_type
-    device = torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
+    device = (
+        torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
+    )
     return MeshView(
         axes,
         device,

@@ -7,7 +7,7 @@ padded to the largest in their group, as torch.distributed's single-tensor colle
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any

@@ -104,5 +104,3 @@ def _formula(made: TensorSpec, operands: Sequence[TensorSpec]) -> str:
     letters = dict.fromkeys(letter for t in operands for letter in t.letters if letter not in made.letters)
     sigma = f"Σ_{','.join(letters)} " if letters else ""
     return f"{plain} = {sigma}{' '.join(str(TensorSpec(t.name, t.dims)) for t in operands)}"
-
-

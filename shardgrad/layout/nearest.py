@@ -78,7 +78,9 @@ def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation
     """The axes of one letter in the order in which some tensor lists them, and with the common ones first."""
     three = (layout.first, layout.second, layout.product)
     carriers = [tensor for tensor in three if letter in tensor.letters]
-    shared = [a for a in carriers[0].axes_of(letter) if all(a in t.axes_of(letter) for t in carriers)] if carriers else []
+    shared = (
+        [a for a in carriers[0].axes_of(letter) if all(a in t.axes_of(letter) for t in carriers)] if carriers else []
+    )
     for model in carriers:
         order = sorted(shared, key=model.axes_of(letter).index)
         changed, cost = {}, 0

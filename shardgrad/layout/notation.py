@@ -135,15 +135,15 @@ class _Reader:
             match = _TOKEN.match(self.text, at)
             if match is None:
                 at += len(self.text[at:]) - len(self.text[at:].lstrip())
-                self._fail(at, f"{self.text[at]!r} has no meaning in a layout")
+                raise self._failed(at, f"{self.text[at]!r} has no meaning in a layout")
             kind = match.lastgroup or "end"
             yield kind, match.group(kind), match.start(kind)
             if kind == "end":
                 return
             at = match.end()
 
-    def _fail(self, at: int, why: str) -> None:
-        raise LayoutError(
+    def _failed(self, at: int, why: str) -> LayoutError:
+        return LayoutError(
             f"cannot read the layout\n{point(self.text, at)}\n{why}\n"
             "a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]"
         )
@@ -154,7 +154,7 @@ class _Reader:
     def _take(self, what: str, kind: str, value: str | None = None) -> str:
         found_kind, found, at = self.tokens[self.next]
         if found_kind != kind or (value is not None and found != value):
-            self._fail(at, f"expected {what}, found {found!r}" if found else f"expected {what}, but the text ends")
+            raise self._failed(at, f"expected {what}, {f'found {found!r}' if found else 'but the text ends'}")
         self.next += 1
         return found
 

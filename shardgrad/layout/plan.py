@@ -85,7 +85,7 @@ def route(src: Dims, dst: Dims, partial: Collection[str] = (), left: Collection[
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every route of one layout, derived once; `forward_phases` and `backward_phases` pick those that a call needs."""
+    """Every route of one layout, derived once; `forward_phases` and `backward_phases` pick what a call needs."""
 
     names: dict[Role, str]
     gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `product`: dY for the products of backward
@@ -125,8 +125,8 @@ def backward_phases(
 ) -> tuple[Phase, ...]:
     """The gradients that each product `needs` (`first`, `second`, `bias`), in the order in which they run.
 
-    An operand in `keep` (role and index) was kept as gathered in forward. Each dY is gathered once, in the first phase that reads it;
-    dX of products that share their input is summed locally and reduced once.
+    An operand in `keep` (role and index) was kept as gathered in forward. Each dY is gathered once, in the first phase
+    that reads it; dX of products that share their input is summed locally and reduced once.
     """
     seen: set[tuple[Role, int]] = set()
 

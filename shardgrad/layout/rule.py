@@ -190,4 +190,9 @@ def _check_marks(layout: Notation, reading: Reading) -> None:
 
 def unmarked(layout: Notation) -> Notation:
     """The layout without its marks: what the nearest legal layouts are looked for among."""
-    return Notation(*(t and replace(t, partial=(), grad_partial=()) for t in layout))
+
+    def bare(tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, partial=(), grad_partial=())
+
+    bias = bare(layout.bias) if layout.bias else None
+    return Notation(bare(layout.first), bare(layout.second), bare(layout.product), bias)

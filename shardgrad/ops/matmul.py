@@ -112,28 +112,46 @@ def multiply(
     reduce_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """`matmul` of several weights, its arguments in one form."""
-    layouts = tuple(layout for _, layout, _ in weights)
-    biases = tuple(bias for _, _, bias in weights)
+    layouts = tuple([layout for _, layout, _ in weights])
+    biases = [bias for _, _, bias in weights]
+    product = bind(layouts, tuple([bias is not None for bias in biases]), mesh, keep, reduce_dtype)
+    return run(product, x, [w for w, _, _ in weights], [bias for bias in biases if bias is not None], sizes)
+
+
+def bind(
+    layouts: tuple[Layout, ...],
+    biased: tuple[bool, ...],
+    mesh: DeviceMesh,
+    keep: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+) -> Product:
+    """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
-    key = (layouts, tuple([bias is not None for bias in biases]), tuple(keep), reduce_dtype)
+    key = (layouts, biased, tuple(keep), reduce_dtype)
     product = mesh_view.compiled.get(key)
     if product is None:
-        _check_layouts(layouts, biases)
-        product = Product(layouts, key[1], mesh_view, _kept(keep, layouts), reduce_dtype)
+        _check_layouts(layouts, biased)
+        product = Product(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype)
         mesh_view.compiled[key] = product
-    tensors = (x, *[w for w, _, _ in weights], *[bias for bias in biases if bias is not None])
-    sized = product.sized(tensors, sizes)
-    return _Product.apply(product, sized, *tensors)
+    return product
 
 
-def _check_layouts(layouts: Sequence[Layout], biases: Sequence[Tensor | None]) -> None:
+def run(
+    product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], sizes: Mapping[str, int] | None
+) -> tuple[Tensor, ...]:
+    """Differentiably compute bound products of x."""
+    tensors = (x, *weights, *biases)
+    return _Product.apply(product, product.sized(tensors, sizes), *tensors)
+
+
+def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
     first = layouts[0].first
-    for layout, bias in zip(layouts, biases):
+    for layout, has_bias in zip(layouts, biased):
         if layout.first.dims != first.dims or layout.first.grad_partial != first.grad_partial:
             raise LayoutError(
                 f"products of one input must write it alike: {first} in {layouts[0]}, {layout.first} in {layout}"
             )
-        if layout.has_bias and bias is None:
+        if layout.has_bias and not has_bias:
             raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
 
 

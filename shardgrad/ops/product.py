@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Product:
         self._check_kind(values, [spec.name for spec in specs])
         sizes = sizing.learn(specs, values, given, self.view, self.name)
         for name in self.axes:
-            agree(self.view, self.view.axes[name], lambda name=name: self._described(name, sizes, tensors), "a product")
+            agree(self.view, self.view.axes[name], partial(self._described, name, sizes, tensors), "a product")
         missing = sizing.unknown(self._gathering(), sizes)
         if missing:
             sizing.exchange(missing, sizes, self.view, self.name)
@@ -92,6 +93,9 @@ class Product:
             if biased:
                 moves += [*plan.bias, *plan.bias_grad, *plan.bias_grad_gathered]
         return moves
+
+    def __deepcopy__(self, memo: object) -> Product:
+        return self  # bound to process groups, and never changed by a call
 
     def _check_kind(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
         first = tensors[0]
@@ -123,7 +127,9 @@ class Product:
         if not checking_every_call():
             return
         lines = [f"layout {layout}" for layout in self.layouts]
-        lines += [f"d{layout.product.name} {'is None' if dy is None else dy.dtype}" for layout, dy in zip(self.layouts, dys)]
+        lines += [
+            f"d{layout.product.name} {'is None' if dy is None else dy.dtype}" for layout, dy in zip(self.layouts, dys)
+        ]
         for name in self.axes:
             agree(self.view, self.view.axes[name], lambda: "backward\n" + "\n".join(lines), "the backward of a product")
 
@@ -232,7 +238,11 @@ def run_forward(
 
 
 def run_backward(
-    product: Product, sized: Sized, operands: Mapping[Key, Tensor], dys: Sequence[Tensor | None], needs: Sequence[Collection[Role]]
+    product: Product,
+    sized: Sized,
+    operands: Mapping[Key, Tensor],
+    dys: Sequence[Tensor | None],
+    needs: Sequence[Collection[Role]],
 ) -> dict[Key, Tensor]:
     """The gradients needed, by role and product. `operands` holds what forward saved.
 

@@ -82,9 +82,7 @@ def chain_rule_wx(w: ArrayLike, x: ArrayLike, grad_y: ArrayLike) -> tuple[Array,
     return _chain_rule(grad_y, w.shape, dy_dw), _chain_rule(grad_y, x.shape, dy_dx)
 
 
-def _chain_rule(
-    grad_y: Array, shape: tuple[int, ...], derivative: Callable[[int, int, int, int], Any]
-) -> Array:
+def _chain_rule(grad_y: Array, shape: tuple[int, ...], derivative: Callable[[int, int, int, int], Any]) -> Array:
     """dA[i,j] = Σ_{n,m} dY[n,m] ∂Y[n,m]/∂A[i,j], where derivative(n, m, i, j) is ∂Y[n,m]/∂A[i,j]."""
     grad = np.zeros(shape, grad_y.dtype)
     for i, j in np.ndindex(shape):
@@ -121,9 +119,7 @@ def jacobians_wx(w: ArrayLike, x: ArrayLike, *, max_bytes: int = 2**26) -> tuple
     return np.kron(np.eye(m, dtype=x.dtype), x.T), np.kron(w, np.eye(k, dtype=x.dtype))
 
 
-def _refuse_large(
-    y: tuple[int, int], operands: dict[str, tuple[int, int]], max_bytes: int, *, remedy: str
-) -> None:
+def _refuse_large(y: tuple[int, int], operands: dict[str, tuple[int, int]], max_bytes: int, *, remedy: str) -> None:
     rows = math.prod(y)
     numbers = {name: rows * math.prod(shape) for name, shape in operands.items()}
     if 8 * max(numbers.values()) <= max_bytes:
@@ -293,9 +289,7 @@ def reduce_scatter(partials: Sequence[ArrayLike], dim: int) -> list[Array]:
 
 
 def _read_blocks(blocks: Sequence[ArrayLike]) -> list[Array]:
-    return _read(
-        *((f"the block of rank {rank}", None, block) for rank, block in enumerate(blocks)), factors=1
-    )
+    return _read(*((f"the block of rank {rank}", None, block) for rank, block in enumerate(blocks)), factors=1)
 
 
 # Operands.
@@ -326,9 +320,7 @@ def _read(*tensors: tuple[str, str | None, ArrayLike], factors: int = 2) -> list
             if size != known:
                 raise ValueError(f"{letter} is {size} in {spelled}, but {known} in {where}")
     if dtype == np.int64:
-        _refuse_overflow(
-            [(name, letters or "", a) for (name, letters, _), a in zip(tensors, arrays)], factors
-        )
+        _refuse_overflow([(name, letters or "", a) for (name, letters, _), a in zip(tensors, arrays)], factors)
     return arrays
 
 
@@ -346,6 +338,4 @@ def _refuse_overflow(tensors: Sequence[tuple[str, str, Array]], factors: int) ->
         if terms * math.prod(largest) >= 2**62:
             names = " times ".join(name for name, _, _ in chosen)
             bound = " · ".join(f"{n:,}" for n in (terms, *largest))
-            raise OverflowError(
-                f"a sum of {names} may reach {bound}, too near to what int64 holds: pass floats"
-            )
+            raise OverflowError(f"a sum of {names} may reach {bound}, too near to what int64 holds: pass floats")

@@ -1,4 +1,4 @@
-"""Running a route: the plan's moves on a real tensor, the first one started at once, the rest as they are waited for."""
+"""Running a route: the plan's moves on a real tensor, the first started at once, the rest as they are waited for."""
 
 from __future__ import annotations
 

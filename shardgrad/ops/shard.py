@@ -65,5 +65,3 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
     own = local.detach().clone() if any(step.kind == "all-reduce" for step in concrete) else local.detach()
     full = Transit(own, concrete).result()
     return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()
-
-

@@ -15,7 +15,11 @@ from shardgrad.layout.sizes import Level, Sizes, chunk, slab
 
 
 def learn(
-    specs: Sequence[TensorSpec], tensors: Sequence[Tensor], given: Mapping[str, int] | None, view: MeshView, user: object
+    specs: Sequence[TensorSpec],
+    tensors: Sequence[Tensor],
+    given: Mapping[str, int] | None,
+    view: MeshView,
+    user: object,
 ) -> Sizes:
     """The sizes that the local shapes and the `given` global sizes tell.
 

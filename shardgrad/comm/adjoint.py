@@ -1,0 +1,218 @@
+"""Differentiable collectives, each with its adjoint.
+
+| function            | forward        | backward       | input, over axis  | output           | gradient must be   |
+| ------------------- | -------------- | -------------- | ----------------- | ---------------- | ------------------ |
+| `replicate`         | nothing        | all-reduce     | replicated        | replicated       | partial (one term) |
+| `all_reduce`        | all-reduce     | nothing        | partial           | replicated       | replicated         |
+| `all_gather`        | all-gather     | reduce-scatter | sharded on dim    | replicated       | partial (one term) |
+| `gather_replicated` | all-gather     | local slice    | sharded on dim    | replicated       | replicated         |
+| `reduce_scatter`    | reduce-scatter | all-gather     | partial           | sharded on dim   | sharded alike      |
+| `split`             | local slice    | all-gather     | replicated        | sharded on dim   | sharded alike      |
+| `all_to_all`        | all-to-all     | all-to-all     | sharded on concat | sharded on split | sharded alike      |
+
+A value that is replicated is used in one of two ways: each rank goes on to compute a different term of the loss with it
+(then each rank's gradient is one term, partial, and must be summed: `replicate`, `all_gather`), or every rank computes
+the same thing (then every rank has the whole gradient already: `all_reduce`, `gather_replicated`). Choosing wrongly
+multiplies gradients by the number of ranks, or loses terms; nothing local can notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm import collectives as raw
+from shardgrad.comm.mesh import Axis, view
+from shardgrad.errors import ShapeError
+from shardgrad.layout.sizes import chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """The axis, the dim on which a shard lies, and the size of this dim over all ranks (all-to-all: of both dims)."""
+
+    axis: Axis
+    dim: int = 0
+    whole: int = 0
+    other: int = 0
+    other_whole: int = 0
+
+
+def _nothing(x: Tensor, at: _Where) -> Tensor:
+    return x.view_as(x)
+
+
+def _all_reduce(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_reduce(x.clone(), at.axis, "all-reduce").wait()
+
+
+def _all_gather(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_gather(x, at.axis, at.dim, at.whole).wait()
+
+
+def _reduce_scatter(x: Tensor, at: _Where) -> Tensor:
+    return raw.reduce_scatter(x, at.axis, at.dim).wait()
+
+
+def _slice(x: Tensor, at: _Where) -> Tensor:
+    return raw.cut(x, at.axis, at.dim).contiguous()
+
+
+def _to_split(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_to_all(x, at.axis, split=at.dim, concat=at.other, whole=at.other_whole).wait()
+
+
+def _to_concat(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_to_all(x, at.axis, split=at.other, concat=at.dim, whole=at.whole).wait()
+
+
+_Local = Callable[[Tensor, _Where], Tensor]
+_PAIRS: dict[str, tuple[_Local, _Local]] = {
+    "replicate": (_nothing, _all_reduce),
+    "all_reduce": (_all_reduce, _nothing),
+    "all_gather": (_all_gather, _reduce_scatter),
+    "reduce_scatter": (_reduce_scatter, _all_gather),
+    "split": (_slice, _all_gather),
+    "gather_replicated": (_all_gather, _slice),
+    "all_to_all": (_to_split, _to_concat),
+}
+
+
+class _Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor, at: _Where) -> Tensor:
+        ctx.name, ctx.at = name, at
+        return _PAIRS[name][0](x, at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _PAIRS[ctx.name][1](grad, ctx.at), None
+
+
+def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
+    return x if at.axis.size == 1 else _Pair.apply(name, x, at)
+
+
+def _dim(x: Tensor, dim: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ShapeError(f"dim {dim} is out of range for a tensor of shape {tuple(x.shape)}")
+    return dim % x.dim()
+
+
+def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, device: torch.device) -> int:
+    """The size of a sharded dim over all ranks: as given (and checked), else exchanged."""
+    local = x.shape[dim]
+    if size is None:
+        sizes = [row[0] for row in raw.gather_ints([local], axis, device, "exchange of sizes")]
+        size = sum(sizes)
+        parts = [chunk(size, axis.size, i)[1] for i in range(axis.size)]
+        if sizes != parts:
+            raise ShapeError(f"shards over {axis} have sizes {sizes} on dim {dim}; torch.chunk cuts {size} as {parts}")
+    expected = chunk(size, axis.size, axis.index)[1]
+    if local != expected:
+        raise ShapeError(
+            f"dim {dim} of local shape {tuple(x.shape)} has size {local}, but {size} over {axis} leaves rank "
+            f"{axis.index} of them {expected} (torch.chunk)"
+        )
+    return size
+
+
+def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
+    """Identity; the gradient is summed over the axis.
+
+    For a tensor that all ranks hold alike and then use differently (each with its own shard of a weight, or of the
+    rows): each rank's gradient is one term of the whole. A parameter that is replicated under sequence parallelism
+    passes through here. Megatron: copy_to_tensor_model_parallel_region.
+    """
+    return _apply("replicate", x, _Where(view(mesh).axis(axis)))
+
+
+def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
+    """Sum over the axis; the gradient passes unchanged.
+
+    Assumes that every rank goes on to compute the same with the sum, so that its gradient is alike on all (and not one
+    term of it). Megatron: reduce_from_tensor_model_parallel_region.
+    """
+    return _apply("all_reduce", x, _Where(view(mesh).axis(axis)))
+
+
+def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None) -> Tensor:
+    """Concatenate the shards of `dim`; the gradient is summed over the axis and cut (reduce-scatter).
+
+    Assumes that each rank uses the whole differently, so that its gradient is one term of the sum. If every rank
+    computes the same with it, use `gather_replicated`.
+
+    Args:
+        x: this rank's shard, cut along `dim` as torch.chunk cuts.
+        size: of `dim` over all ranks; exchanged if not given (one small all-gather).
+
+    Raises:
+        ShapeError: the shards are not cut as torch.chunk cuts.
+    """
+    return _gathered("all_gather", x, mesh, axis, dim, size)
+
+
+def gather_replicated(
+    x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None
+) -> Tensor:
+    """Concatenate the shards of `dim`; of the gradient each rank keeps its slice.
+
+    Assumes that every rank computes the same with the whole, so that its gradient is alike and complete on all.
+    Arguments and errors as `all_gather`. Megatron: gather_from_tensor_model_parallel_region.
+    """
+    return _gathered("gather_replicated", x, mesh, axis, dim, size)
+
+
+def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, size: int | None) -> Tensor:
+    mesh_view = view(mesh)
+    axis, dim = mesh_view.axis(axis_name), _dim(x, dim)
+    return _apply(name, x, _Where(axis, dim, _whole(x, axis, dim, size, mesh_view.device) if axis.size > 1 else 0))
+
+
+def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
+    """Sum over the axis, and keep this rank's chunk of `dim`; the gradient is all-gathered.
+
+    Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine (torch.chunk).
+    """
+    dim = _dim(x, dim)
+    return _apply("reduce_scatter", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]))
+
+
+def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
+    """Keep this rank's chunk of `dim` of a tensor that all ranks hold alike; the gradient is all-gathered.
+
+    Assumes of its gradient that it is stored as the result is; the gathered gradient is then alike on all ranks.
+    Megatron: scatter_to_tensor_model_parallel_region.
+    """
+    dim = _dim(x, dim)
+    return _apply("split", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]))
+
+
+def all_to_all(
+    x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, split_dim: int, concat_dim: int, size: int | None = None
+) -> Tensor:
+    """From shards of `concat_dim` to shards of `split_dim`; the gradient goes the way back.
+
+    Args:
+        x: this rank's shard, cut along `concat_dim`, whole along `split_dim`.
+        size: of `concat_dim` over all ranks; exchanged if not given (one small all-gather).
+
+    Raises:
+        ShapeError: both dims are the same, or the shards are not cut as torch.chunk cuts.
+    """
+    mesh_view = view(mesh)
+    over = mesh_view.axis(axis)
+    split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)
+    if split_dim == concat_dim:
+        raise ShapeError(f"all_to_all splits and concatenates dim {split_dim}: the dims must differ")
+    if over.size == 1:
+        return x
+    whole = _whole(x, over, concat_dim, size, mesh_view.device)
+    return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole))

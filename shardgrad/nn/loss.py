@@ -1,0 +1,164 @@
+"""Cross-entropy of logits whose vocabulary is cut over an axis; the whole vocabulary never exists on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm import collectives as raw
+from shardgrad.comm.adjoint import all_reduce
+from shardgrad.comm.mesh import Axis, view
+from shardgrad.errors import ShapeError
+from shardgrad.layout.sizes import chunk
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    vocab_size: int,
+    mesh: DeviceMesh,
+    axis: str = "tp",
+    token_axes: Sequence[str] = (),
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """F.cross_entropy over a vocabulary that is cut over an axis, in fp32 for 16-bit logits.
+
+    Communicates three numbers a token: the maximum, the sum of exponentials, and the target's logit (four with label
+    smoothing). The logits are read, never written. The loss and each token's loss are alike on every rank of the axis.
+
+    Args:
+        logits: [..., vocab_size / ranks], this rank's part, cut as torch.chunk cuts.
+        target: [...] of ids of the whole vocabulary, alike on every rank of the axis.
+        vocab_size: the global vocabulary.
+        mesh, axis: the axis of the mesh that cuts the vocabulary.
+        token_axes: axes over which ranks hold different tokens (data parallel): `mean` divides by the tokens of all of
+            them, and `mean` and `sum` are those of all tokens, on every rank. Call backward on every rank, once.
+        ignore_index, label_smoothing, reduction: as of F.cross_entropy; smoothing is over the global vocabulary.
+
+    Raises:
+        ShapeError: logits that are whole already, or otherwise do not fit `vocab_size`, or target does not fit logits.
+        IndexError: a target is outside the vocabulary.
+        ValueError: an unknown reduction, or label smoothing outside [0, 1].
+    Source: Shoeybi et al. 2019, arXiv 1909.08053, section 3.
+    """
+    mesh_view = view(mesh)
+    over = mesh_view.axis(axis, "vocab_parallel_cross_entropy")
+    tokens_over = [mesh_view.axis(name, "vocab_parallel_cross_entropy") for name in token_axes]
+    if over in tokens_over:
+        raise ShapeError(
+            f"axis {axis!r} cuts the vocabulary; it cannot be one of token_axes={tuple(token_axes)} as well"
+        )
+    _check(logits, target, vocab_size, over, ignore_index, label_smoothing, reduction)
+    losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    for name in token_axes:
+        total = all_reduce(total, mesh, name)
+    if reduction == "sum":
+        return total
+    count = (target != ignore_index).sum().to(losses.dtype)
+    for token_axis in tokens_over:
+        if token_axis.size > 1:
+            count = raw.all_reduce(count, token_axis, "all-reduce of the number of tokens").wait()
+    return total / count
+
+
+def _check(
+    logits: Tensor,
+    target: Tensor,
+    vocab_size: int,
+    over: Axis,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie between 0 and 1, not {label_smoothing}")
+    if logits.dim() == 0 or not logits.is_floating_point():
+        raise ShapeError(
+            f"logits must be floating point of shape [..., vocab], got {logits.dtype} {tuple(logits.shape)}"
+        )
+    here = chunk(vocab_size, over.size, over.index)[1]
+    if logits.shape[-1] != here:
+        hint = (
+            ": these logits are whole already (gathered?); pass each rank's own part, or use F.cross_entropy"
+            if logits.shape[-1] == vocab_size
+            else ""
+        )
+        raise ShapeError(
+            f"logits have {logits.shape[-1]} columns, but a vocabulary of {vocab_size} over {over} leaves rank "
+            f"{over.index} of them {here} (torch.chunk){hint}"
+        )
+    if target.shape != logits.shape[:-1]:
+        raise ShapeError(
+            f"target has shape {tuple(target.shape)}, logits {tuple(logits.shape)}: expected {tuple(logits.shape[:-1])}"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(f"target must hold integer ids, got {target.dtype}")
+    if target.device.type == "cpu":
+        wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+        if bool(wrong.any()):
+            raise IndexError(f"target {int(target[wrong][0])} is outside the vocabulary of {vocab_size}")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Per-token losses. With p = softmax over the whole vocabulary and q the smoothed target: loss = -Σ q log p,
+    d logits = dloss (p - q)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
+    ) -> Tensor:
+        wide = logits.float() if logits.element_size() < 4 else logits
+        start, here = chunk(vocab_size, over.size, over.index)
+        ignored = target == ignore_index
+        local = target - start
+        mine = (local >= 0) & (local < here) & ~ignored
+        local = local.masked_fill(~mine, 0).long()
+        if here:
+            top = wide.amax(-1)
+            top = top if over.size == 1 else raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+            summed = (wide - top.unsqueeze(-1)).exp_().sum(-1)
+            picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0)
+        else:  # this rank holds no part of the vocabulary
+            top = wide.new_full(target.shape, -torch.inf)
+            top = raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+            summed, picked = torch.zeros_like(top), torch.zeros_like(top)
+        parts = [summed, picked] if smoothing == 0 else [summed, picked, wide.sum(-1)]
+        sums = torch.stack(parts)
+        sums = sums if over.size == 1 else raw.all_reduce(sums, over, "all-reduce of exponentials and targets").wait()
+        log_sum = sums[0].log() + top
+        losses = log_sum - sums[1]
+        if smoothing:
+            losses = (1 - smoothing) * losses + smoothing * (log_sum - sums[2] / vocab_size)
+        ctx.save_for_backward(logits, log_sum, local, mine, ignored)
+        ctx.vocab_size, ctx.smoothing = vocab_size, smoothing
+        return losses.masked_fill(ignored, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, log_sum, local, mine, ignored = ctx.saved_tensors
+        wide = logits.float() if logits.element_size() < 4 else logits
+        grad = grad.masked_fill(ignored, 0).unsqueeze(-1)
+        d = (wide - log_sum.unsqueeze(-1)).exp_()
+        if ctx.smoothing:
+            d -= ctx.smoothing / ctx.vocab_size
+        if logits.shape[-1]:
+            hit = mine.unsqueeze(-1).to(d.dtype) * (ctx.smoothing - 1)
+            d.scatter_add_(-1, local.unsqueeze(-1), hit)
+        # Where nothing flows back (an ignored token), nothing does, even from logits that are not finite.
+        d = (d * grad).masked_fill_(ignored.unsqueeze(-1), 0)
+        return d.to(logits.dtype), None, None, None, None, None

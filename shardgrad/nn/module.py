@@ -1,0 +1,121 @@
+"""What every shardgrad layer is: a module that knows how its parameters, plain local tensors, are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.agree import agree
+from shardgrad.comm.mesh import view
+from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.sizes import slab
+from shardgrad.nn.init import draw_seed
+
+Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a parameter is stored: which axes cut which of its dims, on which mesh, and its global shape."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    mesh: DeviceMesh
+
+    def __deepcopy__(self, memo: object) -> Stored:
+        return self  # a mesh holds process groups, which cannot be copied
+
+    def block(self) -> tuple[list[int], list[int]]:
+        """Where this rank's part begins in the global tensor, and its shape."""
+        mesh_view = view(self.mesh)
+        slabs = [
+            slab(size, dim.axes, mesh_view.shape, mesh_view.coordinate) for dim, size in zip(self.spec.dims, self.shape)
+        ]
+        return [start for start, _ in slabs], [length for _, length in slabs]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The global size of each letter."""
+        return {dim.letter: size for dim, size in zip(self.spec.dims, self.shape)}
+
+
+class ShardedModule(nn.Module):
+    """Base of the layers. Subclasses declare parameters with `declare` and give them values with `fill`."""
+
+    def __init__(self, mesh: DeviceMesh, axes: Sequence[str]) -> None:
+        super().__init__()
+        mesh_view = view(mesh)
+        mesh_view.require(axes, type(self).__name__)
+        self._axes = tuple(axes)
+        self._stored: dict[str, Stored] = {}
+        self._mesh = Stored(TensorSpec("", ()), (), mesh)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self._mesh.mesh
+
+    def stored(self) -> dict[str, Stored]:
+        """How each parameter of this module itself is stored, by its local name."""
+        return dict(self._stored)
+
+    def declare(
+        self,
+        name: str,
+        shape: Sequence[int],
+        cut: dict[int, str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make an uninitialised parameter: this rank's part of a global tensor of which `cut` says dim → axis."""
+        dims = tuple(Dim(f"{name[0]}{at}", (cut[at],) if cut and at in cut else ()) for at in range(len(shape)))
+        stored = Stored(TensorSpec(name, dims), tuple(shape), self.mesh)
+        self._stored[name] = stored
+        where = view(self.mesh).device if device is None else device
+        self.register_parameter(name, nn.Parameter(torch.empty(stored.block()[1], device=where, dtype=dtype)))
+
+    def fill(self, name: str, values: Fill, generator: torch.Generator | None = None) -> None:
+        """Set a parameter to `values(seed, global shape, starts, lengths)`, one seed drawn for all of its shards."""
+        parameter = self.get_parameter(name)
+        seed = draw_seed(generator)
+        if parameter.is_meta:
+            return
+        stored = self._stored[name]
+        mesh_view = view(self.mesh)
+        for axis in self._axes:
+            describe = partial(_described, type(self).__name__, name, stored, seed, parameter.dtype)
+            agree(mesh_view, mesh_view.axis(axis), describe, "a layer being built")
+        starts, lengths = stored.block()
+        with torch.no_grad():
+            parameter.copy_(values(seed, stored.shape, starts, lengths))
+
+
+def _described(layer: str, name: str, stored: Stored, seed: int, dtype: torch.dtype) -> str:
+    return "\n".join(
+        (
+            f"{layer}.{name}",
+            f"stored as {stored.spec}",
+            f"global shape {stored.shape}",
+            f"dtype {dtype}",
+            f"seed of initial values {seed} (drawn from torch's generator: seed it alike on these ranks, with "
+            "torch.manual_seed, before building layers)",
+        )
+    )
+
+
+def stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Stored | None]]:
+    """Name, parameter and storage of every parameter; storage is None where no shardgrad layer owns it (replicated).
+
+    A parameter that several modules share is listed once, under its first name.
+    """
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        known = owner.stored() if isinstance(owner, ShardedModule) else {}
+        for name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}.{name}" if prefix else name, parameter, known.get(name)

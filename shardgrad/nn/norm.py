@@ -1,0 +1,126 @@
+"""Norms over the last dims, with parameters that are replicated while the rows may be cut over an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.adjoint import replicate
+from shardgrad.errors import ShapeError
+from shardgrad.nn.module import ShardedModule
+
+
+class _Norm(ShardedModule):
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        affine: bool,
+        bias: bool,
+        mesh: DeviceMesh,
+        axis: str,
+        sequence_dim: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(mesh, (axis,))
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        self.normalized_shape, self.axis, self.sequence_dim = shape, axis, sequence_dim
+        for name, there in (("weight", affine), ("bias", affine and bias)):
+            if there:
+                self.declare(name, shape, None, device, dtype)
+            else:
+                self.register_parameter(name, None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Ones and zeros, as torch's."""
+        with torch.no_grad():
+            if self.weight is not None:
+                self.weight.fill_(1)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def _parameters_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias as this rank's rows use them: where rows are cut, their gradients are summed over the axis,
+        both in one all-reduce."""
+        rows = x.dim() - len(self.normalized_shape)
+        if self.sequence_dim is None or self.weight is None:
+            return self.weight, self.bias
+        if not -x.dim() <= self.sequence_dim < x.dim() or self.sequence_dim % x.dim() >= rows:
+            raise ShapeError(
+                f"{type(self).__name__}: sequence_dim={self.sequence_dim} of an input of shape {tuple(x.shape)} is not "
+                f"a row dim (the last {len(self.normalized_shape)} are normalized)"
+            )
+        if self.bias is None:
+            return replicate(self.weight, self.mesh, self.axis), None
+        weight, bias = replicate(torch.stack((self.weight, self.bias)), self.mesh, self.axis).unbind()
+        return weight, bias
+
+    def extra_repr(self) -> str:
+        sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
+        return f"{self.normalized_shape}, affine={self.weight is not None}, axis={self.axis!r}{sequence}"
+
+
+class LayerNorm(_Norm):
+    """nn.LayerNorm whose parameter gradients are complete also where each rank has only some of the rows.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias: as of nn.LayerNorm.
+        mesh, axis: the axis of the mesh.
+        sequence_dim: the dim of the input that is cut over the axis (sequence parallelism): the gradients of weight and
+            bias are then summed over it, in one all-reduce. None: every rank has all the rows, and nothing is summed.
+        device, dtype: of the parameters, which are replicated.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        sequence_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, elementwise_affine, bias, mesh, axis, sequence_dim, device, dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._parameters_for(x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(_Norm):
+    """nn.RMSNorm whose weight gradient is complete also where each rank has only some of the rows.
+
+    Arguments as of nn.RMSNorm and of `LayerNorm`.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        sequence_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, elementwise_affine, False, mesh, axis, sequence_dim, device, dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, _ = self._parameters_for(x)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
