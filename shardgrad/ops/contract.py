@@ -67,7 +67,7 @@ class Contraction:
             else:
                 size = prod(batch)
                 out = torch.bmm(left.reshape(size, m, k), right.reshape(size, k, n))
-            out = out.view(*batch, *rows, *columns)
+            out = out.view((*batch, *rows, *columns))
         if self._unpermute is not None:
             out = out.permute(self._unpermute)
         return out if into is None else into.add_(out)
