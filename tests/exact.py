@@ -17,9 +17,13 @@ def integers(spec: TensorSpec, sizes: dict[str, int], seed: int, dtype: torch.dt
     return torch.randint(-4, 5, [sizes[letter] for letter in spec.letters], generator=generator).to(dtype)
 
 
-def assert_same(local: Tensor, spec: TensorSpec, expected: Tensor, mesh: DeviceMesh, sizes: dict[str, int], what: str) -> None:
+def assert_same(
+    local: Tensor, spec: TensorSpec, expected: Tensor, mesh: DeviceMesh, sizes: dict[str, int], what: str
+) -> None:
     """Every element of the assembled tensor equals the expected one; NaN and wrong shapes fail."""
-    assert tuple(local.shape) == tuple(sg.shard(expected, TensorSpec(spec.name, spec.dims), mesh).shape), f"shape of {what}"
+    assert tuple(local.shape) == tuple(sg.shard(expected, TensorSpec(spec.name, spec.dims), mesh).shape), (
+        f"shape of {what}"
+    )
     full = sg.unshard(local, spec, mesh, {letter: sizes[letter] for letter in spec.letters})
     np.testing.assert_array_equal(full.detach().numpy(), expected.numpy(), err_msg=what)
 

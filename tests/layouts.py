@@ -82,4 +82,9 @@ def grids(ranks: int, dims: int) -> list[tuple[int, ...]]:
     """Every way to arrange the ranks in a grid of so many dims."""
     if dims == 0:
         return [()] if ranks == 1 else []
-    return [(first, *rest) for first in range(1, ranks + 1) if ranks % first == 0 for rest in grids(ranks // first, dims - 1)]
+    return [
+        (first, *rest)
+        for first in range(1, ranks + 1)
+        if ranks % first == 0
+        for rest in grids(ranks // first, dims - 1)
+    ]
