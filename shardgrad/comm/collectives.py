@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
+from shardgrad.comm.rollcall import roll_call
 from shardgrad.errors import CollectiveError
 from shardgrad.layout.sizes import chunk
 
@@ -81,23 +81,11 @@ def _start(call: Callable[[], Any], what: str, axis: Axis) -> Any:
 
 def _failure(error: BaseException, what: str, axis: Axis) -> str:
     return (
-        f"rank {dist.get_rank()}: {what} over {axis} failed: {str(error).strip()}\n{_who_is_missing(axis)}"
+        f"rank {dist.get_rank()}: {what} over {axis} failed: {str(error).strip()}\n"
+        f"{roll_call(what, axis)}"
         "A rank that died, that raised before this operation, or that came here with another layout or shape leaves "
         "the others waiting; run the block under sg.check_every_call() to compare layouts and shapes at every call."
     )
-
-
-def _who_is_missing(axis: Axis) -> str:
-    """Ask gloo which ranks still answer (only the group's first rank can see all the others)."""
-    if dist.get_backend(axis.group) != "gloo":
-        return ""
-    try:
-        dist.monitored_barrier(axis.group, timeout=timedelta(seconds=5), wait_all_ranks=True)
-    except RuntimeError as error:
-        if axis.index == 0:
-            return f"Asked again, within 5 s: {str(error).strip().splitlines()[0]}\n"
-        return f"Asked again, rank {axis.ranks[0]} (the first of the axis) did not answer for all within 5 s.\n"
-    return ""
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> Pending:

@@ -13,6 +13,11 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def store() -> dist.Store:
+    """The key-value store of the default process group: the one channel left when a collective has failed."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def process_group(argument: Any) -> dist.ProcessGroup | None:
     """The process group inside an argument of a c10d operator, or None if it holds something else."""
     if isinstance(argument, dist.ProcessGroup):

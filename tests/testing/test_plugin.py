@@ -200,7 +200,7 @@ def test_a_passing_suite(project: Project) -> None:
     assert [text.count(f"[rank {rank}] n is 5") for rank in (0, 1, 2, 3)] == [2, 1, 1, 0]
     descriptors = [int(path.read_text()) for path in sorted(pytester.path.glob("descriptors*"))]
     assert len(descriptors) == 40
-    assert max(descriptors[20:]) <= max(descriptors[:20])
+    assert max(descriptors[20:]) < 1.4 * max(descriptors[:20])  # twice as many if groups stayed
     assert_nothing_left(pytester, processes=3)
 
 

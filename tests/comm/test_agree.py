@@ -1,0 +1,106 @@
+"""Ranks that disagree, come late or never come: a clear error on every rank, within the timeout."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import shardgrad as sg
+from shardgrad.testing import distributed
+
+COLUMN, ROW = "X[n,d] W[d,m/tp] -> Y[n,m/tp]", "X[n,d/tp] W[d/tp,m] -> Y[n,m]"
+
+
+@distributed(world_size=[2, 3])
+def test_disagreements_are_named_on_every_rank(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    rank = mesh.get_local_rank("tp")
+    odd = rank == world_size - 1
+    x, w = torch.ones(4, 5), torch.ones(5, 3)
+    cases = [
+        (lambda: sg.matmul(x, w, ROW if odd else COLUMN, mesh), ["layout X[n,d] W", "layout X[n,d/tp] W"]),
+        (lambda: sg.matmul(torch.ones(6, 5) if odd else x, w, COLUMN, mesh), ["n = 4", "n = 6"]),
+        (lambda: sg.matmul(*((x.double(), w.double()) if odd else (x, w)), COLUMN, mesh), ["float32", "float64"]),
+        (lambda: sg.matmul(x, w.clone().requires_grad_(odd), COLUMN, mesh), ["gradients for [False, True]"]),
+        (lambda: sg.matmul(x, w, COLUMN, mesh, bias=torch.ones(3) if odd else None), ["with bias"]),
+    ]
+    for call, words in cases:
+        with pytest.raises(sg.DisagreementError) as caught:
+            call()
+        text = str(caught.value)
+        assert f"the ranks of axis 'tp' (ranks {', '.join(map(str, range(world_size)))}) disagree" in text
+        assert f"rank {', '.join(map(str, range(world_size - 1)))}:" in text
+        assert f"rank {world_size - 1}:" in text
+        for word in words:
+            assert word in text
+    # The group is still in order.
+    assert sg.matmul(x, w, COLUMN, mesh).shape == (4, 3)
+
+
+@distributed(world_size=2)
+def test_ranks_that_were_seeded_differently_cannot_build_a_layer(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(mesh.get_local_rank("tp"))
+    with pytest.raises(sg.DisagreementError, match="seed it alike"):
+        sg.ColumnParallelLinear(4, 4, mesh=mesh)
+    torch.manual_seed(0)
+    with pytest.raises(sg.DisagreementError, match="global shape"):
+        sg.ColumnParallelLinear(4, 4 + 2 * mesh.get_local_rank("tp"), mesh=mesh)
+
+
+@distributed(world_size=2)
+def test_shapes_that_agreed_once_are_compared_again_only_on_request(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    x, w = torch.ones(4, 5), torch.ones(5, 3)
+    for rows in (4, 6):
+        sg.matmul(torch.ones(rows, 5), w, ROW, mesh)
+    with sg.trace() as traced:
+        sg.matmul(x, w, ROW, mesh)
+    assert [event.operation for event in traced] == ["all-reduce"]
+    mine = torch.ones(4 + 2 * mesh.get_local_rank("tp"), 5)  # 4 and 6 rows: both seen before, never at once
+    with sg.check_every_call(), pytest.raises(sg.DisagreementError, match="n = 6"):
+        sg.matmul(mine, w, ROW, mesh)
+    with sg.check_every_call(), sg.trace() as traced:
+        y = sg.matmul(x.clone().requires_grad_(), w, ROW, mesh)
+        y.sum().backward()
+    assert [event.dtype for event in traced] == ["int64", "float32", "int64"]
+
+
+@distributed(world_size=3, timeout=60)
+def test_a_rank_that_never_comes_ends_in_a_named_timeout(world_size: int) -> None:
+    mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu", mesh_dim_names=("tp",))
+    x, w = torch.ones(4, 5), torch.ones(5, 3)
+    sg.matmul(x, w, ROW, mesh)
+    if mesh.get_local_rank("tp") == 2:
+        time.sleep(10)
+        return
+    start = time.monotonic()
+    with pytest.raises(sg.CollectiveError) as caught:
+        sg.matmul(x, w, ROW, mesh)
+    assert time.monotonic() - start < 20
+    text = str(caught.value)
+    assert f"rank {dist.get_rank()}: all-reduce of Y over axis 'tp' (ranks 0, 1, 2) failed" in text
+    assert "rank 2 does not answer" in text
+    assert f"rank {1 - dist.get_rank()} failed in: all-reduce of Y" in text
+
+
+@distributed(world_size=2, timeout=60)
+def test_ranks_that_wait_in_different_operations_are_told_of_each_other(world_size: int) -> None:
+    mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu", mesh_dim_names=("tp",))
+    x, w = torch.ones(4, 5), torch.ones(5, 3)
+    sg.matmul(x, w, ROW, mesh)
+    gathered = "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]"
+    sg.matmul(x, w, gathered, mesh, sizes={"n": 8})
+    rank = mesh.get_local_rank("tp")
+    with pytest.raises(sg.CollectiveError) as caught:
+        if rank == 0:
+            sg.matmul(x, w, ROW, mesh)
+        else:
+            sg.matmul(x, w, gathered, mesh, sizes={"n": 8})
+    other = "all-gather of X" if rank == 0 else "all-reduce of Y"
+    assert f"rank {1 - rank} failed in: {other}" in str(caught.value)

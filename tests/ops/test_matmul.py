@@ -1,0 +1,387 @@
+"""The product on real ranks: every gradient equal to the reference on integers, everything sent as predicted."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from exact import assert_same, check, integers, reference
+from layouts import grids, random_layout, random_sizes
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import shardgrad as sg
+from shardgrad import PRESETS, Layout
+from shardgrad.testing import distributed
+
+
+@cache
+def mesh_of(grid: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", grid, mesh_dim_names=names)
+
+
+@distributed(world_size=[1, 2, 3, 4])
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_layouts_on_every_grid(world_size: int, name: str) -> None:
+    layout = PRESETS[name]
+    rng = random.Random(name)
+    for grid in grids(world_size, len(layout.axes)):
+        mesh = init_device_mesh("cpu", grid, mesh_dim_names=layout.axes)
+        for at in range(4):
+            check(layout, mesh, random_sizes(rng, layout), seed=at, bias=at % 2 == 0, give_sizes=at < 2)
+
+
+@distributed(world_size=[1, 2, 3, 4], timeout=120)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_legal_layouts(world_size: int, seed: int) -> None:
+    rng = random.Random(1000 * world_size + seed)
+    for dims in (1, 2, 3):
+        axes = ("p", "q", "r")[:dims]
+        for grid in grids(world_size, dims):
+            mesh = init_device_mesh("cpu", grid, mesh_dim_names=axes)
+            for at in range(8):
+                layout = random_layout(rng, axes)
+                check(
+                    layout,
+                    mesh,
+                    random_sizes(rng, layout),
+                    seed=at,
+                    bias=layout.has_bias or rng.random() < 0.5,
+                    give_sizes=rng.random() < 0.5,
+                    keep=rng.choice([(), ("X",), ("W",), ("X", "W")]),
+                    frozen=tuple(name for name in "XWB" if rng.random() < 0.15),
+                )
+
+
+@distributed(world_size=8, timeout=120)
+def test_three_axes_nested_on_eight_ranks() -> None:
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("a", "b", "c"))
+    rng = random.Random(8)
+    texts = [
+        "X[n/a/b/c,d] W[d,m] -> Y[n/a/b/c,m]",
+        "X[n/a/b/c,d] W[d/a/b/c,m] -> Y[n/a/b/c,m]",
+        "X[n/c/b/a,d] W[d,m/c/b/a] -> Y[n,m/c/b/a]",
+        "X[n,d/a/b/c] W[d/a/b/c,m] -> Y[n/c/a/b,m]",
+        str(PRESETS["3d"]),
+    ]
+    for at, text in enumerate(texts):
+        layout = Layout(text)
+        sizes = random_sizes(rng, layout) if at % 2 else dict(zip(layout.letters, (11, 13, 5)))
+        check(layout, mesh, sizes, seed=at, bias=True, give_sizes=at % 2 == 0)
+
+
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X[d] W[d,m/tp] -> Y[m/tp]",
+        "X[d/tp] W[m,d/tp] -> Y[m]",
+        "X[b,s/tp,d] W[f/tp,d] -> Y[b,s,f/tp]",
+        "X[a,b,s/tp,d] W[d,g,f/tp] -> Y[a,b,s,g,f/tp]",
+        "X[d/tp] W[d/tp] -> Y[]",
+        "X[n/tp] W[m] -> Y[n/tp,m]",
+        "X[b,s,h/tp,k] W[h/tp,k,d] -> Y[b,s/tp,d] + B[d]",
+    ],
+)
+def test_from_one_to_four_dims_and_torchs_weight(world_size: int, text: str) -> None:
+    layout = Layout(text)
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    check(layout, mesh, dict(zip(layout.letters, (5, 7, 4, 3, 2, 6))), give_sizes=False)
+
+
+@distributed(world_size=[1, 2, 3, 4])
+def test_non_contiguous_operands_and_gradients_and_expanded_ones(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    sizes = {"n": 5, "d": 7, "m": 6}
+    for text in (
+        "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]",
+        "X[n,d/tp] W[d/tp,m] -> Y[n,m/tp]",
+        "X[n,d/tp] W[d/tp,m] -> Y[n,m]",
+    ):
+        layout = Layout(text)
+        x, w, b, dy = (
+            integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.product))
+        )
+        dy[:] = dy[:1]  # rows alike, so that an expanded gradient says the same
+        expected = reference(layout, x, w, b, dy)
+
+        def strided(full: torch.Tensor, spec: sg.TensorSpec) -> torch.Tensor:
+            local = sg.shard(full, spec, mesh)
+            apart = local.new_full((*local.shape, 2), float("nan"))
+            apart[..., 0] = local
+            return apart[..., 0].detach().requires_grad_()
+
+        xs, ws, bs = strided(x, layout.first), strided(w, layout.second), strided(b, layout.bias)
+        assert not xs.is_contiguous() or xs.numel() < 2
+        y = sg.matmul(xs, ws, layout, mesh, bias=bs)
+        grad = sg.shard(dy, layout.product, mesh)
+        y.backward(grad[:1].expand_as(grad) if grad.shape[0] else grad)
+        assert_same(y, layout.product, expected["Y"], mesh, sizes, "Y")
+        for tensor, spec, key in ((xs, layout.first, "dX"), (ws, layout.second, "dW"), (bs, layout.bias, "db")):
+            assert tensor.grad is not None
+            assert_same(tensor.grad, spec, expected[key], mesh, sizes, key)
+
+
+@distributed(world_size=[1, 2, 3])
+def test_one_tensor_used_twice_and_as_both_operands(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    column = Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]")
+    sizes = {"n": 5, "d": 4, "m": 7}
+    x, w, _, dy = (integers(t, sizes, at) for at, t in enumerate((*column.tensors[:2], column.bias, column.product)))
+    expected = reference(column, x, w, None, dy)
+    xs, ws = sg.shard(x, column.first, mesh).requires_grad_(), sg.shard(w, column.second, mesh).requires_grad_()
+    y = sg.matmul(xs, ws, column, mesh) + sg.matmul(xs, ws, column, mesh)
+    y.backward(sg.shard(dy, column.product, mesh))
+    assert xs.grad is not None
+    assert ws.grad is not None
+    assert_same(xs.grad, column.first, 2 * expected["dX"], mesh, sizes, "dX of two uses")
+    assert_same(ws.grad, column.second, 2 * expected["dW"], mesh, sizes, "dW of two uses")
+    gram = Layout("X[n,d/tp] W[m,d/tp] -> Y[n,m]")
+    xs = sg.shard(x, gram.first, mesh).requires_grad_()
+    g = integers(gram.product, {"n": 5, "m": 5, "d": 4}, 9)
+    sg.matmul(xs, xs, gram, mesh).backward(g)
+    assert xs.grad is not None
+    assert_same(xs.grad, gram.first, (g + g.T) @ x, mesh, sizes, "gradient of X Xᵀ")
+
+
+@distributed(world_size=[2, 4])
+def test_an_axis_that_the_layout_does_not_mention_is_never_communicated(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
+    layout = PRESETS["column"]
+    mine = mesh.get_local_rank("dp")
+    # other rows, another number of them, and other weights on each replica: all independent
+    sizes = {"n": 3 + 2 * mine, "d": 4, "m": 5}
+    x, w, _, dy = (integers(t, sizes, 7 + mine) for t in (*layout.tensors[:2], layout.bias, layout.product))
+    expected = reference(layout, x, w, None, dy)
+    xs, ws = sg.shard(x, layout.first, mesh).requires_grad_(), sg.shard(w, layout.second, mesh).requires_grad_()
+    with sg.trace() as traced:
+        sg.matmul(xs, ws, layout, mesh).backward(sg.shard(dy, layout.product, mesh))
+    assert {event.axis for event in traced} <= {"tp"}
+    assert xs.grad is not None
+    assert ws.grad is not None
+    np.testing.assert_array_equal(xs.grad.numpy(), expected["dX"].numpy())
+    np.testing.assert_array_equal(ws.grad.numpy(), sg.shard(expected["dW"], layout.second, mesh).numpy())
+
+
+@distributed(world_size=[2, 3])
+def test_marks_leave_the_sum_to_the_caller(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout("X[n,d/tp] W[d/tp,m] -> Y[n,m]{tp}")
+    sizes = {"n": 3, "d": 7, "m": 5}
+    x, w, b, dy = (integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.product)))
+    expected = reference(layout, x, w, b, dy)
+    xs, ws, bs = (
+        sg.shard(full, spec, mesh).requires_grad_()
+        for full, spec in ((x, layout.first), (w, layout.second), (b, layout.bias))
+    )
+    with sg.trace() as traced:
+        y = sg.matmul(xs, ws, layout, mesh, bias=bs)
+    assert not [event for event in traced if event.operation == "all-reduce"]
+    total = sg.all_reduce(y, mesh)  # its adjoint hands every rank the same dY
+    total.backward(dy)
+    assert_same(total, sg.TensorSpec("Y", layout.product.dims), expected["Y"], mesh, sizes, "Y, bias added once")
+    assert xs.grad is not None
+    assert bs.grad is not None
+    assert_same(xs.grad, layout.first, expected["dX"], mesh, sizes, "dX")
+    assert_same(bs.grad, layout.bias, expected["db"], mesh, sizes, "db")
+
+
+@distributed(world_size=[1, 2, 3, 4])
+def test_weights_that_share_an_input_share_its_gather_and_reduction(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    texts = (
+        "X[b,s/tp,d] Wq[h/tp,k,d] -> Q[b,s,h/tp,k] + Bq[h/tp,k]",
+        "X[b,s/tp,d] Wk[d,j/tp] -> K[b,s,j/tp]",
+        "X[b,s/tp,d] Wv[d,v/tp] -> V[v/tp,b,s] + Bv[v/tp]",
+    )
+    sizes = {"b": 2, "s": 5, "d": 3, "h": 5, "k": 2, "j": 7, "v": 4}
+    layouts = [Layout(text) for text in texts]
+    x = integers(layouts[0].first, sizes, 1)
+    total = torch.zeros_like(x)
+    weights, expected, dys = [], [], []
+    for at, layout in enumerate(layouts):
+        own = {letter: sizes[letter] for letter in layout.letters}
+        w, b, dy = (integers(t, own, 10 * at + i) for i, t in enumerate((layout.second, layout.bias, layout.product)))
+        truth = reference(layout, x, w, b if layout.has_bias else None, dy)
+        total += truth["dX"]
+        expected.append(truth)
+        dys.append(dy)
+        ws, bs = sg.shard(w, layout.second, mesh).requires_grad_(), sg.shard(b, layout.bias, mesh).requires_grad_()
+        weights.append((ws, layout, bs) if layout.has_bias else (ws, str(layout)))
+    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    for _ in range(2):
+        for tensor in (xs, *[t for entry in weights for t in entry if isinstance(t, torch.Tensor)]):
+            tensor.grad = None
+        with sg.trace() as traced:
+            ys = sg.matmul(xs, weights, mesh, sizes={letter: sizes[letter] for letter in "bs"})
+            torch.autograd.backward(ys, [sg.shard(dy, lay.product, mesh) for dy, lay in zip(dys, layouts)])
+    operations = [event.operation for event in traced]
+    assert operations == (["all-gather", "all-gather", "reduce-scatter"] if world_size > 1 else [])
+    assert xs.grad is not None
+    assert_same(xs.grad, layouts[0].first, total, mesh, sizes, "summed dX")
+    for y, truth, layout, entry in zip(ys, expected, layouts, weights):
+        assert_same(y, layout.product, truth["Y"], mesh, sizes, str(layout.product))
+        assert_same(entry[0].grad, layout.second, truth["dW"], mesh, sizes, f"d{layout.second}")
+        if layout.has_bias:
+            assert_same(entry[2].grad, layout.bias, truth["db"], mesh, sizes, f"d{layout.bias}")
+
+
+@distributed(world_size=[2, 4])
+def test_sharing_an_input_that_one_weight_uses_split_and_another_replicated(world_size: int) -> None:
+    """Fewer KV heads than ranks, say: dX of the replicated weight is complete and must not be summed over tp."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layouts = [Layout("X[n,d] Wq[d,q/tp] -> Q[n,q/tp]"), Layout("X[n,d] Wk[d,k] -> K[n,k]")]
+    sizes = {"n": 3, "d": 4, "q": 6, "k": 5}
+    x = integers(layouts[0].first, sizes, 3)
+    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    weights, dys, total = [], [], torch.zeros_like(x)
+    for at, layout in enumerate(layouts):
+        w, dy = integers(layout.second, sizes, 4 + at), integers(layout.product, sizes, 6 + at)
+        total += reference(layout, x, w, None, dy)["dX"]
+        weights.append((sg.shard(w, layout.second, mesh).requires_grad_(), layout))
+        dys.append(sg.shard(dy, layout.product, mesh))
+    torch.autograd.backward(sg.matmul(xs, weights, mesh), dys)
+    assert xs.grad is not None
+    assert_same(xs.grad, layouts[0].first, total, mesh, sizes, "dX")
+
+
+@distributed(world_size=2)
+def test_outputs_that_nobody_uses_are_not_differentiated(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layouts = [Layout("X[n,d] A[d,p/tp] -> P[n,p/tp]"), Layout("X[n,d] B[d,q/tp] -> Q[n,q/tp]")]
+    x = torch.ones(2, 3, requires_grad=True)
+    a, b = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    p, _ = sg.matmul(x, [(a, layouts[0]), (b, layouts[1])], mesh)
+    p.sum().backward()
+    assert b.grad is None
+    assert a.grad is not None
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((2, 3), 4.0))
+
+
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduce_dtype_sums_16_bit_partials_in_fp32(world_size: int, dtype: torch.dtype) -> None:
+    """Partial sums 256, 1, 1, … are exact in 16 bits, but 256 + 1 is not in bf16; in fp32 the sum is right until it is
+    rounded once, at the end."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout("X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]")
+    rank = mesh.get_local_rank("tp")
+    big = 256 if dtype == torch.bfloat16 else 2048
+    terms = [big, 1, 1][:world_size]
+    terms[1] = 3 if world_size == 2 else 1  # 256 + 3 rounds to 260, 256 + 1 + 1 is 258 exactly
+    x = torch.full((world_size, 1), float(terms[rank]), dtype=dtype)
+    with sg.trace() as traced:
+        y = sg.matmul(
+            x, torch.ones(1, 2, dtype=dtype), layout, mesh, sizes={"n": world_size}, reduce_dtype=torch.float32
+        )
+    exact = torch.tensor(float(sum(terms)), dtype=torch.float64).to(dtype)
+    assert torch.equal(y, exact.expand(1, 2))
+    assert [(e.dtype, e.operation) for e in traced if e.operation == "reduce-scatter"] == [
+        ("float32", "reduce-scatter")
+    ]
+    assert y.dtype == dtype
+
+
+@distributed(world_size=[2, 3])
+def test_in_16_bit_the_error_stays_within_the_bound_of_the_arithmetic(world_size: int) -> None:
+    """|error| <= gamma |X||W| with fp32 accumulation inside a product (k terms), one rounding of each partial sum to
+    bf16, p - 1 bf16 additions, each componentwise (Higham, Accuracy and Stability, section 3.1)."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout("X[n,d/tp] W[d/tp,m] -> Y[n,m]")
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 33, generator=generator).bfloat16()
+    w = torch.randn(33, 7, generator=generator).bfloat16()
+    y = sg.matmul(sg.shard(x, layout.first, mesh), sg.shard(w, layout.second, mesh), layout, mesh)
+    exact = x.double() @ w.double()
+    u16, u32 = 2.0**-8, 2.0**-24
+    steps = world_size * u16 + 33 * u32  # one rounding of the partial, p - 1 additions, the product in fp32
+    bound = steps / (1 - steps) * (x.double().abs() @ w.double().abs())
+    error = (y.double() - exact).abs()
+    assert bool((error <= bound).all())
+    assert float(error.max()) > 0
+    # A missing term is far outside.
+    partial = sg.shard(x, layout.first, mesh).double() @ sg.shard(w, layout.second, mesh).double()
+    assert bool(((partial - exact).abs() > bound).any())
+
+
+@distributed(world_size=2)
+def test_nan_reaches_the_result_and_every_gradient_it_touches(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = PRESETS["row_sequence"]
+    x = torch.ones(3, 2)
+    if mesh.get_local_rank("tp") == 1:
+        x[0, 0] = float("nan")
+    x.requires_grad_()
+    w = torch.ones(2, 2, requires_grad=True)
+    y = sg.matmul(x, w, layout, mesh, sizes={"n": 3})
+    y.sum().backward()
+    full = sg.unshard(y, layout.product, mesh)
+    assert bool(full[0].isnan().all())
+    assert not bool(full[1:].isnan().any())
+    assert w.grad is not None
+    assert bool(w.grad.isnan().any()) == (mesh.get_local_rank("tp") == 1)
+
+
+@distributed(world_size=2)
+def test_second_derivatives_are_refused_clearly(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    x = torch.randn(2, 3, requires_grad=True)
+    w = torch.randn(3, 2, requires_grad=True)
+    y = sg.matmul(x, w, PRESETS["column"], mesh)
+    (grad,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@distributed(world_size=2)
+def test_no_grad_and_frozen_inputs_save_nothing_and_send_nothing_back(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    x, w = torch.randn(2, 3), torch.randn(3, 2, requires_grad=True)
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = sg.matmul(x, w, PRESETS["column"], mesh)
+    assert saved == [(2, 3)]  # X for dW; W is not needed, for there is no dX
+    with sg.trace() as traced:
+        y.sum().backward()
+    assert len(traced) == 0
+    with torch.no_grad():
+        assert not sg.matmul(x, w, PRESETS["column"], mesh).requires_grad
+
+
+@distributed(world_size=2)
+def test_backward_overlaps_the_reduction_of_dx_with_the_product_of_dw(world_size: int) -> None:
+    """The order in which things start: dX's reduction before dW's product, a repeated gather of X before dX's."""
+    from shardgrad.comm import collectives
+    from shardgrad.ops import contract
+
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    log: list[str] = []
+    patched = pytest.MonkeyPatch()
+
+    def wrap(owner: object, name: str, say: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*args: object, **kwargs: object) -> object:
+            log.append(say)
+            return real(*args, **kwargs)
+
+        patched.setattr(owner, name, called)
+
+    x = torch.randn(2, 3, requires_grad=True)
+    w = torch.randn(3, 2, requires_grad=True)
+    y = sg.matmul(x, w, PRESETS["column_sequence"], mesh, sizes={"n": 4})
+    wrap(collectives, "all_gather", "start gather")
+    wrap(collectives, "reduce_scatter", "start reduce")
+    wrap(collectives.Pending, "wait", "wait")
+    wrap(contract.torch, "mm", "product")
+    y.backward(torch.randn(4, 2))
+    patched.undo()
+    assert log == ["start gather", "product", "start reduce", "wait", "product", "wait"]
