@@ -98,9 +98,6 @@ def test_ranks_that_wait_in_different_operations_are_told_of_each_other(world_si
     sg.matmul(x, w, gathered, mesh, sizes={"n": 8})
     rank = mesh.get_local_rank("tp")
     with pytest.raises(sg.CollectiveError) as caught:
-        if rank == 0:
-            sg.matmul(x, w, ROW, mesh)
-        else:
-            sg.matmul(x, w, gathered, mesh, sizes={"n": 8})
+        sg.matmul(x, w, gathered if rank else ROW, mesh, sizes={"n": 8} if rank else None)
     other = "all-gather of X" if rank == 0 else "all-reduce of Y"
     assert f"rank {1 - rank} failed in: {other}" in str(caught.value)
