@@ -40,8 +40,8 @@ CONFTEST = """
 NOTE_PIDS = """
     import os, pathlib
 
-    def note_pid():
-        pathlib.Path(f"pid{os.getpid()}").touch()
+    def note_pid(pid=None):
+        pathlib.Path(f"pid{pid or os.getpid()}").touch()
 """
 
 Project = Callable[..., pytest.Pytester]
@@ -354,26 +354,26 @@ def test_ranks_that_hang_or_die(project: Project) -> None:
                 note_pid()
                 print("I am", rank)
                 if rank == 1:
-                    subprocess.Popen(["sleep", "300"])
+                    note_pid(subprocess.Popen(["sleep", "300"]).pid)
                 else:
                     collective()
 
-            @distributed(2)
+            @distributed(2, timeout=200)
             def test_others_wait(rank):
                 note_pid()
                 if rank == 0:
                     raise ValueError("the cause")
                 collective()
 
-            @distributed(2)
+            @distributed(2, timeout=200)
             def test_exit(rank):
                 note_pid()
                 print("last words of", rank)
                 if rank == 1:
                     os._exit(3)
-                time.sleep(50)
+                time.sleep(150)
 
-            @distributed(2)
+            @distributed(2, timeout=200)
             def test_kill(rank):
                 note_pid()
                 if rank == 0:
@@ -385,9 +385,7 @@ def test_ranks_that_hang_or_die(project: Project) -> None:
                 collective()
         """,
     )
-    began = time.monotonic()
-    result, text = run(pytester, "--durations=0", "-vv")
-    assert time.monotonic() - began < 45
+    result, text = run(pytester)  # and that is over before any one of the long timeouts would be
     result.assert_outcomes(passed=1, failed=4)
     hang = section(text, "test_hang[ranks=3]")
     assert hang.startswith("timeout: 2 of 3 ranks (ranks 0, 2) did not finish in 1.5 s\n")
@@ -404,7 +402,7 @@ def test_ranks_that_hang_or_die(project: Project) -> None:
     assert "- rank 0 was still in test_exit (test_inner.py:" in died
     assert "[rank 1] last words of 1" in died
     assert section(text, "test_kill[ranks=2]").startswith("rank 0 of 2 died: killed by SIGKILL\n")
-    assert_nothing_left(pytester, processes=3 + 2 + 2 + 2 + 2)
+    assert_nothing_left(pytester, processes=(3 + 1) + 2 + 2 + 2 + 2)
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGKILL])

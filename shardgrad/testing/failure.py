@@ -1,0 +1,62 @@
+"""On a rank: an exception as text, with enough of the locals to be understood from another process."""
+
+from __future__ import annotations
+
+import reprlib
+import sysconfig
+import traceback
+import types
+from pathlib import Path
+
+_MACHINERY = (str(Path(__file__).parent), "<frozen importlib")
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+_FRAMES_WITH_LOCALS = 3
+_DULL = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 8
+_short.maxstring = _short.maxother = 200
+
+
+def describe(error: BaseException) -> tuple[str, str, str]:
+    """Returns one line, the traceback from the user's first frame on, and that code's local variables."""
+    start = error.__traceback__
+    while start is not None and start.tb_frame.f_code.co_filename.startswith(_MACHINERY):
+        start = start.tb_next
+    # With nothing of the user's left, the way the function was called is at fault: keep every frame.
+    error = error.with_traceback(start or error.__traceback__)
+    lines = traceback.format_exception_only(error)  # also if str(error) raises
+    summary = next((line for line in lines if not line.startswith(" ")), lines[0]).splitlines()[0]
+    return summary, "".join(traceback.format_exception(error)), _variables(start)
+
+
+def _variables(entry: types.TracebackType | None) -> str:
+    frames = []
+    while entry is not None:
+        frame = entry.tb_frame
+        at_module_level = frame.f_locals is frame.f_globals
+        library = frame.f_code.co_filename.startswith((*_MACHINERY, *_LIBRARIES))
+        if not at_module_level and not library:
+            frames.append((frame, entry.tb_lineno))
+        entry = entry.tb_next
+    blocks = []
+    for frame, line in frames[-_FRAMES_WITH_LOCALS:]:
+        values = [
+            f"    {name} = {_shortened(value)}"
+            for name, value in frame.f_locals.items()
+            if not name.startswith(("@", "__")) and not isinstance(value, _DULL)
+        ]
+        if values:
+            where = f"  {frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{line}"
+            blocks.append("\n".join([where, *values]))
+    return "\n".join(blocks)
+
+
+def _shortened(value: object) -> str:
+    """A repr on one line; a tensor's begins with its shape and dtype, which explain most failures."""
+    try:
+        text = " ".join(_short.repr(value).split())
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        return text if shape is None or dtype is None else f"{list(shape)} {dtype} {text}"
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
