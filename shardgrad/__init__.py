@@ -1,32 +1,84 @@
-"""shardgrad: sharded matrix products whose backward is derived from how the tensors are stored."""
+"""shardgrad: sharded matrix products whose backward is derived from how the tensors are stored.
 
-from shardgrad.comm.adjoint import all_gather as all_gather
-from shardgrad.comm.adjoint import all_reduce as all_reduce
-from shardgrad.comm.adjoint import all_to_all as all_to_all
-from shardgrad.comm.adjoint import gather_replicated as gather_replicated
-from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
-from shardgrad.comm.adjoint import replicate as replicate
-from shardgrad.comm.adjoint import split as split
-from shardgrad.comm.agree import check_every_call as check_every_call
-from shardgrad.comm.collectives import communication_clock as communication_clock
-from shardgrad.comm.trace import trace as trace
-from shardgrad.errors import CollectiveError as CollectiveError
-from shardgrad.errors import DisagreementError as DisagreementError
-from shardgrad.errors import LayoutError as LayoutError
-from shardgrad.errors import MeshError as MeshError
-from shardgrad.errors import ShapeError as ShapeError
-from shardgrad.layout import PRESETS as PRESETS
-from shardgrad.layout import Collective as Collective
-from shardgrad.layout import Layout as Layout
-from shardgrad.layout import TensorSpec as TensorSpec
-from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
-from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
-from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
-from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
-from shardgrad.nn.module import Stored as Stored
-from shardgrad.nn.module import stored_parameters as stored_parameters
-from shardgrad.nn.norm import LayerNorm as LayerNorm
-from shardgrad.nn.norm import RMSNorm as RMSNorm
-from shardgrad.ops.matmul import matmul as matmul
-from shardgrad.ops.shard import shard as shard
-from shardgrad.ops.shard import unshard as unshard
+Names are imported when first used: every pytest run loads the plugin, and need not import torch for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardgrad.comm.adjoint import all_gather as all_gather
+    from shardgrad.comm.adjoint import all_reduce as all_reduce
+    from shardgrad.comm.adjoint import all_to_all as all_to_all
+    from shardgrad.comm.adjoint import gather_replicated as gather_replicated
+    from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
+    from shardgrad.comm.adjoint import replicate as replicate
+    from shardgrad.comm.adjoint import split as split
+    from shardgrad.comm.agree import check_every_call as check_every_call
+    from shardgrad.comm.collectives import communication_clock as communication_clock
+    from shardgrad.comm.trace import trace as trace
+    from shardgrad.errors import CollectiveError as CollectiveError
+    from shardgrad.errors import DisagreementError as DisagreementError
+    from shardgrad.errors import LayoutError as LayoutError
+    from shardgrad.errors import MeshError as MeshError
+    from shardgrad.errors import ShapeError as ShapeError
+    from shardgrad.layout import PRESETS as PRESETS
+    from shardgrad.layout import Collective as Collective
+    from shardgrad.layout import Layout as Layout
+    from shardgrad.layout import TensorSpec as TensorSpec
+    from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
+    from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
+    from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
+    from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+    from shardgrad.nn.module import Stored as Stored
+    from shardgrad.nn.module import stored_parameters as stored_parameters
+    from shardgrad.nn.norm import LayerNorm as LayerNorm
+    from shardgrad.nn.norm import RMSNorm as RMSNorm
+    from shardgrad.ops.matmul import matmul as matmul
+    from shardgrad.ops.shard import shard as shard
+    from shardgrad.ops.shard import unshard as unshard
+
+_HOME = {
+    "all_gather": "shardgrad.comm.adjoint",
+    "all_reduce": "shardgrad.comm.adjoint",
+    "all_to_all": "shardgrad.comm.adjoint",
+    "gather_replicated": "shardgrad.comm.adjoint",
+    "reduce_scatter": "shardgrad.comm.adjoint",
+    "replicate": "shardgrad.comm.adjoint",
+    "split": "shardgrad.comm.adjoint",
+    "check_every_call": "shardgrad.comm.agree",
+    "communication_clock": "shardgrad.comm.collectives",
+    "trace": "shardgrad.comm.trace",
+    "CollectiveError": "shardgrad.errors",
+    "DisagreementError": "shardgrad.errors",
+    "LayoutError": "shardgrad.errors",
+    "MeshError": "shardgrad.errors",
+    "ShapeError": "shardgrad.errors",
+    "PRESETS": "shardgrad.layout",
+    "Collective": "shardgrad.layout",
+    "Layout": "shardgrad.layout",
+    "TensorSpec": "shardgrad.layout",
+    "VocabParallelEmbedding": "shardgrad.nn.embedding",
+    "ColumnParallelLinear": "shardgrad.nn.linear",
+    "RowParallelLinear": "shardgrad.nn.linear",
+    "vocab_parallel_cross_entropy": "shardgrad.nn.loss",
+    "Stored": "shardgrad.nn.module",
+    "stored_parameters": "shardgrad.nn.module",
+    "LayerNorm": "shardgrad.nn.norm",
+    "RMSNorm": "shardgrad.nn.norm",
+    "matmul": "shardgrad.ops.matmul",
+    "shard": "shardgrad.ops.shard",
+    "unshard": "shardgrad.ops.shard",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardgrad' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -13,7 +13,7 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def store() -> dist.Store:
+def store() -> Any:
     """The key-value store of the default process group: the one channel left when a collective has failed."""
     return dist.distributed_c10d._get_default_store()
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Role
-from shardgrad.ops.product import Key, Product, Sized, run_backward, run_forward
+from shardgrad.ops.product import Product
+from shardgrad.ops.program import Key, Program
 
 Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
 _layout = lru_cache(maxsize=512)(Layout)
@@ -141,7 +141,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Differentiably compute bound products of x."""
     tensors = (x, *weights, *biases)
-    return _Product.apply(product, product.sized(tensors, sizes), *tensors)
+    return _Product.apply(product, product.program(tensors, sizes), *tensors)
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
@@ -169,51 +169,19 @@ def _kept(keep: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
 
 
 class _Product(torch.autograd.Function):
-    """Inputs: the bound product, its sizes, X, the weights, the biases that are there."""
+    """Inputs: the bound product, its program, X, the weights, the biases that are there."""
 
     @staticmethod
-    def forward(ctx: Any, product: Product, sized: Sized, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        count = len(product.layouts)
-        weights = rest[:count]
-        there = iter(rest[count:])
-        biases = [next(there) if biased else None for biased in product.biased]
-        ys, kept = run_forward(product, sized, x, weights, biases)
+    def forward(ctx: Any, product: Product, program: Program, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        ys, slots = program.forward(x, rest)
         # Saved: X for dW, W for dX; as gathered if kept, else as stored, to be gathered again.
-        save: dict[Key, Tensor] = {}
-        for at, weight in enumerate(weights):
-            if ctx.needs_input_grad[3 + at]:
-                share: Key = ("first", product.share[at])
-                save[share] = kept.get(share, x)
-            if ctx.needs_input_grad[2]:
-                save["second", at] = kept.get(("second", at), weight)
-        ctx.save_for_backward(*save.values())
-        ctx.saved_keys, ctx.product, ctx.sized = tuple(save), product, sized
+        ctx.save_for_backward(*[slots[at] for at in program.saved(ctx.needs_input_grad[2:])])
+        ctx.product, ctx.program = product, program
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        product: Product = ctx.product
-        need = ctx.needs_input_grad
-        count = len(product.layouts)
-        needs: list[set[Role]] = [set() for _ in range(count)]
-        bias_at = [at for at, biased in enumerate(product.biased) if biased]
-        for at in range(count):
-            if need[2]:
-                needs[at].add("first")
-            if need[3 + at]:
-                needs[at].add("second")
-        for place, at in enumerate(bias_at):
-            if need[3 + count + place]:
-                needs[at].add("bias")
-        operands: dict[Key, Tensor] = dict(zip(ctx.saved_keys, ctx.saved_tensors))
-        product.check_backward(dys)
-        grads = run_backward(product, ctx.sized, operands, dys, needs)
-        return (
-            None,
-            None,
-            grads.get(("first", 0)),
-            *[grads.get(("second", at)) for at in range(count)],
-            *[grads.get(("bias", at)) for at in bias_at],
-        )
+        ctx.product.check_backward(dys)
+        return None, None, *ctx.program.backward(ctx.needs_input_grad[2:], ctx.saved_tensors, dys)

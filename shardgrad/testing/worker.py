@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import queue
+import random
 import shutil
 import signal
 import sys
@@ -74,6 +75,7 @@ def run(task: Task, membership: Membership) -> Reply:
             args = [_unpickled(str(position), value) for position, value in enumerate(call.args)]
             kwargs = {name: _unpickled(repr(name), value) for name, value in call.kwargs.items()}
         membership.enter(task.group)
+        _seed()
         with _filtered(call.filters), _supplied(call, membership.rank) as supplied:
             value = function(*args, **kwargs, **supplied)
         return Reply("passed", value=_pickled_result(value), group_intact=membership.is_intact())
@@ -82,6 +84,14 @@ def run(task: Task, membership: Membership) -> Reply:
         summary, text, variables = describe(error)
         status = _status(error)
         return Reply(status, summary if status == "failed" else str(error), text, variables, when=when)
+
+
+def _seed() -> None:
+    """Every task starts from the same random state, on all ranks, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def _status(error: BaseException) -> Status:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-import shardgrad.testing
 from shardgrad.testing import RankError, distributed, run_distributed
 from shardgrad.testing.report import name_ranks
 from shardgrad.testing.stack import read_stacks
@@ -435,19 +434,24 @@ def test_the_end_of_pytest_is_the_end_of_the_ranks(project: Project, way: signal
 
 
 def test_the_plugin_is_light() -> None:
-    """Every pytest run of an environment that has shardgrad imports it; this room adds nothing heavy.
-
-    What the package itself imports is not looked at here: an empty one stands in for it.
-    """
-    code = f"""if True:
-        import sys, types
-        package = sys.modules["shardgrad"] = types.ModuleType("shardgrad")
-        package.__path__ = [{str(Path(shardgrad.testing.__file__).parents[1])!r}]
+    """Every pytest run of an environment that has shardgrad imports it."""
+    code = """if True:
+        import sys
         import shardgrad.testing.plugin
-        print({{"torch", "numpy", "multiprocessing"}} & set(sys.modules))
+        print({"torch", "numpy", "multiprocessing"} & set(sys.modules))
     """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert output.stdout == "set()\n", output.stderr
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_starts_from_the_same_random_state_on_all_ranks(world_size: int, again: bool) -> None:
+    import torch
+
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert drawn == torch.rand(())
 
 
 def _plain() -> None: ...

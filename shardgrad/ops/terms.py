@@ -1,0 +1,41 @@
+"""The local mathematics of one layout: the product, its two transposes, and how a bias lies in it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shardgrad.comm.mesh import MeshView
+from shardgrad.layout.layout import Layout
+from shardgrad.ops.contract import Contraction
+
+
+class Terms:
+    """Y = Σ X W; dX = Σ dY W; dW = Σ dY X; db = Σ dY: each over the letters that the left-hand side lacks."""
+
+    def __init__(self, layout: Layout, view: MeshView) -> None:
+        x, w, y = layout.first.letters, layout.second.letters, layout.product.letters
+        self.product = Contraction(x, w, y)
+        self.grad_first = Contraction(y, w, x)
+        self.grad_second = Contraction(y, x, w)
+        b = layout.bias.letters
+        self._permute = tuple(b.index(letter) for letter in y if letter in b)
+        self._permute_back = tuple([letter for letter in y if letter in b].index(letter) for letter in b)
+        self._ones = tuple(at for at, letter in enumerate(y) if letter not in b)
+        self._trailing = y[len(y) - len(b) :] == b
+        # A sum that is left to the caller is made of one term a rank: only one of them may hold the bias.
+        self._adds_bias = all(view.coordinate[axis] == 0 for axis in layout.product.partial)
+
+    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        """y plus the bias, in place: y is a fresh local product."""
+        if not self._adds_bias:
+            return y
+        if not self._trailing:
+            bias = bias.permute(self._permute)
+            for at in self._ones:
+                bias = bias.unsqueeze(at)
+        return y.add_(bias)
+
+    def grad_bias(self, dy: Tensor) -> Tensor:
+        """dY summed over the letters that the bias lacks, in the bias's order; a tensor of its own."""
+        db = dy.sum(self._ones) if self._ones else dy.clone()
+        return db.permute(self._permute_back)
