@@ -69,7 +69,10 @@ def _bias(rng: random.Random, y: list[str], splitting: Placement, storing: Place
             keep = [free[0]] if free and rng.random() < 0.7 else []
         free = [axis for axis in free if axis not in keep]
         dims.append("/".join([letter, *keep]))
-    return f"B[{','.join(dims)}]"
+    stored = "/".join(dims).split("/")
+    summed = [axis for letter in y if letter not in chosen for axis in (*splitting[letter], *storing[letter])]
+    marks = [axis for axis in summed if axis not in stored and rng.random() < 0.3]
+    return f"B[{','.join(dims)}]" + (f"{{{','.join(marks)}}}" if marks else "")
 
 
 def random_sizes(rng: random.Random, layout: Layout) -> dict[str, int]:
