@@ -40,14 +40,32 @@ def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> 
     if axis.size == 1:
         return
     text = describe()
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    digest = _digest(text)
     if digest in view.agreed[axis.name] and not _every_call:
         return
-    digests = [row[0] for row in gather_ints([digest], axis, view.device, f"comparison of {who} between ranks")]
-    if len(set(digests)) > 1:
-        said = gather_texts(text, axis, view.device)
-        raise DisagreementError(_report(said, axis, who))
+    _compare(view, axis, text, [digest], who)
     view.agreed[axis.name].add(digest)
+
+
+def share_first(view: MeshView, axis: Axis, text: str, value: int, who: str) -> int:
+    """The first rank's value, on every rank of the axis, once a description of what it is for has been compared.
+
+    Raises:
+        DisagreementError: as `agree`.
+    """
+    return value if axis.size == 1 else _compare(view, axis, text, [_digest(text), value], who)[0][1]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _compare(view: MeshView, axis: Axis, text: str, numbers: list[int], who: str) -> list[list[int]]:
+    """Every rank's numbers, of which the first, the text's digest, must be alike."""
+    rows = gather_ints(numbers, axis, view.device, f"comparison of {who} between ranks")
+    if any(row[0] != rows[0][0] for row in rows):
+        raise DisagreementError(_report(gather_texts(text, axis, view.device), axis, who))
+    return rows
 
 
 def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.agree import agree
+from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
@@ -79,32 +78,27 @@ class ShardedModule(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(stored.block()[1], device=where, dtype=dtype)))
 
     def fill(self, name: str, values: Fill, generator: torch.Generator | None = None) -> None:
-        """Set a parameter to `values(seed, global shape, starts, lengths)`, one seed drawn for all of its shards."""
+        """Set a parameter to `values(seed, global shape, starts, lengths)`.
+
+        One seed is drawn from torch's generator, on every rank; that of the first rank of the layer's axes is used, so
+        the shards belong together however the ranks were seeded.
+
+        Raises:
+            DisagreementError: the ranks build different layers.
+        """
         parameter = self.get_parameter(name)
         seed = draw_seed(generator)
         if parameter.is_meta:
             return
         stored = self._stored[name]
         mesh_view = view(self.mesh)
+        lines = (f"{type(self).__name__}.{name}", f"stored as {stored.spec}", f"global shape {stored.shape}")
+        text = "\n".join((*lines, f"dtype {parameter.dtype}"))
         for axis in self._axes:
-            describe = partial(_described, type(self).__name__, name, stored, seed, parameter.dtype)
-            agree(mesh_view, mesh_view.axis(axis), describe, "a layer being built")
+            seed = share_first(mesh_view, mesh_view.axis(axis), text, seed, "a layer being built")
         starts, lengths = stored.block()
         with torch.no_grad():
             parameter.copy_(values(seed, stored.shape, starts, lengths))
-
-
-def _described(layer: str, name: str, stored: Stored, seed: int, dtype: torch.dtype) -> str:
-    return "\n".join(
-        (
-            f"{layer}.{name}",
-            f"stored as {stored.spec}",
-            f"global shape {stored.shape}",
-            f"dtype {dtype}",
-            f"seed of initial values {seed} (drawn from torch's generator: seed it alike on these ranks, with "
-            "torch.manual_seed, before building layers)",
-        )
-    )
 
 
 def stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Stored | None]]:

@@ -94,6 +94,17 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(world_size: int) ->
     assert not torch.equal(*twice)  # another draw, other values
 
 
+@distributed(world_size=[2, 4])
+def test_shards_belong_together_however_the_ranks_were_seeded(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(100 + 7 * mesh.get_rank())
+    layer = sg.ColumnParallelLinear(3, 5, mesh=mesh)
+    torch.manual_seed(100 + 7 * 2 * mesh.get_local_rank("dp"))  # the first rank of this tp group
+    seed = init.draw_seed()
+    full = init.uniform(3**-0.5, seed, (5, 3), (0, 0), (5, 3)).float()
+    assert torch.equal(layer.weight.detach(), sg.shard(full, layer.layout(2)["W"], mesh))
+
+
 @distributed(world_size=2)
 def test_torch_habits_work(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

@@ -247,6 +247,31 @@ def test_sharing_an_input_that_one_weight_uses_split_and_another_replicated(worl
     assert_same(xs.grad, layouts[0].first, total, mesh, sizes, "dX")
 
 
+@distributed(world_size=[1, 2, 3])
+def test_plain_matrices_that_share_an_input(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layouts = [Layout(f"X[n,d] W[d,{m}/tp] -> Y[n,{m}/tp]") for m in "pqr"]
+    sizes = {"n": 3, "d": 4, "p": 6, "q": 5, "r": 7}
+    x = integers(layouts[0].first, sizes, 3)
+    xs = x.clone().requires_grad_()
+    weights, dys, total = [], [], torch.zeros_like(x)
+    for at, layout in enumerate(layouts):
+        w, dy = integers(layout.second, sizes, 4 + at), integers(layout.product, sizes, 8 + at)
+        total += reference(layout, x, w, None, dy)["dX"]
+        weights.append((sg.shard(w, layout.second, mesh), layout))
+        dys.append(sg.shard(dy, layout.product, mesh))
+    torch.autograd.backward(sg.matmul(xs, weights, mesh), dys)
+    assert xs.grad is not None
+    assert torch.equal(xs.grad, total)
+
+
+@distributed(world_size=[2, 3])
+def test_the_bias_alone_needs_no_gathered_gradient(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    for text in ("X[n,d/tp] W[d/tp,m] -> Y[n/tp,m] + B[m]", "X[n,d/tp] W[d/tp,m] -> Y[n,m/tp] + B[m]"):
+        check(Layout(text), mesh, {"n": 5, "d": 4, "m": 7}, frozen=("X", "W"))
+
+
 @distributed(world_size=2)
 def test_outputs_that_nobody_uses_are_not_differentiated(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
