@@ -5,6 +5,7 @@ The only file that calls torch.distributed to move data.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ class Clock:
 
 
 _clocks: list[Clock] = []
+
+# A gloo thread lets go of a collective's tensors a little after `wait` has returned, and needs the interpreter's lock for
+# it. If the interpreter ends first, the thread takes the process down ("terminate called without an active exception"):
+# measured here, with two busy cores, in 3 of 14 runs of a program that ends right after a backward, with this in none.
+atexit.register(time.sleep, 0.05)
 
 
 @contextmanager

@@ -16,29 +16,13 @@ from shardgrad.errors import MeshError
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them.
-
-    The group is held weakly. What holds it past `destroy_process_group` keeps gloo's threads running into the
-    interpreter's end, where one of them may take the process down.
-    """
+    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them."""
 
     name: str
     size: int
     index: int
+    group: dist.ProcessGroup
     ranks: tuple[int, ...]
-    _group: weakref.ref[dist.ProcessGroup]
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The axis's process group.
-
-        Raises:
-            MeshError: it has been destroyed.
-        """
-        group = self._group()
-        if group is None:
-            raise MeshError(f"the process group of {self} has been destroyed: make the mesh and what uses it anew")
-        return group
 
     def __str__(self) -> str:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
@@ -118,7 +102,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
     for dim, name in enumerate(names):
         group = mesh.get_group(name)
         ranks = tuple(dist.get_process_group_ranks(group))
-        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], ranks, weakref.ref(group))
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
         _axis_names[group] = name
     kind = mesh.device_type
     device = (
