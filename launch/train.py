@@ -1,0 +1,14 @@
+"""Train a byte-level GPT, tensor and sequence parallel over the ranks that torchrun starts.
+
+torchrun --standalone --nproc-per-node 2 launch/train.py configs/quickstart.yaml [section.key=value ...]
+"""
+
+import sys
+
+try:
+    from shardgrad.train import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: install what training needs with  pip install 'shardgrad[train]'")
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

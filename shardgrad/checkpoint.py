@@ -1,0 +1,163 @@
+"""Save and load a model and its optimizer, whatever the mesh: global tensors in safetensors files, no pickle.
+
+A checkpoint is a folder:
+
+    model.safetensors       every parameter, global, by its name
+    optimizer.safetensors   `name/key`: the optimizer's state of each parameter (AdamW: step, exp_avg, exp_avg_sq)
+    state.json              the format, torch's version, the mesh that saved it, and what the caller adds
+
+It is written under another name and renamed when all of it is on the disk, so a folder of its name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.agree import gather_texts
+from shardgrad.comm.mesh import view
+from shardgrad.nn.module import Stored, stored_parameters
+from shardgrad.ops.shard import shard, unshard
+
+FORMAT = 1
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    mesh: DeviceMesh,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint; called on every rank of the mesh, written by its first.
+
+    Tensors are assembled one at a time; the first rank holds all of them in the memory of its CPU until they are
+    written. Returns, on every rank, when the checkpoint is on the disk.
+
+    Args:
+        path: a folder that does not exist yet.
+        optimizer: its state goes along; its hyperparameters do not (they are the configuration's).
+        state: what else to write, of JSON's types: the step, say.
+
+    Raises:
+        OSError: on every rank, if the folder exists or cannot be written; nothing is left of it.
+    """
+    mesh_view = view(mesh)
+    writes = not any(mesh_view.coordinate.values())
+    parameters: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter, stored in stored_parameters(model):
+        full = _whole(parameter, stored)
+        if writes:
+            parameters[name] = full
+        for key, value in _optimizer_state(optimizer, parameter).items():
+            full = _whole(value, stored if value.shape == parameter.shape else None)
+            if writes:
+                moments[f"{name}/{key}"] = full
+    done = "written"
+    if writes:
+        about = {"format": FORMAT, "torch": torch.__version__, "mesh": mesh_view.shape, **(state or {})}
+        try:
+            _write(Path(path), parameters, moments, about)
+        except (OSError, SafetensorError) as error:
+            done = f"cannot write the checkpoint {path}: {error}"
+    for axis in mesh_view.axes.values():
+        done = gather_texts(done, axis, mesh_view.device)[0] if axis.size > 1 else done
+    if done != "written":
+        raise OSError(done)
+
+
+def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Fill a model, on any mesh, and its optimizer with a checkpoint; every rank reads it, and nothing is communicated.
+
+    Returns:
+        What `state.json` holds.
+
+    Raises:
+        OSError: the folder or a file of it cannot be read.
+        ValueError: its tensors are not those of the model, by name or by global shape, or the format is unknown.
+    """
+    folder = Path(path)
+    about: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
+    own = {name: (parameter, stored) for name, parameter, stored in stored_parameters(model)}
+    with safe_open(folder / _MODEL, "pt") as file, torch.no_grad():
+        _check_names(set(file.keys()), set(own), folder)
+        for name, (parameter, stored) in own.items():
+            parameter.copy_(_part(file.get_tensor(name), name, parameter, stored, folder))
+    if optimizer is not None:
+        with safe_open(folder / _OPTIMIZER, "pt") as file:
+            for entry in file.keys():  # noqa: SIM118 (not a mapping)
+                name, _, key = entry.rpartition("/")
+                parameter, stored = own[name]
+                value = file.get_tensor(entry)
+                if value.dim():
+                    value = _part(value, entry, parameter, stored, folder).to(parameter.device)
+                optimizer.state[parameter][key] = value
+    return about
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _whole(local: Tensor, stored: Stored | None) -> Tensor:
+    """The global tensor, on the CPU and of its own memory."""
+    if stored is None or not stored.spec.axes:
+        return local.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return unshard(local, stored.spec, stored.mesh, stored.sizes).cpu()
+
+
+def _part(full: Tensor, name: str, parameter: Tensor, stored: Stored | None, folder: Path) -> Tensor:
+    shape = tuple(parameter.shape) if stored is None else stored.shape
+    if tuple(full.shape) != shape:
+        raise ValueError(f"{name} has global shape {shape} in this model, but {tuple(full.shape)} in {folder}")
+    return full if stored is None else shard(full, stored.spec, stored.mesh)
+
+
+def _check_names(found: set[str], wanted: set[str], folder: Path) -> None:
+    if found != wanted:
+        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+        parts = [f"it lacks {', '.join(missing)}"] if missing else []
+        parts += [f"it has {', '.join(unknown)}, which the model lacks"] if unknown else []
+        raise ValueError(f"{folder} is a checkpoint of another model: {'; '.join(parts)}")
+
+
+def _write(folder: Path, parameters: dict[str, Tensor], moments: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        save_file(parameters, partial / _MODEL)
+        save_file(moments, partial / _OPTIMIZER)
+        (partial / _STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        for part in (*partial.iterdir(), partial):
+            _to_disk(part)
+        os.rename(partial, folder)
+        _to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

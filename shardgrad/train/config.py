@@ -1,0 +1,212 @@
+"""What a training run is told: the keys, what each allows, and how they are read from YAML and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem by its key."""
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 3e-3, without a point, as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(_Section):
+    dir: str = Field(
+        default="runs/run", min_length=1, description="folder for what the run leaves; a number is added if it exists"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, batches and the sample")
+
+
+class Mesh(_Section):
+    tp: int | None = Field(default=None, ge=1, description="ranks of the tensor parallel axis; null: all there are")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
+    timeout_s: Number = Field(
+        default=120.0, gt=0, description="seconds after which a collective that waits is an error"
+    )
+
+
+class Data(_Section):
+    files: list[str] = Field(default=[], description="text files; none: the language reference that CPython carries")
+    held_out: Number = Field(default=0.1, gt=0, lt=1, description="last part of the text, never trained on")
+
+
+class Model(_Section):
+    layers: int = Field(ge=1, description="transformer blocks")
+    heads: int = Field(ge=1, description="attention heads; need not divide by the ranks")
+    d_model: int = Field(ge=1, description="width of the residual stream, a multiple of model.heads")
+    seq_len: int = Field(ge=1, description="bytes of a sequence")
+
+
+class Train(_Section):
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch: int = Field(ge=1, description="sequences of a step")
+    lr: Number = Field(gt=0, description="highest learning rate")
+    warmup: int = Field(
+        default=0, ge=0, description="steps over which lr rises, before it falls by a cosine to a tenth"
+    )
+    weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's, on matrices alone")
+    log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
+    eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
+
+
+class Sample(_Section):
+    prompt: str = Field(default="The ", min_length=1, description="what the sample of generated text begins with")
+    bytes: int = Field(default=400, ge=0, description="bytes to generate; 0: none")
+    temperature: Number = Field(default=0.7, gt=0, description="of the sampling")
+
+
+class Config(_Section):
+    """A whole configuration; keys are written `section.key`."""
+
+    run: Run = Run()
+    mesh: Mesh = Mesh()
+    data: Data = Data()
+    model: Model
+    train: Train
+    sample: Sample = Sample()
+
+    def to_yaml(self) -> str:
+        """The configuration with every key written out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, then `section.key=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong; lists all of them, with the nearest key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    values = _yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections ({', '.join(Config.model_fields)}), not {values!r}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+    else:
+        problems = list(_disagreements(config))
+        if not problems:
+            return config
+    where = f"{path}{' with overrides' if overrides else ''}"
+    raise ConfigError("\n".join([f"the configuration {where} cannot be used:", *(f"  {p}" for p in problems)]))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {', '.join(sorted(twice))} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read {what} as YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"cannot read the override {override!r}: write section.key=value, as in train.steps=100")
+    section = values
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"cannot override {key}: {name} is not a section{_nearest(key)}")
+    section[path[-1]] = _yaml(text, f"the value of {key}")
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    """Every key, as `section.key`, with pydantic's description of it."""
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        for name, inner in model.model_fields.items():
+            yield f"{section}.{name}", inner
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in keys()]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    found = get_close_matches(key, [*known, *Config.model_fields], n=1)
+    found = found or [by_last[last] for last in get_close_matches(key.rpartition(".")[2], by_last, n=1)]
+    return f"; the nearest key is {found[0]}" if found else f"; the keys are {', '.join(known)}"
+
+
+def _problem(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key} is no key{_nearest(key)}"
+    if detail["type"] == "missing":
+        described: Mapping[str, Any] = dict(keys())
+        return f"{key} is missing" + (f": {described[key].description}" if key in described else "")
+    if detail["type"] == "model_type":
+        return f"{key} = {detail['input']!r} must be a section with keys of its own"
+    return f"{key} = {detail['input']!r} {detail['msg'].replace('Input should', 'should')}"
+
+
+def _disagreements(config: Config) -> Iterator[str]:
+    """What no single key tells."""
+    model, train = config.model, config.train
+    if model.d_model % model.heads:
+        fits = [heads for heads in range(1, model.d_model + 1) if model.d_model % heads == 0]
+        near = sorted(sorted(fits, key=lambda heads: abs(heads - model.heads))[:3])
+        yield (
+            f"model.d_model = {model.d_model} does not divide by model.heads = {model.heads}; "
+            f"heads that would: {', '.join(map(str, near))}"
+        )
+    if train.warmup >= train.steps:
+        yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
+
+
+def check_ranks(config: Config, ranks: int) -> Config:
+    """The configuration with `mesh.tp` resolved to the number of ranks.
+
+    Raises:
+        ConfigError: it says another number.
+    """
+    if config.mesh.tp not in (None, ranks):
+        raise ConfigError(
+            f"mesh.tp = {config.mesh.tp}, but {ranks} {'process was' if ranks == 1 else 'processes were'} started: "
+            f"start torchrun with --nproc-per-node {config.mesh.tp}, or set mesh.tp=null for all there are"
+        )
+    return config.model_copy(update={"mesh": config.mesh.model_copy(update={"tp": ranks})})

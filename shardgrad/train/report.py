@@ -1,0 +1,208 @@
+"""What the first rank shows: the opening tables, a line of progress, the end. The other ranks show nothing."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from shardgrad.comm.mesh import view
+from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.nn.attention import Attention
+from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
+from shardgrad.nn.module import ShardedModule, Stored
+from shardgrad.nn.norm import LayerNorm
+from shardgrad.train.compare import BOUND, Comparison
+from shardgrad.train.model import GPT, Positions
+
+_WIDTH = 120  # of lines in a file or a pipe
+_SHOWN = 5  # tensors of the comparison that are listed
+_LETTERS = {VocabParallelEmbedding: "vm", Positions: "sm", LayerNorm: "m"}  # of layers that have no product
+Totals = Mapping[tuple[str, str], tuple[int, int]]
+
+
+class Report:
+    """Writes to the terminal, or as plain lines to a file or pipe.
+
+    shown: False on all ranks but the first.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        width = None if sys.stdout.isatty() else _WIDTH
+        self.console = Console(quiet=not shown, highlight=False, width=width)
+        self._start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line, with rich's markup."""
+        self.console.print(text)
+
+    def layouts(self, model: GPT) -> None:
+        """The mesh, how every parameter is stored, and the products' layouts."""
+        mesh_view = view(model.mesh)
+        axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
+        parameters = Table(
+            title=f"mesh: {axes} ({mesh_view.device.type})", title_justify="left", caption_justify="left"
+        )
+        for column in ("parameter", "stored as", "global shape", "on rank 0"):
+            parameters.add_column(column, no_wrap=True)
+        for name, spec, stored in _grouped(model):
+            shape, local = ("×".join(map(str, sizes)) for sizes in (stored.shape, stored.block()[1]))
+            parameters.add_row(name, escape(str(spec)), shape, local)
+        self.console.print(parameters)
+        products = Table(title="products", title_justify="left")
+        products.add_column("layer", no_wrap=True)
+        products.add_column("layout, from which forward and backward collectives are derived")
+        seen = set()
+        for path, module in model.named_modules():
+            for layout in _layouts(module):
+                row = _every(path), str(layout)
+                if row not in seen:
+                    seen.add(row)
+                    products.add_row(row[0], escape(row[1]))
+        self.console.print(products)
+
+    def bytes(self, predicted: Totals, traced: Totals, by_rank: list[tuple[int, int, bool]]) -> None:
+        """Bytes that rank 0 sends in a step, as predicted from the layouts and as traced below torch.distributed.
+
+        by_rank: of every rank, both sums, and whether they are alike operation by operation.
+        """
+        table = Table(title="sent by rank 0 in a step", title_justify="left")
+        for column in ("operation", "axis", "count predicted", "traced", "bytes predicted", "traced"):
+            table.add_column(column, justify="left" if column in ("operation", "axis") else "right", no_wrap=True)
+        for key in sorted({*predicted, *traced}):
+            (count, size), (seen, traced_size) = predicted.get(key, (0, 0)), traced.get(key, (0, 0))
+            table.add_row(*key, str(count), str(seen), f"{size:,}", f"{traced_size:,}")
+        self.console.print(table)
+        wrong = [rank for rank, (_, _, equal) in enumerate(by_rank) if not equal]
+        if wrong:
+            for rank in wrong:
+                self.say(f"[red]rank {rank}: predicted {by_rank[rank][0]:,} bytes, traced {by_rank[rank][1]:,}[/red]")
+        else:
+            sums = sorted({wanted for wanted, _, _ in by_rank})
+            span = f"{sums[0]:,}" if len(sums) == 1 else f"{sums[0]:,} to {sums[-1]:,}"
+            self.say(f"every rank sends {span} bytes a step, predicted and traced alike")
+
+    def comparison(self, comparison: Comparison) -> None:
+        """The first step against one device, worst first."""
+        table = Table(title="first step against one device", title_justify="left")
+        table.add_column("tensor", no_wrap=True)
+        for column in ("error", "one device's rounding", "times"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in comparison.worst_first[:_SHOWN]:
+            table.add_row(row.name, f"{row.error:.2e}", f"{row.single:.2e}", f"{row.ratio:.3g}")
+        self.console.print(table)
+        count = len(comparison.rows) - 1
+        worst = comparison.worst_first[0].ratio
+        if comparison.passed:
+            self.say(
+                f"[green]the loss and all {count} gradients agree with one device[/green]: at most {worst:.2g} times "
+                f"the rounding of the same step there (allowed {BOUND:g})"
+            )
+        else:
+            wrong = sum(not row.ratio <= BOUND for row in comparison.rows)
+            self.say(
+                f"[red]{wrong} of the loss and {count} gradients differ from one device[/red]: by up to {worst:.3g} "
+                f"times the rounding of the same step there (allowed {BOUND:g})"
+            )
+
+    @contextmanager
+    def progress(self, steps: int) -> Iterator[Callable[..., None]]:
+        """A live line on a terminal; yields a function (step, loss, tokens_per_second, communication_share, or
+        held_out) that updates it, and prints a line where there is no terminal or the loss is held out."""
+        bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=self.console.quiet or not self.console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task("train", total=steps, line="")
+
+            def update(
+                step: int,
+                *,
+                loss: float = 0.0,
+                tokens_per_second: float = 0.0,
+                communication_share: float = 0.0,
+                held_out: float | None = None,
+            ) -> None:
+                line = (
+                    f"held-out loss {held_out:.3f} nats a byte"
+                    if held_out is not None
+                    else f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {communication_share:.0%} communicating"
+                )
+                if held_out is None:
+                    bar.update(task, completed=step, line=line)
+                if held_out is not None or not self.console.is_terminal:
+                    self.say(f"{self.elapsed():5.0f} s  step {step:>{len(str(steps))}}/{steps}  {line}")
+
+            yield update
+
+    def elapsed(self) -> float:
+        """Seconds since this report was made."""
+        return time.perf_counter() - self._start
+
+    def sample(self, text: str) -> None:
+        """Generated text."""
+        self.console.rule("sample", align="left")
+        self.console.print(text, markup=False)
+        self.console.rule()
+
+    def left(self, folder: Path, names: list[str]) -> None:
+        """What lies in the run folder."""
+        self.say(f"left in {escape(str(folder))}: {', '.join(names)}")
+
+
+def _layouts(module: nn.Module) -> list[object]:
+    if isinstance(module, Attention):
+        return [*module.input_layouts, module.output_layout]
+    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        return [module.layout(3)]
+    return []
+
+
+def _specs(module: ShardedModule) -> dict[str, TensorSpec]:
+    """How each parameter is stored, in the letters of its product where it has one."""
+    specs = {}
+    for name, stored in module.stored().items():
+        letters = _LETTERS.get(type(module), stored.spec.letters)
+        specs[name] = TensorSpec(name[0].upper(), tuple(Dim(x, d.axes) for x, d in zip(letters, stored.spec.dims)))
+    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        layout = module.layout(3)
+        specs.update({name: spec for name, spec in (("weight", layout.second), ("bias", layout.bias)) if name in specs})
+    if isinstance(module, Attention):
+        for name, layout in zip(
+            ("query", "key", "value", "output"), (*module.input_layouts, module.output_layout), strict=True
+        ):
+            specs.update({f"{name}_weight": layout.second, f"{name}_bias": layout.bias})
+    return specs
+
+
+def _every(path: str) -> str:
+    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is told once."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _grouped(model: GPT) -> Iterator[tuple[str, TensorSpec, Stored]]:
+    seen = set()
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            specs = _specs(module)
+            for name, stored in module.stored().items():
+                where = _every(f"{path}.{name}")
+                if where not in seen:
+                    seen.add(where)
+                    yield where, specs[name], stored
