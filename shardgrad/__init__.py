@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from shardgrad.layout import Collective as Collective
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
+    from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+    from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.module import Stored as Stored
     from shardgrad.nn.module import stored_parameters as stored_parameters
     from shardgrad.nn.norm import LayerNorm as LayerNorm
@@ -58,10 +60,12 @@ _HOME = {
     "Collective": "shardgrad.layout",
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
+    "Attention": "shardgrad.nn.attention",
     "VocabParallelEmbedding": "shardgrad.nn.embedding",
     "ColumnParallelLinear": "shardgrad.nn.linear",
     "RowParallelLinear": "shardgrad.nn.linear",
     "vocab_parallel_cross_entropy": "shardgrad.nn.loss",
+    "MLP": "shardgrad.nn.mlp",
     "Stored": "shardgrad.nn.module",
     "stored_parameters": "shardgrad.nn.module",
     "LayerNorm": "shardgrad.nn.norm",
