@@ -19,13 +19,12 @@ class Metrics:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._file = path.open("w", encoding="utf-8") if path is not None else None
+        self._file = path.open("wb", buffering=0) if path is not None else None
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file is not None:
             try:
-                self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-                self._file.flush()
+                self._file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
             except OSError as error:
                 raise OSError(f"cannot write {self._path}: {error.strerror}") from None
 

@@ -156,9 +156,9 @@ class Report:
         return time.perf_counter() - self._start
 
     def sample(self, text: str) -> None:
-        """Generated text."""
+        """Generated text; what a terminal would obey is not passed on."""
         self.console.rule("sample", align="left")
-        self.console.print(text, markup=False)
+        self.console.print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), markup=False)
         self.console.rule()
 
     def left(self, folder: Path, names: list[str]) -> None:

@@ -22,8 +22,10 @@ def test_every_line_is_there_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_by_name() -> None:
-    metrics = Metrics(Path("/dev/full"))
-    with pytest.raises(OSError, match=r"cannot write /dev/full: No space left on device"):
+    with (
+        pytest.raises(OSError, match=r"cannot write /dev/full: No space left on device"),
+        Metrics(Path("/dev/full")) as metrics,
+    ):
         metrics.write("train", step=1)
 
 
