@@ -123,6 +123,18 @@ def parse(text: str) -> Notation:
     return _Reader(text).layout()
 
 
+def parse_tensor(text: str) -> TensorSpec:
+    """Read one tensor, such as `W[m/tp,d]`.
+
+    Raises:
+        LayoutError: as `parse`.
+    """
+    reader = _Reader(text)
+    name, dims, marks = reader.tensor("a tensor")
+    reader.end()
+    return TensorSpec(name, dims, grad_partial=marks)
+
+
 class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -165,7 +177,7 @@ class _Reader:
             axes.append(self._take("the name of a mesh axis", "word"))
         return tuple(axes)
 
-    def _tensor(self, what: str) -> tuple[str, tuple[Dim, ...], tuple[str, ...]]:
+    def tensor(self, what: str) -> tuple[str, tuple[Dim, ...], tuple[str, ...]]:
         name = self._take(what, "word")
         self._take(f"'[' and the letters of {name}", "mark", "[")
         dims = []
@@ -183,18 +195,21 @@ class _Reader:
             self._take("'}'", "mark", "}")
         return name, tuple(dims), tuple(marks)
 
+    def end(self) -> None:
+        self._take("the end of the layout", "end")
+
     def layout(self) -> Notation:
         def operand(what: str) -> TensorSpec:
-            name, dims, marks = self._tensor(what)
+            name, dims, marks = self.tensor(what)
             return TensorSpec(name, dims, grad_partial=marks)
 
         first, second = operand("the first operand"), operand("the second operand")
         self._take("'->' and the product", "arrow")
-        name, dims, marks = self._tensor("the product")
+        name, dims, marks = self.tensor("the product")
         product = TensorSpec(name, dims, partial=marks)
         bias = None
         if self._peek() == ("mark", "+"):
             self.next += 1
             bias = operand("the bias")
-        self._take("the end of the layout", "end")
+        self.end()
         return Notation(first, second, product, bias)

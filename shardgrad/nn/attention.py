@@ -83,8 +83,7 @@ class Attention(ShardedModule):
         sizes = {"h": num_heads, "k": head_dim, "d": embed_dim, "m": embed_dim}
         for name, layout in zip((*_INPUTS, "output"), (*self.input_layouts, self.output_layout)):
             for kind, spec in (("weight", layout.second), ("bias", layout.bias)):
-                cut = {at: dim.axes[0] for at, dim in enumerate(spec.dims) if dim.axes}
-                self.declare(f"{name}_{kind}", [sizes[letter] for letter in spec.letters], cut, device, dtype)
+                self.declare(f"{name}_{kind}", str(spec), sizes, device, dtype)
         self._inputs = bind(self.input_layouts, (True, True, True), mesh)
         self._output = bind((self.output_layout,), (True,), mesh)
         self._input_sizes = {letter: sizes[letter] for letter in "hkd"}

@@ -58,7 +58,7 @@ class VocabParallelEmbedding(ShardedModule):
         self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.sequence_dim = sequence_dim
-        self.declare("weight", (num_embeddings, embedding_dim), {0: axis}, device, dtype)
+        self.declare("weight", f"W[v/{axis},m]", {"v": num_embeddings, "m": embedding_dim}, device, dtype)
         (self.first, _), (self.rows, _) = self._stored["weight"].block()
         self.reset_parameters()
 

@@ -45,7 +45,8 @@ class _ParallelLinear(ShardedModule):
     out_features: int
     weight: Tensor
     bias: Tensor | None
-    _weight_cut: int
+    _weight: str
+    _bias: str
 
     def __init__(
         self,
@@ -68,13 +69,13 @@ class _ParallelLinear(ShardedModule):
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
         self.sequence_dim = sequence_dim
         self.keep, self.reduce_dtype = tuple(keep), reduce_dtype
-        self.declare("weight", (out_features, in_features), {self._weight_cut: axis}, device, dtype)
+        self._sizes = {"d": in_features, "m": out_features}
+        self.declare("weight", self._weight.format(axis=axis), self._sizes, device, dtype)
         if bias:
-            self.declare("bias", (out_features,), {0: axis} if self._weight_cut == 0 else None, device, dtype)
+            self.declare("bias", self._bias.format(axis=axis), self._sizes, device, dtype)
         else:
             self.register_parameter("bias", None)
         self._products: dict[int, tuple[Product, str | None]] = {}
-        self._sizes = {"d": in_features, "m": out_features}
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -87,6 +88,9 @@ class _ParallelLinear(ShardedModule):
     def layout(self, dims: int) -> Layout:
         """The layout of this layer for an input of so many dims."""
         raise NotImplementedError
+
+    def _plus_bias(self) -> str:
+        return f" + {self._stored['bias'].spec}" if self.bias is not None else ""
 
     def _letters(self, dims: int) -> tuple[str, str, str | None]:
         """The row letters, uncut and with the sequence cut, and the sequence's letter."""
@@ -149,12 +153,11 @@ class ColumnParallelLinear(_ParallelLinear):
     Source: Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
-    _weight_cut = 0
+    _weight, _bias = "W[m/{axis},d]", "B[m/{axis}]"
 
     def layout(self, dims: int) -> Layout:
         rows, cut, _ = self._letters(dims)
-        bias = f" + B[m/{self.axis}]" if self.bias is not None else ""
-        return Layout(f"X[{cut}d] W[m/{self.axis},d] -> Y[{rows}m/{self.axis}]{bias}")
+        return Layout(f"X[{cut}d] {self._stored['weight'].spec} -> Y[{rows}m/{self.axis}]{self._plus_bias()}")
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -169,9 +172,8 @@ class RowParallelLinear(_ParallelLinear):
     Source: Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
-    _weight_cut = 1
+    _weight, _bias = "W[m,d/{axis}]", "B[m]"
 
     def layout(self, dims: int) -> Layout:
         rows, cut, _ = self._letters(dims)
-        bias = " + B[m]" if self.bias is not None else ""
-        return Layout(f"X[{rows}d/{self.axis}] W[m,d/{self.axis}] -> Y[{cut}m]{bias}")
+        return Layout(f"X[{rows}d/{self.axis}] {self._stored['weight'].spec} -> Y[{cut}m]{self._plus_bias()}")

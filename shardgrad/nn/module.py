@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
-from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.init import draw_seed
 
@@ -65,14 +65,19 @@ class ShardedModule(nn.Module):
     def declare(
         self,
         name: str,
-        shape: Sequence[int],
-        cut: dict[int, str] | None = None,
+        storage: str,
+        sizes: Mapping[str, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make an uninitialised parameter: this rank's part of a global tensor of which `cut` says dim → axis."""
-        dims = tuple(Dim(f"{name[0]}{at}", (cut[at],) if cut and at in cut else ()) for at in range(len(shape)))
-        stored = Stored(TensorSpec(name, dims), tuple(shape), self.mesh)
+        """Make an uninitialised parameter: this rank's part of a global tensor.
+
+        Args:
+            storage: how it is stored, such as `W[m/tp,d]`.
+            sizes: the global size of each of its letters (others are ignored).
+        """
+        spec = parse_tensor(storage)
+        stored = Stored(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh)
         self._stored[name] = stored
         where = view(self.mesh).device if device is None else device
         self.register_parameter(name, nn.Parameter(torch.empty(stored.block()[1], device=where, dtype=dtype)))

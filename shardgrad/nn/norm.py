@@ -32,9 +32,11 @@ class _Norm(ShardedModule):
         super().__init__(mesh, (axis,))
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         self.normalized_shape, self.axis, self.sequence_dim = shape, axis, sequence_dim
+        letters = ("m",) if len(shape) == 1 else tuple(f"m{at}" for at in range(len(shape)))
         for name, there in (("weight", affine), ("bias", affine and bias)):
             if there:
-                self.declare(name, shape, None, device, dtype)
+                storage = f"{name[0].upper()}[{','.join(letters)}]"
+                self.declare(name, storage, dict(zip(letters, shape)), device, dtype)
             else:
                 self.register_parameter(name, None)
         self.reset_parameters()

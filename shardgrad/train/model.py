@@ -37,7 +37,7 @@ class Positions(ShardedModule):
     ) -> None:
         super().__init__(mesh, (axis,))
         self.axis = axis
-        self.declare("weight", (seq_len, d_model), None, None, dtype)
+        self.declare("weight", "W[s,m]", {"s": seq_len, "m": d_model}, None, dtype)
 
     def forward(self, sequence: int) -> Tensor:
         """The rows of this rank's part of a sequence of `sequence` positions: [s/tp, d]."""

@@ -16,18 +16,14 @@ from rich.table import Table
 from torch import nn
 
 from shardgrad.comm.mesh import view
-from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.nn.attention import Attention
-from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.module import ShardedModule, Stored
-from shardgrad.nn.norm import LayerNorm
 from shardgrad.train.compare import BOUND, Comparison
-from shardgrad.train.model import GPT, Positions
+from shardgrad.train.model import GPT
 
 _WIDTH = 120  # of lines in a file or a pipe
 _SHOWN = 5  # tensors of the comparison that are listed
-_LETTERS = {VocabParallelEmbedding: "vm", Positions: "sm", LayerNorm: "m"}  # of layers that have no product
 Totals = Mapping[tuple[str, str], tuple[int, int]]
 
 
@@ -55,9 +51,9 @@ class Report:
         )
         for column in ("parameter", "stored as", "global shape", "on rank 0"):
             parameters.add_column(column, no_wrap=True)
-        for name, spec, stored in _grouped(model):
+        for name, stored in _grouped(model):
             shape, local = ("×".join(map(str, sizes)) for sizes in (stored.shape, stored.block()[1]))
-            parameters.add_row(name, escape(str(spec)), shape, local)
+            parameters.add_row(name, escape(str(stored.spec)), shape, local)
         self.console.print(parameters)
         products = Table(title="products", title_justify="left")
         products.add_column("layer", no_wrap=True)
@@ -174,35 +170,17 @@ def _layouts(module: nn.Module) -> list[object]:
     return []
 
 
-def _specs(module: ShardedModule) -> dict[str, TensorSpec]:
-    """How each parameter is stored, in the letters of its product where it has one."""
-    specs = {}
-    for name, stored in module.stored().items():
-        letters = _LETTERS.get(type(module), stored.spec.letters)
-        specs[name] = TensorSpec(name[0].upper(), tuple(Dim(x, d.axes) for x, d in zip(letters, stored.spec.dims)))
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        layout = module.layout(3)
-        specs.update({name: spec for name, spec in (("weight", layout.second), ("bias", layout.bias)) if name in specs})
-    if isinstance(module, Attention):
-        for name, layout in zip(
-            ("query", "key", "value", "output"), (*module.input_layouts, module.output_layout), strict=True
-        ):
-            specs.update({f"{name}_weight": layout.second, f"{name}_bias": layout.bias})
-    return specs
-
-
 def _every(path: str) -> str:
     """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is told once."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _grouped(model: GPT) -> Iterator[tuple[str, TensorSpec, Stored]]:
+def _grouped(model: GPT) -> Iterator[tuple[str, Stored]]:
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedModule):
-            specs = _specs(module)
             for name, stored in module.stored().items():
                 where = _every(f"{path}.{name}")
                 if where not in seen:
                     seen.add(where)
-                    yield where, specs[name], stored
+                    yield where, stored

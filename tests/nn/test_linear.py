@@ -124,10 +124,10 @@ def test_torch_habits_work(world_size: int) -> None:
     assert meta(x).shape == (3, 3)
     named = {name: str(stored.spec) for name, _, stored in sg.stored_parameters(model) if stored}
     assert named == {
-        "0.weight": "weight[w0/tp,w1]",
-        "0.bias": "bias[b0/tp]",
-        "2.weight": "weight[w0,w1/tp]",
-        "2.bias": "bias[b0]",
+        "0.weight": "W[m/tp,d]",
+        "0.bias": "B[m/tp]",
+        "2.weight": "W[m,d/tp]",
+        "2.bias": "B[m]",
     }
 
 
