@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.module import Stored as Stored
-    from shardgrad.nn.module import stored_parameters as stored_parameters
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
+    from shardgrad.nn.state import load_state_dict as load_state_dict
+    from shardgrad.nn.state import state_dict as state_dict
+    from shardgrad.nn.stored import stored_parameters as stored_parameters
+    from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
+    from shardgrad.nn.whole import numel as numel
     from shardgrad.ops.matmul import matmul as matmul
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
@@ -67,7 +71,11 @@ _HOME = {
     "vocab_parallel_cross_entropy": "shardgrad.nn.loss",
     "MLP": "shardgrad.nn.mlp",
     "Stored": "shardgrad.nn.module",
-    "stored_parameters": "shardgrad.nn.module",
+    "stored_parameters": "shardgrad.nn.stored",
+    "clip_grad_norm_": "shardgrad.nn.whole",
+    "numel": "shardgrad.nn.whole",
+    "load_state_dict": "shardgrad.nn.state",
+    "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
     "matmul": "shardgrad.ops.matmul",

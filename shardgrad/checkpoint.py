@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import gather_texts
 from shardgrad.comm.mesh import view
-from shardgrad.nn.module import Stored, stored_parameters
+from shardgrad.nn.module import Stored
+from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops.shard import shard, unshard
 
 FORMAT = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,17 +104,3 @@ class ShardedModule(nn.Module):
         starts, lengths = stored.block()
         with torch.no_grad():
             parameter.copy_(values(seed, stored.shape, starts, lengths))
-
-
-def stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Stored | None]]:
-    """Name, parameter and storage of every parameter; storage is None where no shardgrad layer owns it (replicated).
-
-    A parameter that several modules share is listed once, under its first name.
-    """
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        known = owner.stored() if isinstance(owner, ShardedModule) else {}
-        for name, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{prefix}.{name}" if prefix else name, parameter, known.get(name)

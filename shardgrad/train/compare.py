@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.mesh import view
-from shardgrad.nn.module import stored_parameters
+from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops.shard import unshard
 from shardgrad.train.model import GPT
 from shardgrad.train.reference import ReferenceGPT

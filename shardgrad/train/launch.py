@@ -21,7 +21,7 @@ from shardgrad.checkpoint import save
 from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError
-from shardgrad.nn.module import stored_parameters
+from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import data, folder
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
 from shardgrad.train.first_step import CheckError, check_first_step

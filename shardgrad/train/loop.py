@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardgrad.comm.collectives import communication_clock
-from shardgrad.nn.module import stored_parameters
+from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import data
 from shardgrad.train.config import Config, Train
 from shardgrad.train.metrics import Metrics

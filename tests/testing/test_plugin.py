@@ -418,14 +418,20 @@ def test_the_end_of_pytest_is_the_end_of_the_ranks(project: Project, way: signal
                 time.sleep(100)
         """,
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    # A shell's background jobs ignore SIGINT, and so would pytest if it inherited that.
+    code = """if True:
+        import signal, sys, pytest
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(pytest.main(["-p", "no:cacheprovider"]))
+    """
+    command = [sys.executable, "-c", code]
     process = pytester.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while len(list(pytester.path.glob("pid*[0-9]"))) < 2:
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(way)
-    output = process.communicate(timeout=20)[0].decode()
+    output = process.communicate(timeout=60)[0].decode()
     assert ("KeyboardInterrupt" in output) == (way == signal.SIGINT), output
     assert_nothing_left(pytester, processes=2)
 

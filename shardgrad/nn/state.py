@@ -1,0 +1,194 @@
+"""A model's state as one device would hold it, whatever the mesh: global tensors, or DTensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shardgrad.comm.mesh import view
+from shardgrad.errors import LayoutError
+from shardgrad.nn.module import Stored
+from shardgrad.nn.stored import stored_parameters
+from shardgrad.ops.shard import shard, unshard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
+
+
+@torch.no_grad()
+def state_dict(
+    model: nn.Module, *, as_dtensor: bool = False, device: torch.device | str | None = None
+) -> MutableMapping[str, Any]:
+    """`model.state_dict()` with global tensors: the same, bit for bit, for every mesh; called on every rank.
+
+    Parameters are gathered one at a time. Buffers are taken as this rank holds them. The result shares no memory with
+    the model; a parameter of several names is one tensor under all of them.
+
+    Args:
+        model: the model; names are those of `model.state_dict()`.
+        as_dtensor: leave parameters in shards, as DTensors around the model's own memory (what is written to one, by
+            torch.distributed.checkpoint say, is written to the model). No communication. Parameters that no shardgrad
+            layer owns, and buffers, stay the tensors they are.
+        device: where each global tensor goes as soon as it is gathered: "cpu" for a model that does not fit on one
+            device as a whole.
+
+    Raises:
+        ValueError: `device` is given with `as_dtensor`, a parameter is on the meta device, or a hook of the model's has
+            changed a sharded parameter, so that it would pass for a whole one.
+        LayoutError: with `as_dtensor`, a parameter is stored as no DTensor can say.
+        TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
+    """
+    if as_dtensor and device is not None:
+        raise ValueError("device is for global tensors: a DTensor stays where the model is")
+    live, storage = _live(model)
+    made: dict[int, Any] = {}
+    for name, value in live.items():
+        if not isinstance(value, Tensor):
+            continue
+        if id(value) not in made:
+            stored = storage.get(id(value))
+            made[id(value)] = _as_dtensor(value, name, stored) if as_dtensor else _whole(value, stored, device)
+        live[name] = made[id(value)]
+    return live
+
+
+@torch.no_grad()
+def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Fill a model, on any mesh, with a global state: `model.load_state_dict(state)` whose tensors are global.
+
+    Each rank cuts its shard out and copies it into place; nothing is communicated, except for a DTensor stored
+    otherwise than the parameter, which is gathered (then all ranks of its mesh must come, with the same state).
+
+    Args:
+        model: the model.
+        state: global tensors or DTensors by the names of `model.state_dict()`: all of them and no others (to load
+            some, `{**sg.state_dict(model), **some}`). Of the names that share a parameter, one is enough. Dtypes are
+            converted.
+
+    Raises:
+        ValueError: names are missing or unknown, shapes differ, or names that share a parameter have different values:
+            all that is wrong is listed, and nothing has been changed. Or a parameter is on the meta device.
+        TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
+    """
+    live, storage = _live(model)
+    names: dict[int, list[str]] = {}
+    for name, value in live.items():
+        if _is_tensor(name, value):
+            names.setdefault(id(value), []).append(name)
+    sources = {
+        name: next((other for other in names.get(id(value), [name]) if other in state), None)
+        for name, value in live.items()
+    }
+
+    wrong = [f"missing: {name}" for name, source in sources.items() if source is None]
+    wrong += [f"unknown: {name}" for name in state if name not in live]
+    for name, source in sources.items():
+        if source is not None and _is_tensor(name, live[name]):
+            wrong += _misfit(name, live[name], storage.get(id(live[name])), state, source)
+    if wrong:
+        raise ValueError(
+            f"the state is not that of this {type(model).__name__}, which has not been changed:\n  "
+            + "\n  ".join(wrong)
+        )
+
+    local: OrderedDict[str, Any] = OrderedDict()
+    local.update((name, state[source]) for name, source in sources.items() if source is not None)
+    for shared in names.values():
+        value = live[shared[0]]
+        part = _part(local[shared[0]], value, storage.get(id(value)))
+        local.update(dict.fromkeys(shared, part))
+    if hasattr(state, "_metadata"):  # the versions of modules, which torch hangs on the mapping
+        local._metadata = state._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(local)
+
+
+def _live(model: nn.Module) -> tuple[MutableMapping[str, Any], dict[int, Stored]]:
+    """torch's state of a model with its own tensors in it, and how each of them, by identity, is stored."""
+    parameters = stored_parameters(model)
+    live: MutableMapping[str, Any] = model.state_dict(keep_vars=True)
+    there = {id(value) for value in live.values()}
+    for name, parameter, stored in parameters:
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values: model.to_empty(device=…) makes room")
+        if stored is not None and id(parameter) not in there:
+            raise ValueError(
+                f"{name} is not in model.state_dict() as the parameter it is: a state_dict hook has changed it, so how "
+                "it is stored is no longer known"
+            )
+    return live, {id(parameter): stored for _, parameter, stored in parameters if stored is not None}
+
+
+def _is_tensor(name: str, value: object) -> bool:
+    """Whether an entry is a parameter or a buffer, not what a module's get_extra_state made of itself."""
+    return isinstance(value, Tensor) and name.rpartition(".")[2] != "_extra_state"
+
+
+def _whole(value: Tensor, stored: Stored | None, device: torch.device | str | None) -> Tensor:
+    full = value.detach() if stored is None else unshard(value, stored.spec, stored.mesh, stored.sizes)
+    moved = full if device is None else full.to(device)
+    return moved.clone() if stored is None and moved is full else moved
+
+
+def _as_dtensor(value: Tensor, name: str, stored: Stored | None) -> Tensor:
+    if stored is None:
+        return value.detach()
+    from torch.distributed.tensor import DTensor  # a second of imports, for those who ask
+
+    placements = _placements(stored)
+    if placements is None:
+        raise LayoutError(
+            f"{name} is stored as {stored.spec}: a DTensor cuts a dim by the axes of its mesh in the mesh's order "
+            f"({', '.join(view(stored.mesh).shape)}). Name the axes of the mesh in the order of the layout, or take "
+            "global tensors (as_dtensor=False)"
+        )
+    stride = tuple(prod(stored.shape[at + 1 :]) for at in range(len(stored.shape)))
+    return DTensor.from_local(
+        value.detach(), stored.mesh, placements, run_check=False, shape=torch.Size(stored.shape), stride=stride
+    )
+
+
+def _placements(stored: Stored) -> list[Placement] | None:
+    """The storage as DTensor's placements, one for each axis of the mesh; None if they cannot say it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    sizes = view(stored.mesh).shape
+    order = list(sizes)
+    placements: list[Placement] = [Replicate() for _ in order]
+    for at, dim in enumerate(stored.spec.dims):
+        cutting = [order.index(axis) for axis in dim.axes if sizes[axis] > 1]
+        if cutting != sorted(cutting):
+            return None
+        for axis in dim.axes:
+            placements[order.index(axis)] = Shard(at)
+    return placements
+
+
+def _misfit(name: str, value: Tensor, stored: Stored | None, state: Mapping[str, Any], source: str) -> list[str]:
+    given, wanted = state[source], tuple(value.shape) if stored is None else stored.shape
+    if not isinstance(given, Tensor):
+        return [f"{name}: a {type(given).__name__}, not a tensor"]
+    if tuple(given.shape) != wanted:
+        hint = " (this rank's shard: a state is global)" if tuple(given.shape) == tuple(value.shape) else ""
+        return [f"{name}: global shape {wanted} in the model, {tuple(given.shape)} in the state{hint}"]
+    other = state.get(name, given)
+    if other is given or not isinstance(other, Tensor) or hasattr(given, "to_local") or hasattr(other, "to_local"):
+        return []
+    alike = torch.equal(other.to(given), given)
+    return [] if alike else [f"{name}: shared with {source}, but the state has other values there"]
+
+
+def _part(given: Tensor, value: Tensor, stored: Stored | None) -> Tensor:
+    """This rank's part of a global tensor, or of a DTensor."""
+    if hasattr(given, "to_local"):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(given, DTensor)
+        if stored is not None and given.device_mesh == stored.mesh and list(given.placements) == _placements(stored):
+            return given.to_local()
+        given = given.full_tensor()
+    return given if stored is None else shard(given, stored.spec, stored.mesh)
