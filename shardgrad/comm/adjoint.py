@@ -151,7 +151,7 @@ def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, s
 
     Args:
         x: this rank's shard, cut along `dim` as torch.chunk cuts.
-        size: of `dim` over all ranks; exchanged if not given (one small all-gather).
+        size: of `dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
         ShapeError: the shards are not cut as torch.chunk cuts.
@@ -202,7 +202,7 @@ def all_to_all(
 
     Args:
         x: this rank's shard, cut along `concat_dim`, whole along `split_dim`.
-        size: of `concat_dim` over all ranks; exchanged if not given (one small all-gather).
+        size: of `concat_dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
         ShapeError: both dims are the same, or the shards are not cut as torch.chunk cuts.

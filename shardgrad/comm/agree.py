@@ -18,7 +18,7 @@ _every_call = 0
 @contextmanager
 def check_every_call() -> Iterator[None]:
     """A debugging mode: inside the block, each product compares layouts, shapes and dtypes with its peers at every
-    call, forward and backward (one small all-gather an axis), rather than when it first sees them."""
+    call, forward and backward (one small exchange an axis), rather than when it first sees them."""
     global _every_call
     _every_call += 1
     try:
@@ -43,7 +43,7 @@ def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> 
     digest = _digest(text)
     if digest in view.agreed[axis.name] and not _every_call:
         return
-    _compare(view, axis, text, [digest], who)
+    _compare(view, axis, text, [digest, 0], who)
     view.agreed[axis.name].add(digest)
 
 

@@ -100,14 +100,15 @@ def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gat
     shape = list(x.shape)
     shape[dim] = most
     x = _padded(x, dim, most).contiguous()
-    gathered = x.new_empty((axis.size, *shape))
+    # Results are tensors of their own, not views: those could not be changed in place by who gets them.
+    gathered = x.new_empty((axis.size * shape[0], *shape[1:]))
 
     def finish() -> Tensor:
         if dim == 0:
-            full = gathered.view(axis.size * most, *shape[1:])
-        else:
-            full = gathered.movedim(0, dim).reshape(*shape[:dim], axis.size * most, *shape[dim + 1 :])
-        return full.narrow(dim, 0, whole)
+            return gathered if axis.size * most == whole else gathered[:whole].clone()
+        blocks = gathered.unflatten(0, (axis.size, shape[0])).unbind()
+        lengths = (chunk(whole, axis.size, i)[1] for i in range(axis.size))
+        return torch.cat([block.narrow(dim, 0, length) for block, length in zip(blocks, lengths)], dim)
 
     if gathered.numel() == 0:
         return Pending(None, finish, what, axis)
@@ -129,7 +130,8 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
     block = x.new_empty(shape)
 
     def finish() -> Tensor:
-        return block.narrow(dim, 0, chunk(size, axis.size, axis.index)[1])
+        own = chunk(size, axis.size, axis.index)[1]
+        return block if own == most else block.narrow(dim, 0, own).clone()
 
     if block.numel() == 0:
         return Pending(None, finish, what, axis)
@@ -177,9 +179,14 @@ def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 def gather_ints(values: list[int], axis: Axis, device: torch.device, what: str) -> list[list[int]]:
     """Every rank's integers (as many on each), in the order of the axis."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    full = all_gather(mine, axis, 0, len(values) * axis.size, what).wait()
-    return full.view(axis.size, len(values)).tolist()
+    mine = torch.tensor([values] * axis.size, dtype=torch.int64, device=device)
+    everyones = torch.empty_like(mine)
+    # All-to-all, so that a rank that is elsewhere cannot take these for the data of an all-gather, or the reverse.
+    work = _start(
+        lambda: dist.all_to_all_single(everyones.view(-1), mine.view(-1), group=axis.group, async_op=True), what, axis
+    )
+    _timed(work.wait, what, axis)
+    return everyones.tolist()
 
 
 def _padded(x: Tensor, dim: int, size: int) -> Tensor:

@@ -56,7 +56,7 @@ class MeshView:
             of = f" of {user}" if user is not None else ""
             have = ", ".join(f"{axis}={size}" for axis, size in self.shape.items())
             raise MeshError(
-                f"the mesh has no axis {name!r}{of}: it has {have}. Name its axes with "
+                f"the mesh has no axis {name!r}{of}: it has {have}. Use one of these, or "
                 f"init_device_mesh(…, mesh_dim_names=(…, {name!r}, …))"
             ) from None
 
@@ -102,6 +102,12 @@ def _view(mesh: DeviceMesh) -> MeshView:
     for dim, name in enumerate(names):
         group = mesh.get_group(name)
         ranks = tuple(dist.get_process_group_ranks(group))
+        if ranks[coordinate[dim]] != dist.get_rank():
+            raise MeshError(
+                f"the mesh lists its ranks out of order along axis {name!r}: torch sorts a group's ranks, {ranks}, so "
+                f"rank {dist.get_rank()}, at place {coordinate[dim]} of the mesh, would get another rank's shard. Let "
+                "ranks ascend along every axis"
+            )
         axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
         _axis_names[group] = name
     kind = mesh.device_type

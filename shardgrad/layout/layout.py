@@ -125,7 +125,7 @@ class Layout:
             bias: whether a bias is added; by default, whether the layout writes one.
             frozen: names of operands (and bias) that need no gradient.
             keep: names of operands kept as gathered in forward, rather than gathered again for backward.
-            reduce_dtype: in which partial sums of a 16-bit dtype are reduced.
+            reduce_dtype: in which partial sums are reduced, if not in dtype.
             coordinate: the rank in question, as its index on each axis; by default the first one of each axis. Only
                 uneven sizes make a difference between ranks.
 
@@ -144,7 +144,9 @@ class Layout:
         if not has_bias:
             need.discard("bias")
         width = cost.itemsize(dtype)
-        reduce_width = cost.itemsize(reduce_dtype) if reduce_dtype is not None and width == 2 else width
+        reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
+        if reduce_width < width:
+            raise LayoutError(f"reduce_dtype {reduce_dtype} is narrower than {dtype}: sums would lose what is there")
         return list(
             cost.collectives(
                 [self.plan],
@@ -172,8 +174,8 @@ class Layout:
         for letter, size in sizes.items():
             if letter not in self.letters:
                 raise LayoutError(f"sizes names {letter!r}, but {self} has the letters {', '.join(self.letters)}")
-            if size < 0:
-                raise LayoutError(f"size {size} of letter {letter!r} is negative")
+            if not isinstance(size, int) or size < 0:
+                raise LayoutError(f"size {size!r} of letter {letter!r} is not a number of elements")
         for axis in self.axes:
             if axis not in mesh_shape:
                 raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {self}")

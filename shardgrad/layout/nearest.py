@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product as every
 
 from shardgrad.layout.notation import Notation, TensorSpec
@@ -15,7 +16,21 @@ _ROUNDS = 4  # axes mended one after the other; a layout with more wrong than th
 def nearest(layout: Notation, wrong: Illegal) -> list[str]:
     """Up to three legal layouts, nearest first; none where the letters themselves are at fault."""
     found: dict[str, int] = {}
-    frontier = [(0, unmarked(layout), wrong.axis, wrong.letter)]
+    bare = unmarked(layout)
+
+    def keep(cost: int, legal: Notation) -> None:
+        marked = _marked(legal, layout)
+        text = str(marked)
+        cost += _marks(layout) - _marks(marked)
+        found[text] = min(cost, found.get(text, cost))
+
+    try:
+        read(bare)
+    except Illegal:
+        frontier = [(0, bare, wrong.axis, wrong.letter)]
+    else:  # only a mark is wrong
+        keep(0, bare)
+        return list(found)
     for _ in range(_ROUNDS):
         later = []
         for cost, candidate, axis, letter in frontier:
@@ -25,11 +40,32 @@ def nearest(layout: Notation, wrong: Illegal) -> list[str]:
                 except Illegal as still:
                     later.append((cost + extra, changed, still.axis, still.letter))
                 else:
-                    found[str(changed)] = min(cost + extra, found.get(str(changed), cost + extra))
+                    keep(cost + extra, changed)
         if found or not later:
             break
         frontier = sorted(later, key=lambda entry: entry[0])[:32]
     return sorted(found, key=lambda text: (found[text], len(text), text))[:MOST]
+
+
+def _marks(layout: Notation) -> int:
+    return sum(len(tensor.partial) + len(tensor.grad_partial) for tensor in layout.tensors)
+
+
+def _marked(legal: Notation, layout: Notation) -> Notation:
+    """The legal layout with those marks of the written one that it can carry."""
+    for role in layout._fields:
+        written, now = getattr(layout, role), getattr(legal, role)
+        if written is None or now is None:
+            continue
+        for axis in dict.fromkeys((*written.partial, *written.grad_partial)):
+            side = "partial" if role == "product" else "grad_partial"
+            marked = legal._replace(**{role: replace(getattr(legal, role), **{side: (*getattr(now, side), axis)})})
+            try:
+                read(marked)
+            except Illegal:
+                continue
+            legal, now = marked, getattr(marked, role)
+    return legal
 
 
 def _mended(layout: Notation, axis: str | None, letter: str | None) -> Iterator[tuple[int, Notation]]:
@@ -60,7 +96,11 @@ def _placed_anew(layout: Notation, axis: str) -> Iterator[tuple[int, Notation]]:
         for picked in every(*choices):
             cost = sum(extra for extra, _ in picked)
             yield cost, layout._replace(**dict(zip(("first", "second", "product"), (t for _, t in picked))))
-    yield 3, layout._replace(**{role: _moved(getattr(layout, role), axis, None)[1] for role in layout._fields[:3]})
+    without = [_moved(tensor, axis, None) for tensor in three]
+    yield (
+        sum(extra for extra, _ in without),
+        layout._replace(**dict(zip(("first", "second", "product"), (t for _, t in without)))),
+    )
 
 
 def _moved(tensor: TensorSpec, axis: str, letter: str | None) -> tuple[int, TensorSpec]:
@@ -71,7 +111,8 @@ def _moved(tensor: TensorSpec, axis: str, letter: str | None) -> tuple[int, Tens
     axes = {dim.letter: tuple(a for a in dim.axes if a != axis) for dim in tensor.dims}
     if letter:
         axes[letter] += (axis,)
-    return max(len(before), 1 if letter else 0) + (1 if letter and before else 0), tensor.with_axes(axes)
+    kept = letter in before
+    return len(before) - kept + (letter is not None and not kept), tensor.with_axes(axes)
 
 
 def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation]]:

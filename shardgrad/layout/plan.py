@@ -88,6 +88,7 @@ class Plan:
     """Every route of one layout, derived once; `forward_phases` and `backward_phases` pick what a call needs."""
 
     names: dict[Role, str]
+    product_dims: Dims  # as the product, and so dY, is stored
     gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `product`: dY for the products of backward
     reduce: dict[Role, tuple[Move, ...]]  # local product -> stored; of an operand: its gradient
     bias: tuple[Move, ...]  # B -> the product's storage
@@ -175,6 +176,7 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     missing = [axis for dim in product.dims if dim.letter not in bias.letters for axis in dim.axes]
     missing_gathered = [a for d in reading.used(product).dims if d.letter not in bias.letters for a in d.axes]
     return Plan(
+        product_dims=product.dims,
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
         gather=gather,
         reduce=reduce,

@@ -169,7 +169,10 @@ def _check_marks(layout: Notation, reading: Reading) -> None:
             summed = tuple(a for d in product.dims if d.letter not in tensor.letters for a in d.axes)
         else:
             summed = reading.lacking(tensor)
-        for axis in (*tensor.partial, *tensor.grad_partial):
+        marks = (*tensor.partial, *tensor.grad_partial)
+        for axis in marks:
+            if marks.count(axis) > 1:
+                raise Illegal(f"{axis} stands twice in the braces of {tensor.name}", tensor.name)
             what = tensor.name if tensor is product else f"d{tensor.name}"
             if axis in tensor.axes:
                 raise Illegal(

@@ -103,7 +103,7 @@ class Attention(ShardedModule):
         Args:
             x: [b, s, d], cut along s where `sequence_dim` says so.
             sequence_size: s over all ranks. Only of use with `sequence_dim`: the ranks otherwise exchange it at every
-                call (one small all-gather).
+                call (one small exchange).
 
         Shapes: x [b, s/tp, d] → y [b, s/tp, d] (or both with s uncut).
         """

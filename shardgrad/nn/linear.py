@@ -75,7 +75,7 @@ class _ParallelLinear(ShardedModule):
             self.declare("bias", self._bias.format(axis=axis), self._sizes, device, dtype)
         else:
             self.register_parameter("bias", None)
-        self._products: dict[int, tuple[Product, str | None]] = {}
+        self._products: dict[tuple[int, bool], tuple[Product, str | None]] = {}
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -108,14 +108,15 @@ class _ParallelLinear(ShardedModule):
         Args:
             x: [..., in_features], stored as `self.layout(x.dim())["X"]`.
             sequence_size: the size of the sequence dim over all ranks. Only of use to a column parallel layer with
-                `sequence_dim`, whose ranks otherwise exchange it at every call (one small all-gather).
+                `sequence_dim`, whose ranks otherwise exchange it at every call (one small exchange).
 
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        found = self._products.get(x.dim())
+        key = x.dim(), self.bias is None
+        found = self._products.get(key)
         if found is None:
-            found = self._products[x.dim()] = self._bind(x)
+            found = self._products[key] = self._bind(x)
         product, letter = found
         sizes = self._sizes if sequence_size is None or letter is None else {**self._sizes, letter: sequence_size}
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], sizes)[0]

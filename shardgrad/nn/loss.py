@@ -25,7 +25,7 @@ def vocab_parallel_cross_entropy(
     vocab_size: int,
     mesh: DeviceMesh,
     axis: str = "tp",
-    token_axes: Sequence[str] = (),
+    token_axes: str | Sequence[str] = (),
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
@@ -50,6 +50,7 @@ def vocab_parallel_cross_entropy(
         ValueError: an unknown reduction, or label smoothing outside [0, 1].
     Source: Shoeybi et al. 2019, arXiv 1909.08053, section 3.
     """
+    token_axes = (token_axes,) if isinstance(token_axes, str) else token_axes
     mesh_view = view(mesh)
     over = mesh_view.axis(axis, "vocab_parallel_cross_entropy")
     tokens_over = [mesh_view.axis(name, "vocab_parallel_cross_entropy") for name in token_axes]

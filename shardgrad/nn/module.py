@@ -97,8 +97,9 @@ class ShardedModule(nn.Module):
             return
         stored = self._stored[name]
         mesh_view = view(self.mesh)
-        lines = (f"{type(self).__name__}.{name}", f"stored as {stored.spec}", f"global shape {stored.shape}")
-        text = "\n".join((*lines, f"dtype {parameter.dtype}"))
+        lines = [f"{type(self).__name__}.{name} of {parameter.dtype}"]
+        lines += [f"{n}: {s.spec} of global shape {s.shape}" for n, s in self._stored.items()]
+        text = "\n".join(lines)
         for axis in self._axes:
             seed = share_first(mesh_view, mesh_view.axis(axis), text, seed, "a layer being built")
         starts, lengths = stored.block()

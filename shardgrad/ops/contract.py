@@ -62,12 +62,13 @@ class Contraction:
             batch, rows, inner = left.shape[:b], left.shape[b : b + r], left.shape[b + r :]
             columns = right.shape[right.dim() - c :]
             m, k, n = prod(rows), prod(inner), prod(columns)
+            # Made in its final shape: a view could not be changed in place once it leaves an autograd Function.
+            out = left.new_empty((*batch, *rows, *columns))
             if b == 0:
-                out = torch.mm(left.reshape(m, k), right.reshape(k, n))
+                torch.mm(left.reshape(m, k), right.reshape(k, n), out=out.view(m, n))
             else:
                 size = prod(batch)
-                out = torch.bmm(left.reshape(size, m, k), right.reshape(size, k, n))
-            out = out.view((*batch, *rows, *columns))
+                torch.bmm(left.reshape(size, m, k), right.reshape(size, k, n), out=out.view(size, m, n))
         if self._unpermute is not None:
-            out = out.permute(self._unpermute)
+            out = out.permute(self._unpermute).clone(memory_format=torch.contiguous_format)
         return out if into is None else into.add_(out)

@@ -74,7 +74,7 @@ def matmul(
         bias: local shard of the bias, stored as `layout.bias`: as the layout writes it, else the product's column
             letters, split by the axes that split them. Added once, after the reduction.
         sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds uncut by storage;
-            without it the ranks then exchange their sizes, one small all-gather a call.
+            without it the ranks then exchange their sizes, one small exchange a call.
         keep: names of operands that stay in memory as gathered until backward; the others are gathered again.
         reduce_dtype: the dtype in which partial sums are reduced, e.g. torch.float32 for 16-bit operands.
 
@@ -91,6 +91,8 @@ def matmul(
         if mesh is None:
             raise TypeError("matmul needs a mesh: matmul(x, w, layout, mesh)")
         return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, keep, reduce_dtype)[0]
+    if not isinstance(w, list | tuple):
+        raise TypeError(f"w must be a tensor, or a list of (w, layout) and (w, layout, bias), not {type(w).__name__}")
     if isinstance(layout, DeviceMesh) and mesh is None:
         layout, mesh = None, layout
     if bias is not None or layout is not None or mesh is None or not w:
@@ -100,7 +102,9 @@ def matmul(
 
 
 def _as_layout(layout: object) -> Layout:
-    return layout if isinstance(layout, Layout) else _layout(layout)
+    if isinstance(layout, Layout):
+        return layout
+    return _layout(layout) if isinstance(layout, str) else Layout(layout)  # type: ignore[arg-type]  # which says so
 
 
 def multiply(
@@ -141,6 +145,12 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Differentiably compute bound products of x."""
     tensors = (x, *weights, *biases)
+    if torch.is_autocast_enabled(x.device.type):
+        # As autocast treats torch's own products: the operands are cast, and nothing inside is cast again.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
+        with torch.autocast(x.device.type, enabled=False):
+            return _Product.apply(product, product.program(tensors, sizes), *tensors)
     return _Product.apply(product, product.program(tensors, sizes), *tensors)
 
 

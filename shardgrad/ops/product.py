@@ -12,7 +12,7 @@ from shardgrad.comm.agree import agree, checking_every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Move, Plan
+from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import sizing
 from shardgrad.ops.program import Key, Program
@@ -43,7 +43,7 @@ class Product:
         return self  # bound to process groups, and never changed by a call
 
     def program(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Program:
-        """What to run for the shapes, dtypes and flags of a call; remembered unless sizes must be exchanged.
+        """What to run for the shapes, dtypes and flags of a call; remembered.
 
         tensors: the input, the weights, the biases that are there.
         """
@@ -55,14 +55,19 @@ class Product:
         found = self._programs.get(key)
         if found is not None and not checking_every_call():
             return found
-        made, exchanged = self._program(tensors, given)
-        if not exchanged:
+        sizes, exchanged = self._sizes(tensors, given)
+        # Where sizes are exchanged, the local shapes do not tell them; they are asked for at every call.
+        where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
+        found = self._programs.get(where)
+        if found is None:
             if len(self._programs) >= _MOST_SHAPES:
                 self._programs.clear()
-            self._programs[key] = made
-        return made
+            dtype = tensors[0].dtype
+            found = Program(self.layouts, self.biased, self.keep, self.view, sizes, self.reduce_dtype, dtype)
+            self._programs[where] = found
+        return found
 
-    def _program(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> tuple[Program, bool]:
+    def _sizes(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> tuple[Sizes, bool]:
         count = len(self.layouts)
         weights, biases = tensors[1 : count + 1], iter(tensors[count + 1 :])
         specs, values = [self.layouts[0].first], [tensors[0]]
@@ -74,13 +79,12 @@ class Product:
                 values.append(next(biases))
         self._check_kind(values, [spec.name for spec in specs])
         sizes = sizing.learn(specs, values, given, self.view, self.name)
-        for name in self.axes:
-            agree(self.view, self.view.axes[name], partial(self._described, name, sizes, tensors), "a product")
+        for name, letters in self._moved(tensors).items():
+            agree(self.view, self.view.axes[name], partial(self._described, name, letters, sizes, tensors), "a product")
         missing = sizing.unknown(self._gathering(), sizes)
         if missing:
             sizing.exchange(missing, sizes, self.view, self.name)
-        program = Program(self.layouts, self.biased, self.keep, self.view, sizes, self.reduce_dtype, tensors[0].dtype)
-        return program, bool(missing)
+        return sizes, bool(missing)
 
     def _gathering(self) -> list[Move]:
         moves: list[Move] = []
@@ -102,16 +106,41 @@ class Product:
                 raise ShapeError(
                     f"{name} is on {tensor.device}, but the mesh is of {self.view.device.type} devices (in {self.name})"
                 )
+            if hasattr(tensor, "to_local"):
+                raise ShapeError(f"{name} is a DTensor: pass its local shard, tensor.to_local() (in {self.name})")
+        if self.reduce_dtype is not None and self.reduce_dtype.itemsize < first.dtype.itemsize:
+            raise ShapeError(
+                f"reduce_dtype {self.reduce_dtype} is narrower than {first.dtype} of {names[0]}: sums would lose "
+                f"what is there (in {self.name})"
+            )
         if first.dtype.is_complex:
             raise ShapeError(f"{names[0]} is {first.dtype}: complex products are not supported (in {self.name})")
 
-    def _described(self, axis: str, sizes: Sizes, tensors: Sequence[Tensor]) -> str:
-        """What the ranks of an axis must agree on: everything but the sizes of what the axis itself cuts."""
+    def _moved(self, tensors: Sequence[Tensor]) -> dict[str, set[str]]:
+        """For each axis that this call, or a backward of it, communicates along: the letters of what moves there.
+
+        A backward counts with every gradient if any is wanted: ranks that want different ones are to be told so.
+        """
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        every: set[Role] = {"first", "second", "bias"}
+        needs = [every if wanted and biased else every - {"bias"} if wanted else set() for biased in self.biased]
+        moved: dict[str, set[str]] = {}
+        for phase in (*forward_phases(self.plans, self.biased), *backward_phases(self.plans, needs, self.keep)):
+            for move in (*phase.reduce, *(move for read in phase.reads for move in read.moves)):
+                if move.kind != "slice":
+                    moved.setdefault(move.axis, set()).update(dim.letter for dim in move.before)
+        return {axis: moved[axis] for axis in self.axes if axis in moved}
+
+    def _described(self, axis: str, letters: set[str], sizes: Sizes, tensors: Sequence[Tensor]) -> str:
+        """What the ranks of an axis must agree on; of sizes, those of what moves along it, uncut by the axis itself."""
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
-        lines += [f"dtype {tensors[0].dtype}", f"reduce_dtype {self.reduce_dtype}", f"keep {sorted(self.keep)}"]
-        lines += [f"gradients for {[t.requires_grad for t in tensors]}, enabled {torch.is_grad_enabled()}"]
+        lines += [f"dtype {tensors[0].dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
+        names = [self.layouts[0].first.name, *(layout.second.name for layout in self.layouts)]
+        names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
+        wanted = [name for name, tensor in zip(names, tensors) if torch.is_grad_enabled() and tensor.requires_grad]
+        lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
         for (letter, axes), size in sorted(sizes.known.items()):
-            if axis not in axes:
+            if axis not in axes and letter in letters:
                 lines.append(f"{'/'.join((letter, *axes))} = {size}")
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Move, Phase, Read, Role, backward_phases, forward_phases, shares
+from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.route import Step, Transit, steps
@@ -81,6 +81,7 @@ class Program:
         self._given = len(keys)  # then each dY as stored, then each as gathered
         self._dy_gathers = [bool(self._route(plan.gather["product"], "")) for plan in self._plans]
         self._biases = [at for at in range(count) if biased[at]]
+        self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
         self._kept_slots = tuple(
             self._slot["first", share[at]] if r == "first" else self._slot[r, at] for r, at in keep
         )
@@ -92,6 +93,12 @@ class Program:
 
     def _route(self, moves: tuple[Move, ...], name: str) -> Route:
         return steps(moves, name, self._view, self._sizes, self._reduce_dtype, self._dtype)
+
+    def _backward_talks(self, plan: Plan, biased: bool) -> bool:
+        """Whether the backward of one product communicates, beside the reduction of dX that products share."""
+        routes = [*plan.gather.values(), plan.reduce["second"]]
+        routes += [plan.bias_grad, plan.bias_grad_gathered] if biased else []
+        return any(self._route(moves, "") for moves in routes)
 
     def _dy(self, at: int, gathered: bool = True) -> int:
         return self._given + at + (self.count if gathered and self._dy_gathers[at] else 0)
@@ -213,6 +220,8 @@ class Program:
         self, flags: tuple[bool, ...], saved: Sequence[Tensor], dys: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """The gradients of X, each weight and each bias; None where `flags` asks for none."""
+        if None in dys and len(dys) > 1:
+            dys = self._with_zeros(dys)
         slots: Slots = [None] * self._given
         for slot, tensor in zip(self.saved(flags), saved):
             slots[slot] = tensor
@@ -243,6 +252,17 @@ class Program:
             before = grads[output]
             grads[output] = grad if before is None else before + grad
         return grads
+
+    def _with_zeros(self, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Zeros for an output that this rank's loss did not use, where another rank's may have: all must take part."""
+        like = next(dy for dy in dys if dy is not None)
+        there = {self._share[at] for at, dy in enumerate(dys) if dy is not None}
+        full = []
+        for at, dy in enumerate(dys):
+            shape = self._sizes.shape_of(self._plans[at].product_dims)
+            absent = dy is None and (self._talks[at] or self._share[at] not in there)
+            full.append(like.new_zeros(shape) if absent else dy)
+        return full
 
 
 def _arrived(slots: Slots, slot: int) -> Tensor:

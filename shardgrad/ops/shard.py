@@ -27,6 +27,8 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
         ShapeError: `full` has another number of dims than `spec`.
         MeshError: the mesh lacks an axis of `spec`.
     """
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(f"spec says how one tensor is stored: layout['W'], not {type(spec).__name__}")
     mesh_view = view(mesh)
     mesh_view.require(spec.axes, spec)
     if full.dim() != len(spec.dims):
@@ -46,7 +48,7 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
 
     Args:
         local: this rank's shard, stored as `spec`.
-        sizes: global sizes of letters; those missing are exchanged (one small all-gather for each axis).
+        sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
         ShapeError: the shards are not cut as torch.chunk cuts, or contradict `sizes`.

@@ -31,6 +31,8 @@ def learn(
     for letter, size in (given or {}).items():
         if not any(letter in spec.letters for spec in specs):
             raise ShapeError(f"sizes names {letter!r}, which is no letter of {user}")
+        if not isinstance(size, int) or size < 0:
+            raise ShapeError(f"sizes says {letter} = {size!r}, which is not a number of elements (in {user})")
         sizes.known[letter, ()] = size
         source[letter, ()] = f"sizes says {letter} = {size}"
     found = []
@@ -79,6 +81,8 @@ def _contradiction(
         lines.append(f"  {known} over {axis} is cut as {parts} (torch.chunk)")
         known = parts[view.coordinate[axis]]
     lines.append("  cut tensors with sg.shard(full, layout[name], mesh)")
+    if ";" in str(user):
+        lines.append("  (a letter has one size in all layouts of a call: give another size another letter)")
     return "\n".join(lines)
 
 
@@ -101,7 +105,7 @@ def unknown(moves: Sequence[Move], sizes: Sizes) -> list[Level]:
 
 
 def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: object) -> None:
-    """Learn the missing levels from the other ranks' shards: one small all-gather for each axis they are stored on.
+    """Learn the missing levels from the other ranks' shards: one small exchange for each axis they are stored on.
 
     Raises:
         ShapeError: on every rank that sees it, if the shards are not cut as torch.chunk cuts.

@@ -14,6 +14,7 @@ import shardgrad as sg
 from shardgrad.testing import distributed
 
 COLUMN, ROW = "X[n,d] W[d,m/tp] -> Y[n,m/tp]", "X[n,d/tp] W[d/tp,m] -> Y[n,m]"
+DATA = "X[n/tp,d] W[d,m]  -> Y[n/tp,m]"
 
 
 @distributed(world_size=[2, 3])
@@ -21,13 +22,13 @@ def test_disagreements_are_named_on_every_rank(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     rank = mesh.get_local_rank("tp")
     odd = rank == world_size - 1
-    x, w = torch.ones(4, 5), torch.ones(5, 3)
+    x, w = torch.ones(4, 5, requires_grad=True), torch.ones(5, 3)
     cases = [
         (lambda: sg.matmul(x, w, ROW if odd else COLUMN, mesh), ["layout X[n,d] W", "layout X[n,d/tp] W"]),
-        (lambda: sg.matmul(torch.ones(6, 5) if odd else x, w, COLUMN, mesh), ["n = 4", "n = 6"]),
-        (lambda: sg.matmul(*((x.double(), w.double()) if odd else (x, w)), COLUMN, mesh), ["float32", "float64"]),
-        (lambda: sg.matmul(x, w.clone().requires_grad_(odd), COLUMN, mesh), ["gradients for [False, True]"]),
-        (lambda: sg.matmul(x, w, COLUMN, mesh, bias=torch.ones(3) if odd else None), ["with bias"]),
+        (lambda: sg.matmul(torch.ones(6, 5) if odd else x, w, ROW, mesh), ["n = 4", "n = 6"]),
+        (lambda: sg.matmul(*((x.double(), w.double()) if odd else (x, w)), ROW, mesh), ["float32", "float64"]),
+        (lambda: sg.matmul(x, w.clone().requires_grad_(odd), DATA, mesh), ["gradients wanted of W"]),
+        (lambda: sg.matmul(x, w, ROW, mesh, bias=torch.ones(3) if odd else None), ["with bias"]),
     ]
     for call, words in cases:
         with pytest.raises(sg.DisagreementError) as caught:
@@ -100,3 +101,34 @@ def test_ranks_that_wait_in_different_operations_are_told_of_each_other(world_si
         sg.matmul(x, w, gathered if rank else ROW, mesh, sizes={"n": 8} if rank else None)
     other = "all-gather of X" if rank == 0 else "all-reduce of Y"
     assert f"rank {1 - rank} failed in: {other}" in str(caught.value)
+
+
+@distributed(world_size=2)
+def test_a_layer_with_a_bias_on_one_rank_only_is_refused_when_built(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    with pytest.raises(sg.DisagreementError, match=r"bias: B\[m/tp\]"):
+        sg.ColumnParallelLinear(4, 4, bias=mesh.get_local_rank("tp") == 0, mesh=mesh)
+
+
+@distributed(world_size=2)
+def test_only_what_moves_is_compared(world_size: int) -> None:
+    """A rank may compute alone what communicates nothing, and rows that only a local sum sees may differ."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    rank = mesh.get_local_rank("tp")
+    w = torch.ones(5, 3)
+    if rank == 0:
+        with sg.trace() as traced, torch.no_grad():
+            sg.matmul(torch.ones(4, 5), w, DATA, mesh)
+        assert len(traced) == 0
+    w.requires_grad_()
+    x = torch.ones(2, 4 + rank, 5)  # each rank pads to its own longest sequence
+    sg.matmul(x, w, "X[b/tp,s,d] W[d,m] -> Y[b/tp,s,m]", mesh).sum().backward()
+    assert w.grad is not None
+    assert torch.equal(w.grad, torch.full((5, 3), 2.0 * (4 + 5)))
+
+
+@distributed(world_size=2)
+def test_a_mesh_that_lists_its_ranks_out_of_order_is_refused(world_size: int) -> None:
+    mesh = DeviceMesh("cpu", torch.tensor([1, 0]), mesh_dim_names=("tp",))
+    with pytest.raises(sg.MeshError, match="out of order along axis 'tp'"):
+        sg.ColumnParallelLinear(4, 4, mesh=mesh)

@@ -100,7 +100,7 @@ def test_what_nobody_needs_is_not_listed() -> None:
     assert layout.collectives(dict.fromkeys("ndm", 0), mesh) == []
 
 
-def test_reduce_dtype_widens_reductions_of_16_bit_tensors_only() -> None:
+def test_reduce_dtype_widens_reductions_and_nothing_else() -> None:
     layout = PRESETS["column_sequence"]
     given = {"sizes": {"n": 8, "d": 4, "m": 4}, "mesh_shape": {"tp": 2}}
     narrow = {e.operation: e.bytes for e in layout.collectives(**given, dtype=torch.bfloat16)}  # type: ignore[arg-type]
@@ -109,7 +109,10 @@ def test_reduce_dtype_widens_reductions_of_16_bit_tensors_only() -> None:
         for e in layout.collectives(**given, dtype="bfloat16", reduce_dtype=torch.float32)  # type: ignore[arg-type]
     }
     assert wide == {"all-gather": narrow["all-gather"], "reduce-scatter": 2 * narrow["reduce-scatter"]}
-    assert total(layout, **given, dtype="float64", reduce_dtype="float32") == total(layout, **given, dtype="float64")
+    double = {e.operation: e.bytes for e in layout.collectives(**given, reduce_dtype="float64")}  # type: ignore[arg-type]
+    assert double["reduce-scatter"] == 2 * double["all-gather"]
+    with pytest.raises(LayoutError, match="narrower"):
+        layout.collectives(**given, dtype="float64", reduce_dtype="float32")  # type: ignore[arg-type]
 
 
 def test_a_bias_can_be_stored_in_its_own_way() -> None:
@@ -127,7 +130,8 @@ def test_wrong_arguments_are_named() -> None:
     for change, why in (
         ({"sizes": {"n": 2, "d": 2}}, "sizes lacks letter 'm'"),
         ({"sizes": {"n": 2, "d": 2, "m": 2, "q": 1}}, "sizes names 'q'"),
-        ({"sizes": {"n": 2, "d": 2, "m": -1}}, "size -1 of letter 'm' is negative"),
+        ({"sizes": {"n": 2, "d": 2, "m": -1}}, "size -1 of letter 'm' is not a number of elements"),
+        ({"sizes": {"n": 2, "d": 2, "m": 1.5}}, "size 1.5 of letter 'm'"),
         ({"mesh_shape": {"dp": 2}}, "lacks axis 'tp'"),
         ({"coordinate": {"tp": 2}}, "index 2 is not one of 2 ranks"),
         ({"frozen": ["Z"]}, "frozen: no operand 'Z'"),

@@ -33,6 +33,7 @@ ILLEGAL = [
     ("X[n,d]{tp} W[d,m] -> Y[n,m]", (0, 1), "dX is no sum over tp (it is summed over no axis)"),
     ("X[n/tp,d]{tp} W[d,m/tp] -> Y[n,m/tp]", (4, 2), "it cannot be left partial over tp as well"),
     ("X[n,d/tp] W[d/tp,m] -> Y[n,m/tp]{tp}", (29, 2), "Y is cut by tp on m, so Y is complete there"),
+    ("X[n,d/tp] W[d/tp,m] -> Y[n,m]{tp,tp}", (23, 1), "tp stands twice in the braces of Y"),
     ("X[n,d] W[d,m/tp]{tp} -> Y[n,m/tp]", (13, 2), "dW is complete there"),
 ]
 
@@ -62,6 +63,16 @@ def test_nearest_legal_layouts_change_least() -> None:
     ]
     assert proposals("X[n,d] W[d,m/tp]{tp} -> Y[n,m/tp]")[0] == "X[n,d] W[d,m/tp] -> Y[n,m/tp]"
     assert proposals("X[n,n] W[n,m] -> Y[n,m]") == []
+    assert proposals("X[n/dp,d] W[d/dp,m/dp] -> Y[n/dp,m]")[:2] == [
+        "X[n/dp,d] W[d,m/dp] -> Y[n/dp,m]",
+        "X[n/dp,d] W[d/dp,m] -> Y[n/dp,m]",
+    ]
+    assert proposals("X[n/tp,d] W[d,m] -> Y[n/tp,m/tp]")[0] == "X[n/tp,d] W[d,m] -> Y[n/tp,m]"
+
+
+def test_marks_are_kept_where_they_can_be_and_dropped_where_they_are_what_is_wrong() -> None:
+    assert proposals("X[n,d/tp] W[d/tp,m] -> Y[n,m]{dp}") == ["X[n,d/tp] W[d/tp,m] -> Y[n,m]"]
+    assert proposals("X[n,d]{tp} W[d,m] -> Y[n,m/tp]")[0] == "X[n,d]{tp} W[d,m/tp] -> Y[n,m/tp]"
 
 
 def test_an_axis_removed_from_or_moved_in_a_legal_layout_is_legal_or_refused_with_legal_proposals() -> None:

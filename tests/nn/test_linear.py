@@ -137,7 +137,7 @@ def test_a_sequence_that_is_told_is_not_exchanged_and_a_gathered_input_can_be_ke
     for keep, told, expected in (
         ((), 5, ["all-gather", "all-gather", "reduce-scatter"]),
         (("X",), 5, ["all-gather", "reduce-scatter"]),
-        ((), None, ["all-gather", "all-gather", "all-gather", "reduce-scatter"]),
+        ((), None, ["all-to-all", "all-gather", "all-gather", "reduce-scatter"]),
     ):
         layer = sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=0, keep=keep)
         x = torch.ones(3 - mesh.get_local_rank("tp"), 4, requires_grad=True)

@@ -410,3 +410,69 @@ def test_backward_overlaps_the_reduction_of_dx_with_the_product_of_dw(world_size
     y.backward(torch.randn(4, 2))
     patched.undo()
     assert log == ["start gather", "product", "start reduce", "wait", "product", "wait"]
+
+
+@distributed(world_size=2)
+def test_ranks_whose_losses_use_different_outputs(world_size: int) -> None:
+    """One global loss, of which each rank computes the part of its own rows: a gradient that is absent here is zero."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    layouts = [Layout(f"X[n,d/tp] W[d/tp,{m}] -> Y[n/tp,{m}]") for m in "pq"]
+    sizes = {"n": 3, "d": 5, "p": 4, "q": 2}
+    x = integers(layouts[0].first, sizes, 1)
+    ws = [integers(layout.second, sizes, 2 + at) for at, layout in enumerate(layouts)]
+    dys = [integers(layout.product, sizes, 4 + at) for at, layout in enumerate(layouts)]
+    dys[0][2:] = 0  # the first product is used by rank 0 alone (rows 0, 1), the second by rank 1 alone (row 2)
+    dys[1][:2] = 0
+    local = [sg.shard(w, layout.second, mesh).requires_grad_() for w, layout in zip(ws, layouts)]
+    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    ys = sg.matmul(xs, list(zip(local, layouts)), mesh)
+    rank = mesh.get_local_rank("tp")
+    ys[rank].backward(sg.shard(dys[rank], layouts[rank].product, mesh))
+    assert xs.grad is not None
+    assert_same(xs.grad, layouts[0].first, dys[0] @ ws[0].T + dys[1] @ ws[1].T, mesh, sizes, "dX")
+    for w, layout, dy in zip(local, layouts, dys):
+        assert w.grad is not None
+        assert_same(w.grad, layout.second, x.T @ dy, mesh, sizes, f"d{layout.second}")
+
+
+@distributed(world_size=[1, 2, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X[b,s,d] W[d,m/tp] -> Y[b,s,m/tp]",
+        "X[b,s,d] W[d,m/tp] -> Y[m/tp,s,b]",
+        "X[b,s,d/tp] W[d/tp,m] -> Y[b,s/tp,m]",
+        "X[b,s,d/tp] W[d/tp,m] -> Y[b/tp,s,m]",
+    ],
+)
+def test_outputs_can_be_changed_in_place(world_size: int, text: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout(text)
+    sizes = {"b": 4, "s": 5, "d": 3, "m": 7}
+    x, w = integers(layout.first, sizes, 1), integers(layout.second, sizes, 2)
+    ws = sg.shard(w, layout.second, mesh).requires_grad_()
+    y = sg.matmul(sg.shard(x, layout.first, mesh), ws, layout, mesh)
+    expected = y.detach().clone().relu()
+    torch.relu_(y)
+    assert torch.equal(y.detach(), expected)
+    y.sum().backward()
+    assert ws.grad is not None
+
+
+@distributed(world_size=[1, 2])
+def test_autocast_casts_operands_as_it_does_for_torchs_own_products(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 6), sg.ColumnParallelLinear(6, 8, mesh=mesh), sg.RowParallelLinear(8, 6, mesh=mesh)
+    )
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16), sg.trace() as traced:
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert bool(parameter.grad.isfinite().all())
+    assert {event.dtype for event in traced if event.operation == "all-reduce"} <= {"bfloat16"}
