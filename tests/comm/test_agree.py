@@ -27,7 +27,7 @@ def test_disagreements_are_named_on_every_rank(world_size: int) -> None:
         (lambda: sg.matmul(x, w, ROW if odd else COLUMN, mesh), ["layout X[n,d] W", "layout X[n,d/tp] W"]),
         (lambda: sg.matmul(torch.ones(6, 5) if odd else x, w, ROW, mesh), ["n = 4", "n = 6"]),
         (lambda: sg.matmul(*((x.double(), w.double()) if odd else (x, w)), ROW, mesh), ["float32", "float64"]),
-        (lambda: sg.matmul(x, w.clone().requires_grad_(odd), DATA, mesh), ["gradients wanted of W"]),
+        (lambda: sg.matmul(x, w.clone().requires_grad_(odd), DATA, mesh), ["gradients wanted of X, W"]),
         (lambda: sg.matmul(x, w, ROW, mesh, bias=torch.ones(3) if odd else None), ["with bias"]),
     ]
     for call, words in cases:
