@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from numbers import Integral
 from typing import Any
 
 from shardgrad.errors import LayoutError
@@ -174,7 +175,7 @@ class Layout:
         for letter, size in sizes.items():
             if letter not in self.letters:
                 raise LayoutError(f"sizes names {letter!r}, but {self} has the letters {', '.join(self.letters)}")
-            if not isinstance(size, int) or size < 0:
+            if not isinstance(size, Integral) or size < 0:
                 raise LayoutError(f"size {size!r} of letter {letter!r} is not a number of elements")
         for axis in self.axes:
             if axis not in mesh_shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def learn(
     for letter, size in (given or {}).items():
         if not any(letter in spec.letters for spec in specs):
             raise ShapeError(f"sizes names {letter!r}, which is no letter of {user}")
-        if not isinstance(size, int) or size < 0:
+        if not isinstance(size, Integral) or size < 0:
             raise ShapeError(f"sizes says {letter} = {size!r}, which is not a number of elements (in {user})")
         sizes.known[letter, ()] = size
         source[letter, ()] = f"sizes says {letter} = {size}"
