@@ -220,7 +220,7 @@ class Program:
         self, flags: tuple[bool, ...], saved: Sequence[Tensor], dys: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """The gradients of X, each weight and each bias; None where `flags` asks for none."""
-        if None in dys and len(dys) > 1:
+        if len(dys) > 1 and any(dy is None for dy in dys):
             dys = self._with_zeros(dys)
         slots: Slots = [None] * self._given
         for slot, tensor in zip(self.saved(flags), saved):
