@@ -441,6 +441,7 @@ def test_ranks_whose_losses_use_different_outputs(world_size: int) -> None:
     [
         "X[b,s,d] W[d,m/tp] -> Y[b,s,m/tp]",
         "X[b,s,d] W[d,m/tp] -> Y[m/tp,s,b]",
+        "X[b,s,d] W[d,m/tp] -> Y[b,m/tp,s]",
         "X[b,s,d/tp] W[d/tp,m] -> Y[b,s/tp,m]",
         "X[b,s,d/tp] W[d/tp,m] -> Y[b/tp,s,m]",
     ],
