@@ -110,11 +110,8 @@ def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, device: torch.devi
     """The size of a sharded dim over all ranks: as given (and checked), else exchanged."""
     local = x.shape[dim]
     if size is None:
-        sizes = [row[0] for row in raw.gather_ints([local], axis, device, "exchange of sizes")]
-        size = sum(sizes)
-        parts = [chunk(size, axis.size, i)[1] for i in range(axis.size)]
-        if sizes != parts:
-            raise ShapeError(f"shards over {axis} have sizes {sizes} on dim {dim}; torch.chunk cuts {size} as {parts}")
+        rows = raw.gather_ints([local], axis, device, "exchange of sizes")
+        size = raw.whole_size([row[0] for row in rows], axis, f"dim {dim}")
     expected = chunk(size, axis.size, axis.index)[1]
     if local != expected:
         raise ShapeError(

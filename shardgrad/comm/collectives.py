@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.rollcall import roll_call
-from shardgrad.errors import CollectiveError
+from shardgrad.errors import CollectiveError, ShapeError
 from shardgrad.layout.sizes import chunk
 
 
@@ -187,6 +187,22 @@ def gather_ints(values: list[int], axis: Axis, device: torch.device, what: str) 
     )
     _timed(work.wait, what, axis)
     return everyones.tolist()
+
+
+def whole_size(parts: Sequence[int], axis: Axis, what: str) -> int:
+    """The size of a dim over all ranks, from the parts of it that the ranks of an axis hold.
+
+    Raises:
+        ShapeError: they are not cut as torch.chunk cuts.
+    """
+    size = sum(parts)
+    right = [chunk(size, axis.size, i)[1] for i in range(axis.size)]
+    if list(parts) != right:
+        raise ShapeError(
+            f"the shards of {what} over {axis} have sizes {list(parts)}, but {size} is cut as {right} (torch.chunk): "
+            "cut tensors with sg.shard(full, layout[name], mesh)"
+        )
+    return size
 
 
 def _padded(x: Tensor, dim: int, size: int) -> Tensor:

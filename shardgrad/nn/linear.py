@@ -95,12 +95,12 @@ class _ParallelLinear(ShardedModule):
     def _letters(self, dims: int) -> tuple[str, str, str | None]:
         """The row letters, uncut and with the sequence cut, and the sequence's letter."""
         rows = row_letters(dims - 1)
+        uncut = "".join(f"{letter}," for letter in rows)
         if self.sequence_dim is None:
-            text = "".join(f"{letter}," for letter in rows)
-            return text, text, None
+            return uncut, uncut, None
         at = sequence_letter(dims, self.sequence_dim, type(self).__name__)
         cut = "".join(f"{x}/{self.axis}," if i == at else f"{x}," for i, x in enumerate(rows))
-        return "".join(f"{letter}," for letter in rows), cut, rows[at]
+        return uncut, cut, rows[at]
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y.

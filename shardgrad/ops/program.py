@@ -70,7 +70,6 @@ class Program:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
         self._plans = [layout.plan for layout in layouts]
         self._terms = [Terms(layout, view) for layout in layouts]
-        self._keep = keep
         count = self.count = len(layouts)
         share = self._share = shares(self._plans)
         keys: list[Key] = [("first", at) for at in dict.fromkeys(share)]
@@ -82,9 +81,7 @@ class Program:
         self._dy_gathers = [bool(self._route(plan.gather["product"], "")) for plan in self._plans]
         self._biases = [at for at in range(count) if biased[at]]
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
-        self._kept_slots = tuple(
-            self._slot["first", share[at]] if r == "first" else self._slot[r, at] for r, at in keep
-        )
+        self._keep: set[Key] = {(role, share[at] if role == "first" else at) for role, at in keep}
         self._starts, self._forward = self._compile_forward(biased)
         self._saved: dict[tuple[bool, ...], tuple[int, ...]] = {}
         self._backward: dict[tuple[bool, ...], tuple[Stage, ...]] = {}
@@ -131,8 +128,7 @@ class Program:
                 if at in self._biases and flags[1 + self.count + self._biases.index(at)]:
                     need.add("bias")
             needs.append(need)
-        keep: set[Key] = {("first", self._share[at]) if role == "first" else (role, at) for role, at in self._keep}
-        phases = backward_phases(self._plans, needs, keep)
+        phases = backward_phases(self._plans, needs, self._keep)
         gathers = [self._gathers(phase) for phase in phases]
         operands = [self._operands(phase, needs) for phase in phases]
         stages = []
@@ -203,8 +199,8 @@ class Program:
         for out, (terms, _, _, _, bias) in zip(made, self._forward):
             y = out if isinstance(out, Tensor) else out.result()
             ys.append(y if bias < 0 else terms.add_bias(y, _arrived(slots, bias)))
-        for slot in self._kept_slots:
-            given[slot] = _arrived(slots, slot)
+        for key in self._keep:
+            given[self._slot[key]] = _arrived(slots, self._slot[key])
         return ys, given
 
     def saved(self, flags: tuple[bool, ...]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from numbers import Integral
 
 from torch import Tensor
 
-from shardgrad.comm.collectives import gather_ints
+from shardgrad.comm.collectives import gather_ints, whole_size
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.layout.notation import TensorSpec
@@ -123,14 +123,7 @@ def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: objec
             axis = view.axes[name]
             rows = gather_ints(values, axis, view.device, f"exchange of sizes for {user}")
             for at, (((letter, _), _), column) in enumerate(zip(entries, zip(*rows))):
-                total = sum(column)
-                parts = [chunk(total, axis.size, i)[1] for i in range(axis.size)]
-                if list(column) != parts:
-                    raise ShapeError(
-                        f"the shards of {letter} over {axis} have sizes {list(column)}, but {total} is cut as {parts} "
-                        f"(torch.chunk; in {user}): cut tensors with sg.shard(full, layout[name], mesh)"
-                    )
-                values[at] = total
+                values[at] = whole_size(column, axis, f"{letter} (in {user})")
         for (level, _), total in zip(entries, values):
             sizes.known[level] = total
 
