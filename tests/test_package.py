@@ -11,7 +11,20 @@ import pytest
 import shardgrad as sg
 
 ROOT = Path(sg.__file__).parent
-ROOMS = {"errors": 0, "layout": 1, "comm": 2, "ops": 3, "nn": 4, "checkpoint": 5, "train": 6}
+ROOMS = {
+    "errors": 0,
+    "layout": 1,
+    "comm": 2,
+    "ops": 3,
+    "nn": 4,
+    "checkpoint": 5,
+    "verify": 6,
+    "train": 7,
+    "bench": 8,
+    "scale": 8,
+    "draw": 8,
+    "cli": 9,
+}
 README = (ROOT.parent / "README.md").read_text() + "".join(p.read_text() for p in (ROOT.parent / "docs").glob("*.md"))
 
 
