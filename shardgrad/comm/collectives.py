@@ -141,13 +141,45 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
     return Pending(work, finish, what, axis, keep=x)
 
 
+class AllReduce:
+    """A sum over an axis, made ready: what is asked of the process group at every call is settled once."""
+
+    __slots__ = ("_axis", "_options", "_what")
+
+    def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
+        self._axis, self._what = axis, what
+        self._options = dist.AllreduceOptions()
+        self._options.reduceOp = op
+        self._options.asyncOp = True
+
+    def start(self, x: Tensor) -> Any:
+        """Start to sum a contiguous `x` in place; what is returned is to be waited for."""
+        if x.numel() == 0:
+            return None
+        if _clocks:
+            return _start(lambda: self._axis.group.allreduce([x], self._options), self._what, self._axis)
+        try:
+            return self._axis.group.allreduce([x], self._options)
+        except (RuntimeError, ValueError) as error:
+            raise CollectiveError(_failure(error, self._what, self._axis)) from error
+
+    def wait(self, work: Any) -> None:
+        """Wait for what `start` returned; then the sum is there."""
+        if work is None:
+            return
+        if _clocks:
+            _timed(work.wait, self._what, self._axis)
+            return
+        try:
+            work.wait()
+        except (RuntimeError, ValueError) as error:
+            raise CollectiveError(_failure(error, self._what, self._axis)) from error
+
+
 def all_reduce(x: Tensor, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> Pending:
     """Sum `x` over the ranks. `x` is overwritten if it is contiguous: hand over a tensor of your own."""
     own = x.contiguous()
-    if own.numel() == 0:
-        return Pending(None, lambda: own, what, axis)
-    work = _start(lambda: dist.all_reduce(own, op=op, group=axis.group, async_op=True), what, axis)
-    return Pending(work, lambda: own, what, axis)
+    return Pending(AllReduce(axis, what, op).start(own), lambda: own, what, axis)
 
 
 def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what: str = "all-to-all") -> Pending:

@@ -15,6 +15,23 @@ def _order(letters: Letters, wanted: Letters) -> tuple[int, ...] | None:
     return None if letters == wanted else tuple(letters.index(letter) for letter in wanted)
 
 
+_LINEAR = "linear({0}, {1})"
+
+
+def _short(left: Letters, right: Letters, rows: Letters, contracted: Letters, columns: Letters) -> str | None:
+    """torch's own way to write a product without batched letters, whose operands lie in one of the common orders."""
+    if left == rows + contracted and len(contracted) == 1:
+        if right == columns + contracted:
+            return _LINEAR
+        if right == contracted + columns:
+            return "matmul({0}, {1})"
+    if len(rows) == 1 and left == contracted + rows and right == contracted + columns and contracted:
+        if len(contracted) == 1:
+            return "{0}.t().mm({1})"
+        return "{0}.flatten(0, -2).t().mm({1}.flatten(0, -2))"
+    return None
+
+
 class Contraction:
     """out = Σ left · right over the letters that `out` lacks.
 
@@ -22,7 +39,7 @@ class Contraction:
     taken in the order that leaves the result in `out`'s order, if one does.
     """
 
-    __slots__ = ("_batched", "_columns", "_left", "_right", "_rows", "_swap", "_unpermute")
+    __slots__ = ("_batched", "_columns", "_left", "_right", "_rows", "_source", "_swap", "_unpermute")
 
     def __init__(self, left: Letters, right: Letters, out: Letters) -> None:
         self._swap = self._leads(right, left, out) and not self._leads(left, right, out)
@@ -36,6 +53,9 @@ class Contraction:
         self._right = _order(right, batched + contracted + columns)
         self._unpermute = _order(batched + rows + columns, out)
         self._batched, self._rows, self._columns = len(batched), len(rows), len(columns)
+        self._source = None
+        if not batched and rows and len(columns) == 1 and self._unpermute is None:
+            self._source = _short(left, right, rows, contracted, columns)
 
     @staticmethod
     def _leads(left: Letters, right: Letters, out: Letters) -> bool:
@@ -44,6 +64,17 @@ class Contraction:
         rows = tuple(x for x in out if x in left and x not in right)
         columns = tuple(x for x in out if x in right and x not in left)
         return batched + rows + columns == out
+
+    def source(self, left: str, right: str) -> str | None:
+        """The product as one expression of two variables, where torch has it under a name of its own; else None."""
+        if self._source is None:
+            return None
+        return self._source.format(*((right, left) if self._swap else (left, right)))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is torch's `linear(left, right)`, of a matrix [columns, contracted]."""
+        return self._source == _LINEAR and not self._swap
 
     def __call__(self, left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
         """The product, or `into` plus the product (in place where the order of the letters allows)."""

@@ -8,14 +8,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
 from shardgrad.ops.product import Product
-from shardgrad.ops.program import Key, Program
+from shardgrad.ops.program import Key
 
 Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
 _layout = lru_cache(maxsize=512)(Layout)
@@ -145,13 +144,14 @@ def run(
 ) -> tuple[Tensor, ...]:
     """Differentiably compute bound products of x."""
     tensors = (x, *weights, *biases)
-    if torch.is_autocast_enabled(x.device.type):
+    device = product.device_type
+    if torch.is_autocast_enabled(device):
         # As autocast treats torch's own products: the operands are cast, and nothing inside is cast again.
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.get_autocast_dtype(device)
         tensors = tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
-        with torch.autocast(x.device.type, enabled=False):
-            return _Product.apply(product, product.program(tensors, sizes), *tensors)
-    return _Product.apply(product, product.program(tensors, sizes), *tensors)
+        with torch.autocast(device, enabled=False):
+            return product.program(tensors, sizes)(*tensors)
+    return product.program(tensors, sizes)(*tensors)
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
@@ -176,22 +176,3 @@ def _kept(keep: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
             raise LayoutError(f"keep: no operand {name!r} in {'; '.join(map(str, layouts))}")
         kept.update(seconds + firsts)  # type: ignore[arg-type]
     return frozenset(kept)
-
-
-class _Product(torch.autograd.Function):
-    """Inputs: the bound product, its program, X, the weights, the biases that are there."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Product, program: Program, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        ys, slots = program.forward(x, rest)
-        # Saved: X for dW, W for dX; as gathered if kept, else as stored, to be gathered again.
-        ctx.save_for_backward(*[slots[at] for at in program.saved(ctx.needs_input_grad[2:])])
-        ctx.product, ctx.program = product, program
-        ctx.set_materialize_grads(False)
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        ctx.product.check_backward(dys)
-        return None, None, *ctx.program.backward(ctx.needs_input_grad[2:], ctx.saved_tensors, dys)

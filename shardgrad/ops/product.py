@@ -33,6 +33,7 @@ class Product:
     ) -> None:
         self.layouts, self.biased, self.view = layouts, biased, view
         self.keep, self.reduce_dtype = keep, reduce_dtype
+        self.device_type = view.device.type
         self.name = "; ".join(map(str, layouts))
         self.axes = tuple(dict.fromkeys(axis for layout in layouts for axis in layout.axes))
         view.require(self.axes, self.name)
@@ -47,9 +48,9 @@ class Product:
 
         tensors: the input, the weights, the biases that are there.
         """
+        grad = torch.is_grad_enabled()
         key = (
-            tuple([(t.shape, t.dtype, t.requires_grad) for t in tensors]),
-            torch.is_grad_enabled(),
+            tuple([(t.shape, t.dtype, grad and t.requires_grad) for t in tensors]),
             tuple(given.items()) if given else None,
         )
         found = self._programs.get(key)
@@ -63,7 +64,18 @@ class Product:
             if len(self._programs) >= _MOST_SHAPES:
                 self._programs.clear()
             dtype = tensors[0].dtype
-            found = Program(self.layouts, self.biased, self.keep, self.view, sizes, self.reduce_dtype, dtype)
+            needs = tuple([grad and t.requires_grad for t in tensors])
+            found = Program(
+                self.layouts,
+                self.biased,
+                self.keep,
+                self.view,
+                sizes,
+                self.reduce_dtype,
+                dtype,
+                needs,
+                self._check_backward,
+            )
             self._programs[where] = found
         return found
 
@@ -144,10 +156,8 @@ class Product:
                 lines.append(f"{'/'.join((letter, *axes))} = {size}")
         return "\n".join(lines)
 
-    def check_backward(self, dys: Sequence[Tensor | None]) -> None:
-        """While checking every call: do the ranks ask for the same gradients of the same kind?"""
-        if not checking_every_call():
-            return
+    def _check_backward(self, dys: Sequence[Tensor | None]) -> None:
+        """Do the ranks ask for the same gradients of the same kind?"""
         lines = ["backward", *(f"layout {layout}" for layout in self.layouts)]
         for layout, dy in zip(self.layouts, dys):
             lines.append(f"d{layout.product.name} {'is None' if dy is None else dy.dtype}")

@@ -1,28 +1,32 @@
-"""A plan made concrete for one set of shapes: which tensors to move, multiply and reduce, as slots of a list.
+"""A plan made concrete for one set of shapes: which tensors to move, multiply and reduce, as numbered slots.
 
-Slots hold the input (once for each way in which products gather it), the weights, the biases, and in backward each dY
-as stored and as gathered. A slot whose tensor is on its way holds a `Transit`, waited for where it is first read.
+Slots stand for the input (once for each way in which products gather it), the weights, the biases, and in backward for
+each dY as stored and as gathered. `source` writes a program out as Python, and that is what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from shardgrad.comm.agree import checking_every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
+from shardgrad.ops import source
 from shardgrad.ops.contract import Contraction
-from shardgrad.ops.route import Step, Transit, steps
+from shardgrad.ops.route import Step, steps
 from shardgrad.ops.terms import Terms
 
 Key = tuple[Role, int]
 Route = tuple[Step, ...]
-Slots = list[Tensor | Transit | None]
+Check = Callable[[Sequence[Tensor | None]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,19 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """One product: the slots of its operands, the route of what it makes, the slot of its bias (None without)."""
+
+    terms: Terms
+    first: int
+    second: int
+    route: Route
+    bias: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """One phase: what to start, what to compute, where it goes.
+    """One phase of backward: what to start, what to compute, where it goes.
 
     starts: the gathers that this phase reads (first stage only), and those of the next phase, to run under this one.
     terms: the products to sum, as a contraction and the slots of its operands; none for db.
@@ -55,7 +70,11 @@ class Stage:
 
 
 class Program:
-    """Everything that calls of one set of shapes run, forward and backward."""
+    """Everything that calls of one set of shapes run, forward and backward.
+
+    needs: whether X, each weight and each bias that is there needs a gradient.
+    check: called with what came to backward, before anything else, while ranks compare every call.
+    """
 
     def __init__(
         self,
@@ -66,8 +85,11 @@ class Program:
         sizes: Sizes,
         reduce_dtype: torch.dtype | None,
         dtype: torch.dtype,
+        needs: tuple[bool, ...],
+        check: Check,
     ) -> None:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
+        self._needs, self._check = needs, check
         self._plans = [layout.plan for layout in layouts]
         self._terms = [Terms(layout, view) for layout in layouts]
         count = self.count = len(layouts)
@@ -82,9 +104,20 @@ class Program:
         self._biases = [at for at in range(count) if biased[at]]
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
         self._keep: set[Key] = {(role, share[at] if role == "first" else at) for role, at in keep}
-        self._starts, self._forward = self._compile_forward(biased)
-        self._saved: dict[tuple[bool, ...], tuple[int, ...]] = {}
-        self._backward: dict[tuple[bool, ...], tuple[Stage, ...]] = {}
+        self._saved = self._slots_for_backward()
+        self._bodies: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
+        self._call = self._build(biased)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Every Y, differentiably, of X, the weights and the biases that are there."""
+        made = self._call(*tensors)
+        return made if self.count > 1 else (made,)
+
+    @property
+    def source(self) -> str:
+        """What runs, as Python: forward, and backward with every dY there."""
+        bodies = [self._bodies[there] for there in self._bodies if all(there)]
+        return "\n".join(str(function.__doc__) for function in (self._forward_body, *bodies))
 
     # Compiling: from the plan's phases to slots.
 
@@ -100,9 +133,13 @@ class Program:
     def _dy(self, at: int, gathered: bool = True) -> int:
         return self._given + at + (self.count if gathered and self._dy_gathers[at] else 0)
 
-    def _compile_forward(
-        self, biased: tuple[bool, ...]
-    ) -> tuple[tuple[Start, ...], tuple[tuple[Terms, int, int, Route, int], ...]]:
+    def _slots_for_backward(self) -> tuple[int, ...]:
+        """W for dX, X for dW: as gathered if kept, else as stored, to be gathered again."""
+        wanted: list[Key] = [("second", at) for at in range(self.count) if self._needs[0]]
+        wanted += [("first", self._share[at]) for at in range(self.count) if self._needs[1 + at]]
+        return tuple(dict.fromkeys(self._slot[key] for key in wanted))
+
+    def _forward(self, biased: tuple[bool, ...]) -> tuple[tuple[Start, ...], tuple[Forward, ...]]:
         starts, products = [], []
         for phase in forward_phases(self._plans, biased):
             plan = self._plans[phase.index]
@@ -112,20 +149,21 @@ class Program:
                 if route:
                     starts.append(Start(slot, slot, route))
             reduce = self._route(phase.reduce, plan.names["product"])
-            products.append((self._terms[phase.index], slots[0], slots[1], reduce, slots[2] if len(slots) > 2 else -1))
+            bias = slots[2] if len(slots) > 2 else None
+            products.append(Forward(self._terms[phase.index], slots[0], slots[1], reduce, bias))
         return tuple(starts), tuple(products)
 
-    def _compile_backward(self, flags: tuple[bool, ...]) -> tuple[Stage, ...]:
-        """flags: whether X, each weight and each bias needs a gradient, then whether each dY is there."""
+    def _backward(self, there: tuple[bool, ...]) -> tuple[Stage, ...]:
+        """The stages of backward, given which of the dYs there are."""
         needs: list[set[Role]] = []
         for at in range(self.count):
             need: set[Role] = set()
-            if flags[len(flags) - self.count + at]:
-                if flags[0]:
+            if there[at]:
+                if self._needs[0]:
                     need.add("first")
-                if flags[1 + at]:
+                if self._needs[1 + at]:
                     need.add("second")
-                if at in self._biases and flags[1 + self.count + self._biases.index(at)]:
+                if at in self._biases and self._needs[1 + self.count + self._biases.index(at)]:
                     need.add("bias")
             needs.append(need)
         phases = backward_phases(self._plans, needs, self._keep)
@@ -184,87 +222,62 @@ class Program:
 
     # Running.
 
-    def forward(self, x: Tensor, rest: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Y of every product; and the slots with what came in, or, where it is kept, as gathered."""
-        given = [x] * self._inputs
-        given += rest
-        slots: Slots = [*given]
-        for start in self._starts:
-            slots[start.target] = Transit(given[start.source], start.route)
-        made: list[Tensor | Transit] = []
-        for terms, left, right, reduce, _ in self._forward:
-            y = terms.product(_arrived(slots, left), _arrived(slots, right))
-            made.append(Transit(y, reduce) if reduce else y)
-        ys = []
-        for out, (terms, _, _, _, bias) in zip(made, self._forward):
-            y = out if isinstance(out, Tensor) else out.result()
-            ys.append(y if bias < 0 else terms.add_bias(y, _arrived(slots, bias)))
-        for key in self._keep:
-            given[self._slot[key]] = _arrived(slots, self._slot[key])
-        return ys, given
+    def _names(self) -> list[str]:
+        """What each slot is called in the source."""
+        firsts = ["x", *(f"x{at}" for at in range(1, self._inputs))]
+        tail = range(self.count) if self.count > 1 else ("",)
+        biases = [f"b{at if self.count > 1 else ''}" for at in self._biases]
+        return [*firsts, *(f"w{at}" for at in tail), *biases, *(f"dy{at}" for at in tail), *(f"dy{at}_" for at in tail)]
 
-    def saved(self, flags: tuple[bool, ...]) -> tuple[int, ...]:
-        """The slots that backward needs, given whether X, each weight and each bias needs a gradient."""
-        found = self._saved.get(flags)
-        if found is None:
-            wanted = [("second", at) for at in range(self.count) if flags[0]]
-            wanted += [("first", self._share[at]) for at in range(self.count) if flags[1 + at]]
-            found = self._saved[flags] = tuple(dict.fromkeys(self._slot[key] for key in wanted))  # type: ignore[index]
-        return found
+    def _build(self, biased: tuple[bool, ...]) -> Callable[..., Any]:
+        """What a call runs: an autograd Function of its own, or plain code where nothing needs a gradient."""
+        keep = {self._slot[key] for key in self._keep}
+        wanted = any(self._needs)
+        forward = self._forward_body = source.forward(
+            *self._forward(biased), self._names(), self._inputs, self._given, self._saved, keep, in_autograd=wanted
+        )
+        if not wanted:
+            return forward
+        usual = self._bodies[(True,) * self.count] = self._body((True,) * self.count)
+        unusual = self._run_backward
+        refusing = once_differentiable(unusual)
 
-    def backward(
-        self, flags: tuple[bool, ...], saved: Sequence[Tensor], dys: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The gradients of X, each weight and each bias; None where `flags` asks for none."""
-        if len(dys) > 1 and any(dy is None for dy in dys):
+        def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
+                return refusing(ctx, *dys)
+            if checking_every_call() or [dy for dy in dys if dy is None]:
+                return unusual(ctx, *dys)
+            return usual(ctx.saved_tensors, *dys)
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        made: type[torch.autograd.Function] = type("ShardedProduct", (torch.autograd.Function,), members)
+        return made.apply
+
+    def _body(self, there: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
+        return source.backward(self._backward(there), self._names(), self._saved, self._given, len(self._needs), there)
+
+    def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of X, each weight and each bias; None where none is needed."""
+        if checking_every_call():
+            self._check(dys)
+        there = tuple([dy is not None for dy in dys])
+        if self.count > 1 and not all(there):
             dys = self._with_zeros(dys)
-        slots: Slots = [None] * self._given
-        for slot, tensor in zip(self.saved(flags), saved):
-            slots[slot] = tensor
-        slots += dys
-        slots += [None] * self.count
-        key = flags + tuple([dy is not None for dy in dys])
-        stages = self._backward.get(key)
-        if stages is None:
-            stages = self._backward[key] = self._compile_backward(key)
-        grads: list[Tensor | None] = [None] * len(flags)
-        leaving: list[tuple[int, Tensor | Transit]] = []
-        for stage in stages:
-            for start in stage.starts:
-                source = slots[start.source]
-                assert isinstance(source, Tensor)
-                slots[start.target] = Transit(source, start.route)
-            made: Tensor | None = None
-            for contraction, dy, other in stage.terms:
-                made = contraction(_arrived(slots, dy), _arrived(slots, other), made)
-            if stage.bias is not None:
-                made = stage.bias[0].grad_bias(_arrived(slots, stage.bias[1]))
-            assert made is not None
-            leaving.append((stage.output, Transit(made, stage.route) if stage.route else made))
-            for slot in stage.done:
-                slots[slot] = None
-        for output, out in leaving:
-            grad = out if isinstance(out, Tensor) else out.result()
-            before = grads[output]
-            grads[output] = grad if before is None else before + grad
-        return grads
+            there = tuple([dy is not None for dy in dys])
+        body = self._bodies.get(there)
+        if body is None:
+            body = self._bodies[there] = self._body(there)
+        return body(ctx.saved_tensors, *dys)
 
-    def _with_zeros(self, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _with_zeros(self, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Zeros for an output that this rank's loss did not use, where another rank's may have: all must take part."""
-        like = next(dy for dy in dys if dy is not None)
-        there = {self._share[at] for at, dy in enumerate(dys) if dy is not None}
+        like = next((dy for dy in dys if dy is not None), None)
+        if like is None:
+            return tuple(dys)
+        used = {self._share[at] for at, dy in enumerate(dys) if dy is not None}
         full = []
         for at, dy in enumerate(dys):
             shape = self._sizes.shape_of(self._plans[at].product_dims)
-            absent = dy is None and (self._talks[at] or self._share[at] not in there)
+            absent = dy is None and (self._talks[at] or self._share[at] not in used)
             full.append(like.new_zeros(shape) if absent else dy)
-        return full
-
-
-def _arrived(slots: Slots, slot: int) -> Tensor:
-    """The tensor of a slot, waited for if it is on its way."""
-    tensor = slots[slot]
-    if isinstance(tensor, Transit):
-        tensor = slots[slot] = tensor.result()
-    assert tensor is not None
-    return tensor
+        return tuple(full)

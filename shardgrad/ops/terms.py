@@ -25,6 +25,12 @@ class Terms:
         # A sum that is left to the caller is made of one term a rank: only one of them may hold the bias.
         self._adds_bias = all(view.coordinate[axis] == 0 for axis in layout.product.partial)
 
+    def product_and_bias_source(self, x: str, w: str, bias: str) -> str | None:
+        """Product and bias as one expression, where torch has it: a matrix times a matrix, plus a row."""
+        if self.product.is_linear and self._adds_bias and self._trailing and self._ones == (0,):
+            return f"linear({x}, {w}, {bias})"
+        return None
+
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """y plus the bias, in place: y is a fresh local product."""
         if not self._adds_bias:

@@ -1,0 +1,169 @@
+"""A program written out as straight-line Python: for its layout and shapes, what one would have written by hand.
+
+What a call has to decide is decided while writing, so that running costs no more than the operations themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from shardgrad.comm.collectives import AllReduce
+from shardgrad.ops.contract import Contraction
+from shardgrad.ops.route import Transit
+
+if TYPE_CHECKING:
+    from shardgrad.ops.program import Forward, Route, Stage, Start
+
+
+class _Writer:
+    """Lines of a function, the constants that they name, and which variable holds the tensor of each slot."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.lines: list[str] = []
+        self.constants: dict[str, Any] = {"Transit": Transit, "linear": F.linear, "matmul": torch.matmul}
+        self._names = names
+        self._coming: set[int] = set()
+        self.here: dict[int, str] = {}
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def constant(self, stem: str, value: object) -> str:
+        name = f"{stem}{sum(known.startswith(stem) for known in self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def start(self, start: Start) -> None:
+        """Send a slot's tensor on its way."""
+        route = self.constant("route", start.route)
+        self.say(f"{self._names[start.target]}_sent = Transit({self.here[start.source]}, {route})")
+        self._coming.add(start.target)
+
+    def read(self, slot: int) -> str:
+        """The variable with a slot's tensor, waited for if it is on its way."""
+        if slot in self._coming:
+            self._coming.remove(slot)
+            self.here[slot] = f"{self._names[slot]}_here"
+            self.say(f"{self.here[slot]} = {self._names[slot]}_sent.result()")
+        return self.here[slot]
+
+    def drop(self, slots: Collection[int]) -> None:
+        """Let go of tensors that no later line reads."""
+        gone = sorted({self.here.pop(slot) for slot in slots if slot in self.here} - set(self.here.values()))
+        if gone:
+            self.say(f"{' = '.join(gone)} = None")
+
+    def multiply(self, made: Contraction, left: str, right: str, into: str | None = None) -> str:
+        """The expression of a local product."""
+        short = made.source(left, right) if into is None else None
+        return short or f"{self.constant('contract', made)}({left}, {right}, {into})"
+
+    def leave(self, name: str, route: Route) -> Callable[[], None]:
+        """Send what was made to where it is stored; the returned call writes the line that waits for it."""
+        if not route:
+            return lambda: None
+        if len(route) == 1 and route[0].kind == "all-reduce":
+            assert route[0].axis is not None
+            reduce = self.constant("reduce", AllReduce(route[0].axis, route[0].what))
+            self.say(f"{name}_work = {reduce}.start({name})")
+            return lambda: self.say(f"{reduce}.wait({name}_work)")
+        self.say(f"{name}_sent = Transit({name}, {self.constant('route', route)})")
+        return lambda: self.say(f"{name} = {name}_sent.result()")
+
+    def function(self, signature: str) -> Callable[..., Any]:
+        text = f"def {signature}:\n" + "".join(f"    {line}\n" for line in self.lines)
+        space = dict(self.constants)
+        exec(compile(text, f"<shardgrad {signature}>", "exec"), space)
+        made: Callable[..., Any] = space[signature.partition("(")[0]]
+        made.__doc__ = text
+        return made
+
+
+def forward(
+    starts: Sequence[Start],
+    products: Sequence[Forward],
+    names: Sequence[str],
+    inputs: int,
+    given: int,
+    saved: Sequence[int],
+    keep: Collection[int],
+    *,
+    in_autograd: bool,
+) -> Callable[..., Any]:
+    """Y of every product (a tensor if there is one), of X, the weights and the biases that are there.
+
+    names: of the slots, of which the first `inputs` are all X, and the first `given` are there before the call.
+    saved: the slots that are saved for backward, as they came or, for those in `keep`, as they were gathered.
+    in_autograd: whether to write `Function.forward`, which is also given a context.
+    """
+    writer = _Writer(names)
+    came = {slot: "x" if slot < inputs else names[slot] for slot in range(given)}
+    writer.here.update(came)
+    for start in starts:
+        writer.start(start)
+    outs = [f"y{at}" if len(products) > 1 else "y" for at in range(len(products))]
+    arrivals = []
+    added = [False] * len(products)
+    for at, (out, one) in enumerate(zip(outs, products)):
+        left, right = writer.read(one.first), writer.read(one.second)
+        if one.bias is not None and not one.route and one.bias not in {start.target for start in starts}:
+            fused = one.terms.product_and_bias_source(left, right, came[one.bias])
+            if fused:
+                writer.say(f"{out} = {fused}")
+                arrivals.append(writer.leave(out, ()))
+                added[at] = True
+                continue
+        writer.say(f"{out} = {writer.multiply(one.terms.product, left, right)}")
+        arrivals.append(writer.leave(out, one.route))
+    for out, one, arrive, done in zip(outs, products, arrivals, added):
+        arrive()
+        if one.bias is not None and not done:
+            writer.say(f"{out} = {writer.constant('add_bias', one.terms.add_bias)}({out}, {writer.read(one.bias)})")
+    for slot in keep:
+        writer.read(slot)
+    if in_autograd:
+        kept = [writer.here[slot] if slot in keep else came[slot] for slot in saved]
+        writer.say(f"ctx.save_for_backward({', '.join(kept)})")
+        writer.say("ctx.set_materialize_grads(False)")
+    writer.say(f"return {', '.join(outs)}")
+    arguments = ["x", *names[inputs:given]]
+    return writer.function(f"forward({', '.join(['ctx', *arguments] if in_autograd else arguments)})")
+
+
+def backward(
+    stages: Sequence[Stage], names: Sequence[str], saved: Sequence[int], given: int, results: int, there: Sequence[bool]
+) -> Callable[..., tuple[Any, ...]]:
+    """The gradients of X, each weight and each bias, of the saved tensors and of the dYs that are there."""
+    writer = _Writer(names)
+    count = len(there)
+    if saved:
+        writer.say(f"{', '.join(names[slot] for slot in saved)}, = saved")
+    writer.here.update({slot: names[slot] for slot in saved})
+    writer.here.update({given + at: names[given + at] for at in range(count) if there[at]})
+    grads: list[str | None] = [None] * results
+    leaving = []
+    for at, stage in enumerate(stages):
+        for start in stage.starts:
+            writer.start(start)
+        name = f"grad{at}"
+        into: str | None = None
+        for contraction, dy, other in stage.terms:
+            left, right = writer.read(dy), writer.read(other)
+            writer.say(f"{name} = {writer.multiply(contraction, left, right, into)}")
+            into = name
+        if stage.bias is not None:
+            writer.say(f"{name} = {writer.constant('db', stage.bias[0].grad_bias)}({writer.read(stage.bias[1])})")
+        leaving.append((stage.output, name, writer.leave(name, stage.route)))
+        writer.drop(stage.done)
+    for output, name, arrive in leaving:
+        arrive()
+        before = grads[output]
+        if before is not None:
+            writer.say(f"{name} = {before} + {name}")
+        grads[output] = name
+    writer.say(f"return {', '.join(map(str, grads))},")
+    return writer.function(f"backward(saved, {', '.join(names[given : given + count])})")
