@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.stored import stored_parameters as stored_parameters
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
+    from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.matmul import matmul as matmul
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
@@ -78,6 +79,7 @@ _HOME = {
     "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
+    "defer_weight_grads": "shardgrad.ops.deferred",
     "matmul": "shardgrad.ops.matmul",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",

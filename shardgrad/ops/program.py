@@ -21,6 +21,7 @@ from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.contract import Contraction
+from shardgrad.ops.deferred import deferring, put_off
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.terms import Terms
 
@@ -105,7 +106,8 @@ class Program:
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
         self._keep: set[Key] = {(role, share[at] if role == "first" else at) for role, at in keep}
         self._saved = self._slots_for_backward()
-        self._bodies: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
+        # The backward of each set of dYs that are there, with the weights' gradients or without them.
+        self._bodies: dict[tuple[tuple[bool, ...], bool], Callable[..., Any]] = {}
         self._call = self._build(biased)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +118,7 @@ class Program:
     @property
     def source(self) -> str:
         """What runs, as Python: forward, and backward with every dY there."""
-        bodies = [self._bodies[there] for there in self._bodies if all(there)]
+        bodies = [body for (there, _), body in self._bodies.items() if all(there)]
         return "\n".join(str(function.__doc__) for function in (self._forward_body, *bodies))
 
     # Compiling: from the plan's phases to slots.
@@ -153,8 +155,8 @@ class Program:
             products.append(Forward(self._terms[phase.index], slots[0], slots[1], reduce, bias))
         return tuple(starts), tuple(products)
 
-    def _backward(self, there: tuple[bool, ...]) -> tuple[Stage, ...]:
-        """The stages of backward, given which of the dYs there are."""
+    def _backward(self, there: tuple[bool, ...], defer: bool) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """The stages of backward, given which of the dYs there are; and those left for later, if any are to be."""
         needs: list[set[Role]] = []
         for at in range(self.count):
             need: set[Role] = set()
@@ -170,8 +172,9 @@ class Program:
         gathers = [self._gathers(phase) for phase in phases]
         operands = [self._operands(phase, needs) for phase in phases]
         stages = []
+        now = len([phase for phase in phases if phase.made == "first"]) if defer else len(phases)  # these come first
         for at, phase in enumerate(phases):
-            ahead = gathers[at + 1] if at + 1 < len(phases) else ()
+            ahead = gathers[at + 1] if at + 1 < len(phases) and at + 1 != now else ()
             later = {slot for slots in operands[at + 1 :] for slot in slots}
             slots = operands[at]
             terms: list[tuple[Contraction, int, int]] = []
@@ -182,7 +185,7 @@ class Program:
                     terms.append((made, slots[dy], slots[other]))
             stages.append(
                 Stage(
-                    starts=(*gathers[at], *ahead) if at == 0 else tuple(ahead),
+                    starts=(*gathers[at], *ahead) if at in (0, now) else tuple(ahead),
                     terms=tuple(terms),
                     bias=None if terms else (self._terms[phase.index], slots[0]),
                     route=self._route(phase.reduce, phase.name),
@@ -190,7 +193,7 @@ class Program:
                     done=tuple(set(slots) - later),
                 )
             )
-        return tuple(stages)
+        return tuple(stages[:now]), tuple(stages[now:])
 
     def _gathers(self, phase: Phase) -> tuple[Start, ...]:
         starts = []
@@ -238,14 +241,15 @@ class Program:
         )
         if not wanted:
             return forward
-        usual = self._bodies[(True,) * self.count] = self._body((True,) * self.count)
+        all_there = (True,) * self.count
+        usual = self._bodies[all_there, False] = self._body(all_there, defer=False)
         unusual = self._run_backward
         refusing = once_differentiable(unusual)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
                 return refusing(ctx, *dys)
-            if checking_every_call() or [dy for dy in dys if dy is None]:
+            if checking_every_call() or deferring() or [dy for dy in dys if dy is None]:
                 return unusual(ctx, *dys)
             return usual(ctx.saved_tensors, *dys)
 
@@ -253,21 +257,27 @@ class Program:
         made: type[torch.autograd.Function] = type("ShardedProduct", (torch.autograd.Function,), members)
         return made.apply
 
-    def _body(self, there: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
-        return source.backward(self._backward(there), self._names(), self._saved, self._given, len(self._needs), there)
+    def _body(self, there: tuple[bool, ...], defer: bool) -> Callable[..., Any]:
+        stages = self._backward(there, defer)
+        return source.backward(*stages, self._names(), self._saved, self._given, len(self._needs), there)
 
     def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of X, each weight and each bias; None where none is needed."""
+        """The gradients of X, each weight and each bias; None where none is needed, or where it is left for later."""
         if checking_every_call():
             self._check(dys)
         there = tuple([dy is not None for dy in dys])
         if self.count > 1 and not all(there):
             dys = self._with_zeros(dys)
             there = tuple([dy is not None for dy in dys])
-        body = self._bodies.get(there)
+        defer = deferring()
+        body = self._bodies.get((there, defer))
         if body is None:
-            body = self._bodies[there] = self._body(there)
-        return body(ctx.saved_tensors, *dys)
+            body = self._bodies[there, defer] = self._body(there, defer)
+        grads = body(ctx.saved_tensors, *dys)
+        if len(grads) > len(self._needs):
+            *grads, rest = grads
+            put_off(ctx, rest)
+        return tuple(grads)
 
     def _with_zeros(self, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Zeros for an output that this rank's loss did not use, where another rank's may have: all must take part."""

@@ -27,10 +27,19 @@ class _Writer:
         self.constants: dict[str, Any] = {"Transit": Transit, "linear": F.linear, "matmul": torch.matmul}
         self._names = names
         self._coming: set[int] = set()
+        self._indent = ""
         self.here: dict[int, str] = {}
 
     def say(self, line: str) -> None:
-        self.lines.append(line)
+        self.lines.append(self._indent + line)
+
+    def open(self, line: str) -> None:
+        """Begin an inner function."""
+        self.say(line)
+        self._indent = "    "
+
+    def close(self) -> None:
+        self._indent = ""
 
     def constant(self, stem: str, value: object) -> str:
         name = f"{stem}{sum(known.startswith(stem) for known in self.constants)}"
@@ -52,7 +61,9 @@ class _Writer:
         return self.here[slot]
 
     def drop(self, slots: Collection[int]) -> None:
-        """Let go of tensors that no later line reads."""
+        """Let go of tensors that no later line reads (an inner function lets go of all when it is let go of)."""
+        if self._indent:
+            return
         gone = sorted({self.here.pop(slot) for slot in slots if slot in self.here} - set(self.here.values()))
         if gone:
             self.say(f"{' = '.join(gone)} = None")
@@ -135,21 +146,42 @@ def forward(
 
 
 def backward(
-    stages: Sequence[Stage], names: Sequence[str], saved: Sequence[int], given: int, results: int, there: Sequence[bool]
-) -> Callable[..., tuple[Any, ...]]:
-    """The gradients of X, each weight and each bias, of the saved tensors and of the dYs that are there."""
+    stages: Sequence[Stage],
+    deferred: Sequence[Stage],
+    names: Sequence[str],
+    saved: Sequence[int],
+    given: int,
+    results: int,
+    there: Sequence[bool],
+) -> Callable[..., Any]:
+    """The gradients of X, each weight and each bias, of the saved tensors and of the dYs that are there.
+
+    If there are `deferred` stages, the last result is a function that returns their gradients, in the same places.
+    """
     writer = _Writer(names)
     count = len(there)
     if saved:
         writer.say(f"{', '.join(names[slot] for slot in saved)}, = saved")
     writer.here.update({slot: names[slot] for slot in saved})
     writer.here.update({given + at: names[given + at] for at in range(count) if there[at]})
-    grads: list[str | None] = [None] * results
+    grads = _gradients(writer, stages, results, "grad")
+    if deferred:
+        writer.open("def later():")
+        writer.say(f"return {', '.join(_gradients(writer, deferred, results, 'late'))},")
+        writer.close()
+        grads.append("later")
+    writer.say(f"return {', '.join(grads)},")
+    return writer.function(f"backward(saved, {', '.join(names[given : given + count])})")
+
+
+def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, stem: str) -> list[str]:
+    """Write the stages; return the variable of each result, or None."""
+    grads = ["None"] * results
     leaving = []
     for at, stage in enumerate(stages):
         for start in stage.starts:
             writer.start(start)
-        name = f"grad{at}"
+        name = f"{stem}{at}"
         into: str | None = None
         for contraction, dy, other in stage.terms:
             left, right = writer.read(dy), writer.read(other)
@@ -161,9 +193,7 @@ def backward(
         writer.drop(stage.done)
     for output, name, arrive in leaving:
         arrive()
-        before = grads[output]
-        if before is not None:
-            writer.say(f"{name} = {before} + {name}")
+        if grads[output] != "None":
+            writer.say(f"{name} = {grads[output]} + {name}")
         grads[output] = name
-    writer.say(f"return {', '.join(map(str, grads))},")
-    return writer.function(f"backward(saved, {', '.join(names[given : given + count])})")
+    return grads
