@@ -60,7 +60,8 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
             loss.backward()  # inputs' gradients, and those of embeddings and norms
         later.run()  # the weights' gradients of products, with their share of the communication
 
-    The results are those of an undeferred backward, to the bit, weights used more than once included. `later.run()` may
+    The results are those of an undeferred backward, to the bit, weights used more than once included. The gradient of a
+    weight that is itself computed, as `w.t()` is, is not put off (a cast under autocast is). `later.run()` may
     be called inside the block or after it, after any number of backwards; it must be called at the same place on every
     rank. Until then the inputs and dYs of the products stay in memory. (torch calls a parameter's hooks in the
     backward too, with None and before anything is accumulated.)
@@ -75,6 +76,20 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
 
 def deferring() -> bool:
     return bool(_active)
+
+
+def can_put_off(node: Any, weights: slice) -> bool:
+    """Whether the graph can still be entered at the weights of a node once its backward is over.
+
+    At a leaf it can, and at a leaf's cast (autocast's); what else made a weight may have let go of what it needs.
+    """
+    return all(_is_leaf(entry[0]) for entry in node.next_functions[weights])
+
+
+def _is_leaf(node: Any) -> bool:
+    if node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return node is None or hasattr(node, "variable")
 
 
 def put_off(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:

@@ -21,7 +21,7 @@ from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.contract import Contraction
-from shardgrad.ops.deferred import deferring, put_off
+from shardgrad.ops.deferred import can_put_off, deferring, put_off
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.terms import Terms
 
@@ -269,7 +269,7 @@ class Program:
         if self.count > 1 and not all(there):
             dys = self._with_zeros(dys)
             there = tuple([dy is not None for dy in dys])
-        defer = deferring()
+        defer = deferring() and can_put_off(ctx, slice(1, None))
         body = self._bodies.get((there, defer))
         if body is None:
             body = self._bodies[there, defer] = self._body(there, defer)

@@ -112,7 +112,7 @@ def test_only_dx_is_there_before_run_and_a_later_backward_adds(world_size: int) 
 
 
 @distributed(world_size=[1, 2])
-def test_a_weight_used_often_and_one_that_is_no_leaf(world_size: int) -> None:
+def test_a_weight_used_often(world_size: int) -> None:
     """The order in which three gradients are summed shows in the last bits."""
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     torch.manual_seed(0)
@@ -123,10 +123,32 @@ def test_a_weight_used_often_and_one_that_is_no_leaf(world_size: int) -> None:
         y: Tensor = x
         for factor in (1.0, 3.1, 0.7):
             y = sg.matmul(y * factor, w, "X[n,d] W[d,m] -> Y[n,m]", mesh).tanh()
-        return sg.matmul(y, w.t() * 1.3, "X[n,d] W[d,m] -> Y[n,m]", mesh)
+        return y
 
     expected = grads_of(run, [w], dy, defer=False)
     assert_same(grads_of(run, [w], dy, defer=True), expected)
+
+
+@distributed(world_size=[1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_that_are_no_leaves(world_size: int, autocast: bool) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(6, 6))
+    x, dy = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
+    waiting = []
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return sg.matmul(x, w if autocast else w.t() * 1.3, "X[n,d] W[d,m] -> Y[n,m]", mesh).float()
+
+    expected = grads_of(run, [w], dy, defer=False)
+    assert_same(grads_of(run, [w], dy, defer=True), expected)
+    with sg.defer_weight_grads() as later:
+        run().backward(dy)
+        waiting.append(len(later))
+        later.run()
+    assert waiting == [int(autocast)]
 
 
 @distributed(world_size=[1, 2])
