@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
+    from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
@@ -80,6 +81,7 @@ _HOME = {
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
     "defer_weight_grads": "shardgrad.ops.deferred",
+    "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",

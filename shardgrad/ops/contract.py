@@ -93,6 +93,9 @@ class Contraction:
             batch, rows, inner = left.shape[:b], left.shape[b : b + r], left.shape[b + r :]
             columns = right.shape[right.dim() - c :]
             m, k, n = prod(rows), prod(inner), prod(columns)
+            if b == 0 and into is not None and self._unpermute is None and into.is_contiguous():
+                into.view(m, n).addmm_(left.reshape(m, k), right.reshape(k, n))
+                return into
             # Made in its final shape: a view could not be changed in place once it leaves an autograd Function.
             out = left.new_empty((*batch, *rows, *columns))
             if b == 0:
@@ -103,3 +106,25 @@ class Contraction:
         if self._unpermute is not None:
             out = out.permute(self._unpermute).clone(memory_format=torch.contiguous_format)
         return out if into is None else into.add_(out)
+
+    def add_to(self, main: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product to `main`, which may be of a wider dtype: a sum of many 16-bit products.
+
+        On CUDA the product then leaves the multiplier in the wider dtype; on CPUs it is rounded to its own before.
+        """
+        if main.dtype == left.dtype:
+            self(left, right, main)
+        elif main.is_cuda and main.dtype == torch.float32 and self._is_matrix and main.is_contiguous():
+            if self._swap:
+                left, right = right, left
+            left = left if self._left is None else left.permute(self._left)
+            right = right if self._right is None else right.permute(self._right)
+            m, k = main.shape[0], right.shape[: right.dim() - 1].numel()
+            a, b = left.reshape(m, k), right.reshape(k, main.shape[1])
+            torch.addmm(main, a, b, out_dtype=torch.float32, out=main)
+        else:
+            main.add_(self(left, right))
+
+    @property
+    def _is_matrix(self) -> bool:
+        return (self._batched, self._rows, self._columns, self._unpermute) == (0, 1, 1, None)

@@ -22,6 +22,7 @@ from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.deferred import can_put_off, deferring, put_off
+from shardgrad.ops.main_grad import main_grads, main_grads_exist
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.terms import Terms
 
@@ -106,8 +107,8 @@ class Program:
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
         self._keep: set[Key] = {(role, share[at] if role == "first" else at) for role, at in keep}
         self._saved = self._slots_for_backward()
-        # The backward of each set of dYs that are there, with the weights' gradients or without them.
-        self._bodies: dict[tuple[tuple[bool, ...], bool], Callable[..., Any]] = {}
+        # Backward, by which dYs there are, whether the weights' gradients are put off, and which go to a main_grad.
+        self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
         self._call = self._build(biased)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +119,7 @@ class Program:
     @property
     def source(self) -> str:
         """What runs, as Python: forward, and backward with every dY there."""
-        bodies = [body for (there, _), body in self._bodies.items() if all(there)]
+        bodies = [body for (there, *_), body in self._bodies.items() if all(there)]
         return "\n".join(str(function.__doc__) for function in (self._forward_body, *bodies))
 
     # Compiling: from the plan's phases to slots.
@@ -242,14 +243,14 @@ class Program:
         if not wanted:
             return forward
         all_there = (True,) * self.count
-        usual = self._bodies[all_there, False] = self._body(all_there, defer=False)
+        usual = self._bodies[all_there, False, ()] = self._body(all_there, False, ())
         unusual = self._run_backward
         refusing = once_differentiable(unusual)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
                 return refusing(ctx, *dys)
-            if checking_every_call() or deferring() or [dy for dy in dys if dy is None]:
+            if checking_every_call() or deferring() or main_grads_exist() or [dy for dy in dys if dy is None]:
                 return unusual(ctx, *dys)
             return usual(ctx.saved_tensors, *dys)
 
@@ -257,12 +258,12 @@ class Program:
         made: type[torch.autograd.Function] = type("ShardedProduct", (torch.autograd.Function,), members)
         return made.apply
 
-    def _body(self, there: tuple[bool, ...], defer: bool) -> Callable[..., Any]:
+    def _body(self, there: tuple[bool, ...], defer: bool, into: tuple[int, ...]) -> Callable[..., Any]:
         stages = self._backward(there, defer)
-        return source.backward(*stages, self._names(), self._saved, self._given, len(self._needs), there)
+        return source.backward(*stages, self._names(), self._saved, self._given, len(self._needs), there, into)
 
     def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of X, each weight and each bias; None where none is needed, or where it is left for later."""
+        """The gradients of X, each weight and each bias; None where none is needed, or where it goes another way."""
         if checking_every_call():
             self._check(dys)
         there = tuple([dy is not None for dy in dys])
@@ -270,10 +271,12 @@ class Program:
             dys = self._with_zeros(dys)
             there = tuple([dy is not None for dy in dys])
         defer = deferring() and can_put_off(ctx, slice(1, None))
-        body = self._bodies.get((there, defer))
+        mains = main_grads(ctx) if main_grads_exist() else {}
+        key = there, defer, tuple(mains)
+        body = self._bodies.get(key)
         if body is None:
-            body = self._bodies[there, defer] = self._body(there, defer)
-        grads = body(ctx.saved_tensors, *dys)
+            body = self._bodies[key] = self._body(*key)
+        grads = body(ctx.saved_tensors, *dys, *mains.values())
         if len(grads) > len(self._needs):
             *grads, rest = grads
             put_off(ctx, rest)

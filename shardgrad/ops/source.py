@@ -153,9 +153,11 @@ def backward(
     given: int,
     results: int,
     there: Sequence[bool],
+    into: Collection[int],
 ) -> Callable[..., Any]:
     """The gradients of X, each weight and each bias, of the saved tensors and of the dYs that are there.
 
+    into: the results that are added to a tensor that the caller passes (None is returned in their place).
     If there are `deferred` stages, the last result is a function that returns their gradients, in the same places.
     """
     writer = _Writer(names)
@@ -164,17 +166,18 @@ def backward(
         writer.say(f"{', '.join(names[slot] for slot in saved)}, = saved")
     writer.here.update({slot: names[slot] for slot in saved})
     writer.here.update({given + at: names[given + at] for at in range(count) if there[at]})
-    grads = _gradients(writer, stages, results, "grad")
+    grads = _gradients(writer, stages, results, into, "grad")
     if deferred:
         writer.open("def later():")
-        writer.say(f"return {', '.join(_gradients(writer, deferred, results, 'late'))},")
+        writer.say(f"return {', '.join(_gradients(writer, deferred, results, into, 'late'))},")
         writer.close()
         grads.append("later")
     writer.say(f"return {', '.join(grads)},")
-    return writer.function(f"backward(saved, {', '.join(names[given : given + count])})")
+    arguments = ["saved", *names[given : given + count], *(f"main{output}" for output in sorted(into))]
+    return writer.function(f"backward({', '.join(arguments)})")
 
 
-def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, stem: str) -> list[str]:
+def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Collection[int], stem: str) -> list[str]:
     """Write the stages; return the variable of each result, or None."""
     grads = ["None"] * results
     leaving = []
@@ -182,17 +185,25 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, stem: str
         for start in stage.starts:
             writer.start(start)
         name = f"{stem}{at}"
-        into: str | None = None
-        for contraction, dy, other in stage.terms:
+        so_far: str | None = None
+        straight = stage.output in into and not stage.route and len(stage.terms) == 1
+        for made, dy, other in stage.terms:
             left, right = writer.read(dy), writer.read(other)
-            writer.say(f"{name} = {writer.multiply(contraction, left, right, into)}")
-            into = name
+            if straight:
+                writer.say(f"{writer.constant('add', made.add_to)}(main{stage.output}, {left}, {right})")
+            else:
+                writer.say(f"{name} = {writer.multiply(made, left, right, so_far)}")
+            so_far = name
         if stage.bias is not None:
             writer.say(f"{name} = {writer.constant('db', stage.bias[0].grad_bias)}({writer.read(stage.bias[1])})")
-        leaving.append((stage.output, name, writer.leave(name, stage.route)))
+        if not straight:
+            leaving.append((stage.output, name, writer.leave(name, stage.route)))
         writer.drop(stage.done)
     for output, name, arrive in leaving:
         arrive()
+        if output in into:
+            writer.say(f"main{output}.add_({name})")
+            continue
         if grads[output] != "None":
             writer.say(f"{name} = {grads[output]} + {name}")
         grads[output] = name
