@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
+    from shardgrad.ops.overlap import Costs as Costs
+    from shardgrad.ops.overlap import Link as Link
+    from shardgrad.ops.overlap import measure_costs as measure_costs
+    from shardgrad.ops.overlap import overlap as overlap
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
 
@@ -83,6 +87,10 @@ _HOME = {
     "defer_weight_grads": "shardgrad.ops.deferred",
     "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",
+    "Costs": "shardgrad.ops.overlap",
+    "Link": "shardgrad.ops.overlap",
+    "measure_costs": "shardgrad.ops.overlap",
+    "overlap": "shardgrad.ops.overlap",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",
 }

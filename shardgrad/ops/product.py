@@ -79,6 +79,10 @@ class Product:
             self._programs[where] = found
         return found
 
+    def forget_programs(self) -> None:
+        """Decide anew, because what the decisions rest on has changed."""
+        self._programs.clear()
+
     def _sizes(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> tuple[Sizes, bool]:
         count = len(self.layouts)
         weights, biases = tensors[1 : count + 1], iter(tensors[count + 1 :])
