@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardgrad.nn.mlp import MLP as MLP
+    from shardgrad.nn.mlp import SwiGLU as SwiGLU
     from shardgrad.nn.module import Stored as Stored
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
+    from shardgrad.nn.rotary import Rotary as Rotary
     from shardgrad.nn.state import load_state_dict as load_state_dict
     from shardgrad.nn.state import state_dict as state_dict
     from shardgrad.nn.stored import stored_parameters as stored_parameters
@@ -72,6 +74,8 @@ _HOME = {
     "RowParallelLinear": "shardgrad.nn.linear",
     "vocab_parallel_cross_entropy": "shardgrad.nn.loss",
     "MLP": "shardgrad.nn.mlp",
+    "SwiGLU": "shardgrad.nn.mlp",
+    "Rotary": "shardgrad.nn.rotary",
     "Stored": "shardgrad.nn.module",
     "stored_parameters": "shardgrad.nn.stored",
     "clip_grad_norm_": "shardgrad.nn.whole",
