@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -24,7 +23,7 @@ from shardgrad.nn.linear import check_reduce
 from shardgrad.nn.mask import and_causal, local_mask
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.rotary import Rotary, turn
-from shardgrad.nn.shared import replicate_together
+from shardgrad.nn.shared import replicate_together, summed_together
 from shardgrad.ops.matmul import bind, run
 from shardgrad.ops.product import Product
 
@@ -239,16 +238,10 @@ class Attention(ShardedModule):
         output = self.output_layout.collectives(
             {**rows, **self._output_sizes}, mesh_view.shape, dtype, coordinate=mesh_view.coordinate
         )
-        return [*shared, *self._kv_gradients(width), *output]
-
-    def _kv_gradients(self, width: int) -> Iterator[cost.Collective]:
-        """The all-reduce of what the ranks' KV heads, stored replicated, get from the query heads of each."""
-        over = view(self.mesh).axis(self.axis)
-        if not self.heads.aligned and over.size > 1:
-            names = [n for n in self._stored if n.startswith(("key", "value"))]
-            elements = sum(self.get_parameter(name).numel() for name in names)
-            count = cost.sent("all-reduce", elements, over.size, over.index)
-            yield cost.Collective("dW", "all-reduce", "dWk and dWv", self.axis, count * width)
+        if not self.heads.aligned:
+            parameters = [self.get_parameter(name) for name in self._stored if name.startswith(("key", "value"))]
+            output += summed_together("dWk and dWv", parameters, self.mesh, self.axis, dtype)
+        return [*shared, *output]
 
     def extra_repr(self) -> str:
         flags = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"

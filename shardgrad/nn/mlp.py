@@ -60,6 +60,7 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.axis, self.reduce = axis, reduce
         self.up = ColumnParallelLinear(
             embed_dim,
             hidden_dim,
@@ -82,6 +83,10 @@ class MLP(nn.Module):
             device=device,
             dtype=dtype,
         )
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self.up.mesh
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
