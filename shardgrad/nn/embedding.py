@@ -125,9 +125,8 @@ class VocabParallelEmbedding(ShardedModule):
         `logits_layout(dims).collectives`.)"""
         mesh_view, width = view(self.mesh), cost.itemsize(dtype)
         rows, cut, _ = cut_rows(len(shape) + 1, self.sequence_dim, self.axis, type(self).__name__)
-        known: dict[Level, int] = {
-            (x, ()): n for x, n in zip((*row_letters(len(shape)), "m"), (*shape, self.embedding_dim))
-        }
+        letters = *row_letters(len(shape)), "m"
+        known: dict[Level, int] = {(x, ()): n for x, n in zip(letters, (*shape, self.embedding_dim))}
         sizes = Sizes(mesh_view.shape, mesh_view.coordinate, known)
         whole, stored = parse_tensor(f"Y[{rows}m]").dims, parse_tensor(f"Y[{cut}m]").dims
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import pytest
@@ -22,7 +22,6 @@ from shardgrad.testing import distributed
 D = torch.float64
 SIZES = {"n": 7, "b": 3, "s": 5, "d": 7, "m": 9}
 
-# layout, mesh, whether y and the bias are cut oddly is in the layout
 LAYOUTS = [
     ("X[n/r,d/c] W[m/c,d/r] -> Y[n/r,m/c]", {"r": 2, "c": 2}),
     ("X[n/k/r,d/c] W[m/c,d/r] -> Y[n/k/r,m/c]", {"k": 2, "r": 1, "c": 2}),
@@ -49,9 +48,8 @@ def test_linear_on_any_layout_equals_torchs(world_size: int, bias: bool) -> None
         values = {name: whole(p, how) for name, p, how in sg.stored_parameters(layer)}
         torch.manual_seed(6)
         seed = init.draw_seed()  # of the weight, which is the first
-        assert torch.equal(
-            values["weight"], init.uniform(7**-0.5, seed, values["weight"].shape, (0, 0), values["weight"].shape)
-        )
+        shape_of_w = values["weight"].shape
+        assert torch.equal(values["weight"], init.uniform(1 / sqrt(7), seed, shape_of_w, (0, 0), shape_of_w))
         plain.load_state_dict({name: v.T if turn and v.dim() == 2 else v for name, v in values.items()})
         x = randn(*(SIZES[letter] for letter in layout["X"].letters), seed=1)
         dy = randn(*(SIZES[letter] for letter in layout["Y"].letters), seed=2)
