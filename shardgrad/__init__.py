@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
+    from shardgrad.nn.by_layout import Linear as Linear
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardgrad.nn.mlp import MLP as MLP
+    from shardgrad.nn.mlp import SwiGLU as SwiGLU
     from shardgrad.nn.module import Stored as Stored
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
+    from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
+    from shardgrad.nn.positions import LearnedPositions as LearnedPositions
+    from shardgrad.nn.rotary import Rotary as Rotary
     from shardgrad.nn.state import load_state_dict as load_state_dict
     from shardgrad.nn.state import state_dict as state_dict
     from shardgrad.nn.stored import stored_parameters as stored_parameters
@@ -76,6 +81,11 @@ _HOME = {
     "RowParallelLinear": "shardgrad.nn.linear",
     "vocab_parallel_cross_entropy": "shardgrad.nn.loss",
     "MLP": "shardgrad.nn.mlp",
+    "SwiGLU": "shardgrad.nn.mlp",
+    "Linear": "shardgrad.nn.by_layout",
+    "ParallelBlock": "shardgrad.nn.parallel_block",
+    "LearnedPositions": "shardgrad.nn.positions",
+    "Rotary": "shardgrad.nn.rotary",
     "Stored": "shardgrad.nn.module",
     "stored_parameters": "shardgrad.nn.stored",
     "clip_grad_norm_": "shardgrad.nn.whole",

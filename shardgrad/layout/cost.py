@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from shardgrad.layout.plan import Move, Phase, Plan, Role, backward_phases, forward_phases
+from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
 from shardgrad.layout.sizes import Sizes, chunk
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
@@ -64,6 +64,21 @@ def itemsize(dtype: Any) -> int:
     return size
 
 
+def moved(
+    phase: str, tensor: str, moves: Sequence[Move], sizes: Sizes, wire: int, reduce_wire: int
+) -> Iterator[Collective]:
+    """The collectives of a route. wire, reduce_wire: bytes of an element in gathers and in reductions."""
+    for move in moves:
+        ranks = sizes.shape[move.axis]
+        if ranks == 1 or move.kind == "slice":
+            continue
+        elements = input_elements(move, sizes)
+        if elements:
+            width = wire if move.kind == "all-gather" else reduce_wire
+            count = sent(move.kind, elements, ranks, sizes.coordinate[move.axis])
+            yield Collective(phase, move.kind, tensor, move.axis, count * width)
+
+
 def collectives(
     plans: Sequence[Plan],
     sizes: Sizes,
@@ -79,23 +94,12 @@ def collectives(
     wire, reduce_wire: bytes of an element in gathers and in reductions.
     """
 
-    def moved(phase: Phase, name: str, moves: Sequence[Move], reducing: bool) -> Iterator[Collective]:
-        for move in moves:
-            ranks = sizes.shape[move.axis]
-            if ranks == 1 or move.kind == "slice":
-                continue
-            elements = input_elements(move, sizes)
-            if elements:
-                width = reduce_wire if reducing and move.kind != "all-gather" else wire
-                count = sent(move.kind, elements, ranks, sizes.coordinate[move.axis])
-                yield Collective(phase.name, move.kind, name, move.axis, count * width)
-
     for phase in (*forward_phases(plans, bias), *backward_phases(plans, needs, keep)):
         forward = phase.name == "forward"
         for read in phase.reads:
             name = plans[read.index].names[read.role]
             name = f"d{name}" if read.role == "product" and not forward else name
-            yield from moved(phase, name, read.moves, reducing=False)
+            yield from moved(phase.name, name, read.moves, sizes, wire, wire)
         made = plans[phase.index].names[phase.made]
         made = made if forward else "db" if phase.made == "bias" else f"d{made}"
-        yield from moved(phase, made, phase.reduce, reducing=True)
+        yield from moved(phase.name, made, phase.reduce, sizes, wire, reduce_wire)

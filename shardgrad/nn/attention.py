@@ -1,4 +1,4 @@
-"""Causal self-attention whose heads, a letter of its layouts, are cut over an axis."""
+"""Self-attention whose heads, a letter of its layouts, are cut over an axis; KV heads may be shared by query heads."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
 from shardgrad.layout.layout import Layout
+from shardgrad.layout.plan import Role
 from shardgrad.nn import init
+from shardgrad.nn.heads import Heads
+from shardgrad.nn.linear import check_reduce
+from shardgrad.nn.mask import and_causal, local_mask
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.rotary import Rotary, turn
+from shardgrad.nn.shared import replicate_together, summed_together
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 _INPUTS = ("query", "key", "value")
 
 
 class Attention(ShardedModule):
-    """Causal multi-head self-attention; each rank attends with its own heads, over the whole sequence.
+    """Multi-head self-attention; each rank attends with its own query heads, over the whole sequence.
 
-        X[b,s,d] Wq[h/tp,k,d] -> Q[b,s,h/tp,k] + Bq[h/tp,k]      key and value alike, from one gather of X
-        A = softmax(Q Kᵀ / √k, causal) V                         local: [b,s,h/tp,k]
+        X[b,s,d] Wq[h/tp,k,d] -> Q[b,s,h/tp,k] + Bq[h/tp,k]      one gather of X and one reduction of dX
+        X[b,s,d] Wk[g/tp,k,d] -> K[b,s,g/tp,k] + Bk[g/tp,k]      for all three
+        X[b,s,d] Wv[g/tp,k,d] -> V[b,s,g/tp,k] + Bv[g/tp,k]
+        A = softmax(Q Kᵀ / √k) V                                 local: [b,s,h/tp,k]
         A[b,s,h/tp,k] Wo[m,h/tp,k] -> Y[b,s,m] + Bo[m]
 
     forward: all-reduce of Y; backward: one all-reduce of dX, shared by the three products. With `sequence_dim=1`, X and
@@ -34,99 +44,193 @@ class Attention(ShardedModule):
     dY and X and reduce-scatters dX. Because h is a letter of its own, a head is never cut in two, and heads need not
     divide by the ranks; a rank may hold none.
 
+    Query head i attends KV head i // (H/G) of G (`num_kv_heads`), whatever the cut. Query heads are cut as torch.chunk
+    cuts. Where KV heads so cut are just those that each rank's query heads attend (always if the ranks divide G, or if
+    G = H), they are stored cut, `Wk[g/tp,k,d]`, and cost nothing more. Elsewhere (two KV heads on four ranks, say) they
+    are stored replicated, `Wk[g,k,d]`, each rank computes the KV heads that it attends, and the gradients of key and
+    value are summed over the ranks in one all-reduce of all G heads: weights, not activations, and nothing in forward.
+    g/tp is then each rank's choice of KV heads, among which one that two ranks attend is found twice.
+
     Args:
         embed_dim: d and m.
-        num_heads: h, which divides embed_dim; k is their quotient.
+        num_heads: H, the number of h.
+        num_kv_heads: G, which divides num_heads; as many if None. 1: multi-query attention.
+        head_dim: k; embed_dim / num_heads if None.
+        bias: whether the four products add biases.
+        causal: whether a position attends only itself and earlier ones.
+        rotary: turns queries and keys by their positions, if given.
         mesh, axis: the axis of the mesh that cuts the heads.
         sequence_dim: 1 if x arrives, and y leaves, cut along the sequence over the same axis; None if both are
             replicated.
+        reduce: False leaves y and dX unreduced (`Y[b,s,m]{tp}`, `X[b,s,d]{tp}`) for the caller to add to others' and
+            to reduce once; see `ParallelBlock`.
         device, dtype: of the parameters.
 
-    Parameters (global shapes): query_weight, key_weight, value_weight [h, k, d] with biases [h, k], cut by heads;
-    output_weight [m, h, k], cut by heads; output_bias [m], replicated.
+    Parameters (global shapes): query_weight [h, k, d], key_weight and value_weight [g, k, d] with biases [h, k] and
+    [g, k]; output_weight [m, h, k], cut by heads; output_bias [m], replicated.
 
     Raises:
-        ShapeError: num_heads does not divide embed_dim, or sequence_dim is neither None nor 1.
-    Source: Vaswani et al. 2017, arXiv 1706.03762; cut by heads: Shoeybi et al. 2019, arXiv 1909.08053.
+        ShapeError: the numbers of heads do not divide as said, sequence_dim is neither None nor 1, or rotary is of
+            another head_dim.
+        LayoutError: sequence_dim is given with reduce=False.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; cut by heads: Shoeybi et al. 2019, arXiv 1909.08053; shared KV heads:
+    Ainslie et al. 2023, arXiv 2305.13245.
     """
 
     output_weight: Tensor
-    output_bias: Tensor
+    output_bias: Tensor | None
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        causal: bool = True,
+        rotary: Rotary | None = None,
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
+        reduce: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(mesh, (axis,))
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ShapeError(
-                f"Attention: num_heads={num_heads} must divide embed_dim={embed_dim} (both at least 1): "
-                "every head is as wide"
-            )
-        if sequence_dim not in (None, 1):
-            raise ShapeError(f"Attention: x is [b, s, d], so sequence_dim is 1 or None, not {sequence_dim}")
-        head_dim = embed_dim // num_heads
-        self.embed_dim, self.num_heads, self.head_dim, self.axis = embed_dim, num_heads, head_dim, axis
-        self.sequence_dim = sequence_dim
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check(embed_dim, num_heads, kv_heads, head_dim, sequence_dim)
+        check_reduce(reduce, sequence_dim, "Attention")
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.causal, self.rotary, self.axis = causal, rotary, axis
+        self.sequence_dim, self.reduce = sequence_dim, reduce
+        if rotary is not None and rotary.head_dim != self.head_dim:
+            raise ShapeError(f"Attention: heads have {self.head_dim} features, but rotary turns {rotary.head_dim}")
+        over = view(mesh).axis(axis)
+        self.heads = Heads.of(num_heads, kv_heads, over.size, over.index)
         s = f"s/{axis}" if sequence_dim == 1 else "s"
+        mark = "" if reduce else f"{{{axis}}}"
+        plus = (lambda spec: f" + {spec}") if bias else (lambda spec: "")
         self.input_layouts = tuple(
-            Layout(f"X[b,{s},d] W{n}[h/{axis},k,d] -> {n.upper()}[b,s,h/{axis},k] + B{n}[h/{axis},k]") for n in "qkv"
+            Layout(
+                f"X[b,{s},d]{mark} W{n}[{h}/{axis},k,d] -> {n.upper()}[b,s,{h}/{axis},k]" + plus(f"B{n}[{h}/{axis},k]")
+            )
+            for n, h in zip("qkv", "hgg")
         )
-        self.output_layout = Layout(f"A[b,s,h/{axis},k] Wo[m,h/{axis},k] -> Y[b,{s},m] + Bo[m]")
-        sizes = {"h": num_heads, "k": head_dim, "d": embed_dim, "m": embed_dim}
+        self.output_layout = Layout(f"A[b,s,h/{axis},k] Wo[m,h/{axis},k] -> Y[b,{s},m]{mark}" + plus("Bo[m]"))
+        sizes = {"h": num_heads, "g": kv_heads, "k": self.head_dim, "d": embed_dim, "m": embed_dim}
         for name, layout in zip((*_INPUTS, "output"), (*self.input_layouts, self.output_layout)):
             for kind, spec in (("weight", layout.second), ("bias", layout.bias)):
-                self.declare(f"{name}_{kind}", str(spec), sizes, device, dtype)
-        self._inputs = bind(self.input_layouts, (True, True, True), mesh)
-        self._output = bind((self.output_layout,), (True,), mesh)
-        self._input_sizes = {letter: sizes[letter] for letter in "hkd"}
+                if kind == "bias" and not bias:
+                    self.register_parameter(f"{name}_bias", None)
+                    continue
+                whole = name in ("key", "value") and not self.heads.aligned
+                storage = spec.with_axes({"g": ()}) if whole else spec
+                self.declare(f"{name}_{kind}", str(storage), sizes, device, dtype)
+        known = "hgkd" if self.heads.aligned else "hkd"  # of other KV heads, g is not cut as torch.chunk cuts
+        self._input_sizes = {letter: sizes[letter] for letter in known}
         self._output_sizes = {letter: sizes[letter] for letter in "hkm"}
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """nn.Linear's initial values: uniform in ±1/√embed_dim."""
-        values = partial(init.uniform, 1 / sqrt(self.embed_dim))
+        """nn.Linear's initial values: uniform in ±1/√(features of the input)."""
         for name in (*_INPUTS, "output"):
+            inputs = self.num_heads * self.head_dim if name == "output" else self.embed_dim
+            values = partial(init.uniform, 1 / sqrt(inputs))
             self.fill(f"{name}_weight", values, generator)
-            self.fill(f"{name}_bias", values, generator)
+            if self.output_bias is not None:
+                self.fill(f"{name}_bias", values, generator)
 
-    def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sequence_size: int | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | int = 0,
+    ) -> Tensor:
         """The local shard of Y.
 
         Args:
             x: [b, s, d], cut along s where `sequence_dim` says so.
             sequence_size: s over all ranks. Only of use with `sequence_dim`: the ranks otherwise exchange it at every
                 call (one small exchange).
+            mask: alike on every rank, over the whole sequence and all heads: broadcasts to [b, H, s, s] (query, then
+                key). Boolean, True where a query attends a key; or floating, added to the scores; it may require grad.
+                Besides `causal`.
+            positions: where in the sequence x stands, for `rotary`: the first position, or all of them, [s] or [b, s],
+                of the whole sequence.
 
         Shapes: x [b, s/tp, d] → y [b, s/tp, d] (or both with s uncut).
+
+        Raises:
+            ShapeError: x, mask or positions do not fit.
         """
         known = {} if sequence_size is None or self.sequence_dim is None else {"s": sequence_size}
-        weights = [self.get_parameter(f"{name}_weight") for name in _INPUTS]
-        biases = [self.get_parameter(f"{name}_bias") for name in _INPUTS]
-        q, k, v = run(self._inputs, x, weights, biases, {**self._input_sizes, **known})
+        inputs, output = self._bound()
+        weights, biases = self._operands()
+        q, k, v = run(inputs, x, weights, biases, {**self._input_sizes, **known})
+        if self.rotary is not None:
+            angles = self.rotary.angles(_positions(positions, q), q.dtype)
+            q, k = turn(q, *angles), turn(k, *angles)
+        a = self._attend(q, k, v, mask)
+        bias = [] if self.output_bias is None else [self.output_bias]
+        return run(output, a, [self.output_weight], bias, {**self._output_sizes, **known})[0]
+
+    def _bound(self) -> tuple[Product, Product]:
+        if not self._products:
+            biased = self.output_bias is not None
+            self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh)
+            self._products["output"] = bind((self.output_layout,), (biased,), self.mesh)
+        return self._products["inputs"], self._products["output"]
+
+    def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of query, key and value as this rank's query heads use them."""
+        names = [f"{name}_{kind}" for kind in ("weight", "bias") for name in _INPUTS]
+        found = [getattr(self, name) for name in names if getattr(self, name) is not None]
+        if not self.heads.aligned:
+            shared = [at for at in range(len(found)) if at % 3]
+            whole = replicate_together([found[at] for at in shared], self.mesh, self.axis)
+            for at, tensor in zip(shared, whole):
+                found[at] = tensor.narrow(0, self.heads.first_kv, self.heads.count_kv)
+        return found[:3], found[3:]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q kᵀ / √k + mask) v of this rank's heads: q [b, s, h, k], k and v [b, s, g, k] → [b, s, h, k]."""
+        shares = set(self.heads.shares)
+        grouped = shares not in (set(), {1})
+        if len(shares) > 1:  # torch can only share KV heads evenly
+            k, v, grouped = self.heads.per_query(k), self.heads.per_query(v), False
+        causal = self.causal
+        if mask is not None:
+            if mask.requires_grad:
+                mask = replicate(mask, self.mesh, self.axis)  # each rank's heads give one term of its gradient
+            mask = local_mask(mask, self.heads)
+            if causal:
+                mask, causal = and_causal(mask, q.shape[1]), False
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        if not shares:  # nothing to attend with; but backward's collectives need this rank as well
+            return q + (k.sum() + v.sum() if mask is None else k.sum() + v.sum() + mask.sum())
         # [b, s, h, k] -> [b, h, s, k] and back
-        heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        a = heads.transpose(1, 2)
-        return run(self._output, a, [self.output_weight], [self.output_bias], {**self._output_sizes, **known})[0]
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+        return a.transpose(1, 2)
 
     def collectives(self, batch: int, sequence: int, dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward for x [batch, sequence, d], as `Layout.collectives`."""
         mesh_view = view(self.mesh)
         rows = {"b": batch, "s": sequence}
-        inputs = self.input_layouts[0].resolve({**rows, **self._input_sizes}, mesh_view.shape, mesh_view.coordinate)
+        query = {letter: self._input_sizes[letter] for letter in "hkd"}
+        inputs = self.input_layouts[0].resolve({**rows, **query}, mesh_view.shape, mesh_view.coordinate)
         width = cost.itemsize(dtype)
+        biased = self.output_bias is not None
+        needs: list[Role] = ["first", "second", "bias"] if biased else ["first", "second"]
         shared = cost.collectives(
             [layout.plan for layout in self.input_layouts],
             inputs,
-            bias=[True] * 3,
-            needs=[("first", "second", "bias")] * 3,
+            bias=[biased] * 3,
+            needs=[needs] * 3,
             keep=(),
             wire=width,
             reduce_wire=width,
@@ -134,8 +238,44 @@ class Attention(ShardedModule):
         output = self.output_layout.collectives(
             {**rows, **self._output_sizes}, mesh_view.shape, dtype, coordinate=mesh_view.coordinate
         )
+        if not self.heads.aligned:
+            parameters = [self.get_parameter(name) for name in self._stored if name.startswith(("key", "value"))]
+            output += summed_together("dWk and dWv", parameters, self.mesh, self.axis, dtype)
         return [*shared, *output]
 
     def extra_repr(self) -> str:
-        sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, axis={self.axis!r}{sequence}"
+        flags = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        flags += "" if self.head_dim * self.num_heads == self.embed_dim else f", head_dim={self.head_dim}"
+        flags += "" if self.output_bias is not None else ", bias=False"
+        flags += "" if self.causal else ", causal=False"
+        flags += "" if self.sequence_dim is None else f", sequence_dim={self.sequence_dim}"
+        flags += "" if self.reduce else ", reduce=False"
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, axis={self.axis!r}{flags}"
+
+
+def _check(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None, sequence_dim: int | None) -> None:
+    if embed_dim < 1 or heads < 1 or (head_dim is None and embed_dim % heads):
+        raise ShapeError(
+            f"Attention: num_heads={heads} must divide embed_dim={embed_dim} (both at least 1): every head is as wide, "
+            "unless head_dim is given"
+        )
+    if head_dim is not None and head_dim < 1:
+        raise ShapeError(f"Attention: head_dim must be at least 1, not {head_dim}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ShapeError(
+            f"Attention: num_kv_heads={kv_heads} must divide num_heads={heads}: as many query heads share each"
+        )
+    if sequence_dim not in (None, 1):
+        raise ShapeError(f"Attention: x is [b, s, d], so sequence_dim is 1 or None, not {sequence_dim}")
+
+
+def _positions(positions: Tensor | int, q: Tensor) -> Tensor:
+    batch, sequence = q.shape[:2]
+    if not isinstance(positions, Tensor):
+        return torch.arange(positions, positions + sequence, device=q.device)
+    if tuple(positions.shape) not in ((sequence,), (batch, sequence), (1, sequence)):
+        raise ShapeError(
+            f"positions are those of the whole sequence, [{sequence}] or [{batch}, {sequence}], not "
+            f"{tuple(positions.shape)}"
+        )
+    return positions

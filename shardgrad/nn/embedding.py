@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, reduce_scatter
+from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
+from shardgrad.layout import cost
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.notation import parse_tensor
+from shardgrad.layout.plan import route
+from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.nn import init
-from shardgrad.nn.linear import sequence_letter
+from shardgrad.nn.linear import check_sequence_dim, cut_rows, row_letters, sequence_letter
 from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.matmul import bind, run
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -30,6 +39,9 @@ class VocabParallelEmbedding(ShardedModule):
         device, dtype: of the table.
 
     Shapes: ids [...] of integers (replicated over the axis) → [..., embedding_dim].
+
+    `logits` is the output product with the same table (tied embeddings): one parameter, whose gradient is the sum of
+    both uses, and which everything that counts parameters counts once.
 
     Raises:
         IndexError: an id is outside the vocabulary (on CUDA: torch's device-side assertion).
@@ -57,6 +69,7 @@ class VocabParallelEmbedding(ShardedModule):
             raise ShapeError(f"padding_idx={padding_idx} is outside the vocabulary of {num_embeddings}")
         self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        check_sequence_dim(sequence_dim, "VocabParallelEmbedding")
         self.sequence_dim = sequence_dim
         self.declare("weight", f"W[v/{axis},m]", {"v": num_embeddings, "m": embedding_dim}, device, dtype)
         (self.first, _), (self.rows, _) = self._stored["weight"].block()
@@ -80,6 +93,46 @@ class VocabParallelEmbedding(ShardedModule):
         if self.sequence_dim is None:
             return all_reduce(y, self.mesh, self.axis)
         return reduce_scatter(y, self.mesh, self.axis, sequence_letter(y.dim(), self.sequence_dim, type(self).__name__))
+
+    def logits(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
+        """X Wᵀ with the table as W: `X[n,m] W[v/tp,m] -> L[n,v/tp]`, as a `ColumnParallelLinear` that has this weight.
+
+        forward: no communication; dX: all-reduce. With `sequence_dim` (the same dim of x), all-gather of x, and dX is
+        reduce-scattered.
+
+        Args:
+            x: [..., embedding_dim], replicated, or cut along sequence_dim.
+            sequence_size: as of `ColumnParallelLinear`.
+
+        Shapes: x [..., embedding_dim] → [..., num_embeddings / ranks].
+        """
+        dims = x.dim()
+        product = self._products.get(dims)
+        if product is None:
+            product = self._products[dims] = bind((self.logits_layout(dims),), (False,), self.mesh)
+        sizes = {"v": self.num_embeddings, "m": self.embedding_dim}
+        if sequence_size is not None and self.sequence_dim is not None:
+            sizes[row_letters(dims - 1)[self.sequence_dim % dims]] = sequence_size
+        return run(product, x, [self.weight], [], sizes)[0]
+
+    def logits_layout(self, dims: int) -> Layout:
+        """The layout of `logits` for x of so many dims."""
+        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, type(self).__name__)
+        return Layout(f"X[{cut}m] {self._stored['weight'].spec} -> L[{rows}v/{self.axis}]")
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        """Every collective of this rank's lookup, forward and backward, for ids of a shape. (Those of `logits`:
+        `logits_layout(dims).collectives`.)"""
+        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
+        rows, cut, _ = cut_rows(len(shape) + 1, self.sequence_dim, self.axis, type(self).__name__)
+        letters = *row_letters(len(shape)), "m"
+        known: dict[Level, int] = {(x, ()): n for x, n in zip(letters, (*shape, self.embedding_dim))}
+        sizes = Sizes(mesh_view.shape, mesh_view.coordinate, known)
+        whole, stored = parse_tensor(f"Y[{rows}m]").dims, parse_tensor(f"Y[{cut}m]").dims
+        return [
+            *cost.moved("forward", "Y", route(whole, stored, (self.axis,)), sizes, width, width),
+            *cost.moved("dW", "dY", route(stored, whole), sizes, width, width),
+        ]
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""

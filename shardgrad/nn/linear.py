@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.errors import ShapeError
+from shardgrad.comm.adjoint import gather_replicated, split
+from shardgrad.comm.mesh import view
+from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.layout import cost
 from shardgrad.layout.layout import Layout
+from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.plan import route
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 _ROWS = {0: (), 1: ("n",), 2: ("b", "s"), 3: ("a", "b", "s")}
 
@@ -38,6 +43,48 @@ def sequence_letter(dims: int, sequence_dim: int, who: str) -> int:
     return sequence_dim % dims
 
 
+def cut_rows(dims: int, sequence_dim: int | None, axis: str, who: str) -> tuple[str, str, str | None]:
+    """For a tensor of `dims` dims: its row letters, uncut and with the sequence cut, and the sequence's letter.
+
+    Raises:
+        ShapeError: as `sequence_letter`.
+    """
+    rows = row_letters(dims - 1)
+    uncut = "".join(f"{letter}," for letter in rows)
+    if sequence_dim is None:
+        return uncut, uncut, None
+    at = sequence_letter(dims, sequence_dim, who)
+    cut = "".join(f"{x}/{axis}," if i == at else f"{x}," for i, x in enumerate(rows))
+    return uncut, cut, rows[at]
+
+
+def check_sequence_dim(sequence_dim: object, who: str) -> None:
+    """Refuse what is the row dim of no input.
+
+    Raises:
+        ShapeError: sequence_dim is neither None nor an integer, or -1.
+    """
+    if sequence_dim is None:
+        return
+    if not isinstance(sequence_dim, int) or isinstance(sequence_dim, bool):
+        raise ShapeError(f"{who}: sequence_dim is the number of a dim, or None; not {sequence_dim!r}")
+    if sequence_dim == -1:
+        raise ShapeError(f"{who}: sequence_dim=-1 is not a row dim (the last one holds features)")
+
+
+def check_reduce(reduce: bool, sequence_dim: int | None, who: str) -> None:
+    """Refuse a layer that would leave its sums to the caller and yet take or leave shards of the sequence.
+
+    Raises:
+        LayoutError: both are asked for.
+    """
+    if not reduce and sequence_dim is not None:
+        raise LayoutError(
+            f"{who}: with reduce=False the caller gathers x and reduces y (sg.all_gather, sg.reduce_scatter along the "
+            f"sequence), and the layer sees whole sequences: leave out sequence_dim={sequence_dim}"
+        )
+
+
 class _ParallelLinear(ShardedModule):
     """Y = X Wᵀ + b by one layout for each number of input dims."""
 
@@ -52,22 +99,27 @@ class _ParallelLinear(ShardedModule):
         self,
         in_features: int,
         out_features: int,
-        bias: bool = True,
-        *,
+        bias: bool,
         mesh: DeviceMesh,
-        axis: str = "tp",
-        sequence_dim: int | None = None,
-        keep: Collection[str] = (),
-        reduce_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        axis: str,
+        sequence_dim: int | None,
+        reduce: bool,
+        keep: Collection[str],
+        reduce_dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__(mesh, (axis,))
+        who = type(self).__name__
+        check_sequence_dim(sequence_dim, who)
+        check_reduce(reduce, sequence_dim, who)
+        if isinstance(keep, str) or not set(keep) <= {"X", "W"}:
+            raise LayoutError(f"{who}: keep names operands, as keep=('X',), of X and W; not {keep!r}")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
-                raise ShapeError(f"{type(self).__name__}: {name} must be at least 1, not {size}")
+                raise ShapeError(f"{who}: {name} must be at least 1, not {size}")
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
-        self.sequence_dim = sequence_dim
+        self.sequence_dim, self.reduce = sequence_dim, reduce
         self.keep, self.reduce_dtype = tuple(keep), reduce_dtype
         self._sizes = {"d": in_features, "m": out_features}
         self.declare("weight", self._weight.format(axis=axis), self._sizes, device, dtype)
@@ -75,7 +127,6 @@ class _ParallelLinear(ShardedModule):
             self.declare("bias", self._bias.format(axis=axis), self._sizes, device, dtype)
         else:
             self.register_parameter("bias", None)
-        self._products: dict[tuple[int, bool], tuple[Product, str | None]] = {}
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -93,14 +144,7 @@ class _ParallelLinear(ShardedModule):
         return f" + {self._stored['bias'].spec}" if self.bias is not None else ""
 
     def _letters(self, dims: int) -> tuple[str, str, str | None]:
-        """The row letters, uncut and with the sequence cut, and the sequence's letter."""
-        rows = row_letters(dims - 1)
-        uncut = "".join(f"{letter}," for letter in rows)
-        if self.sequence_dim is None:
-            return uncut, uncut, None
-        at = sequence_letter(dims, self.sequence_dim, type(self).__name__)
-        cut = "".join(f"{x}/{self.axis}," if i == at else f"{x}," for i, x in enumerate(rows))
-        return uncut, cut, rows[at]
+        return cut_rows(dims, self.sequence_dim, self.axis, type(self).__name__)
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y.
@@ -114,24 +158,55 @@ class _ParallelLinear(ShardedModule):
             ShapeError: x does not fit; see `matmul` for the rest.
         """
         key = x.dim(), self.bias is None
-        found = self._products.get(key)
-        if found is None:
-            found = self._products[key] = self._bind(x)
-        product, letter = found
-        sizes = self._sizes if sequence_size is None or letter is None else {**self._sizes, letter: sequence_size}
+        product = self._products.get(key)
+        if product is None:
+            if x.dim() == 0:
+                raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
+            layouts = (self.layout(x.dim()),)
+            product = bind(layouts, (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+            self._products[key] = product
+        sizes = self._sizes
+        if sequence_size is not None and self.sequence_dim is not None:
+            sizes = {**sizes, self._letters(x.dim())[2]: sequence_size}  # type: ignore[dict-item]
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], sizes)[0]
 
-    def _bind(self, x: Tensor) -> tuple[Product, str | None]:
-        if x.dim() == 0:
-            raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
-        product = bind((self.layout(x.dim()),), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
-        return product, self._letters(x.dim())[2]
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        """Every collective of this rank's forward and backward, as `Layout.collectives`.
+
+        Args:
+            shape: the global shape of x, [..., in_features].
+            dtype: of x and the parameters.
+        """
+        mesh_view, layout = view(self.mesh), self.layout(len(shape))
+        return layout.collectives(
+            self._all_sizes(shape),
+            mesh_view.shape,
+            dtype,
+            keep=self.keep,
+            reduce_dtype=self.reduce_dtype,
+            coordinate=mesh_view.coordinate,
+        )
+
+    def _all_sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        if not shape or shape[-1] != self.in_features:
+            raise ShapeError(f"x has global shape [..., {self.in_features}], not {tuple(shape)}")
+        return {**self._sizes, **dict(zip(row_letters(len(shape) - 1), shape))}
+
+    def _moved(
+        self, phase: str, name: str, spec: TensorSpec, shape: Sequence[int], dtype: Any
+    ) -> list[cost.Collective]:
+        """What it takes to gather X, Y or its gradient whole."""
+        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
+        sizes = self.layout(len(shape)).resolve(self._all_sizes(shape), mesh_view.shape, mesh_view.coordinate)
+        whole = tuple(Dim(dim.letter, ()) if dim is spec.dims[-1] else dim for dim in spec.dims)
+        return list(cost.moved(phase, name, route(spec.dims, whole), sizes, width, width))
 
     def extra_repr(self) -> str:
-        sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
+        flags = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
+        flags += "" if self.reduce else ", reduce=False"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"axis={self.axis!r}{sequence}"
+            f"axis={self.axis!r}{flags}"
         )
 
 
@@ -145,20 +220,61 @@ class ColumnParallelLinear(_ParallelLinear):
         in_features, out_features: global sizes, as of nn.Linear; they need not divide by the ranks.
         bias: whether to add a bias, cut as the output features are.
         mesh, axis: the axis of the mesh that cuts the output features.
+        gather_output: whether y leaves whole on every rank (all-gather; of dY, which is then whole on every rank as
+            well, each rank takes its slice). As Megatron's.
         sequence_dim: the dim of the input (not the last) that is cut over the same axis; None if x is replicated.
+        reduce: False leaves dX unreduced (`X[n,d]{tp}`), for several layers that share an input: pass it through
+            `sg.replicate`, or make it by `sg.all_gather`, which sum the gradients of all of them once.
         keep: `("X",)` keeps the gathered input for backward instead of gathering it again.
         reduce_dtype: in which dX is summed, e.g. torch.float32 for 16-bit parameters.
         device, dtype: of the parameters.
 
-    Shapes: x [..., in_features] (replicated, or cut along sequence_dim) → [..., out_features / ranks].
+    Shapes: x [..., in_features] (replicated, or cut along sequence_dim) → [..., out_features / ranks], or
+    [..., out_features] with gather_output.
+
+    Raises:
+        ShapeError: a size is not positive, or sequence_dim is no row dim.
+        LayoutError: keep names no operand, or sequence_dim is given with reduce=False.
     Source: Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
     _weight, _bias = "W[m/{axis},d]", "B[m/{axis}]"
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        gather_output: bool = False,
+        sequence_dim: int | None = None,
+        reduce: bool = True,
+        keep: Collection[str] = (),
+        reduce_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = in_features, out_features
+        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, reduce_dtype, device, dtype)
+        self.gather_output = gather_output
+
     def layout(self, dims: int) -> Layout:
+        """The layout of this layer's product for an input of so many dims."""
         rows, cut, _ = self._letters(dims)
-        return Layout(f"X[{cut}d] {self._stored['weight'].spec} -> Y[{rows}m/{self.axis}]{self._plus_bias()}")
+        mark = "" if self.reduce else f"{{{self.axis}}}"
+        return Layout(f"X[{cut}d]{mark} {self._stored['weight'].spec} -> Y[{rows}m/{self.axis}]{self._plus_bias()}")
+
+    def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
+        y = super().forward(x, sequence_size)
+        return gather_replicated(y, self.mesh, self.axis, -1, size=self.out_features) if self.gather_output else y
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        found = super().collectives(shape, dtype)
+        if self.gather_output:
+            found += self._moved("forward", "Y", self.layout(len(shape)).product, shape, dtype)
+        return found
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -167,7 +283,13 @@ class RowParallelLinear(_ParallelLinear):
     forward: all-reduce of Y, then the bias, once; dX, dW, db: no communication. With `sequence_dim`, Y leaves cut along
     that dim (`Y[n/tp,m]`): forward reduce-scatters Y, and backward all-gathers dY once, for dX, dW and db.
 
-    Arguments as of `ColumnParallelLinear`; the bias is replicated over the axis.
+    Arguments as of `ColumnParallelLinear`, but:
+        input_is_parallel: False if x comes whole on every rank (along the sequence too): each rank takes its slice of
+            the features, and dX is all-gathered. As Megatron's.
+        reduce: False leaves y unreduced (`Y[n,m]{tp}`): each rank's is one term of the sum (the bias in the first
+            rank's), for the caller to add to others and to reduce by `sg.all_reduce` or `sg.reduce_scatter`.
+
+    The bias is replicated over the axis.
 
     Shapes: x [..., in_features / ranks] → [..., out_features] (replicated, or cut along sequence_dim).
     Source: Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198.
@@ -175,6 +297,44 @@ class RowParallelLinear(_ParallelLinear):
 
     _weight, _bias = "W[m,d/{axis}]", "B[m]"
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        input_is_parallel: bool = True,
+        sequence_dim: int | None = None,
+        reduce: bool = True,
+        keep: Collection[str] = (),
+        reduce_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = in_features, out_features
+        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, reduce_dtype, device, dtype)
+        self.input_is_parallel = input_is_parallel
+
     def layout(self, dims: int) -> Layout:
+        """The layout of this layer's product for an input of so many dims."""
         rows, cut, _ = self._letters(dims)
-        return Layout(f"X[{rows}d/{self.axis}] {self._stored['weight'].spec} -> Y[{cut}m]{self._plus_bias()}")
+        mark = "" if self.reduce else f"{{{self.axis}}}"
+        return Layout(f"X[{rows}d/{self.axis}] {self._stored['weight'].spec} -> Y[{cut}m]{mark}{self._plus_bias()}")
+
+    def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
+        if not self.input_is_parallel:
+            if x.dim() == 0 or x.shape[-1] != self.in_features:
+                raise ShapeError(
+                    f"RowParallelLinear(input_is_parallel=False) takes x whole, [..., {self.in_features}], not "
+                    f"{tuple(x.shape)}"
+                )
+            x = split(x, self.mesh, self.axis, -1)
+        return super().forward(x, sequence_size)
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        found = super().collectives(shape, dtype)
+        if not self.input_is_parallel:
+            found += self._moved("dX", "dX", self.layout(len(shape)).first, shape, dtype)
+        return found

@@ -1,22 +1,45 @@
-"""The feed-forward block of a transformer: column parallel, GELU, row parallel."""
+"""The feed-forward blocks of a transformer: their hidden features are cut over an axis and never assembled."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
+from shardgrad.comm.mesh import view
+from shardgrad.errors import ShapeError
+from shardgrad.layout import cost
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.plan import Role
+from shardgrad.nn import init
+from shardgrad.nn.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    check_reduce,
+    check_sequence_dim,
+    cut_rows,
+    row_letters,
+)
+from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.matmul import bind, run
 
 
 class MLP(nn.Module):
-    """Y = GELU(X W_upᵀ + b_up) W_downᵀ + b_down; the hidden features are cut over an axis and never assembled.
+    """Y = GELU(X W_upᵀ + b_up) W_downᵀ + b_down; the hidden features are cut over an axis.
 
     Args:
         embed_dim, hidden_dim: global sizes; hidden_dim need not divide by the ranks.
+        bias: whether both products add biases.
         mesh, axis: the axis of the mesh that cuts the hidden features.
         sequence_dim: the dim of x and y (not the last) that is cut over the same axis; None if both are replicated.
+        reduce: False leaves y and dX unreduced for the caller to add to others' and to reduce once; see
+            `ParallelBlock`.
         device, dtype: of the parameters.
 
     Shapes: x [..., embed_dim] → [..., embed_dim], both replicated or both cut along sequence_dim.
@@ -28,20 +51,182 @@ class MLP(nn.Module):
         embed_dim: int,
         hidden_dim: int,
         *,
+        bias: bool = True,
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
+        reduce: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.axis, self.reduce = axis, reduce
         self.up = ColumnParallelLinear(
-            embed_dim, hidden_dim, mesh=mesh, axis=axis, sequence_dim=sequence_dim, device=device, dtype=dtype
+            embed_dim,
+            hidden_dim,
+            bias,
+            mesh=mesh,
+            axis=axis,
+            sequence_dim=sequence_dim,
+            reduce=reduce,
+            device=device,
+            dtype=dtype,
         )
         self.down = RowParallelLinear(
-            hidden_dim, embed_dim, mesh=mesh, axis=axis, sequence_dim=sequence_dim, device=device, dtype=dtype
+            hidden_dim,
+            embed_dim,
+            bias,
+            mesh=mesh,
+            axis=axis,
+            sequence_dim=sequence_dim,
+            reduce=reduce,
+            device=device,
+            dtype=dtype,
         )
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self.up.mesh
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         return self.down(F.gelu(self.up(x, sequence_size)))
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
+        hidden = *shape[:-1], self.down.in_features
+        return [*self.up.collectives(shape, dtype), *self.down.collectives(hidden, dtype)]
+
+
+class SwiGLU(ShardedModule):
+    """Y = (silu(X W_gateᵀ) * X W_upᵀ) W_downᵀ, the gated feed-forward block of Llama.
+
+        X[n,d] Wg[f/tp,d] -> G[n,f/tp]      one gather of X and one reduction of dX for both
+        X[n,d] Wu[f/tp,d] -> U[n,f/tp]
+        H = silu(G) * U                     local
+        H[n,f/tp] Wd[m,f/tp] -> Y[n,m]
+
+    forward: all-reduce of Y; backward: all-reduce of dX. With `sequence_dim`, X and Y are cut along it (`X[n/tp,d]`,
+    `Y[n/tp,m]`): forward all-gathers X and reduce-scatters Y; backward all-gathers dY and X and reduce-scatters dX.
+
+    Args:
+        embed_dim, hidden_dim: d (and m), and f: global sizes; hidden_dim need not divide by the ranks.
+        bias: whether the three products add biases.
+        mesh, axis, sequence_dim, reduce, device, dtype: as of `MLP`.
+
+    Parameters (global shapes): gate_weight, up_weight [f, d] and down_weight [m, f], cut by f; gate_bias, up_bias [f],
+    cut, and down_bias [m], replicated.
+
+    Shapes: x [..., embed_dim] → [..., embed_dim], both replicated or both cut along sequence_dim.
+
+    Raises:
+        ShapeError: a size is not positive, or sequence_dim is no row dim.
+        LayoutError: sequence_dim is given with reduce=False.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        bias: bool = False,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        sequence_dim: int | None = None,
+        reduce: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(mesh, (axis,))
+        if embed_dim < 1 or hidden_dim < 1:
+            raise ShapeError(f"SwiGLU: sizes must be at least 1, not {embed_dim=}, {hidden_dim=}")
+        check_sequence_dim(sequence_dim, "SwiGLU")
+        check_reduce(reduce, sequence_dim, "SwiGLU")
+        self.embed_dim, self.hidden_dim, self.axis = embed_dim, hidden_dim, axis
+        self.sequence_dim, self.reduce, self.bias = sequence_dim, reduce, bias
+        sizes = {"d": embed_dim, "f": hidden_dim, "m": embed_dim}
+        for name, weight, plus in (
+            ("gate", f"Wg[f/{axis},d]", f"Bg[f/{axis}]"),
+            ("up", f"Wu[f/{axis},d]", f"Bu[f/{axis}]"),
+            ("down", f"Wd[m,f/{axis}]", "Bd[m]"),
+        ):
+            self.declare(f"{name}_weight", weight, sizes, device, dtype)
+            if bias:
+                self.declare(f"{name}_bias", plus, sizes, device, dtype)
+            else:
+                self.register_parameter(f"{name}_bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """nn.Linear's initial values: uniform in ±1/√(features of the input)."""
+        for name in ("gate", "up", "down"):
+            values = partial(init.uniform, 1 / sqrt(self.hidden_dim if name == "down" else self.embed_dim))
+            self.fill(f"{name}_weight", values, generator)
+            if self.bias:
+                self.fill(f"{name}_bias", values, generator)
+
+    def layouts(self, dims: int) -> tuple[Layout, Layout, Layout]:
+        """The layouts of gate, up and down for an input of so many dims."""
+        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, "SwiGLU")
+        mark = "" if self.reduce else f"{{{self.axis}}}"
+
+        def stored(name: str) -> tuple[str, str]:
+            plus = f" + {self._stored[f'{name}_bias'].spec}" if self.bias else ""
+            return str(self._stored[f"{name}_weight"].spec), plus
+
+        (gate, plus_gate), (up, plus_up), (down, plus_down) = (stored(name) for name in ("gate", "up", "down"))
+        return (
+            Layout(f"X[{cut}d]{mark} {gate} -> G[{rows}f/{self.axis}]{plus_gate}"),
+            Layout(f"X[{cut}d]{mark} {up} -> U[{rows}f/{self.axis}]{plus_up}"),
+            Layout(f"H[{rows}f/{self.axis}] {down} -> Y[{cut}m]{mark}{plus_down}"),
+        )
+
+    def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
+        """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
+        dims = x.dim()
+        if dims not in self._products:
+            gate, up, down = self.layouts(dims)
+            self._products[dims] = bind((gate, up), (self.bias,) * 2, self.mesh)
+            self._products[dims, "down"] = bind((down,), (self.bias,), self.mesh)
+        known: dict[str, int] = {}
+        if sequence_size is not None and self.sequence_dim is not None:
+            letter = cut_rows(dims, self.sequence_dim, self.axis, "SwiGLU")[2]
+            known = {letter: sequence_size} if letter else {}
+        weights = [self.get_parameter("gate_weight"), self.get_parameter("up_weight")]
+        biases = [self.get_parameter("gate_bias"), self.get_parameter("up_bias")] if self.bias else []
+        sizes = {"d": self.embed_dim, "f": self.hidden_dim}
+        g, u = run(self._products[dims], x, weights, biases, {**sizes, **known})
+        hidden = F.silu(g) * u
+        down_bias = [] if self.down_bias is None else [self.down_bias]
+        sizes = {"f": self.hidden_dim, "m": self.embed_dim}
+        return run(self._products[dims, "down"], hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
+        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
+        gate, up, down = self.layouts(len(shape))
+        rows = dict(zip(row_letters(len(shape) - 1), shape))
+        features = {"d": self.embed_dim, "f": self.hidden_dim}
+        needs: list[Role] = ["first", "second", "bias"] if self.bias else ["first", "second"]
+        shared = cost.collectives(
+            [gate.plan, up.plan],
+            gate.resolve({**rows, **features}, mesh_view.shape, mesh_view.coordinate),
+            bias=[self.bias] * 2,
+            needs=[needs] * 2,
+            keep=(),
+            wire=width,
+            reduce_wire=width,
+        )
+        features = {"f": self.hidden_dim, "m": self.embed_dim}
+        last = down.collectives({**rows, **features}, mesh_view.shape, dtype, coordinate=mesh_view.coordinate)
+        return [*shared, *last]
+
+    def extra_repr(self) -> str:
+        flags = ", bias=True" if self.bias else ""
+        flags += "" if self.sequence_dim is None else f", sequence_dim={self.sequence_dim}"
+        flags += "" if self.reduce else ", reduce=False"
+        return f"embed_dim={self.embed_dim}, hidden_dim={self.hidden_dim}, axis={self.axis!r}{flags}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.init import draw_seed
+from shardgrad.ops.product import Product
 
 Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
@@ -53,6 +55,11 @@ class ShardedModule(nn.Module):
         self._axes = tuple(axes)
         self._stored: dict[str, Stored] = {}
         self._mesh = Stored(TensorSpec("", ()), (), mesh)
+        self._products: dict[Any, Product] = {}  # bound at first use, by whatever a layer tells them apart by
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and torch.save take: not the bound products, which hold process groups and are bound again."""
+        return {**self.__dict__, "_products": {}}
 
     @property
     def mesh(self) -> DeviceMesh:

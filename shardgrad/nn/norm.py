@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import replicate
 from shardgrad.errors import ShapeError
+from shardgrad.layout import cost
+from shardgrad.nn.linear import check_sequence_dim
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.shared import replicate_together, summed_together
 
 
 class _Norm(ShardedModule):
@@ -30,6 +33,7 @@ class _Norm(ShardedModule):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(mesh, (axis,))
+        check_sequence_dim(sequence_dim, type(self).__name__)
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         self.normalized_shape, self.axis, self.sequence_dim = shape, axis, sequence_dim
         letters = ("m",) if len(shape) == 1 else tuple(f"m{at}" for at in range(len(shape)))
@@ -61,9 +65,15 @@ class _Norm(ShardedModule):
                 f"a row dim (the last {len(self.normalized_shape)} are normalized)"
             )
         if self.bias is None:
-            return replicate(self.weight, self.mesh, self.axis), None
-        weight, bias = replicate(torch.stack((self.weight, self.bias)), self.mesh, self.axis).unbind()
+            return replicate_together((self.weight,), self.mesh, self.axis)[0], None
+        weight, bias = replicate_together((self.weight, self.bias), self.mesh, self.axis)
         return weight, bias
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+        """Every collective of this rank's forward and backward, whatever the shape of x."""
+        if self.sequence_dim is None:
+            return []
+        return summed_together("dW and db", list(self.parameters()), self.mesh, self.axis, dtype)
 
     def extra_repr(self) -> str:
         sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import split
 from shardgrad.errors import ShapeError
 from shardgrad.nn import init
 from shardgrad.nn.attention import Attention
@@ -19,29 +18,9 @@ from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.mlp import MLP
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.norm import LayerNorm
+from shardgrad.nn.positions import LearnedPositions
 
 MLP_RATIO = 4  # hidden features of the feed-forward block, in d_model
-
-
-class Positions(ShardedModule):
-    """Learned positions: a table [s, d], replicated, of which each rank adds the rows of its part of the sequence.
-
-    Every rank holds the whole batch for its positions, so its rows' gradient is complete: the table's is the ranks'
-    rows gathered (the adjoint of a slice that is stored cut), and nothing is summed.
-    """
-
-    weight: Tensor
-
-    def __init__(
-        self, seq_len: int, d_model: int, *, mesh: DeviceMesh, axis: str = "tp", dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(mesh, (axis,))
-        self.axis = axis
-        self.declare("weight", "W[s,m]", {"s": seq_len, "m": d_model}, None, dtype)
-
-    def forward(self, sequence: int) -> Tensor:
-        """The rows of this rank's part of a sequence of `sequence` positions: [s/tp, d]."""
-        return split(self.weight[:sequence], self.mesh, self.axis, dim=0)
 
 
 class Block(nn.Module):
@@ -90,7 +69,7 @@ class GPT(nn.Module):
         super().__init__()
         self.layers, self.seq_len, self.vocab, self.mesh, self.axis = layers, seq_len, vocab, mesh, axis
         self.embedding = VocabParallelEmbedding(vocab, d_model, mesh=mesh, axis=axis, sequence_dim=1, dtype=dtype)
-        self.positions = Positions(seq_len, d_model, mesh=mesh, axis=axis, dtype=dtype)
+        self.positions = LearnedPositions(seq_len, d_model, mesh=mesh, axis=axis, sequence_dim=1, dtype=dtype)
         self.blocks = nn.ModuleList(Block(d_model, heads, mesh=mesh, axis=axis, dtype=dtype) for _ in range(layers))
         self.norm = LayerNorm(d_model, mesh=mesh, axis=axis, sequence_dim=1, dtype=dtype)
         self.head = ColumnParallelLinear(d_model, vocab, bias=False, mesh=mesh, axis=axis, sequence_dim=1, dtype=dtype)

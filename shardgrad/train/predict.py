@@ -14,7 +14,8 @@ from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.norm import LayerNorm
-from shardgrad.train.model import GPT, Positions
+from shardgrad.nn.positions import LearnedPositions
+from shardgrad.train.model import GPT
 
 
 def step_collectives(model: GPT, batch: int, sequence: int, dtype: Any = "float32") -> list[Collective]:
@@ -50,7 +51,7 @@ def _collectives(module: nn.Module, model: GPT, batch: int, sequence: int, dtype
             *_one(model, "forward", "reduce-scatter", "Y", batch * ranks * most * row, dtype),
             *_one(model, "dW", "all-gather", "dY", batch * most * row, dtype),
         ]
-    if isinstance(module, Positions):
+    if isinstance(module, LearnedPositions):
         return _one(model, "dW", "all-gather", "dW", most * module.weight.shape[1], dtype)
     if isinstance(module, LayerNorm):
         both = sum(parameter.numel() for parameter in module.parameters())
