@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.stored import stored_parameters as stored_parameters
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
+    from shardgrad.ops.convolve import convolve as convolve
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
@@ -80,6 +81,7 @@ _HOME = {
     "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
+    "convolve": "shardgrad.ops.convolve",
     "defer_weight_grads": "shardgrad.ops.deferred",
     "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",

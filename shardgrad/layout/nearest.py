@@ -53,7 +53,7 @@ def _marks(layout: Notation) -> int:
 
 def _marked(legal: Notation, layout: Notation) -> Notation:
     """The legal layout with those marks of the written one that it can carry."""
-    for role in layout._fields:
+    for role in layout._fields[:4]:
         written, now = getattr(layout, role), getattr(legal, role)
         if written is None or now is None:
             continue

@@ -20,7 +20,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
-from shardgrad.ops.contract import Contraction
+from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.deferred import can_put_off, deferring, put_off
 from shardgrad.ops.main_grad import main_grads, main_grads_exist
 from shardgrad.ops.route import Step, steps
@@ -56,7 +56,7 @@ class Stage:
     """One phase of backward: what to start, what to compute, where it goes.
 
     starts: the gathers that this phase reads (first stage only), and those of the next phase, to run under this one.
-    terms: the products to sum, as a contraction and the slots of its operands; none for db.
+    terms: the products to sum, as a bilinear map and the slots of its operands; none for db.
     bias: for db, the local mathematics and the slot of dY.
     route: of what is made, to where it is stored.
     output: its position among the results.
@@ -64,7 +64,7 @@ class Stage:
     """
 
     starts: tuple[Start, ...]
-    terms: tuple[tuple[Contraction, int, int], ...]
+    terms: tuple[tuple[Map, int, int], ...]
     bias: tuple[Terms, int] | None
     route: Route
     output: int
@@ -89,11 +89,12 @@ class Program:
         dtype: torch.dtype,
         needs: tuple[bool, ...],
         check: Check,
+        operation: Operation,
     ) -> None:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
         self._needs, self._check = needs, check
         self._plans = [layout.plan for layout in layouts]
-        self._terms = [Terms(layout, view) for layout in layouts]
+        self._terms = [Terms(layout, view, operation.local(layout, sizes)) for layout in layouts]
         count = self.count = len(layouts)
         share = self._share = shares(self._plans)
         keys: list[Key] = [("first", at) for at in dict.fromkeys(share)]
@@ -178,7 +179,7 @@ class Program:
             ahead = gathers[at + 1] if at + 1 < len(phases) and at + 1 != now else ()
             later = {slot for slots in operands[at + 1 :] for slot in slots}
             slots = operands[at]
-            terms: list[tuple[Contraction, int, int]] = []
+            terms: list[tuple[Map, int, int]] = []
             if phase.made != "bias":
                 for dy, other in zip(range(0, len(slots), 2), range(1, len(slots), 2)):
                     local = self._terms[phase.reads[dy].index]
