@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardgrad.comm.adjoint import all_gather as all_gather
     from shardgrad.comm.adjoint import all_reduce as all_reduce
     from shardgrad.comm.adjoint import all_to_all as all_to_all
+    from shardgrad.comm.adjoint import all_to_all_rows as all_to_all_rows
     from shardgrad.comm.adjoint import gather_replicated as gather_replicated
     from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
     from shardgrad.comm.adjoint import replicate as replicate
@@ -27,12 +28,16 @@ if TYPE_CHECKING:
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
+    from shardgrad.nn.conv import Conv1d as Conv1d
+    from shardgrad.nn.conv import Conv2d as Conv2d
+    from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.module import Stored as Stored
+    from shardgrad.nn.moe import MoE as MoE
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
     from shardgrad.nn.state import load_state_dict as load_state_dict
@@ -51,6 +56,7 @@ _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
     "all_reduce": "shardgrad.comm.adjoint",
     "all_to_all": "shardgrad.comm.adjoint",
+    "all_to_all_rows": "shardgrad.comm.adjoint",
     "gather_replicated": "shardgrad.comm.adjoint",
     "reduce_scatter": "shardgrad.comm.adjoint",
     "replicate": "shardgrad.comm.adjoint",
@@ -68,6 +74,10 @@ _HOME = {
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
+    "Conv1d": "shardgrad.nn.conv",
+    "Conv2d": "shardgrad.nn.conv",
+    "Dropout": "shardgrad.nn.dropout",
+    "MoE": "shardgrad.nn.moe",
     "VocabParallelEmbedding": "shardgrad.nn.embedding",
     "ColumnParallelLinear": "shardgrad.nn.linear",
     "RowParallelLinear": "shardgrad.nn.linear",

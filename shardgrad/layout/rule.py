@@ -88,11 +88,13 @@ def _check_tensors(layout: Notation) -> None:
     spatial = layout.spatial
     for tensor in three:
         if len(tensor.dims) < spatial:
-            raise Illegal(f"{tensor.name} has fewer dims than the {spatial} that a convolution slides along", tensor.name)
+            raise Illegal(
+                f"{tensor.name} has fewer dims than the {spatial} that a convolution slides along", tensor.name
+            )
         for letter in tensor.letters[len(tensor.dims) - spatial :]:
             if sum(letter in other.letters for other in three) > 1:
                 raise Illegal(
-                    f"spatial letter {letter} of {tensor.name} (one of its last {spatial}) stands in another tensor too: "
+                    f"spatial letter {letter} of {tensor.name} (one of its last {spatial}) stands in another tensor: "
                     "kernel, stride and padding make three sizes of it, so each tensor has a letter of its own there, "
                     "such as h in X, i in W and p in Y",
                     tensor.name,
@@ -113,7 +115,11 @@ def _check_tensors(layout: Notation) -> None:
 def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...], spatial: tuple[str, ...] = ()) -> str:
     """The one letter on which all its carriers have the axis. (Two such letters would meet in one tensor.)"""
     for letter in dict.fromkeys(t.letter_with(axis) for t in tensors):
-        if letter and letter not in spatial and all(t.letter_with(axis) == letter for t in tensors if letter in t.letters):
+        if (
+            letter
+            and letter not in spatial
+            and all(t.letter_with(axis) == letter for t in tensors if letter in t.letters)
+        ):
             return letter
     holder = next(t for t in tensors if t.letter_with(axis))
     letter = holder.letter_with(axis)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import grad as transpose
 
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
@@ -22,9 +23,9 @@ from shardgrad.ops.matmul import bind, run
 
 # By the number of spatial dims: Y of (X, W), and its transposes: dX of (X's shape, W, dY), dW of (X, W's shape, dY).
 _TORCH: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
-    1: (F.conv1d, torch.nn.grad.conv1d_input, torch.nn.grad.conv1d_weight),
-    2: (F.conv2d, torch.nn.grad.conv2d_input, torch.nn.grad.conv2d_weight),
-    3: (F.conv3d, torch.nn.grad.conv3d_input, torch.nn.grad.conv3d_weight),
+    1: (F.conv1d, transpose.conv1d_input, transpose.conv1d_weight),
+    2: (F.conv2d, transpose.conv2d_input, transpose.conv2d_weight),
+    3: (F.conv3d, transpose.conv3d_input, transpose.conv3d_weight),
 }
 Numbers = int | Sequence[int]
 
@@ -106,8 +107,8 @@ class Convolution:
         n = layout.spatial
         if n not in _TORCH:
             raise LayoutError(
-                f"{layout} has {n} spatial dims; a convolution has one, two or three, whose letters stand in one tensor "
-                "each: X[b,c,h,w] W[o,c,i,j] -> Y[b,o,p,q]"
+                f"{layout} has {n} spatial dims; a convolution has one, two or three, whose letters stand in one "
+                "tensor each: X[b,c,h,w] W[o,c,i,j] -> Y[b,o,p,q]"
             )
         return cls(
             numbers("stride", stride, n, 1), numbers("padding", padding, n, 0), numbers("dilation", dilation, n, 1)

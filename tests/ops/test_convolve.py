@@ -250,11 +250,13 @@ def test_axes_on_spatial_letters_are_refused_with_a_reason() -> None:
         ("X[b,c,h/tp,w] W[o,c,i,j] -> Y[b,o,p/tp,q]", "X has it on h"),
         ("X[b,c,h,w] W[o,c,i/tp,j] -> Y[b,o,p,q]", "W has it on i"),
     ):
-        with pytest.raises(sg.LayoutError, match=rf"{caret}, which the convolution slides along(.|\n)*halos") as refused:
+        with pytest.raises(
+            sg.LayoutError, match=rf"{caret}, which the convolution slides along(.|\n)*halos"
+        ) as refused:
             Layout(text, spatial=2)
         assert "Split one of b, c, o" in str(refused.value)
         assert "X[b,c,h,w] W[o,c,i,j] -> Y[b,o,p,q]" in str(refused.value)  # the nearest legal one
-    with pytest.raises(sg.LayoutError, match="spatial letter h of X .* stands in another tensor too"):
+    with pytest.raises(sg.LayoutError, match=r"spatial letter h of X .* stands in another tensor:"):
         Layout("X[b,c,h] W[o,c,h] -> Y[b,o,h]", spatial=1)
     with pytest.raises(sg.LayoutError, match="spatial letter c of X"):
         Layout("X[b,c] W[o,c] -> Y[b,o]", spatial=1)
@@ -286,13 +288,13 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         sg.convolve(x, w, text, mesh, stride=0)
     with pytest.raises(sg.ShapeError, match=r"padding is .* not \(1, 1\)"):
         sg.convolve(x, w, text, mesh, padding=(1, 1))
-    with pytest.raises(sg.ShapeError, match="padding is .* not 'same'"):
+    with pytest.raises(sg.ShapeError, match=r"padding is .* not 'same'"):
         sg.convolve(x, w, text, mesh, padding="same")  # type: ignore[arg-type]
     with pytest.raises(sg.ShapeError, match="kernel of i = 2 with dilation 4 does not fit into h = 4"):
         sg.convolve(x, w, text, mesh, dilation=4)
     with pytest.raises(sg.ShapeError, match="sizes says p = 4, but h = 4 and i = 2 make it 3"):
         sg.convolve(x, w, text, mesh, sizes={"p": 4})
-    with pytest.raises(sg.LayoutError, match="no spatial dims, but a convolution|has 0 spatial dims"):
+    with pytest.raises(sg.LayoutError, match="has 0 spatial dims"):
         sg.convolve(torch.ones(2, 3), torch.ones(3, 4), "X[n,d] W[d,m] -> Y[n,m]", mesh)
     with pytest.raises(sg.LayoutError, match=r"spatial dims, but a product has 0: .* sg\.convolve"):
         sg.matmul(x, w, Layout(text, spatial=1), mesh)
