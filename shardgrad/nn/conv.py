@@ -110,9 +110,10 @@ class _Conv(ShardedModule):
         """
         if self._channels:
             if x.dim() != self._spatial + 2 or x.shape[1] != prod(self._channels):
+                factors = " · ".join(map(str, self._channels))
                 raise ShapeError(
                     f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.first} of "
-                    f"{self.groups} groups of {self._sizes['c']} channels leaves this rank {' · '.join(map(str, self._channels))} = "
+                    f"{self.groups} groups of {self._sizes['c']} channels leaves this rank {factors} = "
                     f"{prod(self._channels)} channels in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
                     "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"
                 )

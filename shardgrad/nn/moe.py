@@ -35,8 +35,8 @@ class MoE(ShardedModule):
     Each rank of the axis has tokens of its own, as many as it likes, and a chunk of the experts, which need not divide
     by the ranks. forward: an exchange of how many tokens go where, an all-to-all of the tokens and one back (uneven:
     what is sent is what is needed), an all-reduce of e numbers for the balance. backward: the two all-to-alls reversed,
-    and the all-reduce of dR. Expert gradients need none: an expert has seen all its tokens. On a rank, an expert's rows are
-    padded to those of the busiest (in memory, not on the wire), for one batched product.
+    and the all-reduce of dR. Expert gradients need none: an expert has seen all its tokens. On a rank, an expert's rows
+    are padded to those of the busiest (in memory, not on the wire), for one batched product.
 
     Args:
         embed_dim, hidden_dim: d and f.
@@ -76,8 +76,8 @@ class MoE(ShardedModule):
         super().__init__(mesh, (axis,))
         if min(embed_dim, hidden_dim, num_experts) < 1 or not 1 <= top_k <= num_experts:
             raise ShapeError(
-                f"MoE: embed_dim={embed_dim}, hidden_dim={hidden_dim}, num_experts={num_experts} must be at least 1, and "
-                f"top_k={top_k} between 1 and num_experts"
+                f"MoE: embed_dim={embed_dim}, hidden_dim={hidden_dim}, num_experts={num_experts} must be at least 1, "
+                f"and top_k={top_k} between 1 and num_experts"
             )
         self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
         self.axis, self.gated, self.normalize = axis, gated, normalize
