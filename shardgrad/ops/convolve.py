@@ -133,7 +133,7 @@ class Convolution:
                 raise ShapeError(f"sizes says {y} = {told}, but {x} = {size} and {w} = {kernel} make it {made}")
 
     def local(self, layout: Layout, sizes: Sizes) -> Local:
-        return _LocalConvolution(self, layout, sizes).maps()
+        return _local(self, layout, sizes)
 
     def __str__(self) -> str:
         return f"a convolution of stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
@@ -176,51 +176,45 @@ class _Order:
         return own if self._from is None else own.permute(self._from).clone(memory_format=torch.contiguous_format)
 
 
-class _LocalConvolution:
-    """torch's convolution and its transposes on this rank's shapes: [b, g·c, …], [g·o, c, …] -> [b, g·o, …]."""
+class _Map:
+    """torch's convolution on this rank's shapes, [b, g·c, …], [g·o, c, …] -> [b, g·o, …], or one of its transposes."""
 
-    def __init__(self, settings: Convolution, layout: Layout, sizes: Sizes) -> None:
-        used = [layout.reading.used(spec) for spec in (layout.first, layout.second, layout.product)]
-        x, w, y = [sizes.shape_of(spec.dims) for spec in used]
-        rows, groups, inner, columns = layout.rows, layout.batched, layout.contracted, layout.columns
-        self._x = _Order(layout.first.letters, rows, (*groups, *inner), x)
-        self._w = _Order(layout.second.letters, (*groups, *columns), inner, w)
-        self._y = _Order(layout.product.letters, rows, (*groups, *columns), y)
-        self._torch = _TORCH[settings.spatial]
-        count = prod(sizes.shape_of(dim for dim in used[0].dims if dim.letter in groups))
-        self._settings: dict[str, Any] = {
-            "stride": settings.stride,
-            "padding": settings.padding,
-            "dilation": settings.dilation,
-            "groups": count,
-        }
-        # torch refuses some shapes without elements; with no channel or no row there is nothing to add up.
-        self._empty = 0 in (*self._x.merged[:2], *self._w.merged[:2])
+    is_linear = False
 
-    def maps(self) -> Local:
-        return Local(self._product, self._grad_first, self._grad_second)
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor] | None, left: _Order, right: _Order, out: _Order):
+        self._call, self._left, self._right, self._out = call, left, right, out
 
-    def _product(self, x: Tensor, w: Tensor, into: Tensor | None = None, /) -> Tensor:
-        if self._empty:
-            return self._nothing(x, self._y, into)
-        out = self._torch[0](self._x.merge(x), self._w.merge(w), **self._settings)
-        return self._added(out, self._y, into)
-
-    def _grad_first(self, dy: Tensor, w: Tensor, into: Tensor | None = None, /) -> Tensor:
-        if self._empty:
-            return self._nothing(dy, self._x, into)
-        out = self._torch[1](self._x.merged, self._w.merge(w), self._y.merge(dy), **self._settings)
-        return self._added(out, self._x, into)
-
-    def _grad_second(self, dy: Tensor, x: Tensor, into: Tensor | None = None, /) -> Tensor:
-        if self._empty:
-            return self._nothing(dy, self._w, into)
-        out = self._torch[2](self._x.merge(x), self._w.merged, self._y.merge(dy), **self._settings)
-        return self._added(out, self._w, into)
-
-    def _nothing(self, like: Tensor, order: _Order, into: Tensor | None) -> Tensor:
-        return like.new_zeros(order.shape) if into is None else into
-
-    def _added(self, out: Tensor, order: _Order, into: Tensor | None) -> Tensor:
-        made = order.restore(out)
+    def __call__(self, left: Tensor, right: Tensor, into: Tensor | None = None, /) -> Tensor:
+        if self._call is None:
+            return left.new_zeros(self._out.shape) if into is None else into
+        made = self._out.restore(self._call(self._left.merge(left), self._right.merge(right)))
         return made if into is None else into.add_(made)
+
+    def add_to(self, main: Tensor, left: Tensor, right: Tensor, /) -> None:
+        main.add_(self(left, right))
+
+    def source(self, left: str, right: str, /) -> str | None:
+        return None
+
+
+def _local(settings: Convolution, layout: Layout, sizes: Sizes) -> Local:
+    used = [layout.reading.used(spec).dims for spec in (layout.first, layout.second, layout.product)]
+    rows, groups, inner, columns = layout.rows, layout.batched, layout.contracted, layout.columns
+    x = _Order(layout.first.letters, rows, (*groups, *inner), sizes.shape_of(used[0]))
+    w = _Order(layout.second.letters, (*groups, *columns), inner, sizes.shape_of(used[1]))
+    y = _Order(layout.product.letters, rows, (*groups, *columns), sizes.shape_of(used[2]))
+    if 0 in (*x.merged[:2], *w.merged[:2]):
+        # torch refuses some shapes without elements; with no channel or no row there is nothing to add up.
+        return Local(_Map(None, x, w, y), _Map(None, y, w, x), _Map(None, y, x, w))
+    forward, grad_input, grad_weight = _TORCH[settings.spatial]
+    given: dict[str, Any] = {
+        "stride": settings.stride,
+        "padding": settings.padding,
+        "dilation": settings.dilation,
+        "groups": prod(sizes.shape_of(dim for dim in used[0] if dim.letter in groups)),
+    }
+    return Local(
+        _Map(lambda left, right: forward(left, right, **given), x, w, y),
+        _Map(lambda dy, right: grad_input(x.merged, right, dy, **given), y, w, x),
+        _Map(lambda dy, left: grad_weight(left, w.merged, dy, **given), y, x, w),
+    )
