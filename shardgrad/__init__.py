@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardgrad.comm.adjoint import all_gather as all_gather
     from shardgrad.comm.adjoint import all_reduce as all_reduce
     from shardgrad.comm.adjoint import all_to_all as all_to_all
+    from shardgrad.comm.adjoint import all_to_all_rows as all_to_all_rows
     from shardgrad.comm.adjoint import gather_replicated as gather_replicated
     from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
     from shardgrad.comm.adjoint import replicate as replicate
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.by_layout import Linear as Linear
+    from shardgrad.nn.conv import Conv1d as Conv1d
+    from shardgrad.nn.conv import Conv2d as Conv2d
+    from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.mlp import SwiGLU as SwiGLU
     from shardgrad.nn.module import Stored as Stored
+    from shardgrad.nn.moe import MoE as MoE
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
     from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.stored import stored_parameters as stored_parameters
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
+    from shardgrad.ops.convolve import convolve as convolve
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
@@ -59,6 +65,7 @@ _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
     "all_reduce": "shardgrad.comm.adjoint",
     "all_to_all": "shardgrad.comm.adjoint",
+    "all_to_all_rows": "shardgrad.comm.adjoint",
     "gather_replicated": "shardgrad.comm.adjoint",
     "reduce_scatter": "shardgrad.comm.adjoint",
     "replicate": "shardgrad.comm.adjoint",
@@ -76,6 +83,10 @@ _HOME = {
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
+    "Conv1d": "shardgrad.nn.conv",
+    "Conv2d": "shardgrad.nn.conv",
+    "Dropout": "shardgrad.nn.dropout",
+    "MoE": "shardgrad.nn.moe",
     "VocabParallelEmbedding": "shardgrad.nn.embedding",
     "ColumnParallelLinear": "shardgrad.nn.linear",
     "RowParallelLinear": "shardgrad.nn.linear",
@@ -94,6 +105,7 @@ _HOME = {
     "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
+    "convolve": "shardgrad.ops.convolve",
     "defer_weight_grads": "shardgrad.ops.deferred",
     "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",

@@ -203,6 +203,23 @@ def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what:
     return Pending(work, finish, what, axis, keep=out)
 
 
+def all_to_all_rows(
+    x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int], what: str = "all-to-all of rows"
+) -> Pending:
+    """Give rank i the next `send[i]` rows (dim 0) of `x`; what comes, `receive[i]` rows of rank i, is concatenated.
+
+    Every rank of the axis takes part, also one that neither sends nor receives.
+    """
+    x = x.contiguous()
+    received = x.new_empty((sum(receive), *x.shape[1:]))
+    work = _start(
+        lambda: dist.all_to_all_single(received, x, list(receive), list(send), group=axis.group, async_op=True),
+        what,
+        axis,
+    )
+    return Pending(work, lambda: received, what, axis, keep=x)
+
+
 def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's chunk of `x` along `dim`, as a view: no communication."""
     start, length = chunk(x.shape[dim], axis.size, axis.index)

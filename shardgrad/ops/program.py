@@ -22,6 +22,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
+from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.deferred import can_put_off, deferring, put_off
 from shardgrad.ops.main_grad import main_grads, main_grads_exist
@@ -72,7 +73,7 @@ class Stage:
     """One phase of backward: what to start, what to compute, where it goes.
 
     starts: the gathers that this phase reads (first stage only), and those of the next phase, to run under this one.
-    terms: the products to sum, as a contraction and the slots of its operands; none for db.
+    terms: the products to sum, as a bilinear map and the slots of its operands; none for db.
     bias: for db, the local mathematics and the slot of dY.
     route: of what is made, to where it is stored.
     output: its position among the results.
@@ -82,7 +83,7 @@ class Stage:
     """
 
     starts: tuple[Start, ...]
-    terms: tuple[tuple[Contraction, int, int], ...]
+    terms: tuple[tuple[Map, int, int], ...]
     bias: tuple[Terms, int] | None
     route: Route
     output: int
@@ -109,12 +110,13 @@ class Program:
         dtype: torch.dtype,
         needs: tuple[bool, ...],
         check: Check,
+        operation: Operation,
     ) -> None:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
         self._needs, self._check = needs, check
         self._layouts = layouts
         self._plans = [layout.plan for layout in layouts]
-        self._terms = [Terms(layout, view) for layout in layouts]
+        self._terms = [Terms(layout, view, operation.local(layout, sizes)) for layout in layouts]
         count = self.count = len(layouts)
         share = self._share = shares(self._plans)
         keys: list[Key] = [("first", at) for at in dict.fromkeys(share)]
@@ -181,7 +183,7 @@ class Program:
         for start in starts:
             readers = [at for at, one in enumerate(products) if one.first == start.target]
             if readers:
-                made: list[tuple[int, Contraction, Role]]
+                made: list[tuple[int, Map, Role]]
                 made = [(at, products[at].terms.product, "product") for at in readers]
                 gathers.append(self._gather_in_pieces(start, made, self._slot_role(start.target) in self._keep))
         piecewise = tuple(gather for gather in gathers if gather is not None)
@@ -218,7 +220,7 @@ class Program:
             ahead = gathers[at + 1] if at + 1 < len(phases) and at + 1 != now else ()
             later = {slot for slots in operands[at + 1 :] for slot in slots}
             slots = operands[at]
-            terms: list[tuple[Contraction, int, int]] = []
+            terms: list[tuple[Map, int, int]] = []
             if phase.made != "bias":
                 for dy, other in zip(range(0, len(slots), 2), range(1, len(slots), 2)):
                     local = self._terms[phase.reads[dy].index]
@@ -251,7 +253,7 @@ class Program:
             return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, "first"))
         return stage
 
-    def _cuttable(self, route: Route, at: int, made: Contraction) -> Step | None:
+    def _cuttable(self, route: Route, at: int, made: Map) -> Step | None:
         """The one step of a route, if what it moves and the product can be cut into pieces along rows."""
         if len(route) != 1 or not isinstance(made, Contraction) or not made.rows:
             return None
@@ -265,7 +267,7 @@ class Program:
                         return None  # the ranks of the axis would not all decide alike
         return step
 
-    def _reduce_in_pieces(self, route: Route, at: int, made: Contraction, role: Role) -> ReducedInPieces | None:
+    def _reduce_in_pieces(self, route: Route, at: int, made: Map, role: Role) -> ReducedInPieces | None:
         step = self._cuttable(route, at, made)
         if step is None or step.kind not in ("all-reduce", "reduce-scatter"):
             return None
@@ -276,7 +278,7 @@ class Program:
         return ReducedInPieces(made, step, count) if count > 1 else None
 
     def _gather_in_pieces(
-        self, start: Start, products: Sequence[tuple[int, Contraction, Role]], assemble: bool
+        self, start: Start, products: Sequence[tuple[int, Map, Role]], assemble: bool
     ) -> Piecewise | None:
         steps = [self._cuttable(start.route, at, made) for at, made, _ in products]
         step, at = steps[0], products[0][0]

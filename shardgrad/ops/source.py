@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from shardgrad.comm.collectives import AllReduce
-from shardgrad.ops.contract import Contraction
+from shardgrad.ops.bilinear import Map
 from shardgrad.ops.route import Transit
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Writer:
         self.say(f"({', '.join(outs)},), {whole} = {call}")
         self.here[start.target] = whole
 
-    def multiply(self, made: Contraction, left: str, right: str, into: str | None = None) -> str:
+    def multiply(self, made: Map, left: str, right: str, into: str | None = None) -> str:
         """The expression of a local product."""
         short = made.source(left, right) if into is None else None
         return short or f"{self.constant('contract', made)}({left}, {right}, {into})"
