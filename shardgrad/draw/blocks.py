@@ -59,7 +59,7 @@ def listed(ranks: Sequence[int]) -> str:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    parts = []
+    parts: list[str] = []
     for run in runs:
         parts += [f"{run[0]}–{run[-1]}"] if len(run) > 2 else map(str, run)
     return ", ".join(parts)

@@ -20,7 +20,12 @@ FONT, MONO = "DejaVu Sans", "DejaVu Sans Mono"  # both come with matplotlib
 # Paul Tol's light palette: made for cells that are labelled, distinct to every kind of colour vision.
 RANKS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#99DDFF", "#AAAA00", "#BBCC33")
 # Pictures must not depend on the user's matplotlibrc, nor on the day: the same layout gives the same file.
-_SETTINGS = {"svg.hashsalt": "shardgrad", "svg.fonttype": "path", "font.family": FONT, "path.simplify": False}
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "shardgrad",
+    "svg.fonttype": "path",
+    "font.family": FONT,
+    "path.simplify": False,
+}
 _DPI = 200
 
 

@@ -104,7 +104,9 @@ def walk(
     ranks = tuple(layout.resolve(sizes, mesh, coordinate) for coordinate in coordinates)
     roles: dict[str, Role] = {layout.first.name: "first", layout.second.name: "second"}
     kept = {(roles[name], 0) for name in keep}
-    need: set[Role] = {"first", "second"} | ({"bias"} if layout.has_bias else set())
+    need: set[Role] = {"first", "second"}
+    if layout.has_bias:
+        need.add("bias")
     maker = _Maker(layout, mesh, ranks, sent, need)
     phases = forward_phases([layout.plan], [layout.has_bias]), backward_phases([layout.plan], [need], kept)
     steps = tuple(maker.step(phase) for group in phases for phase in group)
