@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ EPILOG = style.examples(
     "shardgrad trace configs/quickstart.yaml",
     "shardgrad trace configs/quickstart.yaml model.layers=1 --ranks 4 --draw step.svg --perfetto step.json",
 )
+_QUIET = "99"  # torch's profiler tells of its own beginning and end otherwise
 _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts and allocate
 
 
@@ -42,6 +44,7 @@ def trace(
     """Run a few training steps on random tokens and show the last: products, collectives, what overlaps, what waits."""
     if not processes.inside():
         _check(config, overrides or [], ranks, draw, perfetto)
+        os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
         processes.start(ranks)
     profiles = _profiles(config, overrides or [], ranks)
     if profiles is None:
@@ -115,18 +118,26 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
     return [json_text.loads(text) for text in everyones] if everyones is not None else None
 
 
+_COLUMNS = {
+    "step": "step",
+    "products": "products",
+    "other": "operations",
+    "start": "starting",
+    "wait": "waiting",
+    "travel": "travelling",
+    "hidden": "hidden",
+}
+
+
 def _print(summaries: list[dict[str, Any]]) -> None:
-    columns = ("rank", "step", "products", "other operations", "waiting", "travelling", "hidden", "collectives")
+    columns = ("rank", *_COLUMNS, "number")
     rows = [
-        (
-            str(one["rank"]),
-            *(f"{one[key]:.1f} ms" for key in ("step", "products", "operations", "waiting", "travelling", "hidden")),
-            str(one["collectives"]),
-        )
+        (str(one["rank"]), *(f"{one[key]:.1f}" for key in _COLUMNS.values()), str(one["collectives"]))
         for one in summaries
     ]
-    style.table(columns, rows, title="one training step", numbers=columns)
+    style.table(columns, rows, title="one training step, in milliseconds", numbers=columns)
     style.say(
-        "travelling: some collective is under way; waiting: the rank is blocked on one; hidden: travelling while it is "
-        "not blocked. What a step is not made of is Python."
+        "other: operations that are no products; start, wait: the rank asks for a collective, is blocked on one; "
+        "travel: some collective is under way; hidden: so while the rank is not blocked; number: of "
+        "collectives. The rest of a step is Python."
     )

@@ -47,13 +47,17 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Milliseconds of a rank's step. operations: everything but products; travelling: any collective under way;
-    hidden: travelling while the rank did not wait."""
+    """Milliseconds of a rank's step; what they leave of it is Python.
+
+    operations: everything but products; starting: asking for collectives; waiting: blocked on one; travelling: any
+    collective under way; hidden: travelling while the rank did not wait.
+    """
 
     rank: int
     step: float
     products: float
     operations: float
+    starting: float
     waiting: float
     travelling: float
     hidden: float
@@ -198,6 +202,7 @@ def summary(lane: Lane) -> Summary:
         step=(lane.end - lane.start) / 1000,
         products=length(products) / 1000,
         operations=length(other) / 1000,
+        starting=length(lane.pairs("start")) / 1000,
         waiting=length(waiting) / 1000,
         travelling=length(travelling) / 1000,
         hidden=length(without(travelling, waiting)) / 1000,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shardgrad.draw.paper import ENDINGS, FAINT, GREY, INK, PAPER, Paper, extent
-from shardgrad.draw.timeline import Lane, Pair, summary, union, without
+from shardgrad.draw.timeline import Lane, Pair, Span, summary, union, without
 
 _WIDTH = 10.0  # inches of the whole step
-_BAR, _TRAVEL, _RANK = 0.3, 0.22, 0.42  # heights: of the thread's lane, of the collectives', between ranks
-_PRODUCT, _OPERATION, _WAIT = "#77AADD", "#DDDDDD", "#CC3311"
+_BAR, _TRAVEL, _RANK = 0.3, 0.28, 0.42  # heights: of the thread's lane, of the collectives', between ranks
+_PRODUCT, _OPERATION, _START, _WAIT = "#77AADD", "#DDDDDD", "#AA4499", "#CC3311"
 _OPERATIONS = {"all-gather": "#44BB99", "reduce-scatter": "#EEDD88", "all-reduce": "#EE8866"}
 _OTHER = "#FFAABB"
 
@@ -76,28 +76,40 @@ def _thread(paper: Paper, lane: Lane, at: Callable[[float], float], y: float, sc
     products, waits = lane.pairs("product"), lane.pairs("wait")
     other = without(lane.pairs("operation"), union([*products, *waits, *lane.pairs("start")]))
     paper.rectangle(at(lane.start), y, (lane.end - lane.start) * scale, _BAR, [PAPER], edge=FAINT)
-    for pairs, fills in ((other, [_OPERATION]), (products, [_PRODUCT]), (waits, [_WAIT, PAPER])):
+    starts = without(lane.pairs("start"), waits)
+    shown = ((other, [_OPERATION]), (starts, [_START]), (products, [_PRODUCT]), (waits, [_WAIT, PAPER]))
+    for pairs, fills in shown:
         for start, end in _seen(pairs, scale):
             wide = (end - start) * scale
             paper.rectangle(at(start), y, wide, _BAR, fills if wide > 0.06 else fills[:1], edge="none")
 
 
 def _travels(paper: Paper, lane: Lane, at: Callable[[float], float], y: float, scale: float) -> None:
+    """Each collective under way; those that travel at one time, one above the other."""
     paper.rectangle(at(lane.start), y, (lane.end - lane.start) * scale, _TRAVEL, [PAPER], edge=FAINT)
-    free = at(lane.start)
-    for span in lane.spans:
-        if span.kind != "travel":
-            continue
+    placed = _rows([span for span in lane.spans if span.kind == "travel"])
+    height = _TRAVEL / max((row + 1 for _, row in placed), default=1)
+    for span, row in placed:
         operation = span.name.split()[0]
-        low, wide = at(span.start), (span.end - span.start) * scale
-        paper.rectangle(
-            low, y, wide, _TRAVEL, [_OPERATIONS.get(operation, _OTHER)], edge=INK if wide > 0.03 else "none"
-        )
-        for label in (span.name, " ".join(span.name.split()[:2]), " ".join(span.name.split()[1:2])):
-            if label and extent(label, 6)[0] < wide - 0.06 and low >= free:
-                paper.text(low + wide / 2, y + _TRAVEL / 2, label, 6, align="center")
-                free = low + wide
+        low, wide, top = at(span.start), (span.end - span.start) * scale, y + row * height
+        fill = _OPERATIONS.get(operation, _OTHER)
+        paper.rectangle(low, top, wide, height, [fill], edge=INK if wide > 0.03 else "none")
+        head = span.name.partition(" over ")[0]
+        for label in (span.name, head, head.removeprefix(operation).strip()):
+            if label and height > 0.1 and extent(label, 6)[0] < wide - 0.06:
+                paper.text(low + wide / 2, top + height / 2, label, 6, align="center")
                 break
+
+
+def _rows(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    """Each span with the first row that is free when it begins."""
+    ends: list[float] = []
+    placed = []
+    for span in spans:
+        row = next((at for at, end in enumerate(ends) if end <= span.start), len(ends))
+        ends[row : row + 1] = [span.end]
+        placed.append((span, row))
+    return placed
 
 
 def _seen(pairs: Sequence[Pair], scale: float) -> list[Pair]:
@@ -123,7 +135,8 @@ def _legend(paper: Paper, x: float, y: float) -> None:
     signs = [
         ("products", [_PRODUCT]),
         ("other operations", [_OPERATION]),
-        ("waiting for a collective", [_WAIT, PAPER]),
+        ("starting a collective", [_START]),
+        ("waiting for one", [_WAIT, PAPER]),
         *((name, [fill]) for name, fill in _OPERATIONS.items()),
         ("other collectives", [_OTHER]),
     ]
