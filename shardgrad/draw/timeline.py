@@ -141,7 +141,8 @@ class _Times:
     def _kind(self, event: Mapping[str, Any]) -> tuple[Kind | None, str]:
         name = event["name"]
         if name.startswith("gloo:"):
-            return "travel", name.removeprefix("gloo:")
+            carried = name.removeprefix("gloo:")
+            return (None if carried == "barrier" else "travel"), carried  # the barrier is the profiled program's own
         if event["tid"] != self.thread:
             return None, name
         if name in PHASES:

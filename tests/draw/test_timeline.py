@@ -48,6 +48,7 @@ def profile(shift: float = 0.0, base: int = 5_000_000, gloo: bool = True) -> dic
         # two threads: dX's and, meanwhile, one that nobody here started
         events += [event("gloo:all_reduce", 4_000, 7_000, GLOO), event("gloo:all_gather", 7_750, 7_950, GLOO)]
         events += [event("gloo:all_reduce", 6_000, 7_200, GLOO + 1)]
+        events += [event("gloo:barrier", -500, 30, GLOO)]
     for one in events:
         if "ts" in one:
             one["ts"] += shift
