@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_areas_are_the_shards_sizes(seed: int) -> None:
         weights = [1.0]
         for letter in (letter for letter in spec.letters if letter in layout.batched and letter in rulers.cuts):
             cuts = rulers.cuts[letter]
-            parts = [(high - low) / sizes[letter] for low, high in zip(cuts, cuts[1:])]
+            parts = [(high - low) / sizes[letter] for low, high in pairwise(cuts)]
             weights = [outer * part for outer in weights for part in parts]
         areas = dict.fromkeys(range(len(walked.ranks)), 0.0)
         for sheet in found:
