@@ -93,6 +93,13 @@ def test_batched_letters_are_sheets() -> None:
     ]
 
 
+def test_two_batched_letters_are_numbered_through() -> None:
+    layout = Layout("X[e/ep,g/gp,n] W[e/ep,g/gp,n,m] -> Y[e/ep,g/gp,m]")
+    walked = walk(layout, {"e": 2, "g": 3, "n": 2, "m": 4}, {"ep": 2, "gp": 3})
+    found = drawn(layout, walked, "W", "n", "m")
+    assert [(sheet.batch, [b.label for b in sheet.blocks]) for sheet in found] == [(n, [str(n)]) for n in range(6)]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_areas_are_the_shards_sizes(seed: int) -> None:
     """Of any layout: a sheet's blocks fill it without overlap, and each rank's are as large as its shard."""

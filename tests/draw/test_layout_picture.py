@@ -87,7 +87,7 @@ def test_arrows_are_what_travels() -> None:
 
 
 def test_edges_that_meet_are_of_one_length() -> None:
-    """X's height is Y's, W's width is Y's: in the drawing, as rectangles of the whole tensors (no axis of two ranks)."""
+    """X's height is Y's, W's width is Y's, X's width is W's height: on one rank, where a tensor is one rectangle."""
     paper = picture(walk(PRESETS["column"], {"n": 100, "d": 30, "m": 70}, {"tp": 1}))
     (wx, wy, ww, wh, _), (xx, xy, xw, xh, _), (yx, yy, yw, yh, _) = [w for k, w, _ in paper.patches if k == "stripes"][
         :3
