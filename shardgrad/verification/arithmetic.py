@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, expm1, inf, log1p, prod, sqrt
+from itertools import product
+from math import expm1, inf, log1p, prod, sqrt
 
 import torch
 
 from shardgrad.layout.layout import Layout
+from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import Move
+from shardgrad.layout.sizes import slab
 
 # Digits of the significand, the implicit one included; the unit roundoff is 2^-digits.
 DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -95,13 +98,22 @@ class Roundings:
         certain = _expm1(self.log)
         return certain if lam is None else min(certain, _expm1(lam * sqrt(self.squares) + 2 * self.squares))
 
-    def grown(self) -> float:
-        """By how much an absolute error may grow on its way through all of the roundings."""
-        return exp(min(self.log, 700.0))
-
 
 def _expm1(x: float) -> float:
     return inf if x > 700 else expm1(x)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where the roundings of a result happen, which says of what they are a part.
+
+    inside: a local product or sum: of |X||W|. outside: partial sums on their way through the reduction: of the sum of
+    the partial sums' absolute values. last: of the result.
+    """
+
+    inside: Roundings
+    outside: Roundings
+    last: Roundings
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,7 @@ class Computed:
 
     terms: of a local product or sum, on the rank that has the most; all_terms: of the whole sum.
     reduced: additions over ranks, for each axis reduced by the plan; left: the same for axes left to the caller.
+    blocks: for each letter that is summed over, where the ranks' parts begin and how long they are.
     product: whether terms are products (of two operands), not elements of dY.
     """
 
@@ -117,28 +130,30 @@ class Computed:
     all_terms: int
     reduced: tuple[int, ...]
     left: tuple[int, ...]
+    blocks: Mapping[str, Sequence[tuple[int, int]]]
     product: bool = True
 
-    def roundings(self, dtype: torch.dtype, reduce_dtype: torch.dtype | None, device: str) -> Roundings:
-        """Of the sum, before a bias is added."""
-        how, total = local(dtype, device), Roundings()
-        ranks = prod(additions + 1 for additions in (*self.reduced, *self.left))
+    def stages(self, dtype: torch.dtype, reduce_dtype: torch.dtype | None, device: str) -> Stages:
+        """Of the sum, before a bias is added. Every addition of two numbers of a dtype is rounded to it once."""
+        how, inside, outside, last = local(dtype, device), Roundings(), Roundings(), Roundings()
+        ranks = prod(len(parts) for parts in self.blocks.values())
+        narrow = DIGITS[dtype] < DIGITS[torch.float32]
         if self.product:
-            total.add(how.operand, 2)
-            total.add(how.accumulate, how.each_term * self.terms)
+            inside.add(how.operand, 2)
+            inside.add(how.accumulate, how.each_term * self.terms)
             if how.spilled:
-                _round(total, dtype, ranks, -(-self.terms // how.spilled))
+                _round(inside, dtype, ranks, -(-self.terms // how.spilled))
         else:
-            total.add(unit(torch.float32) if DIGITS[dtype] < 24 else unit(dtype), self.terms)
-        if DIGITS[dtype] < 24:
-            _round(total, dtype, ranks)
-        wire = dtype if reduce_dtype is None else reduce_dtype
+            inside.add(unit(torch.float32) if narrow else unit(dtype), self.terms)
+        if narrow:
+            _round(outside, dtype, ranks)
         if any(self.reduced):
-            _cast(total, dtype, wire, ranks)
-            total.add(unit(wire), sum(self.reduced))
-            _cast(total, wire, dtype, ranks)
-        total.add(unit(dtype), sum(self.left))
-        return total
+            wire = dtype if reduce_dtype is None else reduce_dtype
+            _cast(outside, dtype, wire, ranks)
+            outside.add(unit(wire), sum(self.reduced))
+            _cast(outside if any(self.left) else last, wire, dtype, ranks)
+        outside.add(unit(dtype), sum(self.left))
+        return Stages(inside, outside, last)
 
 
 def _round(total: Roundings, dtype: torch.dtype, ranks: int, times: int = 1) -> None:
@@ -154,34 +169,35 @@ def _cast(total: Roundings, source: torch.dtype, target: torch.dtype, ranks: int
 
 
 def computed(layout: Layout, made: str, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> Computed:
-    """What is summed where, for `made` (Y, dX, dW or db) of a layout; of two ways to sum db, the one with more roundings.
+    """What is summed where, for `made` (Y, dX, dW or db) of a layout.
 
     Raises:
-        ValueError: made is none of these.
         LayoutError: a letter or an axis is missing.
     """
     known = layout.resolve(sizes, mesh_shape)  # the first rank has the largest shards
-    plan, product = layout.plan, layout.product
+    plan, y, used = layout.plan, layout.product, layout.reading.used
+
+    def whole(letters: Sequence[str]) -> int:
+        return prod(sizes[letter] for letter in letters)
+
     if made == "db":
-        summed = [letter for letter in product.letters if letter not in layout.bias.letters]
-        left = layout.bias.grad_partial
-        ways = [(product, plan.bias_grad), (layout.reading.used(product), plan.bias_grad_gathered)]
-        counts = []
-        for dy, moves in ways:
-            shares = prod(known.shape_of([dim for dim in dy.dims if dim.letter in summed]))
-            counts.append(Computed(shares, prod(sizes[x] for x in summed), *_over(moves, left, mesh_shape), False))
-        return max(counts, key=lambda way: (sum(way.reduced), way.terms))
-    roles = {
-        "Y": (layout.product, layout.first, plan.reduce["product"], layout.product.partial),
+        # Summed from dY as stored, or as gathered for a product, whichever is at hand: no more terms on a rank than of
+        # the gathered one, no more additions over ranks and no more parts than of the stored one.
+        stored = [dim for dim in y.dims if dim.letter not in layout.bias.letters]
+        terms = prod(known.shape_of([d for d in used(y).dims if d.letter not in layout.bias.letters]))
+        reduced, left = _over(plan.bias_grad, layout.bias.grad_partial, mesh_shape)
+        return Computed(
+            terms, whole([d.letter for d in stored]), reduced, left, _blocks(stored, sizes, mesh_shape), False
+        )
+    target, operand, moves, leaves = {
+        "Y": (y, layout.first, plan.reduce["product"], y.partial),
         "dX": (layout.first, layout.second, plan.reduce["first"], layout.first.grad_partial),
         "dW": (layout.second, layout.first, plan.reduce["second"], layout.second.grad_partial),
-    }
-    if made not in roles:
-        raise ValueError(f"made is one of {', '.join(MADE)}, not {made!r}")
-    target, operand, moves, left = roles[made]
-    dims = [dim for dim in layout.reading.used(operand).dims if dim.letter not in target.letters]
-    whole = prod(sizes[dim.letter] for dim in dims)
-    return Computed(prod(known.shape_of(dims)), whole, *_over(moves, left, mesh_shape))
+    }[made]
+    dims = [dim for dim in used(operand).dims if dim.letter not in target.letters]
+    terms = prod(known.shape_of(dims))
+    reduced, left = _over(moves, leaves, mesh_shape)
+    return Computed(terms, whole([dim.letter for dim in dims]), reduced, left, _blocks(dims, sizes, mesh_shape))
 
 
 def _over(
@@ -189,3 +205,16 @@ def _over(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     reducing = [move.axis for move in moves if move.kind in ("reduce-scatter", "all-reduce")]
     return tuple(mesh_shape[axis] - 1 for axis in reducing), tuple(mesh_shape[axis] - 1 for axis in left)
+
+
+def _blocks(
+    dims: Sequence[Dim], sizes: Mapping[str, int], mesh_shape: Mapping[str, int]
+) -> dict[str, list[tuple[int, int]]]:
+    """For each letter, the parts that the ranks of its axes hold."""
+    return {
+        dim.letter: [
+            slab(sizes[dim.letter], dim.axes, mesh_shape, dict(zip(dim.axes, at)))
+            for at in product(*(range(mesh_shape[axis]) for axis in dim.axes))
+        ]
+        for dim in dims
+    }

@@ -12,7 +12,7 @@ from torch import Tensor
 from shardgrad.errors import ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.verification import oracle
-from shardgrad.verification.arithmetic import DIGITS, MADE, computed, least, unit
+from shardgrad.verification.arithmetic import DIGITS, MADE, Roundings, computed, least, unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Bounded:
     limit: float
 
 
+@torch.no_grad()
 def bounded(
     left: Tensor,
     right: Tensor | None,
@@ -114,38 +115,48 @@ def bounded(
     # A letter that no operand has (db is made of dY alone) is in no sum here: its size does not matter.
     shape = {axis: (mesh_shape or {}).get(axis, 1) for axis in layout.axes}
     what = computed(layout, made, {**dict.fromkeys(layout.letters, 1), **sizes}, shape)
-    if second is None or right is None:
-        found = oracle.summed(left, first.letters, target.letters, what.all_terms)
-    else:
-        found = oracle.contract(left, right, (first.letters, second.letters, target.letters), what.all_terms)
+    other, others = (
+        (right, second.letters)
+        if right is not None and second is not None
+        else oracle.ones(left, first.letters, target.letters)
+    )
+    letters = (first.letters, others, target.letters)
+    value, magnitude, error = oracle.contract(left, other, letters, what.all_terms)
     dtype = left.dtype
-    rounded = what.roundings(dtype, reduce_dtype, left.device.type)
-    wide = torch.float32 if DIGITS[dtype] < 24 else dtype
-    tops = [float(t.abs().max()) for t in (left, right) if t is not None and t.numel()]
-    absolute = rounded.absolute + what.all_terms * least(wide) * (1 + sum(tops))
-    value, magnitude, error = found
-    # The bound is computed in float64 as well: what that may take away is put on top.
-    safe = 1 + (what.all_terms + 32) * 2.0**-52
-    added = torch.zeros_like(magnitude)
-    if made == "Y" and bias is not None:
-        permuted = _like(bias.double(), layout.bias.letters, y.letters)
-        # Joined by the first rank of axes whose sum is left to the caller, the bias takes part in that sum.
-        rounded.add(unit(dtype))
-        joined = (1 + unit(dtype)) ** (1 + sum(what.left)) - 1
-        total, carried = oracle._sum(value, permuted.expand_as(value))
-        value, added = total + carried, permuted.abs().expand_as(value) * joined
-        error = error + value.abs() * 2.0**-52
-        magnitude_all = magnitude + permuted.abs()
-    else:
-        magnitude_all = magnitude
-    relative = rounded.relative(lam)
-    bound = (relative * magnitude + added + absolute * rounded.grown() + error) * safe
+    stages = what.stages(dtype, reduce_dtype, left.device.type)
+    # Errors of the float64 in which bounds are computed are put on top of everything.
+    safe = 1 + (what.all_terms + 64) * 2.0**-52
+    magnitude = magnitude * safe
+    inside = stages.inside.relative(lam) * magnitude
+    partial = oracle.parts(left, other, letters, what.blocks) + error + inside
+    exact_sum = value
+    if bias is not None and made == "Y":
+        added = _like(bias.double(), layout.bias.letters, y.letters).expand_as(value)
+        magnitude = magnitude + added.abs()
+        if any(what.left):  # one rank adds it before the caller sums
+            stages.outside.add(unit(dtype))
+            partial = partial + added.abs()
+        value, carried = oracle.two_sum(value, added)
+        value, error = value + carried, error + value.abs() * 2.0**-52
+    bound = inside + stages.outside.relative(lam) * partial
+    bound = bound + stages.last.relative(lam) * (exact_sum.abs() + error + bound)
+    if bias is not None and made == "Y" and not any(what.left):
+        bound = bound + unit(dtype) * (value.abs() + error + bound)
+    # What relative errors do not see: operands and products too small, each at most as often as there are terms.
+    wide = torch.float32 if DIGITS[dtype] < DIGITS[torch.float32] else dtype
+    tops = [float(t.abs().max()) for t in (left, other) if t.numel()]
+    absolute = what.all_terms * least(wide) * (1 + sum(tops))
+    all_stages = (stages.inside, stages.outside, stages.last)
+    absolute += sum(stage.absolute for stage in all_stages)
+    grown = 1 + Roundings(sum(stage.log for stage in all_stages)).relative()
+    bound = (bound + absolute * grown + error) * safe
     dtypes = (dtype,) if reduce_dtype is None else (dtype, reduce_dtype)
     limit = min(torch.finfo(d).max for d in dtypes)
-    largest = magnitude_all * (1 + min(relative, 1.0)) + absolute
+    largest = magnitude * min(grown, 2.0) + absolute
     return Bounded(value, torch.zeros_like(bound) if exact else bound, largest, limit)
 
 
+@torch.no_grad()
 def within_bound(
     observed: Tensor,
     left: Tensor,
@@ -171,9 +182,7 @@ def within_bound(
     Returns:
         The worst element. A shape or a dtype that differs is a failure, not an error.
     """
-    right_ = bounded(
-        left, right, layout, made, mesh_shape, bias=bias, reduce_dtype=reduce_dtype, exact=exact, lam=lam
-    )
+    right_ = bounded(left, right, layout, made, mesh_shape, bias=bias, reduce_dtype=reduce_dtype, exact=exact, lam=lam)
     return compare(made, observed, right_, left.dtype)
 
 

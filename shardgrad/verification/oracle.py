@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,12 +38,31 @@ def contract(left: Tensor, right: Tensor, letters: tuple[Letters, Letters, Lette
     return Right(value, magnitude, _U * value.abs() + _gamma(terms) ** 2 * magnitude)
 
 
-def summed(dy: Tensor, letters: Letters, out: Letters, terms: int) -> Right:
-    """Σ dY over the letters that the result lacks."""
-    one = dy.new_ones([dy.shape[at] if x not in out else 1 for at, x in enumerate(letters)])
+def ones(dy: Tensor, letters: Letters, out: Letters) -> tuple[Tensor, Letters]:
+    """What makes of a sum over dY's letters a product: ones, with the letters that the result lacks."""
     rest = tuple(x for x in letters if x not in out)
-    ones = one.reshape([dy.shape[letters.index(x)] for x in rest])
-    return contract(dy, ones, (letters, rest, out), terms)
+    return dy.new_ones([dy.shape[letters.index(x)] for x in rest]), rest
+
+
+def parts(
+    left: Tensor,
+    right: Tensor,
+    letters: tuple[Letters, Letters, Letters],
+    blocks: Mapping[str, Sequence[tuple[int, int]]],
+) -> Tensor:
+    """Σ |partial sum|, over the parts into which ranks cut the letters that are summed over; not rounded down."""
+    ls, rs, out = letters
+    a, b, product = left.double(), right.double(), Contraction(ls, rs, out)
+    total: Tensor | None = None
+    for cut in itertools.product(*blocks.values()):
+        x, y = a, b
+        for letter, (start, length) in zip(blocks, cut):
+            x = x.narrow(ls.index(letter), start, length) if letter in ls else x
+            y = y.narrow(rs.index(letter), start, length) if letter in rs else y
+        part = product(x, y).abs()
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def _gamma(n: int) -> float:
@@ -66,12 +87,12 @@ def _twice(a: Tensor, b: Tensor, terms: int) -> Tensor:
     low = torch.zeros_like(total)
     for at in range(terms):
         high, error = _product(a[..., at], b[..., at])
-        total, carried = _sum(total, high)
+        total, carried = two_sum(total, high)
         low = low + (carried + error)
     return total + low
 
 
-def _sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a + b and its error, exactly (Knuth)."""
     s = a + b
     t = s - a

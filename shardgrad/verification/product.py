@@ -113,8 +113,7 @@ def check_product(
     full = operands(layout, sizes, dtype, exact, seed, biased, reduce_dtype, data)
     x, w, b, dy = (t.to(mesh_view.device) for t in full)
     local = [
-        shard(t, spec, mesh).requires_grad_()
-        for t, spec in zip((x, w, b), (layout.first, layout.second, layout.bias))
+        shard(t, spec, mesh).requires_grad_() for t, spec in zip((x, w, b), (layout.first, layout.second, layout.bias))
     ]
     y = matmul(
         local[0],
@@ -163,7 +162,8 @@ def compare_shards(
     for at, (size, dim) in enumerate(zip(right.exact.shape, spec.dims)):
         start, length = slab(size, dim.axes, mesh_view.shape, mesh_view.coordinate)
         starts.append(start)
-        here = Bounded(*(t.narrow(at, start, length) for t in (here.exact, here.bound, here.largest)), right.limit)
+        exact, bound, largest = (t.narrow(at, start, length) for t in (here.exact, here.bound, here.largest))
+        here = Bounded(exact, bound, largest, right.limit)
     worst = compare(name, local, here, dtype, tuple(starts), mesh.get_rank())
     if spec.partial:
         # Every rank takes part, also one whose tensor does not fit.

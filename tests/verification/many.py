@@ -1,6 +1,6 @@
 """Right code stays within its bounds: random legal layouts, dtypes, sizes and data, on the ranks that torchrun starts.
 
-    torchrun --standalone --nproc-per-node 4 tests/verification/many.py 3000
+torchrun --standalone --nproc-per-node 4 tests/verification/many.py 3000
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import shardgrad as sg
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from layouts import grids, random_layout, random_sizes  # noqa: E402
+from layouts import grids, random_layout, random_sizes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
