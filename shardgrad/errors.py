@@ -22,4 +22,4 @@ class CollectiveError(RuntimeError):
 
 
 class VerificationError(RuntimeError):
-    """What was checked is wrong: an element outside of its bound, a replica that deviates, a number that is no number."""
+    """What was checked is wrong: an element outside of its bound, replicas that differ, a number that is not finite."""

@@ -75,7 +75,7 @@ def check_replicas(
                 if axes is None or axis.name in axes:
                     tensors.setdefault(axis, []).append((kind, name, tensor))
     prints: dict[int, Tensor] = {}
-    compared: set[int] = set()
+    compared: set[tuple[str, str]] = set()
     problems: list[str] = []
     for mesh_view in meshes:
         for axis in mesh_view.axes.values():
@@ -86,7 +86,7 @@ def check_replicas(
             for _, _, tensor in entries:
                 if tensor is not None and id(tensor) not in prints:
                     prints[id(tensor)] = fingerprint(tensor).to(mesh_view.device)
-            compared.update(id(tensor) for _, _, tensor in entries)
+            compared.update((kind, name) for kind, name, tensor in entries if tensor is not None)
             nothing = torch.zeros((), dtype=torch.int64, device=mesh_view.device)
             mine = torch.stack([nothing if tensor is None else prints[id(tensor)] for _, _, tensor in entries])
             problems += _deviations(entries, gather_ints(mine.tolist(), axis, mesh_view.device, _WHAT), axis)

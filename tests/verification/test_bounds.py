@@ -85,7 +85,9 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # reduced twice
         patch.setattr(
-            collectives, "all_reduce", lambda x, axis, *rest: real["all_reduce"](real["all_reduce"](x, axis).wait(), axis)
+            collectives,
+            "all_reduce",
+            lambda x, axis, *rest: real["all_reduce"](real["all_reduce"](x, axis).wait(), axis),
         )
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # each rank gets its neighbour's rows
@@ -104,9 +106,7 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
         )
         assert not run(column).ok
     with monkeypatch.context() as patch:  # the bias of one rank left out
-        patch.setattr(
-            Terms, "add_bias", lambda self, y, b: y + (b if mesh.get_rank() else torch.zeros_like(b))
-        )
+        patch.setattr(Terms, "add_bias", lambda self, y, b: y + (b if mesh.get_rank() else torch.zeros_like(b)))
         wrong = run(ROW).worst["Y"]
         assert not wrong.ok
         assert wrong.rank == 0
@@ -202,9 +202,7 @@ def test_the_oracle_is_right_to_twice_float64() -> None:
     for n in range(2):
         for b in range(2):
             for m in range(3):
-                exact = sum(
-                    Fraction(float(x[b, n, k])) * Fraction(float(w[b, k, m])) for k in range(40)
-                )
+                exact = sum(Fraction(float(x[b, n, k])) * Fraction(float(w[b, k, m])) for k in range(40))
                 assert abs(Fraction(float(found.value[n, b, m])) - exact) <= Fraction(float(found.error[n, b, m]))
     plain = torch.einsum("bnk,bkm->nbm", x, w)
     assert bool(((plain - found.value).abs() > 1000 * found.error).any())  # float64 alone would not do
