@@ -85,8 +85,13 @@ def _set(x: Tensor, types: Mapping[str, Any], mesh_view: MeshView) -> None:
 def _register() -> None:
     """Tell spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
     sizes and texts, and the cutting of tensors that get their type afterwards."""
-    for function, rule in ((adjoint._Pair, _pair), (matmul._Product, _product), (loss._CrossEntropy, _cross_entropy)):
-        setattr(function, "spmd_typecheck", staticmethod(rule))  # noqa: B010  # no attribute that mypy knows
+    rules: tuple[tuple[Any, Any], ...] = (
+        (adjoint._Pair, _pair),
+        (matmul._Product, _product),
+        (loss._CrossEntropy, _cross_entropy),
+    )
+    for function, rule in rules:
+        function.spmd_typecheck = staticmethod(rule)
     for bookkeeping in (collectives.gather_ints, agree.gather_texts, Product.program, shard.shard, shard.unshard):
         spmd.register_no_typecheck(bookkeeping)
 
@@ -134,9 +139,9 @@ def _beside(tensors: Sequence[tuple[Tensor, TensorSpec]], axis: Axis, layout: La
     if kinds <= {R, V}:
         return V if V in kinds else R
     operands, bias = found[:2], found[2:]
-    if sorted(map(str, operands)) == sorted(map(str, (P, R))) and all(kind is P for kind in bias):
+    if sorted(map(repr, operands)) == sorted(map(repr, (P, R))) and all(kind is P for kind in bias):
         return P
-    said = ", ".join(f"{spec} is {kind}" for (_, spec), kind in zip(tensors, found))
+    said = ", ".join(f"{spec} is {kind!r}" for (_, spec), kind in zip(tensors, found))
     raise SpmdTypeError(f"{layout} does not mention {axis}, over which {said}: these do not go together")
 
 
@@ -147,8 +152,8 @@ def _expect(x: Tensor, axis: Axis, kinds: tuple[Any, ...], what: str) -> None:
     found = _type(x, axis, what)
     # Without a gradient, I and R are the same.
     if found not in kinds and (x.requires_grad or not {found, *kinds} <= {I, R}):
-        wanted = " or ".join(map(str, kinds))
-        raise SpmdTypeError(f"{what}: over {axis} it must be {wanted}, but it is {found}")
+        wanted = " or ".join(map(repr, kinds))
+        raise SpmdTypeError(f"{what}: over {axis} it must be {wanted}, but it is {found!r}")
 
 
 def _type(x: Tensor, axis: Axis, what: str) -> Any:
