@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.errors import VerificationError
-from shardgrad.verification.together import held, spread
+from shardgrad.verification.together import gradient, held, spread
 
 _MOST = 10  # tensors that an error lists
 
@@ -68,7 +68,7 @@ def check_finite(model: nn.Module, *, step: int | None = None, mesh: DeviceMesh 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for name, parameter in model.named_parameters():
-        for kind, tensor in (("gradient", parameter.grad), ("value", parameter)):
+        for kind, tensor in (("gradient", gradient(parameter)), ("value", parameter)):
             if tensor is not None and tensor.is_floating_point():
                 yield kind, name, tensor.to_local() if hasattr(tensor, "to_local") else tensor
 

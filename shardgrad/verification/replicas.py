@@ -13,7 +13,7 @@ from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import VerificationError
 from shardgrad.verification.fingerprint import fingerprint
-from shardgrad.verification.together import Held, held, spread
+from shardgrad.verification.together import Held, gradient, held, spread
 
 _MOST = 10  # tensors that an error lists
 _CAUSES = {
@@ -113,7 +113,7 @@ def _tensors(
     """Kind, name and local tensor of a parameter and of what belongs to it."""
     yield "value", parameter.name, _local(parameter.parameter)
     if gradients and parameter.parameter.requires_grad:
-        grad = parameter.parameter.grad
+        grad = gradient(parameter.parameter)
         yield "gradient", parameter.name, None if grad is None else _local(grad)
     state = {} if optimizer is None else optimizer.state.get(parameter.parameter, {})
     for key, value in sorted(state.items()):

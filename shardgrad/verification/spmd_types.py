@@ -23,7 +23,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.nn import loss
 from shardgrad.nn.stored import stored_parameters
-from shardgrad.ops import matmul, shard
+from shardgrad.ops import shard
 from shardgrad.ops.product import Product
 
 # The type over the axis before and after; a value that differs from rank to rank may be meant as a term of a sum, which
@@ -47,8 +47,32 @@ def typecheck(mesh: DeviceMesh) -> Iterator[None]:
         SpmdTypeError: inside the block, where a tensor is used as what it is not.
     """
     _register()
-    with spmd.set_current_mesh(mesh), spmd.checker.typecheck():
+    with _followed_products(), spmd.set_current_mesh(mesh), spmd.checker.typecheck():
         yield
+
+
+@contextmanager
+def _followed_products() -> Iterator[None]:
+    """Each program of a product is code of its own (see `ops.source`): it runs unfollowed, and its result is typed."""
+    real = Product.program
+
+    def program(self: Product, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Any:
+        with spmd.no_typecheck():
+            found = real(self, tensors, given)
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with spmd.no_typecheck():
+                outs = found(*tensors)
+            _product(outs, product=self, x=tensors[0], rest=tensors[1:])
+            return outs
+
+        return run
+
+    Product.program = program  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Product.program = real  # type: ignore[method-assign]
 
 
 def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
@@ -85,14 +109,10 @@ def _set(x: Tensor, types: Mapping[str, Any], mesh_view: MeshView) -> None:
 def _register() -> None:
     """Tell spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
     sizes and texts, and the cutting of tensors that get their type afterwards."""
-    rules: tuple[tuple[Any, Any], ...] = (
-        (adjoint._Pair, _pair),
-        (matmul._Product, _product),
-        (loss._CrossEntropy, _cross_entropy),
-    )
+    rules: tuple[tuple[Any, Any], ...] = ((adjoint._Pair, _pair), (loss._CrossEntropy, _cross_entropy))
     for function, rule in rules:
         function.spmd_typecheck = staticmethod(rule)
-    for bookkeeping in (collectives.gather_ints, agree.gather_texts, Product.program, shard.shard, shard.unshard):
+    for bookkeeping in (collectives.gather_ints, agree.gather_texts, shard.shard, shard.unshard):
         spmd.register_no_typecheck(bookkeeping)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import gather_texts
@@ -70,3 +70,9 @@ def held(model: nn.Module, mesh: DeviceMesh | None) -> tuple[list[Held], list[Me
             "pass mesh=…, whose ranks all hold them alike"
         )
     return found, list(meshes.values())
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """`.grad`, or the `main_grad` that `use_main_grads` has it summed into instead."""
+    found = parameter.grad
+    return getattr(parameter, "main_grad", None) if found is None else found
