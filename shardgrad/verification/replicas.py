@@ -13,6 +13,7 @@ from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import VerificationError
 from shardgrad.verification.fingerprint import fingerprint
+from shardgrad.verification.finite import check_finite
 from shardgrad.verification.together import Held, gradient, held, spread
 
 _MOST = 10  # tensors that an error lists
@@ -94,6 +95,12 @@ def check_replicas(
     if told:
         raise VerificationError(_report(told, step))
     return len(compared)
+
+
+def check_run(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Both guards, as a training loop calls them after a step. Errors as of `check_finite` and `check_replicas`."""
+    check_finite(model, step=step)
+    check_replicas(model, optimizer, step=step)
 
 
 _WHAT = "comparison of replicas between ranks"

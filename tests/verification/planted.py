@@ -88,7 +88,7 @@ BUGS: dict[str, Callable[[Case], Tensor]] = {
     "block transposed": lambda c: c.right().T.contiguous(),
     "one element stale": _one_stale,
     "last of d missing": lambda c: c.reduced(c.partials(c.x[:, :-1], c.w[:-1])) + c.b,
-    "one element off by 1 %": lambda c: c.right() * (1 + 0.01 * torch.eye(N, dtype=c.dtype)[0]),
+    "one column off by 1 %": lambda c: c.right() * (1 + 0.01 * torch.eye(N, dtype=c.dtype)[0]),
     "operands rounded to TF32": _tf32_operands,
     "operands rounded to bf16": _bf16_operands,
     "sums rounded to the dtype at every step": _narrow_sum,

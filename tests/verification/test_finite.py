@@ -10,6 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
+from shardgrad.train import data
+from shardgrad.train.config import Config, Model, Train
+from shardgrad.train.loop import make_optimizer, train
+from shardgrad.train.metrics import Metrics
+from shardgrad.train.model import GPT
+from shardgrad.train.report import Report
 
 
 @distributed(world_size=[1, 2, 3, 4])
@@ -65,3 +71,22 @@ def test_plain_models_empty_shards_and_16_bit(world_size: int, rank: int) -> Non
     with pytest.raises(sg.VerificationError, match="gradient of bias on rank 1: of 3 elements 3 infinite"):
         sg.check_finite(plain, mesh=mesh)
     sg.check_finite(sg.ColumnParallelLinear(3, 1, mesh=mesh))  # nothing of it on rank 1
+
+
+@distributed(world_size=2)
+def test_training_checks_every_so_many_steps(world_size: int, rank: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    sizes = Model(layers=1, heads=3, d_model=12, seq_len=5)
+    text = data.part(bytes(i * i % 97 for i in range(400)), 0.2, 5)
+
+    def run(check_every: int) -> None:
+        settings = Train(steps=3, batch=3, lr=0.01, log_every=9, eval_every=9, check_every=check_every)
+        torch.manual_seed(4)
+        model = GPT(**sizes.model_dump(), vocab=256, mesh=mesh)
+        model.norm.weight.register_hook(lambda grad: grad * (1 + rank))  # ranks take steps of their own
+        optimizer = make_optimizer(model, settings)
+        train(model, optimizer, Config(model=sizes, train=settings), text, Report(shown=False), Metrics(None))
+
+    run(0)
+    with pytest.raises(sg.VerificationError, match=r"come apart at step 2(.|\n)*gradient of norm\.weight"):
+        run(2)
