@@ -1,4 +1,4 @@
-"""`check_replicas`: are copies still copies? By fingerprints, one small collective for each axis."""
+"""`check_replicas`: are copies still copies? By fingerprints, in two small exchanges for each axis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.agree import agree
+from shardgrad.comm.agree import share_first
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import VerificationError
@@ -38,8 +38,8 @@ def check_replicas(
     """Whether parameters, gradients and optimizer states that several ranks hold are the same bits on all of them.
 
     What drifts apart, trains on: the loss looks a little worse, and nothing says why. Here each rank takes a 64-bit
-    fingerprint of each tensor, and the ranks of each axis exchange the fingerprints, all in one collective. Called on
-    every rank; all ranks raise together.
+    fingerprint of each tensor, and the ranks of each axis exchange the fingerprints, all in one collective (after one
+    that compares which tensors there are). Called on every rank; all ranks raise together.
 
         optimizer.step()
         sg.check_replicas(model, optimizer, step=step)
@@ -83,7 +83,8 @@ def check_replicas(
             entries = tensors.pop(axis, [])
             if not entries:
                 continue
-            agree(mesh_view, axis, lambda: _described(entries), "the tensors whose replicas are compared")  # noqa: B023
+            # Compared every time: what one rank has long agreed on may be news to another.
+            share_first(mesh_view, axis, _described(entries), 0, "the tensors whose replicas are compared")
             for _, _, tensor in entries:
                 if tensor is not None and id(tensor) not in prints:
                     prints[id(tensor)] = fingerprint(tensor).to(mesh_view.device)
