@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shardgrad.errors import LayoutError as LayoutError
     from shardgrad.errors import MeshError as MeshError
     from shardgrad.errors import ShapeError as ShapeError
+    from shardgrad.errors import VerificationError as VerificationError
     from shardgrad.layout import PRESETS as PRESETS
     from shardgrad.layout import Collective as Collective
     from shardgrad.layout import Layout as Layout
@@ -60,6 +61,12 @@ if TYPE_CHECKING:
     from shardgrad.ops.overlap import overlap as overlap
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
+    from shardgrad.verification.bounds import Worst as Worst
+    from shardgrad.verification.bounds import within_bound as within_bound
+    from shardgrad.verification.finite import check_finite as check_finite
+    from shardgrad.verification.product import ProductCheck as ProductCheck
+    from shardgrad.verification.product import check_product as check_product
+    from shardgrad.verification.replicas import check_replicas as check_replicas
 
 _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
@@ -78,6 +85,7 @@ _HOME = {
     "LayoutError": "shardgrad.errors",
     "MeshError": "shardgrad.errors",
     "ShapeError": "shardgrad.errors",
+    "VerificationError": "shardgrad.errors",
     "PRESETS": "shardgrad.layout",
     "Collective": "shardgrad.layout",
     "Layout": "shardgrad.layout",
@@ -115,6 +123,12 @@ _HOME = {
     "overlap": "shardgrad.ops.overlap",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",
+    "Worst": "shardgrad.verification.bounds",
+    "within_bound": "shardgrad.verification.bounds",
+    "check_finite": "shardgrad.verification.finite",
+    "ProductCheck": "shardgrad.verification.product",
+    "check_product": "shardgrad.verification.product",
+    "check_replicas": "shardgrad.verification.replicas",
 }
 __all__ = sorted(_HOME)
 

@@ -70,6 +70,7 @@ class Train(_Section):
     weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's, on matrices alone")
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
+    check_every: int = Field(default=0, ge=0, description="steps between checks of replicas and for NaN; 0: never")
 
 
 class Sample(_Section):

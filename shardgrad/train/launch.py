@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from shardgrad.checkpoint import save
 from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import view
-from shardgrad.errors import CollectiveError, DisagreementError
+from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import data, folder
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         _run(_meet(config), config, text, where)
     except CollectiveError as error:  # every rank knows something else
         _end(error)
-    except (CheckError, TrainingError, DisagreementError, OSError) as error:
+    except (CheckError, TrainingError, VerificationError, DisagreementError, OSError) as error:
         _tell_once(error, rank)
         _end()
     # Threads of the backend end with the process group's last reference; one alive at exit may abort the interpreter.

@@ -16,6 +16,7 @@ from shardgrad.train.config import Config, Train
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.model import GPT
 from shardgrad.train.report import Report
+from shardgrad.verification.replicas import check_run
 
 
 class TrainingError(RuntimeError):
@@ -97,6 +98,8 @@ def train(
             optimizer.step()
             since.add(loss.item(), targets.numel(), time.perf_counter() - start, clock.seconds - before)
             done = step + 1
+            if settings.check_every and done % settings.check_every == 0:
+                check_run(model, optimizer, done)
             last = done == settings.steps
             if not isfinite(since.loss):
                 raise TrainingError(
