@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from shardgrad.ops.matmul import matmul as matmul
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
+    from shardgrad.verification.observed import Observed as Observed
+    from shardgrad.verification.report import Report as Report
+    from shardgrad.verification.verify import verify as verify
 
 _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
@@ -85,6 +88,9 @@ _HOME = {
     "matmul": "shardgrad.ops.matmul",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",
+    "Observed": "shardgrad.verification.observed",
+    "Report": "shardgrad.verification.report",
+    "verify": "shardgrad.verification.verify",
 }
 __all__ = sorted(_HOME)
 
