@@ -140,7 +140,7 @@ class Attempt:
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         size = float(nn.utils.get_total_norm([p.detach() for p in exact.parameters()]))
         rate = size / norm if norm > 0 else 1.0
-        optimizer = self.optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=rate))
+        optimizer = self.optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=rate, foreach=False))
         return Update(None if self.clip is None else _clip_one_device, optimizer, norm / 2)
 
     def _run_parallel(self, values: Sequence[Tensor], exact: Recording, update: Update, seed: int) -> Recording:
@@ -177,12 +177,13 @@ class Attempt:
 
 
 def clip_of(model: nn.Module) -> Clip | None:
-    """What clips a model's gradients by their global norm: shardgrad's function, or torch's for DTensors."""
-    dtensors = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """What clips a model's gradients by their global norm: shardgrad's function, or torch's, which takes DTensors alone
+    (of DTensors mixed with tensors it is refused)."""
+    dtensors = [isinstance(parameter, DTensor) for parameter in model.parameters()]
     layers = any(isinstance(module, ShardedModule) for module in model.modules())
-    if layers and not dtensors:
+    if layers and not any(dtensors):
         return clip_grad_norm_
-    if dtensors and not layers:
+    if dtensors and all(dtensors):
         return _clip_dtensors
     return None
 
