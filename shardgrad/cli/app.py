@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from shardgrad.cli import explain
+from shardgrad.cli import explain, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -15,6 +15,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="explain")(explain.explain)
+app.command(name="verify")(verify.verify)
 
 
 @app.callback()

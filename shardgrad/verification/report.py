@@ -143,17 +143,16 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="against one device", title_justify="left", box=None, pad_edge=False)
-        table.add_column("tensor", overflow="ellipsis", no_wrap=True, max_width=36)
-        table.add_column("what", no_wrap=True)
-        for column in ("error", "rounding", "times", "allowed", "element", "allowed"):
+        table = Table(title="times the rounding of one device (allowed)", title_justify="left", box=None, pad_edge=False)
+        table.add_column("tensor", no_wrap=True, max_width=32)
+        table.add_column("", no_wrap=True)
+        for column in ("error", "norm", "worst element"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for row in self.rows[:most]:
             verdict = Text(row.verdict, style="green" if row.ok else "bold red")
-            numbers = (row.error, row.yardstick, row.ratio, row.allowed, row.element, row.element_allowed)
-            told = [f"{x:.1e}" if at < 2 else f"{x:.3g}" if x < 1e4 else f"{x:.0e}" for at, x in enumerate(numbers)]
-            table.add_row(_shortened(row.name, 36), row.kind, *told, verdict)
+            norm, element = _times(row.ratio, row.allowed), _times(row.element, row.element_allowed)
+            table.add_row(_shortened(row.name, 32), row.kind, f"{row.error:.1e}", norm, element, verdict)
         console.print(table)
         if len(self.rows) > most:
             console.print(f"… and {len(self.rows) - most} more, none of them worse", style="dim")
@@ -178,6 +177,10 @@ def _where(row: Row) -> str:
         "not finite": f"{at}: it is not finite, there or on one device in this precision",
     }.get(row.verdict, f"{at}, stored as {row.split}: {row.ratio:.3g} times rounding (allowed {row.allowed:.3g}), "
            f"an element {row.element:.3g} times (allowed {row.element_allowed:.3g})")  # fmt: skip
+
+
+def _times(ratio: float, allowed: float) -> str:
+    return f"{ratio:.0e} ({allowed:.0f})" if ratio >= 1e4 else f"{ratio:.3g} ({allowed:.0f})"
 
 
 def _shortened(name: str, most: int) -> str:
