@@ -14,7 +14,9 @@ from shardgrad.cli import ranks as started
 
 def verify(
     config: Annotated[Path, typer.Argument(help="a training configuration, such as configs/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="values instead of the file's: section.key=value")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="values instead of the file's: section.key=value")
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="processes to shard over")] = 2,
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(help="the working precision")] = "float32",
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,

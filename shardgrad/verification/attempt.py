@@ -168,9 +168,7 @@ class Attempt:
             )
 
         parameters = {one.name: one.parameter for one in self.pairs}
-        recording = forward_backward(
-            self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient
-        )
+        recording = forward_backward(self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient)
         if not any(one.unsummed for one in self.pairs):  # else somebody must sum the gradients first
             Update(self.clip, update.optimizer, update.max_norm).run(self.parallel.model, parameters, recording)
         return recording

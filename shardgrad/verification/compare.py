@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isnan
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from shardgrad.verification.record import Key
 from shardgrad.verification.report import Row, Verdict
 from shardgrad.verification.rounding import Bounds, Spread, floor
 
-VERDICTS: tuple[Verdict, ...] = ("rounding", "bug", "missing", "unexpected", "wrong shape", "not finite", "replicas differ")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,4 @@ def observe(one: Measured, mesh: MeshView) -> Observed:
     locals = tuple(exchange.tensors_of_all(one.local, mesh))
     exact = one.exact if one.exact is not None else torch.zeros(one.shape, dtype=torch.float64)
     scale = one.scale if one.scale is not None else torch.zeros(one.shape, dtype=torch.float64)
-    return Observed(
-        one.key[1], kind, locals, exact, one.split, dict(mesh.shape), exchange.coordinates(mesh), scale
-    )
+    return Observed(one.key[1], kind, locals, exact, one.split, dict(mesh.shape), exchange.coordinates(mesh), scale)

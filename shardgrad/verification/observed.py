@@ -1,4 +1,4 @@
-"""What was seen of one tensor of a sharded model: every rank's part, the exact whole, and how they should go together."""
+"""What was seen of one tensor of a sharded model: every rank's part, the exact whole, and how it should be cut."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def fit(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 def same_but_joined(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether one shape is the other with neighbouring dims joined, so that row-major order is alike."""
-    first, second = ({s for s in accumulate(shape, mul)} | {1} for shape in (a, b))
+    first, second = (set(accumulate(shape, mul)) | {1} for shape in (a, b))
     return torch.Size(a).numel() == torch.Size(b).numel() and (first <= second or second <= first)
 
 
@@ -73,7 +73,12 @@ def translate(names: Names | None, name: str) -> str:
 
 
 def pair(
-    parallel: nn.Module, single: nn.Module, mesh: MeshView, given: how.Splits, names: Names | None, padded: Sequence[str]
+    parallel: nn.Module,
+    single: nn.Module,
+    mesh: MeshView,
+    given: how.Splits,
+    names: Names | None,
+    padded: Sequence[str],
 ) -> tuple[list[Pair], list[list[Tensor]]]:
     """Every parameter of the parallel model with the single model's; and what every rank holds of it.
 

@@ -45,7 +45,7 @@ def modules_of(parallel: nn.Module, single: nn.Module, pairs: Sequence[Pair], na
             owners[own] = other
     found = {}
     for name, _ in parallel.named_modules():
-        for candidate in (translate(names, name), owners.get(name), name):
+        for candidate in (translate(names, name), owners.get(name, name), name):
             if candidate in theirs:
                 found[candidate] = name
                 break
@@ -88,8 +88,9 @@ class Placer:
                     found[key] = self._of_parameter(self.pairs[name], key, single, tensor)
                 continue
             if any(shape is None for shape in shapes):
-                if kind == "input gradient":
-                    found[key] = Place(single, Split.of([()] * exact.tensors[single].dim()), tuple(exact.tensors[single].shape))
+                if kind == "input gradient" and name in parallel.inputs:  # then it should have one
+                    whole = exact.tensors[single]
+                    found[key] = Place(single, Split.of([()] * whole.dim()), tuple(whole.shape))
                 elif kind != "norm":
                     self.skipped[f"{kind} of {name}"] = "parallel has none, or not on every rank"
                 continue
@@ -101,8 +102,8 @@ class Placer:
             place = self._of_output(key, single, tensor, [s for s in shapes if s is not None], exact, of_output)
             if place is None:
                 local = ", ".join(str(shape) for shape in dict.fromkeys(shapes))
-                whole = tuple(exact.tensors[single].shape)
-                self.skipped[f"{kind} of {name}"] = f"no split of {whole} gives {local}; name it in splits"
+                shape = tuple(exact.tensors[single].shape)
+                self.skipped[f"{kind} of {name}"] = f"no split of {shape} gives {local}; name it in splits"
             else:
                 found[key] = place
         return found
@@ -203,7 +204,8 @@ class Placer:
                 float((tensor.double() - split.cut(full, self.mesh.shape, self.mesh.coordinate)).square().sum())
                 for split in found
             ]
-            every = exchange.same_shape_of_all(torch.tensor(far, dtype=torch.float64, device=self.mesh.device), self.mesh)
+            mine = torch.tensor(far, dtype=torch.float64, device=self.mesh.device)
+            every = exchange.same_shape_of_all(mine, self.mesh)
             return Place(single, found[int(every.sum(0).nan_to_num(inf).argmin())], shape)
         return Place(single, found[0], shape) if found else None
 

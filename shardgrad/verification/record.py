@@ -27,11 +27,13 @@ class Recording:
 
     tensors: copies, by kind and name, in the order of execution.
     same: outputs that are the very tensor of an earlier output (a container returns what its last layer does).
+    inputs: the floating tensors of the batch, which should get gradients.
     result: what was differentiated: the loss, or the output that a random gradient was given.
     """
 
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    inputs: set[str] = field(default_factory=set)
     result: Tensor | None = None
 
     def put(self, key: Key, tensor: Tensor) -> None:
@@ -94,9 +96,12 @@ def forward_backward(
         handles.append(module.register_forward_hook(partial(seen, path)))
     inputs = differentiable(batch)
     for name, leaf in _leaves(inputs):
+        recording.inputs.add(name)
         handles.append(leaf.register_hook(partial(_keep, recording, ("input gradient", name))))
     for name, parameter in parameters.items():
         parameter.grad = None
+        if getattr(parameter, "main_grad", None) is not None:
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
         if parameter.requires_grad:
             handles.append(
                 parameter.register_post_accumulate_grad_hook(partial(_keep_gradient, recording, ("gradient", name)))
@@ -108,8 +113,8 @@ def forward_backward(
             result = next(iter(tensors_in(found)), None)
         if result is None or not result.requires_grad:
             raise ValueError(
-                f"{type(model).__name__} gave nothing to differentiate: {type(found).__name__}. Let loss(model, *batch) "
-                "return the loss, or the output"
+                f"{type(model).__name__} gave nothing to differentiate: {type(found).__name__}. Let "
+                "loss(model, *batch) return the loss, or the output"
             )
         recording.result = result.detach()
         if result.dim() == 0:
@@ -120,7 +125,7 @@ def forward_backward(
     finally:
         for handle in handles:
             handle.remove()
-    for name, parameter in parameters.items():  # gradients that no hook saw, or that Megatron keeps elsewhere
+    for name, parameter in parameters.items():  # gradients that no hook saw, or that are kept elsewhere
         grad = gradient_of(parameter)
         if grad is not None and ("gradient", name) not in recording.tensors:
             recording.put(("gradient", name), grad)
@@ -128,7 +133,7 @@ def forward_backward(
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
-    """A parameter's gradient, or Megatron's `main_grad`."""
+    """A parameter's gradient, or the buffer `main_grad` in which it is summed."""
     return parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
 
 

@@ -118,7 +118,9 @@ class Report:
         first = self.first
         if first is None:
             worst = max((row.ratio for row in self.rows), default=0.0)
-            return f"all {len(self.rows)} tensors differ by rounding alone {where}: at most {worst:.2g} times one device's"
+            return (
+                f"all {len(self.rows)} tensors differ by rounding alone {where}: at most {worst:.2g} times one device's"
+            )
         return (
             f"{wrong} of {len(self.rows)} tensors are not what one device computes {where}\n"
             f"first in the order of execution: the {first.kind} of {first.name}, {_where(first)}"
@@ -143,7 +145,9 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="times the rounding of one device (allowed)", title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            title="times the rounding of one device (allowed)", title_justify="left", box=None, pad_edge=False
+        )
         table.add_column("tensor", no_wrap=True, max_width=32)
         table.add_column("", no_wrap=True)
         for column in ("error", "norm", "worst element"):

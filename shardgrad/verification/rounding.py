@@ -1,9 +1,9 @@
 """What rounding alone may do to a tensor: runs of one device whose sums go in other orders, and bounds that follow.
 
-The yardstick of a tensor is how far one device, in the working precision, is from float64. One such run is one draw of a
-random error, so there are several: every product and every sum over rows is cut into as many blocks as there are ranks,
-of elements in a random order, each block's result is rounded to the working precision, and they are added there. That is
-what a correct sharded program does, on one device.
+The yardstick of a tensor is how far one device, in the working precision, is from float64. One such run is one draw of
+a random error, so there are several: every product and every sum over rows is cut into as many blocks as there are
+ranks, of elements in a random order, each block's result is rounded to the working precision, and they are added in it.
+That is what a correct sharded program does, on one device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLACK = 4.0
 """How many times as large as one device's the rounding errors of a correct program may be: it fuses other operations,
 and the spread is estimated from a few runs. Measured: see docs/verify.md."""
 FALSE_ALARM = 1e-9
-"""Probability with which the error of one tensor, Gaussian and of the estimated spread, would pass a bound at SLACK 1."""
+"""Probability that the error of one tensor, Gaussian and of the estimated spread, passes a bound at SLACK 1."""
 _aten = torch.ops.aten
 
 

@@ -76,10 +76,7 @@ def _read(name: str, how: Any, mesh: MeshView) -> Split:
         # A single tensor's braces are read as an operand's, whose gradient is partial; here its value is what is told.
         split = Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
     else:
-        raise LayoutError(
-            f"splits: {name!r} must be text such as 'W[m/tp,d]', "
-            f"instead), not {type(how).__name__}"
-        )
+        raise LayoutError(f"splits: {name!r} must be text such as 'W[m/tp,d]', instead), not {type(how).__name__}")
     mesh.require((*split.spec.axes, *split.partial), f"splits: {name!r}")
     return split
 
@@ -106,9 +103,9 @@ def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
         if placement.is_partial():
             partial.append(axis)
         elif type(placement).__name__ == "_StridedShard":  # FSDP2 over tensor parallel: cut after the others
-            strided.append((placement.dim, axis))
+            strided.append((placement.dim, axis))  # type: ignore[attr-defined]
         elif placement.is_shard():
-            axes[placement.dim].append(axis)
+            axes[placement.dim].append(axis)  # type: ignore[attr-defined]
         else:
             raise LayoutError(f"{name} has the placement {placement} on axis {axis!r}, which verify does not know")
     for dim, axis in strided:

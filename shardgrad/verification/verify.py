@@ -17,7 +17,7 @@ from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
-from shardgrad.verification.report import Report, Row
+from shardgrad.verification.report import Report
 
 
 def verify(
@@ -39,17 +39,17 @@ def verify(
 ) -> Report:
     """Hold one step of a sharded model against the same model on one device, and say what is rounding and what a bug.
 
-    Compared are the outputs of modules, their gradients, the loss, the gradient of every parameter and of the input, the
-    norm of all gradients before clipping, and the parameters after an optimizer step; each on every rank. The yardstick
-    of a tensor is how far one device in the working precision is from float64, over 9 runs whose sums go in
-    different orders; docs/verify.md tells how far beyond it a tensor may be.
+    Compared are the outputs of modules, their gradients, the loss, the gradient of every parameter and of the input,
+    the norm of all gradients before clipping, and the parameters after an optimizer step; each on every rank. The
+    yardstick of a tensor is how far one device in the working precision is from float64, over nine runs whose sums go
+    in different orders; docs/verify.md tells how far beyond it a tensor may be.
 
     `single` is not changed: copies of it get the parallel model's values. `parallel` is changed while it runs, and its
     parameters, buffers and gradients restored. Call it on every rank of the mesh; each computes `single` itself.
 
     Args:
-        parallel: shardgrad's layers, DTensors (`parallelize_module`), Megatron-core's or fairscale's, or any module whose
-            parameters are local shards.
+        parallel: shardgrad's layers, DTensors (`parallelize_module`), Megatron-core's or fairscale's, or any module
+            whose parameters are local shards.
         single: the same model on one device; any values.
         batch: what `loss` is given after the model: a tensor, a sequence, or a mapping of keywords; the whole of it.
         mesh: the mesh over which `parallel` is split.
@@ -64,7 +64,7 @@ def verify(
         padded: parameters that are larger in `parallel` (a padded vocabulary): what lies beyond must get no gradient.
         clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
             or torch's for DTensors; of other models the norm is not compared.
-        optimizer: `optimizer(parameters)`; by default plain gradient descent. It must be stateless before its first step.
+        optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
         perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
             hide what is wrong.
         seed: of all that is random here.
@@ -152,6 +152,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Put parameters, buffers and gradients back as they were."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [local_part(tensor.detach()).clone() for tensor in tensors]
+    sums = [getattr(parameter, "main_grad", None) for parameter in model.parameters()]
+    sums = [total for total in sums if total is not None]
+    tensors += sums
+    before += [total.clone() for total in sums]
     gradients = [parameter.grad for parameter in model.parameters()]
     try:
         yield
@@ -161,5 +165,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 local_part(tensor.detach()).copy_(value)
         for parameter, gradient in zip(model.parameters(), gradients):
             parameter.grad = gradient
-
-

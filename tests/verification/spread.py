@@ -1,6 +1,6 @@
 """How much of what is allowed correct programs use: the measurement behind SLACK. Not a test; run it with torchrun.
 
-    torchrun --standalone --nproc-per-node 3 tests/verification/spread.py float32 20
+torchrun --standalone --nproc-per-node 3 tests/verification/spread.py float32 20
 """
 
 from __future__ import annotations
