@@ -152,8 +152,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Put parameters, buffers and gradients back as they were."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [local_part(tensor.detach()).clone() for tensor in tensors]
-    sums = [getattr(parameter, "main_grad", None) for parameter in model.parameters()]
-    sums = [total for total in sums if total is not None]
+    kept = (getattr(parameter, "main_grad", None) for parameter in model.parameters())
+    sums = [total for total in kept if isinstance(total, Tensor)]
     tensors += sums
     before += [total.clone() for total in sums]
     gradients = [parameter.grad for parameter in model.parameters()]

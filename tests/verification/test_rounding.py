@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.comm.mesh import MeshView
+from shardgrad.verification.compare import measure, rows_of
 from shardgrad.verification.observed import Observed, Split
 from shardgrad.verification.pairing import fit, same_but_joined
+from shardgrad.verification.report import Verdict
 from shardgrad.verification.rounding import FALSE_ALARM, SLACK, Bounds, Reordered, Spread, floor
 
 
@@ -94,6 +97,30 @@ def test_floor() -> None:
     exact = torch.tensor([0.0, -2.0, math.inf], dtype=torch.float64)
     assert floor(exact, torch.bfloat16, 4)[1] == pytest.approx(2 * 2**-8 * 2)
     assert 0 < floor(exact, torch.float32, 1)[0] < 1e-37
+
+
+def test_many_small_errors_are_seen_in_the_norm_and_one_large_one_in_its_element() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alone = MeshView({}, torch.device("cpu"), {}, {})
+    exact = torch.zeros(100, 100, dtype=torch.float64)
+
+    def verdict(error: Tensor) -> Verdict:
+        spread = Spread(exact)
+        for _ in range(9):
+            spread.add(torch.randn(100, 100, generator=generator))
+        found = measure(("gradient", "w"), Split.of([(), ()]), (100, 100), error, spread, 0, alone)
+        (row,) = rows_of([found], alone)
+        if error[17, 4] == 40:
+            assert row.index == (17, 4)
+        return row.verdict
+
+    error = torch.randn(100, 100, generator=generator)
+    assert verdict(error) == "rounding"
+    assert verdict(3 * error) == "rounding"
+    assert verdict(6 * error) == "bug", "no element is farther than 30 times"
+    assert float(6 * error.abs().max()) < 30
+    error[17, 4] = 40.0
+    assert verdict(error) == "bug", "the norm hardly changes"
 
 
 def test_a_split_in_interleaved_parts() -> None:
