@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from shardgrad.verification.product import ProductCheck as ProductCheck
     from shardgrad.verification.product import check_product as check_product
     from shardgrad.verification.replicas import check_replicas as check_replicas
+    from shardgrad.verification.observed import Observed as Observed
+    from shardgrad.verification.report import Report as Report
+    from shardgrad.verification.verify import verify as verify
 
 _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
@@ -129,6 +132,9 @@ _HOME = {
     "ProductCheck": "shardgrad.verification.product",
     "check_product": "shardgrad.verification.product",
     "check_replicas": "shardgrad.verification.replicas",
+    "Observed": "shardgrad.verification.observed",
+    "Report": "shardgrad.verification.report",
+    "verify": "shardgrad.verification.verify",
 }
 __all__ = sorted(_HOME)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import explain, trace
+from shardgrad.cli import explain, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
+app.command(name="verify")(verify.verify)
 
 
 def _version(wanted: bool) -> None:
