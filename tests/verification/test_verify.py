@@ -210,7 +210,8 @@ def test_what_happens_at_one_point_alone_is_not_accused(world_size: int) -> None
 @distributed(world_size=[4])
 def test_a_mesh_of_two_axes(world_size: int) -> None:
     """Rows over dp, hidden features over tp; every parameter's gradient is summed over dp."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))
+    x = rows(count=6)  # three on each, by either axis: which one cut them is told by their values
     for forgotten in (False, True):
         model = Hand(mesh)
 
@@ -224,9 +225,9 @@ def test_a_mesh_of_two_axes(world_size: int) -> None:
         report = sg.verify(
             model,
             Single(),
-            rows(),
+            x,
             mesh,
-            parallel_batch=rows().chunk(2)[mesh.get_local_rank("dp")],
+            parallel_batch=x.chunk(2)[mesh.get_local_rank("dp")],
             loss=lambda m, x: m(x),
             parallel_loss=summed,
         )
@@ -234,7 +235,9 @@ def test_a_mesh_of_two_axes(world_size: int) -> None:
             assert {("gradient", "up.bias")} <= wrong(report) <= {("gradient", "up.bias"), ("step", "up.bias")}
         else:
             assert report.ok, report.table()
-            assert [row.split for row in report.rows if (row.kind, row.name) == ("output", "up")] == ["T[a/dp,b/tp]"]
+            found = {row.name: row.split for row in report.rows if row.kind == "output"}
+            assert found["norm"] == "T[a/dp,b]"
+            assert found["up"] == "T[a/dp,b/tp]"
 
 
 class Terms(nn.Module):
@@ -306,15 +309,17 @@ def test_names_are_translated_or_missed_with_the_nearest(world_size: int) -> Non
 
 
 @distributed(world_size=[2, 3])
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_padded_vocabulary(world_size: int, masked: bool) -> None:
+@pytest.mark.parametrize("mask", ["right", "none", "of values alone"])
+def test_a_padded_vocabulary(world_size: int, mask: str) -> None:
     """10 ids, padded to 12; the loss must not see the two that do not exist."""
     mesh = tp(world_size)
     head = sg.ColumnParallelLinear(D, 12, bias=False, mesh=mesh)
 
     def loss(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         logits = sg.gather_replicated(model(x), mesh, "tp", dim=1, size=12)
-        return F.cross_entropy(logits[:, :10] if masked else logits, targets)
+        found = F.cross_entropy(logits if mask == "none" else logits[:, :10], targets)
+        beyond = logits[:, 10:].sum()
+        return found + beyond - beyond.detach() if mask == "of values alone" else found
 
     single = nn.Linear(D, 10, bias=False)
     batch = rows(), torch.randint(0, 10, (ROWS,), generator=torch.Generator().manual_seed(2))
@@ -322,9 +327,13 @@ def test_a_padded_vocabulary(world_size: int, masked: bool) -> None:
     with pytest.raises(sg.ShapeError, match=r"if it is padded, say padded=\['weight'\]"):
         sg.verify(head, single, batch, mesh, **arguments)
     report = sg.verify(head, single, batch, mesh, padded=["weight"], **arguments)
-    assert report.ok == masked, report.table()
+    assert report.ok == (mask == "right"), report.table()
     assert ("output", "(model)") not in wrong(report)
-    if not masked:
+    if mask == "of values alone":
+        assert ("gradient", "weight") in wrong(report)
+        assert ("loss", "loss") not in wrong(report)
+        assert report["weight"].index[0] >= 10
+    if mask == "none":
         assert {("loss", "loss"), ("gradient", "weight")} <= wrong(report)
         finding = next(found for found in report.findings if found.kind == "gradient")
         assert bool((finding.exact[10:] == 0).all())
