@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from shardgrad.verification.bounds import Worst as Worst
     from shardgrad.verification.bounds import within_bound as within_bound
     from shardgrad.verification.finite import check_finite as check_finite
+    from shardgrad.verification.observed import Observed as Observed
     from shardgrad.verification.product import ProductCheck as ProductCheck
     from shardgrad.verification.product import check_product as check_product
     from shardgrad.verification.replicas import check_replicas as check_replicas
-    from shardgrad.verification.observed import Observed as Observed
     from shardgrad.verification.report import Report as Report
     from shardgrad.verification.verify import verify as verify
 
