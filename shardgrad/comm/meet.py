@@ -31,7 +31,7 @@ def start_process_group(backend: str, timeout: timedelta) -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
-    shared, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    shared, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     store = meeting(shared, rank, ranks, timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
 
