@@ -78,6 +78,13 @@ def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:
     return [full[i * most : i * most + length].decode() for i, length in enumerate(lengths)]
 
 
+def text_of_first(text: str, view: MeshView) -> str:
+    """The text of the mesh's first rank, on every rank of the mesh."""
+    for axis in view.axes.values():
+        text = gather_texts(text, axis, view.device)[0] if axis.size > 1 else text
+    return text
+
+
 def _report(said: list[str], axis: Axis, who: str) -> str:
     by_text: dict[str, list[int]] = {}
     for rank, text in zip(axis.ranks, said):
