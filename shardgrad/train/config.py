@@ -42,11 +42,11 @@ class Run(_Section):
     resume: str | None = Field(
         default=None,
         min_length=1,
-        description="auto: go on in run.dir from its newest checkpoint, or begin there; a path: begin a new folder from "
-        "that checkpoint, or that run's newest; null: begin anew. Restarts by torchrun always go on",
+        description="auto: go on in run.dir from its newest checkpoint, or begin there; a path: begin a new folder "
+        "from that checkpoint, or that run's newest; null: begin anew. Restarts by torchrun always go on",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, batches and the sample")
-    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, into run.dir/tensorboard")
+    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, beside the rest")
 
 
 class Mesh(_Section):
@@ -68,8 +68,8 @@ class Data(_Section):
     tokenizer: str | None = Field(
         default=None,
         min_length=1,
-        description="bytes; bpe: byte pairs, found in the training part; or a JSON file of the tokenizers library; null: "
-        "bytes for text, none for data.tokens",
+        description="bytes; bpe: byte pairs, found in the training part; or a JSON file of the tokenizers library; "
+        "null: bytes for text, none for data.tokens",
     )
     vocab: int | None = Field(
         default=None, ge=2, le=2**32, description="token ids: of data.tokens; at most so many for data.tokenizer=bpe"
@@ -97,7 +97,7 @@ class Train(_Section):
     eval_batches: int | None = Field(
         default=100, ge=1, description="batches of the held-out part that such a loss is the mean of; null: all of it"
     )
-    save_every: int = Field(default=100, ge=1, description="steps between checkpoints; the last step has one in any case")
+    save_every: int = Field(default=100, ge=1, description="steps between checkpoints; the last step has one too")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
 
 
@@ -236,7 +236,7 @@ def _data_disagreements(data: Data) -> Iterator[str]:
         if data.vocab is None:
             yield f"data.vocab is missing: how many token ids there are in data.tokens = {data.tokens}"
         if data.tokenizer == "bpe":
-            yield "data.tokenizer = 'bpe' is found in text: for data.tokens name the JSON file it was made with, or null"
+            yield "data.tokenizer = 'bpe' is found in text: for data.tokens name the JSON file they were made with"
     elif data.tokenizer == "bpe":
         if data.vocab is None or data.vocab <= 256:
             yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"

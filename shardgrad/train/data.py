@@ -103,8 +103,8 @@ def check_length(text: Text, held_out: float, seq_len: int) -> Text:
     for name, some in (("training", text.train), ("held-out", text.held_out)):
         if len(some) < seq_len + 1:
             raise DataError(
-                f"data: too little text: of {whole} {text.unit}s, data.held_out = {held_out} leaves {len(some)} for the "
-                f"{name} part; one sequence needs model.seq_len + 1 = {seq_len + 1}"
+                f"data: too little text: of {whole} {text.unit}s, data.held_out = {held_out} leaves {len(some)} for "
+                f"the {name} part; one sequence needs model.seq_len + 1 = {seq_len + 1}"
             )
     return text
 

@@ -46,7 +46,9 @@ def check_first_step(
     by_rank = [(row[0], row[1], bool(row[2])) for row in gather_ints(mine, axis, mesh_view.device, "bytes of a step")]
     report.bytes(predicted, traced.totals(), by_rank)
     by_operation = [[*key, *value] for key, value in sorted(traced.totals().items())]
-    metrics.write("bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank])
+    metrics.write(
+        "bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank]
+    )
     reference = partial(ReferenceGPT, **config.model.model_dump(), vocab=model.vocab)
     comparison = compare(model, loss, ids, targets, reference)
     failed = False

@@ -42,7 +42,7 @@ pre { font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; 
 
 
 def write_page(run: Path) -> Path:
-    """Write `report.html` into a finished run's folder, from its metrics, configuration and sample; returns its path."""
+    """Write `report.html` into a finished run's folder, from its metrics, configuration and sample."""
     lines = read(run / folder.METRICS)
     config = yaml.safe_load((run / folder.CONFIG).read_text(encoding="utf-8"))
     sample = (run / folder.SAMPLE).read_text(encoding="utf-8")
@@ -67,7 +67,10 @@ def _page(name: str, lines: Sequence[dict[str, Any]], config: dict[str, dict[str
         (f"{end['tokens_per_second']:,.0f}", f"{unit}s a second"),
         (f"{100 * end['communication_share']:.0f} %", "of the time communicating"),
     ]
-    figures = [("losses by step", pictures.losses(train, held_out, unit, begun)), ("speed", pictures.speed(train, begun))]
+    figures = [
+        ("losses by step", pictures.losses(train, held_out, unit, begun)),
+        ("speed", pictures.speed(train, begun)),
+    ]
     proof = ""
     if comparison:
         ratios = list(comparison[-1]["times_rounding"].values())
@@ -100,8 +103,9 @@ def _comparison(line: dict[str, Any]) -> str:
     count, allowed = len(line["times_rounding"]) - 1, line["allowed"]
     verdict = "agree" if line["passed"] else "do not agree"
     return (
-        f'<p class="{"good" if line["passed"] else "bad"}">The loss and all {count} gradients of step {line["step"] + 1} '
-        f"{verdict} with one device: at most {rows[0][1]} times its rounding, {allowed:g} allowed. The five farthest:</p>"
+        f'<p class="{"good" if line["passed"] else "bad"}">The loss and all {count} gradients of step '
+        f"{line['step'] + 1} {verdict} with one device: at most {rows[0][1]} times its rounding, {allowed:g} allowed. "
+        "The five farthest:</p>"
         f'<div class="right">{_table(rows)}</div>'
     )
 

@@ -72,7 +72,7 @@ def speed(train: Lines, begun: Sequence[int]) -> str:
         steps, shares = _points(train, "communication_share")
         below.fill_between(steps, [100 * share for share in shares], color=GREY, alpha=0.35, linewidth=0)
         below.plot(steps, [100 * share for share in shares], linewidth=1, color=GREY)
-        below.set(xlabel="step", ylabel="% communicating", ylim=(0, 100))
+        below.set(xlabel="step", ylabel="% comm.", ylim=(0, 100))
 
     return _picture(draw, 2.9)
 
@@ -87,7 +87,7 @@ def rounding(ratios: Sequence[float], allowed: float) -> str:
         axes.scatter(range(1, len(shown) + 1), shown, s=12, c=[RED if bad else BLUE for bad in wrong], linewidths=0)
         axes.axhline(1, color=GREY, linewidth=0.8)
         axes.axhline(allowed, color=RED, linewidth=1, linestyle="--")
-        axes.annotate("allowed", (1, allowed), (0.99, 3), ("axes fraction", "offset points"), color=RED, ha="right")
+        axes.text(0.99, 1.1 * allowed, "allowed", transform=axes.get_yaxis_transform(), color=RED, ha="right")
         axes.set_yscale("log")
         axes.set_ylim(min(0.05, *shown), max(3 * allowed, 2 * max(shown)))
         axes.set(title="First step against one device", xlabel="loss and gradients, worst first")
@@ -102,12 +102,14 @@ def traffic(rows: Sequence[Sequence[Any]]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         ordered = sorted(rows, key=lambda row: row[3])
-        sizes = [row[3] / 1e6 for row in ordered]
+        most = max((row[3] for row in ordered), default=0)
+        scale, prefix = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if most >= s[0]), (1, ""))
+        sizes = [row[3] / scale for row in ordered]
         bars = axes.barh([f"{row[0]}\non {row[1]}" for row in ordered], sizes, color=BLUE, height=0.6)
-        labels = [f"{size:,.2f} MB in {row[2]}" for size, row in zip(sizes, ordered)]
+        labels = [f"{size:,.3g} {prefix}B in {row[2]} calls" for size, row in zip(sizes, ordered)]
         axes.bar_label(bars, labels, padding=3, color="#333a44")
         axes.set_xlim(right=1.5 * max(sizes, default=1) or 1)
-        axes.set(title="Sent by rank 0 in a step", xlabel="MB")
+        axes.set(title="Sent by rank 0 in a step", xlabel=f"{prefix}B")
         axes.grid(visible=False, axis="y")
 
     return _picture(draw, 2.5)

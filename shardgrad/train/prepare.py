@@ -16,11 +16,13 @@ from shardgrad.train.data import DataError
 
 @dataclass(frozen=True)
 class Start:
-    """folder: of the run. checkpoint: what it begins with, or None. notes: what its user should know."""
+    """folder: of the run. checkpoint: what it begins with, or None. notes: what its user should know. lock: a handle
+    that keeps other processes out of the folder until it is closed."""
 
     folder: Path
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
+    lock: int | None = None
 
     def to_text(self) -> str:
         """For the other ranks."""
@@ -43,7 +45,7 @@ def prepare(config: Config) -> Start:
     settings = config.run
     going_on = folder.find(settings.dir, settings.resume)
     if going_on is not None:
-        folder.lock(going_on)
+        lock = folder.lock(going_on)
         folder.sweep(going_on)
     start = resume.start_from(going_on, settings.resume)
     notes = resume.check_config(config, start) if start is not None else []
@@ -56,13 +58,13 @@ def prepare(config: Config) -> Start:
     where = going_on
     if where is None:
         where = folder.create(settings.dir, exactly=settings.resume == "auto")
-        folder.lock(where)
+        lock = folder.lock(where)
     else:
         folder.adopt(where)
     folder.replace_text(where / folder.CONFIG, config.to_yaml())
     if encoded is not None:
         corpus.write(encoded, where)
-    return Start(where, start, tuple(notes))
+    return Start(where, start, tuple(notes), lock)
 
 
 def _vocabulary(going_on: Path | None, start: Path | None) -> Path | None:

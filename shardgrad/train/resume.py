@@ -1,7 +1,7 @@
 """Going on where a run ended, with the same bits: which checkpoint, whether the configuration fits, what is restored.
 
-Of a run, a checkpoint holds the parameters and the optimizer's moments (`shardgrad.checkpoint`), and in `state.json` the
-step, torch's random state, what has been measured so far and the configuration. Batches are a function of seed and
+Of a run, a checkpoint holds the parameters and the optimizer's moments (`shardgrad.checkpoint`), and in `state.json`
+the step, torch's random state, what has been measured so far and the configuration. Batches are a function of seed and
 step, the learning rate one of step: they need nothing.
 """
 
@@ -63,7 +63,7 @@ def check_config(config: Config, start: Path) -> list[str]:
     try:
         about = json.loads((start / checkpoint.STATE).read_text(encoding="utf-8"))
         saved = _flat(about["config"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the checkpoint {start} cannot be read ({type(error).__name__}: {error}): delete it to go on from the one "
             "before it"

@@ -35,9 +35,9 @@ def open_tokens(path: str | Path, dtype: str) -> NDArray[Any]:
             ids = np.memmap(file, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
     except OSError as error:
         raise DataError(f"data.tokens: cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (ValueError, EOFError) as error:
         raise DataError(f"data.tokens: cannot read {path} as a .npy file: {error}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise DataError(f"data.tokens: {path} must hold one row of integers, not {ids.dtype} {list(ids.shape)}")

@@ -20,7 +20,7 @@ LAUNCH = ROOT / "launch" / "train.py"
 CONFIG = """
 model: {layers: 1, heads: 3, d_model: 12, seq_len: 9}
 train: {steps: 5, batch: 3, lr: 0.01, warmup: 2, log_every: 2, eval_every: 3}
-sample: {prompt: "a b", bytes: 4}
+sample: {prompt: "a b", tokens: 4}
 """
 
 
@@ -86,7 +86,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
 
 
 def test_without_torchrun(config: Path, tmp_path: Path) -> None:
-    done = start(LAUNCH, config, "sample.bytes=0", ranks=None)
+    done = start(LAUNCH, config, "sample.tokens=0", ranks=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "mesh: tp = 1 (cpu)" in done.stdout
