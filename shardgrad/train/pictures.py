@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 Lines = Sequence[dict[str, Any]]
 BLUE, RED, GREY = "#3b6ea5", "#b5432a", "#8a8f98"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -12,7 +12,7 @@ import pytest
 from shardgrad.train import corpus, data, tokenizer
 from shardgrad.train.config import Data
 from shardgrad.train.data import DataError
-from shardgrad.train.tokens import check_ids, open_tokens
+from shardgrad.train.tokens import check_ids
 
 TEXT = "".join(f"Zeile {i}: größer als {i * i}, kleiner als {i**3}.\n" for i in range(400))
 
