@@ -39,11 +39,12 @@ def test_as_often_as_the_softmax_says(temperature: float, top_k: int | None) -> 
 
 
 @distributed(world_size=[1, 2, 3])
-def test_greedy_is_what_one_device_chooses(world_size: int) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_what_one_device_would_draw(world_size: int, temperature: float) -> None:
     model, values = gpt(init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))
+    alone, generator = reference(values), torch.Generator().manual_seed(5)
     ids = [3, 1]
-    alone = reference(values)
     for _ in range(9):  # beyond the six positions that the model sees
-        ids.append(int(alone(torch.tensor([ids[-6:]]))[0, -1].argmax()))
-    assert len(set(ids[2:])) > 2
-    assert generate(model, [3, 1], 9, temperature=0.0, seed=5) == ids
+        ids.append(choose(alone(torch.tensor([ids[-6:]]))[0, -1].detach(), temperature, 5, generator))
+    assert temperature == 0 or len(set(ids[2:])) > 2
+    assert generate(model, [3, 1], 9, temperature=temperature, seed=5, top_k=5) == ids

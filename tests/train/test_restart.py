@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def children(process: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job on two ranks, of which the second was killed as soon as there was a checkpoint."""
     where = tmp_path_factory.mktemp("killed")
     config = configured(where, train=TRAIN, run=Run(dir=str(where / "run"), seed=3))  # restarts need no run.resume
@@ -52,7 +51,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         until = time.monotonic() + 100
         while not folder.checkpoints(where / "run"):
-            assert job.poll() is None and time.monotonic() < until, job.communicate()[0]
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < until
             time.sleep(0.002)
         os.kill(children(job.pid)[-1], signal.SIGKILL)
         told, _ = job.communicate(timeout=100)
@@ -60,7 +60,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         job.kill()
     assert job.returncode == 0, told
     assert "going on after step" in told
-    yield where
+    return where
 
 
 @distributed(world_size=[2], timeout=120)
