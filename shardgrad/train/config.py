@@ -35,9 +35,18 @@ class _Section(BaseModel):
 
 class Run(_Section):
     dir: str = Field(
-        default="runs/run", min_length=1, description="folder for what the run leaves; a number is added if it exists"
+        default="runs/run",
+        min_length=1,
+        description="folder for what the run leaves; a number is added if it exists, unless run.resume=auto",
+    )
+    resume: str | None = Field(
+        default=None,
+        min_length=1,
+        description="auto: go on in run.dir from its newest checkpoint, or begin there; a path: begin a new folder "
+        "from that checkpoint, or that run's newest; null: begin anew. Restarts by torchrun always go on",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, batches and the sample")
+    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, beside the rest")
 
 
 class Mesh(_Section):
@@ -50,6 +59,21 @@ class Mesh(_Section):
 
 class Data(_Section):
     files: list[str] = Field(default=[], description="text files; none: the language reference that CPython carries")
+    tokens: str | None = Field(
+        default=None, min_length=1, description="instead of text: a file of token ids, .npy or nothing but ids"
+    )
+    tokens_dtype: Literal["uint16", "uint32"] = Field(
+        default="uint16", description="of the ids of data.tokens, little-endian, unless it is .npy"
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="bytes; bpe: byte pairs, found in the training part; or a JSON file of the tokenizers library; "
+        "null: bytes for text, none for data.tokens",
+    )
+    vocab: int | None = Field(
+        default=None, ge=2, le=2**32, description="token ids: of data.tokens; at most so many for data.tokenizer=bpe"
+    )
     held_out: Number = Field(default=0.1, gt=0, lt=1, description="last part of the text, never trained on")
 
 
@@ -57,7 +81,7 @@ class Model(_Section):
     layers: int = Field(ge=1, description="transformer blocks")
     heads: int = Field(ge=1, description="attention heads; need not divide by the ranks")
     d_model: int = Field(ge=1, description="width of the residual stream, a multiple of model.heads")
-    seq_len: int = Field(ge=1, description="bytes of a sequence")
+    seq_len: int = Field(ge=1, description="tokens of a sequence")
 
 
 class Train(_Section):
@@ -70,12 +94,18 @@ class Train(_Section):
     weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's, on matrices alone")
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
+    eval_batches: int | None = Field(
+        default=100, ge=1, description="batches of the held-out part that such a loss is the mean of; null: all of it"
+    )
+    save_every: int = Field(default=100, ge=1, description="steps between checkpoints; the last step has one too")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
 
 
 class Sample(_Section):
     prompt: str = Field(default="The ", min_length=1, description="what the sample of generated text begins with")
-    bytes: int = Field(default=400, ge=0, description="bytes to generate; 0: none")
-    temperature: Number = Field(default=0.7, gt=0, description="of the sampling")
+    tokens: int = Field(default=400, ge=0, description="tokens to generate; 0: none")
+    temperature: Number = Field(default=0.7, ge=0, description="of the sampling; 0: always the likeliest token")
+    top_k: int | None = Field(default=None, ge=1, description="draw among so many likeliest tokens; null: among all")
 
 
 class Config(_Section):
@@ -194,8 +224,24 @@ def _disagreements(config: Config) -> Iterator[str]:
             f"model.d_model = {model.d_model} does not divide by model.heads = {model.heads}; "
             f"heads that would: {', '.join(map(str, near))}"
         )
+    yield from _data_disagreements(config.data)
     if train.warmup >= train.steps:
         yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
+
+
+def _data_disagreements(data: Data) -> Iterator[str]:
+    if data.tokens is not None:
+        if data.files:
+            yield "data.files and data.tokens are both given: train on one of them"
+        if data.vocab is None:
+            yield f"data.vocab is missing: how many token ids there are in data.tokens = {data.tokens}"
+        if data.tokenizer == "bpe":
+            yield "data.tokenizer = 'bpe' is found in text: for data.tokens name the JSON file they were made with"
+    elif data.tokenizer == "bpe":
+        if data.vocab is None or data.vocab <= 256:
+            yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"
+    elif data.vocab is not None and (data.tokenizer not in (None, "bytes") or data.vocab != 256):
+        yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer tells"
 
 
 def check_ranks(config: Config, ranks: int) -> Config:

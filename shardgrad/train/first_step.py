@@ -21,10 +21,12 @@ class CheckError(RuntimeError):
     """The first step is not what one device, or the prediction of bytes, says; the report has shown where."""
 
 
-def check_first_step(model: GPT, config: Config, text: data.Text, report: Report, metrics: Metrics) -> None:
+def check_first_step(
+    model: GPT, config: Config, text: data.Text, report: Report, metrics: Metrics, step: int = 0
+) -> None:
     """Run the first step's forward and backward; compare its bytes, its loss and every gradient. On every rank.
 
-    Leaves the gradients in place and the parameters as they were.
+    Leaves the gradients in place and the parameters as they were. step: of the batch, the steps done before.
 
     Raises:
         CheckError: on every rank, if on any of them predicted and traced bytes differ, or a tensor is farther from
@@ -33,7 +35,7 @@ def check_first_step(model: GPT, config: Config, text: data.Text, report: Report
     mesh_view = view(model.mesh)
     axis = mesh_view.axis(model.axis)
     batch, seq_len = config.train.batch, config.model.seq_len
-    ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, 0, batch, seq_len))
+    ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, step, batch, seq_len))
     for _ in range(2):  # in the first pass, layers also compare with their peers what they see for the first time
         model.zero_grad()
         with trace() as traced:
@@ -43,7 +45,10 @@ def check_first_step(model: GPT, config: Config, text: data.Text, report: Report
     mine = [sum(size for _, size in predicted.values()), traced.bytes, int(predicted == traced.totals())]
     by_rank = [(row[0], row[1], bool(row[2])) for row in gather_ints(mine, axis, mesh_view.device, "bytes of a step")]
     report.bytes(predicted, traced.totals(), by_rank)
-    metrics.write("bytes", by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank])
+    by_operation = [[*key, *value] for key, value in sorted(traced.totals().items())]
+    metrics.write(
+        "bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank]
+    )
     reference = partial(ReferenceGPT, **config.model.model_dump(), vocab=model.vocab)
     comparison = compare(model, loss, ids, targets, reference)
     failed = False
@@ -51,7 +56,7 @@ def check_first_step(model: GPT, config: Config, text: data.Text, report: Report
         report.comparison(comparison)
         failed = not comparison.passed
         ratios = {row.name: row.ratio for row in comparison.worst_first}
-        metrics.write("comparison", passed=comparison.passed, allowed=BOUND, times_rounding=ratios)
+        metrics.write("comparison", step=step, passed=comparison.passed, allowed=BOUND, times_rounding=ratios)
     if any(row[0] for row in gather_ints([int(failed)], axis, mesh_view.device, "the result of the comparison")):
         raise CheckError("the first step differs from one device: not training on wrong gradients")
     if not all(equal for _, _, equal in by_rank):

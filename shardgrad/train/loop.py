@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import cos, isfinite, pi
 
 import torch
@@ -13,6 +13,7 @@ from shardgrad.comm.collectives import communication_clock
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import data
 from shardgrad.train.config import Config, Train
+from shardgrad.train.history import History
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.model import GPT
 from shardgrad.train.report import Report
@@ -20,26 +21,6 @@ from shardgrad.train.report import Report
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
-
-
-@dataclass
-class History:
-    """Losses in nats a byte, by steps done; and over the whole run: bytes trained on, seconds of training (held-out
-    evaluation apart), and this rank's share of them spent in communication."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    communicating: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def communication_share(self) -> float:
-        return self.communicating / self.seconds
 
 
 def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
@@ -62,30 +43,40 @@ def learning_rate(config: Train, step: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, text: data.Text, batch: int) -> float:
-    """Mean loss over the whole held-out part, in nats a byte; alike on every rank."""
+def held_out_loss(model: GPT, text: data.Text, batch: int, batches: int | None = None) -> float:
+    """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for ids, targets in data.held_out(text, batch, model.seq_len):
+    for ids, targets in data.held_out(text, batch, model.seq_len, batches):
         total += float(model.loss(ids.to(device), targets.to(device))) * targets.numel()
         count += targets.numel()
     return total / count
 
 
 def train(
-    model: GPT, optimizer: torch.optim.Optimizer, config: Config, text: data.Text, report: Report, metrics: Metrics
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    text: data.Text,
+    report: Report,
+    metrics: Metrics,
+    history: History | None = None,
+    after_step: Callable[[History], bool] = lambda _: False,
 ) -> History:
-    """Train for `config.train.steps`; called on every rank.
+    """Train up to `config.train.steps`; called on every rank.
+
+    Args:
+        history: of the steps done before; this goes on after them.
+        after_step: called with the history after each step and what is measured after it; whether to end there.
 
     Raises:
         TrainingError: on every rank, if the loss is no longer finite.
     """
     settings = config.train
     device = next(model.parameters()).device
-    history = History()
-    since = _Window()
-    with communication_clock() as clock, report.progress(settings.steps) as progress:
-        for step in range(settings.steps):
+    history = History() if history is None else history
+    with communication_clock() as clock, report.progress(settings.steps, history.step, text.unit) as progress:
+        for step in range(history.step, settings.steps):
             start, before = time.perf_counter(), clock.seconds
             rate = learning_rate(settings, step)
             for group in optimizer.param_groups:
@@ -95,8 +86,9 @@ def train(
             loss = model.loss(ids.to(device), targets.to(device))
             loss.backward()
             optimizer.step()
+            since = history.since
             since.add(loss.item(), targets.numel(), time.perf_counter() - start, clock.seconds - before)
-            done = step + 1
+            done = history.step = step + 1
             last = done == settings.steps
             if not isfinite(since.loss):
                 raise TrainingError(
@@ -107,45 +99,12 @@ def train(
                 history.train.append((done, since.mean_loss))
                 metrics.write("train", step=done, lr=rate, **since.measured())
                 progress(done, **since.measured())
-                since.into(history)
-                since = _Window()
+                history.close_window()
             if done % settings.eval_every == 0 or last:
-                value = held_out_loss(model, text, settings.batch)
+                value = held_out_loss(model, text, settings.batch, settings.eval_batches)
                 history.held_out.append((done, value))
                 metrics.write("held_out", step=done, loss=value)
                 progress(done, held_out=value)
+            if after_step(history):
+                break
     return history
-
-
-@dataclass
-class _Window:
-    """What was measured since the last report."""
-
-    loss: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    communicating: float = 0.0
-
-    def add(self, loss: float, tokens: int, seconds: float, communicating: float) -> None:
-        self.loss += loss
-        self.steps += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        self.communicating += communicating
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.steps
-
-    def measured(self) -> dict[str, float]:
-        return {
-            "loss": self.mean_loss,
-            "tokens_per_second": self.tokens / self.seconds,
-            "communication_share": self.communicating / self.seconds,
-        }
-
-    def into(self, history: History) -> None:
-        history.tokens += self.tokens
-        history.seconds += self.seconds
-        history.communicating += self.communicating

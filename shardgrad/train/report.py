@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +21,7 @@ from shardgrad.nn.attention import Attention
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.module import ShardedModule, Stored
 from shardgrad.train.compare import BOUND, Comparison
+from shardgrad.train.data import Text
 from shardgrad.train.model import GPT
 
 _WIDTH = 120  # of lines in a file or a pipe
@@ -67,6 +69,30 @@ class Report:
                     products.add_row(row[0], escape(row[1]))
         self.console.print(products)
 
+    def corpus(self, parameters: int, text: Text) -> None:
+        """Parameters and tokens."""
+        vocabulary = "" if text.unit == "byte" else f", a vocabulary of {text.vocab:,}"
+        self.say(
+            f"{parameters / 1e6:.2f} million parameters; {len(text.train):,} {text.unit}s to train on, "
+            f"{len(text.held_out):,} held out{vocabulary}"
+        )
+
+    def going_on(self, start: Path | None, saved: Mapping[str, Any], mesh: Mapping[str, int], notes: list[str]) -> None:
+        """From which checkpoint, and what differs from the run that saved it."""
+        self.say(f"going on after step {saved['step']}, from {escape(str(start))}")
+        if saved["mesh"] != mesh:
+            was, now = (" × ".join(f"{name} = {size}" for name, size in some.items()) for some in (saved["mesh"], mesh))
+            notes = [f"the mesh was {was}, and is {now} now: the same batches, sums in another order", *notes]
+        for note in notes:
+            self.say(f"[yellow]not as before:[/yellow] {escape(note)}")
+
+    def stopped(self, signal: str, step: int, folder: Path) -> None:
+        """Ended early, by a signal."""
+        self.say(
+            f"stopped by {signal}; all ranks have saved step {step}. To go on: the same command with run.resume=auto "
+            f"run.dir={escape(str(folder))}"
+        )
+
     def bytes(self, predicted: Totals, traced: Totals, by_rank: list[tuple[int, int, bool]]) -> None:
         """Bytes that rank 0 sends in a step, as predicted from the layouts and as traced below torch.distributed.
 
@@ -112,7 +138,7 @@ class Report:
             )
 
     @contextmanager
-    def progress(self, steps: int) -> Iterator[Callable[..., None]]:
+    def progress(self, steps: int, begun: int = 0, unit: str = "byte") -> Iterator[Callable[..., None]]:
         """A live line on a terminal; yields a function (step, loss, tokens_per_second, communication_share, or
         held_out) that updates it, and prints a line where there is no terminal or the loss is held out."""
         bar = Progress(
@@ -125,7 +151,7 @@ class Report:
             disable=self.console.quiet or not self.console.is_terminal,
         )
         with bar:
-            task = bar.add_task("train", total=steps, line="")
+            task = bar.add_task("train", total=steps, completed=begun, line="")
 
             def update(
                 step: int,
@@ -136,7 +162,7 @@ class Report:
                 held_out: float | None = None,
             ) -> None:
                 line = (
-                    f"held-out loss {held_out:.3f} nats a byte"
+                    f"held-out loss {held_out:.3f} nats a {unit}"
                     if held_out is not None
                     else f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {communication_share:.0%} communicating"
                 )
