@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from shardgrad.errors import ShapeError as ShapeError
     from shardgrad.layout import PRESETS as PRESETS
     from shardgrad.layout import Collective as Collective
+    from shardgrad.layout import DataParallel as DataParallel
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.by_layout import Linear as Linear
+    from shardgrad.nn.deferred import reduce_gradients_ as reduce_gradients_
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
@@ -69,9 +71,11 @@ _HOME = {
     "ShapeError": "shardgrad.errors",
     "PRESETS": "shardgrad.layout",
     "Collective": "shardgrad.layout",
+    "DataParallel": "shardgrad.layout",
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
+    "reduce_gradients_": "shardgrad.nn.deferred",
     "VocabParallelEmbedding": "shardgrad.nn.embedding",
     "ColumnParallelLinear": "shardgrad.nn.linear",
     "RowParallelLinear": "shardgrad.nn.linear",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.adjoint import gather_replicated
-from shardgrad.train.model import GPT
+from shardgrad.train.decoder import Decoder
 
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompt: Sequence[int], count: int, *, temperature: float, seed: int, top_k: int | None = None
+    model: Decoder, prompt: Sequence[int], count: int, *, temperature: float, seed: int, top_k: int | None = None
 ) -> list[int]:
     """The prompt and `count` ids drawn after it.
 

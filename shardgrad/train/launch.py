@@ -22,16 +22,18 @@ from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import corpus, folder
+from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
 from shardgrad.train.corpus import Corpus
 from shardgrad.train.data import DataError
+from shardgrad.train.decoder import Decoder
 from shardgrad.train.environment import environment
 from shardgrad.train.first_step import CheckError, check_first_step
 from shardgrad.train.generate import generate
 from shardgrad.train.history import History
-from shardgrad.train.loop import TrainingError, make_optimizer, train
+from shardgrad.train.loop import TrainingError, train
 from shardgrad.train.metrics import Metrics, check_board
-from shardgrad.train.model import GPT
+from shardgrad.train.optimizer import make_optimizer
 from shardgrad.train.page import write_page
 from shardgrad.train.prepare import Start, prepare
 from shardgrad.train.report import Report
@@ -100,7 +102,7 @@ def _parse(arguments: Sequence[str], rank: int) -> tuple[str, list[str]]:
         described.append(f"  {key:<20} {field.description} ({default})")
     parser = _Parser(
         usage="torchrun --standalone --nproc-per-node N launch/train.py CONFIG.yaml [section.key=value ...]",
-        description="Train a byte-level GPT, tensor and sequence parallel over N ranks.",
+        description="Train a GPT or a Llama, tensor, sequence and data parallel over N ranks.",
         epilog="keys:\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -136,7 +138,8 @@ def _meet(config: Config) -> DeviceMesh:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return init_device_mesh(config.mesh.device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    shape = mesh_shape(config)
+    return init_device_mesh(config.mesh.device, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
 def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
@@ -147,9 +150,10 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     told = Start.from_text(text_of_first(start.to_text() if start is not None else "", mesh_view))
     found = corpus.open_corpus(config.data, config.model.seq_len, told.folder)
     meant = f"{config.to_yaml()}text {found.text.digest}"
-    agree(mesh_view, mesh_view.axis("tp"), lambda: meant, "the configuration or the text")
+    for axis in mesh_view.axes.values():
+        agree(mesh_view, axis, lambda: meant, "the configuration or the text")
     torch.manual_seed(settings.seed)
-    model = GPT(**config.model.model_dump(), vocab=found.text.vocab, mesh=mesh)
+    model = build(config, found.text.vocab, mesh)
     optimizer = make_optimizer(model, config.train)
     history = History()
     saved = restore(told.checkpoint, model, optimizer, history) if told.checkpoint is not None else None
@@ -188,7 +192,7 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
 
 
 def _finish(
-    model: GPT, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics, where: Path
+    model: Decoder, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics, where: Path
 ) -> None:
     """A sample, the last line of metrics, the page."""
     settings = config.sample

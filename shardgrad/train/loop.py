@@ -4,57 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from math import cos, isfinite, pi
+from math import isfinite
 
 import torch
-from torch import nn
 
 from shardgrad.comm.collectives import communication_clock
-from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import data
-from shardgrad.train.config import Config, Train
+from shardgrad.train.config import Config
+from shardgrad.train.decoder import Decoder
 from shardgrad.train.history import History
 from shardgrad.train.metrics import Metrics
-from shardgrad.train.model import GPT
+from shardgrad.train.optimizer import learning_rate
 from shardgrad.train.report import Report
+from shardgrad.train.step import micro_batches, train_step
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
-def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
-    """AdamW on this rank's shards: elementwise, so no rank needs another's. Weight decay on matrices alone."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter, stored in stored_parameters(model):
-        matrix = stored is not None and len(stored.shape) > 1 and not name.endswith("bias")
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
-
-
-def learning_rate(config: Train, step: int) -> float:
-    """At step 0, 1, …: rises linearly over `warmup` steps to `lr`, then falls by half a cosine to a tenth of it."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.9 * 0.5 * (1 + cos(pi * done)))
-
-
 @torch.no_grad()
-def held_out_loss(model: GPT, text: data.Text, batch: int, batches: int | None = None) -> float:
+def held_out_loss(model: Decoder, text: data.Text, batch: int, batches: int | None = None) -> float:
     """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for ids, targets in data.held_out(text, batch, model.seq_len, batches):
-        total += float(model.loss(ids.to(device), targets.to(device))) * targets.numel()
+        for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
+            total += float(model.loss(*mine)) * targets.numel()
         count += targets.numel()
     return total / count
 
 
 def train(
-    model: GPT,
+    model: Decoder,
     optimizer: torch.optim.Optimizer,
     config: Config,
     text: data.Text,
@@ -82,10 +64,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             ids, targets = data.batch(text, config.run.seed, step, settings.batch, model.seq_len)
-            optimizer.zero_grad()
-            loss = model.loss(ids.to(device), targets.to(device))
-            loss.backward()
-            optimizer.step()
+            loss = train_step(model, optimizer, ids.to(device), targets.to(device), settings).loss
             since = history.since
             since.add(loss.item(), targets.numel(), time.perf_counter() - start, clock.seconds - before)
             done = history.step = step + 1

@@ -18,11 +18,13 @@ from torch import nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.nn.attention import Attention
+from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
+from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.module import ShardedModule, Stored
 from shardgrad.train.compare import BOUND, Comparison
 from shardgrad.train.data import Text
-from shardgrad.train.model import GPT
+from shardgrad.train.decoder import Decoder
 
 _WIDTH = 120  # of lines in a file or a pipe
 _SHOWN = 5  # tensors of the comparison that are listed
@@ -44,7 +46,7 @@ class Report:
         """One line, with rich's markup."""
         self.console.print(text)
 
-    def layouts(self, model: GPT) -> None:
+    def layouts(self, model: Decoder) -> None:
         """The mesh, how every parameter is stored, and the products' layouts."""
         mesh_view = view(model.mesh)
         axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
@@ -193,6 +195,10 @@ def _layouts(module: nn.Module) -> list[object]:
         return [*module.input_layouts, module.output_layout]
     if isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return [module.layout(3)]
+    if isinstance(module, Linear):
+        return [module.layout]
+    if isinstance(module, SwiGLU):
+        return [*module.layouts(3)]
     return []
 
 
@@ -201,7 +207,7 @@ def _every(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _grouped(model: GPT) -> Iterator[tuple[str, Stored]]:
+def _grouped(model: Decoder) -> Iterator[tuple[str, Stored]]:
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedModule):

@@ -51,7 +51,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
     done = start(LAUNCH, config, "run.seed=3", ranks=2)
     assert done.returncode == 0, done.stderr
     for told in (
-        r"mesh: tp = 2 \(cpu\)",
+        r"mesh: dp = 1, tp = 2 \(cpu\)",
         r"blocks\.\*\.attention\.query_weight +│ Wq\[h/tp,k,d\] +│ 3×4×12 +│ 2×4×12",
         r"X\[b,s/tp,d\] W\[m/tp,d\] -> Y\[b,s,m/tp\] \+ B\[m/tp\]",
         r"every rank sends [\d,]+(?: to [\d,]+)? bytes a step, predicted and traced alike",
@@ -91,7 +91,7 @@ def test_without_torchrun(config: Path, tmp_path: Path) -> None:
     done = start(LAUNCH, config, "sample.tokens=0", ranks=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "mesh: tp = 1 (cpu)" in done.stdout
+    assert "mesh: dp = 1, tp = 1 (cpu)" in done.stdout
     assert "every rank sends 0 bytes a step, predicted and traced alike" in done.stdout
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000005" / "state.json").exists()
 
@@ -102,7 +102,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     script.write_text(
         "import sys, shardgrad.nn.norm as norm\n"
         "from shardgrad.train import main\n"
-        "norm.replicate = lambda x, mesh, axis: x\n"
+        "norm.replicate_together = lambda parameters, mesh, axis: parameters\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = start(script, config, ranks=2)
