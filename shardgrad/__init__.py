@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardgrad.comm.adjoint import all_gather as all_gather
     from shardgrad.comm.adjoint import all_reduce as all_reduce
     from shardgrad.comm.adjoint import all_to_all as all_to_all
+    from shardgrad.comm.adjoint import all_to_all_rows as all_to_all_rows
     from shardgrad.comm.adjoint import gather_replicated as gather_replicated
     from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
     from shardgrad.comm.adjoint import replicate as replicate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from shardgrad.errors import LayoutError as LayoutError
     from shardgrad.errors import MeshError as MeshError
     from shardgrad.errors import ShapeError as ShapeError
+    from shardgrad.errors import VerificationError as VerificationError
     from shardgrad.layout import PRESETS as PRESETS
     from shardgrad.layout import Collective as Collective
     from shardgrad.layout import DataParallel as DataParallel
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.by_layout import Linear as Linear
+    from shardgrad.nn.conv import Conv1d as Conv1d
+    from shardgrad.nn.conv import Conv2d as Conv2d
     from shardgrad.nn.deferred import reduce_gradients_ as reduce_gradients_
+    from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.mlp import SwiGLU as SwiGLU
     from shardgrad.nn.module import Stored as Stored
+    from shardgrad.nn.moe import MoE as MoE
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
     from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
@@ -47,16 +53,31 @@ if TYPE_CHECKING:
     from shardgrad.nn.stored import stored_parameters as stored_parameters
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
+    from shardgrad.ops.convolve import convolve as convolve
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
+    from shardgrad.ops.overlap import Costs as Costs
+    from shardgrad.ops.overlap import Link as Link
+    from shardgrad.ops.overlap import measure_costs as measure_costs
+    from shardgrad.ops.overlap import overlap as overlap
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
+    from shardgrad.verification.bounds import Worst as Worst
+    from shardgrad.verification.bounds import within_bound as within_bound
+    from shardgrad.verification.finite import check_finite as check_finite
+    from shardgrad.verification.observed import Observed as Observed
+    from shardgrad.verification.product import ProductCheck as ProductCheck
+    from shardgrad.verification.product import check_product as check_product
+    from shardgrad.verification.replicas import check_replicas as check_replicas
+    from shardgrad.verification.report import Report as Report
+    from shardgrad.verification.verify import verify as verify
 
 _HOME = {
     "all_gather": "shardgrad.comm.adjoint",
     "all_reduce": "shardgrad.comm.adjoint",
     "all_to_all": "shardgrad.comm.adjoint",
+    "all_to_all_rows": "shardgrad.comm.adjoint",
     "gather_replicated": "shardgrad.comm.adjoint",
     "reduce_scatter": "shardgrad.comm.adjoint",
     "replicate": "shardgrad.comm.adjoint",
@@ -69,6 +90,7 @@ _HOME = {
     "LayoutError": "shardgrad.errors",
     "MeshError": "shardgrad.errors",
     "ShapeError": "shardgrad.errors",
+    "VerificationError": "shardgrad.errors",
     "PRESETS": "shardgrad.layout",
     "Collective": "shardgrad.layout",
     "DataParallel": "shardgrad.layout",
@@ -76,6 +98,10 @@ _HOME = {
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
     "reduce_gradients_": "shardgrad.nn.deferred",
+    "Conv1d": "shardgrad.nn.conv",
+    "Conv2d": "shardgrad.nn.conv",
+    "Dropout": "shardgrad.nn.dropout",
+    "MoE": "shardgrad.nn.moe",
     "VocabParallelEmbedding": "shardgrad.nn.embedding",
     "ColumnParallelLinear": "shardgrad.nn.linear",
     "RowParallelLinear": "shardgrad.nn.linear",
@@ -94,11 +120,25 @@ _HOME = {
     "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
     "RMSNorm": "shardgrad.nn.norm",
+    "convolve": "shardgrad.ops.convolve",
     "defer_weight_grads": "shardgrad.ops.deferred",
     "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",
+    "Costs": "shardgrad.ops.overlap",
+    "Link": "shardgrad.ops.overlap",
+    "measure_costs": "shardgrad.ops.overlap",
+    "overlap": "shardgrad.ops.overlap",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",
+    "Worst": "shardgrad.verification.bounds",
+    "within_bound": "shardgrad.verification.bounds",
+    "check_finite": "shardgrad.verification.finite",
+    "ProductCheck": "shardgrad.verification.product",
+    "check_product": "shardgrad.verification.product",
+    "check_replicas": "shardgrad.verification.replicas",
+    "Observed": "shardgrad.verification.observed",
+    "Report": "shardgrad.verification.report",
+    "verify": "shardgrad.verification.verify",
 }
 __all__ = sorted(_HOME)
 

@@ -19,3 +19,7 @@ class DisagreementError(RuntimeError):
 
 class CollectiveError(RuntimeError):
     """A collective failed or timed out; says which, of what, over which ranks, seen from which rank."""
+
+
+class VerificationError(RuntimeError):
+    """What was checked is wrong: an element outside of its bound, replicas that differ, a number that is not finite."""

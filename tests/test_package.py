@@ -18,7 +18,7 @@ ROOMS = {
     "ops": 3,
     "nn": 4,
     "checkpoint": 5,
-    "verify": 6,
+    "verification": 6,
     "train": 7,
     "bench": 8,
     "scale": 8,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
-from shardgrad.cli import explain
+from shardgrad.cli import explain, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -14,9 +17,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="explain")(explain.explain)
+app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
+app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
+app.command(name="verify")(verify.verify)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("shardgrad"))
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
     """A callback, so that typer keeps subcommands even while there is one."""

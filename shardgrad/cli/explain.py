@@ -1,26 +1,246 @@
-"""`shardgrad explain`: what each phase of a layout computes and communicates."""
+"""`shardgrad explain`: what each phase of a layout computes and communicates, in words, in bytes, as a picture."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from difflib import get_close_matches
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from shardgrad.cli import style
+from shardgrad.errors import LayoutError
+from shardgrad.layout import PRESETS, Layout
+from shardgrad.layout.cost import itemsize
+from shardgrad.layout.steps import Step, Walk, check_rank, walk
+from shardgrad.layout.units import told
+
+EPILOG = style.examples(
+    "shardgrad explain column",
+    "shardgrad explain row_sequence --sizes n=4096,d=16384,m=4096 --mesh tp=8 --dtype bfloat16",
+    "shardgrad explain 'X[n,d] W[d,m/tp] -> Y[n,m/tp] + B[m/tp]' --sizes n=6,d=4,m=5 --mesh tp=2 --draw column.svg",
+)
+_SIZES, _MESH = "n=4096,d=1024,m=4096", "tp=4"
+
+
+def _presets(incomplete: str) -> list[str]:
+    return [name for name in PRESETS if name.startswith(incomplete)]
 
 
 def explain(
     layout: Annotated[
-        str, typer.Argument(help="a layout, such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', or a preset's name")
-    ],
+        str | None,
+        typer.Argument(
+            help=f"a layout, such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', or one by name: {', '.join(PRESETS)}",
+            autocompletion=_presets,
+            show_default=False,
+        ),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(metavar="LETTER=SIZE,…", help=f"global size of every letter, as {_SIZES}", show_default=False)
+    ] = "",
+    mesh: Annotated[
+        str, typer.Option(metavar="AXIS=RANKS,…", help=f"ranks along every axis, as {_MESH}", show_default=False)
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="of the tensors: float64, float32, bfloat16 or float16")] = "float32",
+    rank: Annotated[
+        int, typer.Option(help="whose bytes and shapes; they differ between ranks if sizes are uneven")
+    ] = 0,
+    bias: Annotated[bool, typer.Option("--bias", help="add the default bias, where the layout writes none")] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERAND",
+            show_default=False,
+            help="an operand kept as gathered in forward, not gathered again; may be given twice",
+        ),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw it as well: a .svg, .png or .pdf", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="list the layouts that have a name, and end")] = False,
 ) -> None:
-    """Print what each phase of a layout computes and communicates.
+    """Tell what each phase of a layout computes and communicates; with sizes and a mesh, in bytes; and draw it."""
+    if list_presets:
+        _list(json)
+        return
+    if layout is None:
+        raise style.refuse("say a layout, or one of the names that --list lists")
+    with style.told(ValueError):
+        itemsize(dtype)
+    with style.told(LayoutError, OSError):
+        given = _read(layout)
+        if bias and not given.has_bias:
+            given = Layout(f"{given} + {given.bias}")
+        if not sizes and not mesh:
+            if draw or json:
+                raise LayoutError(_wanted(given, f"{'--draw' if draw else '--json'} also needs sizes and a mesh"))
+            typer.echo(given.explain())
+            return
+        walked = walk(
+            given,
+            style.read_pairs(sizes, _SIZES),
+            style.read_pairs(mesh, _MESH),
+            dtype,
+            keep=keep or (),
+        )
+        check_rank(walked, rank)
+        if draw is not None:
+            from shardgrad.draw.layout_picture import draw as draw_layout  # matplotlib takes its time
 
-    Example: `shardgrad explain 'X[n,d] W[d,m/tp] -> Y[n,m/tp]'`
-    """
-    from shardgrad.errors import LayoutError
-    from shardgrad.layout import PRESETS, Layout
+            draw_layout(walked, draw)
+        if json:
+            style.print_json(_as_json(walked, rank))
+        else:
+            _print(walked, rank)
+            if draw is not None:
+                style.say(f"drawn in {draw}")
 
-    try:
-        typer.echo(PRESETS[layout].explain() if layout in PRESETS else Layout(layout).explain())
-    except LayoutError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+
+def _read(layout: str) -> Layout:
+    if layout in PRESETS:
+        return PRESETS[layout]
+    if "[" not in layout:
+        near = get_close_matches(layout, PRESETS, n=1)
+        meant = f"the nearest name is {near[0]}; " if near else ""
+        raise LayoutError(f"no layout is called {layout!r}; {meant}those with a name are {', '.join(PRESETS)}")
+    return Layout(layout)
+
+
+def _wanted(layout: Layout, why: str) -> str:
+    """What to add to the command line."""
+    sizes = ",".join(f"{letter}=…" for letter in layout.letters)
+    mesh = ",".join(f"{axis}=…" for axis in layout.axes)
+    return f"{why}: --sizes {sizes}{f' --mesh {mesh}' if mesh else ''}"
+
+
+def _list(json: bool) -> None:
+    if json:
+        style.print_json({name: str(layout) for name, layout in PRESETS.items()})
+    else:
+        style.table(("name", "layout"), [(name, str(layout)) for name, layout in PRESETS.items()])
+
+
+def _print(walked: Walk, rank: int) -> None:
+    on = style.console()
+    style.say(str(walked.layout), on=on)
+    style.say(f"{_numbers(walked.sizes)};  mesh {_numbers(walked.mesh) or 'of one rank'};  {walked.dtype}\n", on=on)
+    style.table(
+        ("tensor", "global", f"on rank {rank}", "bytes", "copies"),
+        [
+            (
+                t["stored"],
+                "×".join(map(str, t["shape"])) or "1",
+                "×".join(map(str, t["local"])) or "1",
+                told(t["bytes"], "B"),
+                str(t["copies"]),
+            )
+            for t in _tensors(walked, rank)
+        ],
+        numbers=("global", f"on rank {rank}", "bytes", "copies"),
+        on=on,
+    )
+    on.print()
+    one, every = f"rank {rank}", "all ranks"
+    rows = []
+    for step in walked.steps:
+        for at, (what, mine, all_of_them) in enumerate(_lines(step, rank)):
+            rows.append((step.name if at == 0 else "", what, mine, all_of_them))
+    sent = [_sent(step) for step in walked.steps]
+    totals = [told(sum(by_rank[rank] for by_rank in sent), "B"), told(sum(map(sum, sent)), "B")]
+    style.table(
+        ("phase", "computes and communicates", one, every),
+        rows,
+        numbers=(one, every),
+        total=("", "sent in forward and backward", *totals),
+        on=on,
+    )
+
+
+def _numbers(found: Any) -> str:
+    return ", ".join(f"{name} = {number}" for name, number in found.items())
+
+
+def _lines(step: Step, rank: int) -> list[tuple[str, str, str]]:
+    """What is computed and moved, in order, with amounts of one rank and of all."""
+
+    def moved(moves: Any) -> list[tuple[str, str, str]]:
+        lines = []
+        for one in moves:
+            verb = "keep own part of" if one.move.kind == "slice" else one.move.kind
+            sent = ("–", "–") if one.move.kind == "slice" else (told(one.bytes[rank], "B"), told(sum(one.bytes), "B"))
+            lines.append((f"{verb} {one.tensor} over {one.move.axis}", *sent))
+        return lines
+
+    lines = moved(m for read in step.reads for m in read.moves)
+    amounts = ("–", "–") if not any(step.flops) else (told(step.flops[rank], "FLOP"), told(sum(step.flops), "FLOP"))
+    lines.append((step.formula, *amounts))
+    lines += moved(step.made.moves)
+    lines += [(f"leave {step.made.name} partial over {axis}", "–", "–") for axis in step.made.partial_after]
+    if step.bias is not None:
+        lines += moved(step.bias.moves)
+        lines.append((f"add {step.bias.name}, once", "–", "–"))
+    return lines
+
+
+def _sent(step: Step) -> list[int]:
+    """Bytes that each rank sends in a phase."""
+    return [sum(moved.bytes[rank] for moved in step.moves) for rank in range(len(step.flops))]
+
+
+def _tensors(walked: Walk, rank: int) -> list[dict[str, Any]]:
+    layout, here = walked.layout, walked.ranks[rank]
+    rows = []
+    for spec in layout.tensors if layout.has_bias else layout.tensors[:3]:
+        local = here.shape_of(spec.dims)
+        copies = prod(size for axis, size in walked.mesh.items() if axis not in spec.axes)
+        shape = [walked.sizes[letter] for letter in spec.letters]
+        size = prod(local) * itemsize(walked.dtype)
+        rows.append(
+            {
+                "tensor": spec.name,
+                "stored": str(spec),
+                "shape": shape,
+                "local": list(local),
+                "bytes": size,
+                "copies": copies,
+            }
+        )
+    return rows
+
+
+def _as_json(walked: Walk, rank: int) -> dict[str, Any]:
+    phases = []
+    for step in walked.steps:
+        moves = [
+            {
+                "operation": moved.move.kind,
+                "tensor": moved.tensor,
+                "axis": moved.move.axis,
+                "bytes": moved.bytes[rank],
+                "bytes_all_ranks": sum(moved.bytes),
+            }
+            for moved in step.moves
+        ]
+        phases.append(
+            {
+                "phase": step.name,
+                "computes": step.formula,
+                "flop": step.flops[rank],
+                "flop_all_ranks": sum(step.flops),
+                "moves": moves,
+            }
+        )
+    return {
+        "layout": str(walked.layout),
+        "sizes": dict(walked.sizes),
+        "mesh": dict(walked.mesh),
+        "dtype": walked.dtype,
+        "rank": rank,
+        "tensors": _tensors(walked, rank),
+        "phases": phases,
+        "bytes": sum(_sent(step)[rank] for step in walked.steps),
+        "bytes_all_ranks": sum(sum(_sent(step)) for step in walked.steps),
+    }

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import typer
+
+_STATUS = "SHARDGRAD_STATUS_FILE"
 
 
 def inside() -> bool:
@@ -21,7 +26,23 @@ def start(ranks: int) -> None:
     """
     if inside():
         return
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*torchrun, "-m", "shardgrad.cli", *sys.argv[1:]], env=environment, check=False)
-    raise typer.Exit(done.returncode)
+    with TemporaryDirectory() as folder:
+        told = Path(folder) / "status"
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, _STATUS: str(told)}
+        done = subprocess.run([*torchrun, "-m", "shardgrad.cli", *sys.argv[1:]], env=environment, check=False)
+        status = int(told.read_text()) if done.returncode == 0 and told.exists() else done.returncode
+    raise typer.Exit(status)
+
+
+def end(status: int) -> NoReturn:
+    """End a rank's command with a status that all ranks have found.
+
+    torchrun takes a rank that ends with another status than 0 for one that failed, and says so at length; `start`
+    passes this one on instead.
+    """
+    if _STATUS in os.environ:
+        if os.environ["RANK"] == "0":
+            Path(os.environ[_STATUS]).write_text(str(status))
+        status = 0
+    raise typer.Exit(status)

@@ -9,6 +9,7 @@
 | `reduce_scatter`    | reduce-scatter | all-gather     | partial           | sharded on dim   | sharded alike      |
 | `split`             | local slice    | all-gather     | replicated        | sharded on dim   | sharded alike      |
 | `all_to_all`        | all-to-all     | all-to-all     | sharded on concat | sharded on split | sharded alike      |
+| `all_to_all_rows`   | all-to-all     | all-to-all     | rows, by receiver | rows, by sender  | stored alike       |
 
 A value that is replicated is used in one of two ways: each rank goes on to compute a different term of the loss with it
 (then each rank's gradient is one term, partial, and must be summed: `replicate`, `all_gather`), or every rank computes
@@ -18,7 +19,7 @@ multiplies gradients by the number of ranks, or loses terms; nothing local can n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +36,16 @@ from shardgrad.layout.sizes import chunk
 
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """The axis, the dim on which a shard lies, and the size of this dim over all ranks (all-to-all: of both dims)."""
+    """The axis, the dim on which a shard lies, and the size of this dim over all ranks (all-to-all: of both dims; of
+    rows: how many go to, and come from, each rank)."""
 
     axis: Axis
     dim: int = 0
     whole: int = 0
     other: int = 0
     other_whole: int = 0
+    send: tuple[int, ...] = ()
+    receive: tuple[int, ...] = ()
 
 
 def _nothing(x: Tensor, at: _Where) -> Tensor:
@@ -72,6 +76,14 @@ def _to_concat(x: Tensor, at: _Where) -> Tensor:
     return raw.all_to_all(x, at.axis, split=at.other, concat=at.dim, whole=at.whole).wait()
 
 
+def _rows_out(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_to_all_rows(x, at.axis, at.send, at.receive).wait()
+
+
+def _rows_back(x: Tensor, at: _Where) -> Tensor:
+    return raw.all_to_all_rows(x, at.axis, at.receive, at.send).wait()
+
+
 _Local = Callable[[Tensor, _Where], Tensor]
 _PAIRS: dict[str, tuple[_Local, _Local]] = {
     "replicate": (_nothing, _all_reduce),
@@ -81,6 +93,7 @@ _PAIRS: dict[str, tuple[_Local, _Local]] = {
     "split": (_slice, _all_gather),
     "gather_replicated": (_all_gather, _slice),
     "all_to_all": (_to_split, _to_concat),
+    "all_to_all_rows": (_rows_out, _rows_back),
 }
 
 
@@ -213,3 +226,32 @@ def all_to_all(
         return x
     whole = _whole(x, over, concat_dim, size, mesh_view.device)
     return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole))
+
+
+def all_to_all_rows(
+    x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, send: Sequence[int], receive: Sequence[int]
+) -> Tensor:
+    """Rows to the ranks that want them, as many to each as there are; the gradients of the rows go the way back.
+
+    Args:
+        x: rows along dim 0: first those for the first rank of the axis, then those for the second, …
+        send: how many rows go to each rank of the axis, this one included.
+        receive: how many come from each. Rank r's `receive[s]` is rank s's `send[r]`: the ranks must know, or exchange
+            it first.
+
+    Shapes: x [sum(send), …] → [sum(receive), …], by sender.
+
+    Raises:
+        ShapeError: not one number for each rank, or x does not have as many rows as are sent.
+    """
+    over = view(mesh).axis(axis)
+    for name, counts in (("send", send), ("receive", receive)):
+        if len(counts) != over.size or any(count < 0 for count in counts):
+            raise ShapeError(
+                f"{name} says how many rows for each of the {over.size} ranks of {over}, not {list(counts)}"
+            )
+    if x.dim() == 0 or x.shape[0] != sum(send):
+        raise ShapeError(f"x of shape {tuple(x.shape)} does not have the {sum(send)} rows that are sent: {list(send)}")
+    if send[over.index] != receive[over.index]:
+        raise ShapeError(f"rank {over.index} sends itself {send[over.index]} rows, but receives {receive[over.index]}")
+    return _apply("all_to_all_rows", x, _Where(over, send=tuple(send), receive=tuple(receive)))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
@@ -41,11 +42,14 @@ class Clock:
     """Seconds that this process spent starting collectives and blocked on them, and how many there were.
 
     On CUDA a wait only orders streams, so this is host time there.
+
+    named: whether torch.profiler is told what is started and what is waited for, as "start all-reduce of dX over tp".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, named: bool = False) -> None:
         self.seconds = 0.0
         self.count = 0
+        self.named = named
 
 
 _clocks: list[Clock] = []
@@ -57,9 +61,12 @@ atexit.register(time.sleep, 0.05)
 
 
 @contextmanager
-def communication_clock() -> Iterator[Clock]:
-    """Measure the time this process spends in communication inside the block, backward included."""
-    clock = Clock()
+def communication_clock(named: bool = False) -> Iterator[Clock]:
+    """Measure the time this process spends in communication inside the block, backward included.
+
+    named: also tell torch.profiler what is started and what is waited for.
+    """
+    clock = Clock(named)
     _clocks.append(clock)
     try:
         yield clock
@@ -67,10 +74,14 @@ def communication_clock() -> Iterator[Clock]:
         _clocks.remove(clock)
 
 
-def _timed(call: Callable[[], Any], what: str, axis: Axis) -> Any:
+def _timed(call: Callable[[], Any], what: str, axis: Axis, doing: str = "wait for") -> Any:
     start = time.perf_counter() if _clocks else 0.0
     try:
-        result = call()
+        if _clocks and any(clock.named for clock in _clocks):
+            with record_function(f"{doing} {what} over {axis.name}"):
+                result = call()
+        else:
+            result = call()
     except (RuntimeError, ValueError) as error:
         raise CollectiveError(_failure(error, what, axis)) from error
     if _clocks:
@@ -82,7 +93,7 @@ def _timed(call: Callable[[], Any], what: str, axis: Axis) -> Any:
 def _start(call: Callable[[], Any], what: str, axis: Axis) -> Any:
     for clock in _clocks:
         clock.count += 1
-    return _timed(call, what, axis)
+    return _timed(call, what, axis, "start")
 
 
 def _failure(error: BaseException, what: str, axis: Axis) -> str:
@@ -201,6 +212,23 @@ def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what:
         lambda: dist.all_to_all_single(received.view(-1), out.view(-1), group=axis.group, async_op=True), what, axis
     )
     return Pending(work, finish, what, axis, keep=out)
+
+
+def all_to_all_rows(
+    x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int], what: str = "all-to-all of rows"
+) -> Pending:
+    """Give rank i the next `send[i]` rows (dim 0) of `x`; what comes, `receive[i]` rows of rank i, is concatenated.
+
+    Every rank of the axis takes part, also one that neither sends nor receives.
+    """
+    x = x.contiguous()
+    received = x.new_empty((sum(receive), *x.shape[1:]))
+    work = _start(
+        lambda: dist.all_to_all_single(received, x, list(receive), list(send), group=axis.group, async_op=True),
+        what,
+        axis,
+    )
+    return Pending(work, lambda: received, what, axis, keep=x)
 
 
 def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -96,11 +96,22 @@ class _Listener(shim.TorchDispatchMode):
         if not tensors:
             return
         elements = sum(t.numel() for t in tensors)
-        count = elements if operation == "send" else sent(operation, elements, group.size(), group.rank())
+        if operation == "all-to-all":
+            count = elements - _own_part(operator, args, tensors, group.rank(), group.size())
+        else:
+            count = elements if operation == "send" else sent(operation, elements, group.size(), group.rank())
         shape, dtype = tuple(tensors[0].shape), str(tensors[0].dtype).removeprefix("torch.")
         self.events.append(
             Event(operation, axis_name(group), count * tensors[0].element_size(), shape, dtype, group.size())
         )
+
+
+def _own_part(operator: str, args: Any, tensors: list[Tensor], rank: int, ranks: int) -> int:
+    """Elements of an all-to-all that a rank gives to itself: its own tensor of a list, or its own rows."""
+    if operator == "alltoall_":
+        return tensors[rank].numel()
+    x, splits = tensors[0], args[4]
+    return splits[rank] * (x.numel() // max(x.shape[0], 1)) if splits else x.numel() // ranks
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:

@@ -47,7 +47,7 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
             target, left = (made, made.partial) if forward else (made.grad, made.grad_partial)
             operands = [reading.used(specs[read.role]) for read in phase.reads if read.role != "bias"]
             operands = [t if forward or t.name != layout.product.name else t.grad for t in operands]
-            steps.append(f"compute     {_formula(reading.used(target), operands)}")
+            steps.append(f"compute     {formula(reading.used(target), operands, layout.spatial_letters)}")
         name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
         steps += _moves(name, phase.reduce)
         steps += [f"leave       {name} partial over {axis}: the caller sums it" for axis in left]
@@ -99,8 +99,11 @@ def _moves(name: str, moves: Sequence[Move]) -> list[str]:
     return lines
 
 
-def _formula(made: TensorSpec, operands: Sequence[TensorSpec]) -> str:
+def formula(made: TensorSpec, operands: Sequence[TensorSpec], spatial: Sequence[str] = ()) -> str:
+    """A local product in letters, with the letters that it sums over (and those that windows move over)."""
     plain = TensorSpec(made.name, made.dims)
-    letters = dict.fromkeys(letter for t in operands for letter in t.letters if letter not in made.letters)
+    known = (*made.letters, *spatial)
+    letters = dict.fromkeys(letter for t in operands for letter in t.letters if letter not in known)
     sigma = f"Σ_{','.join(letters)} " if letters else ""
-    return f"{plain} = {sigma}{' '.join(str(TensorSpec(t.name, t.dims)) for t in operands)}"
+    times = " ∗ " if spatial else " "  # ∗: over windows
+    return f"{plain} = {sigma}{times.join(str(TensorSpec(t.name, t.dims)) for t in operands)}"

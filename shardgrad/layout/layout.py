@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -24,17 +25,23 @@ class Layout:
     Letters and names are yours; `/axis` after a letter says that the mesh axis cuts it (major first); `{axis}` after a
     tensor leaves a sum over the axis to the caller; `+ B[…]` adds a bias. `layout["X"]` is how X is stored.
 
+    A convolution is the same product with windows that slide along the last `spatial` dims of each tensor. Their
+    letters stand in one tensor each, for their sizes differ, and no axis splits them:
+
+        Layout("X[b,c,h,w] W[o/tp,c,i,j] -> Y[b,o/tp,p,q]", spatial=2)
+
     Attributes:
         first, second, product, bias: the tensors, as `TensorSpec`. Where no bias is written, `bias` is the default one.
         has_bias: whether the layout writes a bias.
         splits: for each mesh axis, the letter that it splits.
         rows, contracted, columns, batched: the letters by role.
+        spatial: how many dims of each tensor a convolution slides along; 0 for a product.
 
     Raises:
         LayoutError: with the layout, a caret under the letter or axis, the reason and the nearest legal layouts.
     """
 
-    __slots__ = ("_hash", "bias", "first", "has_bias", "plan", "product", "reading", "second", "text")
+    __slots__ = ("_hash", "bias", "first", "has_bias", "plan", "product", "reading", "second", "spatial", "text")
 
     text: str
     first: TensorSpec
@@ -42,11 +49,12 @@ class Layout:
     product: TensorSpec
     bias: TensorSpec
     has_bias: bool
+    spatial: int
     reading: Reading
     plan: Plan
 
-    def __init__(self, text: str) -> None:
-        notation = parse(text)
+    def __init__(self, text: str, *, spatial: int = 0) -> None:
+        notation = parse(text)._replace(spatial=spatial)
         try:
             reading = read(notation)
         except Illegal as wrong:
@@ -54,10 +62,11 @@ class Layout:
         self.text = str(notation)
         self.first, self.second, self.product = notation.first, notation.second, notation.product
         self.has_bias = notation.bias is not None
+        self.spatial = spatial
         self.bias = reading.bias
         self.reading = reading
         self.plan = derive(notation, reading)
-        self._hash = hash(self.text)
+        self._hash = hash((self.text, spatial))
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -102,7 +111,7 @@ class Layout:
 
     def explain(self) -> str:
         """In words and formulas, for forward, dX, dW and db: what is computed locally, what is communicated where."""
-        notation = parse(self.text)
+        notation = parse(self.text)._replace(spatial=self.spatial)
         return explain(notation, self.reading, self.plan)
 
     def collectives(
@@ -189,16 +198,18 @@ class Layout:
         return self.text
 
     def __repr__(self) -> str:
-        return f"Layout({self.text!r})"
+        return f"Layout({self.text!r}{f', spatial={self.spatial}' if self.spatial else ''})"
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Layout) and self.text == other.text)
+        if self is other:
+            return True
+        return isinstance(other, Layout) and self.text == other.text and self.spatial == other.spatial
 
     def __hash__(self) -> int:
         return self._hash
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[str]]:
-        return Layout, (self.text,)
+    def __reduce__(self) -> tuple[Callable[..., Layout], tuple[str]]:
+        return partial(Layout, spatial=self.spatial), (self.text,)
 
 
 def _refusal(text: str, wrong: Illegal, proposals: list[str]) -> str:

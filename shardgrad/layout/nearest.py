@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product as every
+from typing import Any
 
 from shardgrad.layout.notation import Notation, TensorSpec
 from shardgrad.layout.rule import Illegal, read, unmarked
 
 MOST = 3
+_THREE = ("first", "second", "product")
 _ROUNDS = 4  # axes mended one after the other; a layout with more wrong than this gets no proposal
 
 
@@ -53,7 +55,7 @@ def _marks(layout: Notation) -> int:
 
 def _marked(legal: Notation, layout: Notation) -> Notation:
     """The legal layout with those marks of the written one that it can carry."""
-    for role in layout._fields:
+    for role in (*_THREE, "bias"):
         written, now = getattr(layout, role), getattr(legal, role)
         if written is None or now is None:
             continue
@@ -95,12 +97,16 @@ def _placed_anew(layout: Notation, axis: str) -> Iterator[tuple[int, Notation]]:
             choices.append([_moved(tensor, axis, place) for place in places])
         for picked in every(*choices):
             cost = sum(extra for extra, _ in picked)
-            yield cost, layout._replace(**dict(zip(("first", "second", "product"), (t for _, t in picked))))
+            yield cost, _with(layout, dict(zip(_THREE, (t for _, t in picked))))
     without = [_moved(tensor, axis, None) for tensor in three]
     yield (
         sum(extra for extra, _ in without),
-        layout._replace(**dict(zip(("first", "second", "product"), (t for _, t in without)))),
+        _with(layout, dict(zip(_THREE, (t for _, t in without)))),
     )
+
+
+def _with(layout: Notation, changed: dict[str, Any]) -> Notation:
+    return layout._replace(**changed)
 
 
 def _moved(tensor: TensorSpec, axis: str, letter: str | None) -> tuple[int, TensorSpec]:
@@ -125,10 +131,10 @@ def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation
     for model in carriers:
         order = sorted(shared, key=model.axes_of(letter).index)
         changed, cost = {}, 0
-        for role, tensor in zip(layout._fields[:3], three):
+        for role, tensor in zip(_THREE, three):
             axes = tensor.axes_of(letter)
             new = (*order, *(a for a in axes if a not in order)) if axes else axes
             cost += axes != new
             changed[role] = tensor.with_axes({letter: new})
         if cost:
-            yield cost, layout._replace(**changed)
+            yield cost, _with(layout, changed)

@@ -74,16 +74,25 @@ class TensorSpec:
 
 
 class Notation(NamedTuple):
-    """A layout as it was written: nothing has been judged yet but its grammar."""
+    """A layout as it was written: nothing has been judged yet but its grammar.
+
+    spatial: how many dims of each tensor, the last ones, are those that a convolution slides along.
+    """
 
     first: TensorSpec
     second: TensorSpec
     product: TensorSpec
     bias: TensorSpec | None
+    spatial: int = 0
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        return tuple(t for t in self if t is not None)
+        return tuple(t for t in (self.first, self.second, self.product, self.bias) if t is not None)
+
+    @property
+    def spatial_letters(self) -> tuple[str, ...]:
+        three = (self.first, self.second, self.product)
+        return tuple(letter for t in three for letter in t.letters[len(t.dims) - self.spatial :])
 
     def __str__(self) -> str:
         bias = f" + {self.bias}" if self.bias else ""

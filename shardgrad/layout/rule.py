@@ -4,6 +4,9 @@ A letter stands in both operands (contracted), in one operand and the product (r
 (batched). A mesh axis splits the one letter on which *every* tensor that carries the letter has the axis. The tensor
 that lacks the letter is the one communicated along that axis: gathered where it is read, reduced where it is produced.
 It may store the axis on a letter of its own (all-gather, reduce-scatter) or not at all (nothing, all-reduce).
+
+The letters that a convolution slides along stand in one tensor each, and no axis splits them: every output reads its
+neighbours' inputs. They may store an axis like any other.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def read(layout: Notation) -> Reading:
     batched = tuple(x for x in first.letters if x in second.letters and x in product.letters)
     operands = (first, second, product)
     axes = tuple(dict.fromkeys(a for tensor in operands for a in tensor.axes))
-    splits = {axis: _letter_split_by(axis, operands) for axis in axes}
+    splits = {axis: _letter_split_by(axis, operands, layout.spatial_letters) for axis in axes}
     _check_order(operands, splits)
     bias = layout.bias or _default_bias(layout, columns, splits)
     reading = Reading(splits, rows, contracted, columns, batched, bias)
@@ -82,8 +85,23 @@ def _check_tensors(layout: Notation) -> None:
             if tensor.axes.count(axis) > 1:
                 raise Illegal(f"axis {axis} stands twice in {tensor.name}", tensor.name, axis=axis)
     three = (layout.first, layout.second, layout.product)
+    spatial = layout.spatial
     for tensor in three:
-        for letter in tensor.letters:
+        if len(tensor.dims) < spatial:
+            raise Illegal(
+                f"{tensor.name} has fewer dims than the {spatial} that a convolution slides along", tensor.name
+            )
+        for letter in tensor.letters[len(tensor.dims) - spatial :]:
+            if sum(letter in other.letters for other in three) > 1:
+                raise Illegal(
+                    f"spatial letter {letter} of {tensor.name} (one of its last {spatial}) stands in another tensor: "
+                    "kernel, stride and padding make three sizes of it, so each tensor has a letter of its own there, "
+                    "such as h in X, i in W and p in Y",
+                    tensor.name,
+                    letter,
+                )
+    for tensor in three:
+        for letter in tensor.letters[: len(tensor.dims) - spatial]:
             if sum(letter in other.letters for other in three) == 1:
                 role = "summed away without a partner" if tensor is not layout.product else "made from nothing"
                 raise Illegal(
@@ -94,13 +112,28 @@ def _check_tensors(layout: Notation) -> None:
                 )
 
 
-def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...]) -> str:
+def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...], spatial: tuple[str, ...] = ()) -> str:
     """The one letter on which all its carriers have the axis. (Two such letters would meet in one tensor.)"""
     for letter in dict.fromkeys(t.letter_with(axis) for t in tensors):
-        if letter and all(t.letter_with(axis) == letter for t in tensors if letter in t.letters):
+        if (
+            letter
+            and letter not in spatial
+            and all(t.letter_with(axis) == letter for t in tensors if letter in t.letters)
+        ):
             return letter
     holder = next(t for t in tensors if t.letter_with(axis))
     letter = holder.letter_with(axis)
+    if letter in spatial:
+        others = dict.fromkeys(x for t in tensors for x in t.letters if x not in spatial)
+        raise Illegal(
+            f"axis {axis} splits no letter: {holder.name} has it on {letter}, which the convolution slides along. A "
+            "window reaches into the neighbour's part there, so ranks would have to exchange borders (halos), which is "
+            f"not done; {holder.name} may only store {axis} on {letter} while {axis} splits a letter that "
+            f"{holder.name} lacks. Split one of {', '.join(others)}",
+            holder.name,
+            letter,
+            axis,
+        )
     other = next(t for t in tensors if letter in t.letters and t.letter_with(axis) != letter)
     elsewhere = other.letter_with(axis)
     does = f"has {axis} on {elsewhere} instead" if elsewhere else f"does not have {axis} there"
@@ -198,4 +231,6 @@ def unmarked(layout: Notation) -> Notation:
         return replace(tensor, partial=(), grad_partial=())
 
     bias = bare(layout.bias) if layout.bias else None
-    return Notation(bare(layout.first), bare(layout.second), bare(layout.product), bias)
+    return layout._replace(
+        first=bare(layout.first), second=bare(layout.second), product=bare(layout.product), bias=bias
+    )

@@ -1,23 +1,20 @@
 """Initial values as a function of the global element: the same for every mesh, without building the global tensor.
 
-Element e of a parameter, counted in the row-major order of the *global* tensor, is made from number e of a Philox
-stream (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; NumPy's `Philox`), which can be entered
-anywhere. The stream's key is drawn from torch's CPU generator, one draw a parameter whatever the mesh, so
-`torch.manual_seed` decides the values as it does for torch's own layers (whose values these are not).
+A parameter is made from the bits that `counter` gives each element of the *global* tensor. The stream's key is drawn
+from torch's CPU generator, one draw a parameter whatever the mesh, so `torch.manual_seed` decides the values as it does
+for torch's own layers (whose values these are not).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
-from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_PER_COUNTER = 4  # numbers that Philox4x64 makes from one value of its counter
+from shardgrad.nn.counter import bits64
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -37,27 +34,4 @@ def normal(std: float, seed: int, shape: Sequence[int], starts: Sequence[int], l
 
 def _unit(seed: int, shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.float64]:
     """Numbers strictly between 0 and 1, for the block that begins at `starts` and has `lengths`."""
-    block = np.empty(lengths, dtype=np.float64)
-    if block.size == 0:
-        return block
-    # The trailing dims that the block has whole are one run of consecutive elements, with the dim before them.
-    tail = len(shape)
-    while tail > 0 and lengths[tail - 1] == shape[tail - 1]:
-        tail -= 1
-    outer = max(tail - 1, 0)
-    inner = prod(shape[outer + 1 :])
-    run = prod(lengths[outer:])
-    strides = [prod(shape[at + 1 :]) for at in range(outer)]
-    flat = block.reshape(-1, run)
-    first = starts[outer] * inner if shape else 0
-    for row, index in enumerate(product(*(range(s, s + n) for s, n in zip(starts[:outer], lengths[:outer])))):
-        flat[row] = _stream(seed, first + sum(i * stride for i, stride in zip(index, strides)), run)
-    return block
-
-
-def _stream(seed: int, start: int, count: int) -> NDArray[np.float64]:
-    bits = np.random.Philox(key=seed)
-    bits.advance(start // _PER_COUNTER)
-    skip = start % _PER_COUNTER
-    raw: NDArray[np.uint64] = np.asarray(bits.random_raw(count + skip))[skip:]
-    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.asarray(((bits64(seed, shape, starts, lengths) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)

@@ -22,11 +22,16 @@ Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a parameter is stored: which axes cut which of its dims, on which mesh, and its global shape."""
+    """How a parameter is stored: which axes cut which of its dims, on which mesh, and its global shape.
+
+    merged: its global shape in a state, where dims that are letters of their own here are one there (the groups and the
+    out-channels of a convolution); None where it is `shape`.
+    """
 
     spec: TensorSpec
     shape: tuple[int, ...]
     mesh: DeviceMesh
+    merged: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo: object) -> Stored:
         return self  # a mesh holds process groups, which cannot be copied
@@ -76,15 +81,17 @@ class ShardedModule(nn.Module):
         sizes: Mapping[str, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        merged: tuple[int, ...] | None = None,
     ) -> None:
         """Make an uninitialised parameter: this rank's part of a global tensor.
 
         Args:
             storage: how it is stored, such as `W[m/tp,d]`.
             sizes: the global size of each of its letters (others are ignored).
+            merged: as of `Stored`.
         """
         spec = parse_tensor(storage)
-        stored = Stored(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh)
+        stored = Stored(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh, merged)
         self._stored[name] = stored
         where = view(self.mesh).device if device is None else device
         self.register_parameter(name, nn.Parameter(torch.empty(stored.block()[1], device=where, dtype=dtype)))

@@ -130,6 +130,8 @@ def _is_tensor(name: str, value: object) -> bool:
 
 def _whole(value: Tensor, stored: Stored | None, device: torch.device | str | None) -> Tensor:
     full = value.detach() if stored is None else unshard(value, stored.spec, stored.mesh, stored.sizes)
+    if stored is not None and stored.merged is not None:
+        full = full.reshape(stored.merged)
     moved = full if device is None else full.to(device)
     return moved.clone() if stored is None and moved is full else moved
 
@@ -169,7 +171,9 @@ def _placements(stored: Stored) -> list[Placement] | None:
 
 
 def _misfit(name: str, value: Tensor, stored: Stored | None, state: Mapping[str, Any], source: str) -> list[str]:
-    given, wanted = state[source], tuple(value.shape) if stored is None else stored.shape
+    given, wanted = state[source], tuple(value.shape) if stored is None else stored.merged or stored.shape
+    if stored is not None and hasattr(given, "to_local"):
+        wanted = stored.shape  # a DTensor has the dims that axes cut
     if not isinstance(given, Tensor):
         return [f"{name}: a {type(given).__name__}, not a tensor"]
     if tuple(given.shape) != wanted:
@@ -191,4 +195,4 @@ def _part(given: Tensor, value: Tensor, stored: Stored | None) -> Tensor:
         if stored is not None and given.device_mesh == stored.mesh and list(given.placements) == _placements(stored):
             return given.to_local()
         given = given.full_tensor()
-    return given if stored is None else shard(given, stored.spec, stored.mesh)
+    return given if stored is None else shard(given.reshape(stored.shape), stored.spec, stored.mesh)

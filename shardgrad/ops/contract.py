@@ -107,6 +107,22 @@ class Contraction:
             out = out.permute(self._unpermute).clone(memory_format=torch.contiguous_format)
         return out if into is None else into.add_(out)
 
+    @property
+    def rows(self) -> int:
+        """How many leading dims of the left operand and of the product are rows; 0 unless the product is a matrix
+        product of the operands as they come, rows first (then `as_matrices` may be used)."""
+        plain = not self._swap and self._left is None and self._unpermute is None and self._batched == 0
+        return self._rows if plain else 0
+
+    def as_matrices(self, left: Tensor, right: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """The product's shape, and the two matrices whose product it is."""
+        if self._right is not None:
+            right = right.permute(self._right)
+        r, c = self._rows, self._columns
+        shape = (*left.shape[:r], *right.shape[right.dim() - c :])
+        m, k, n = prod(left.shape[:r]), prod(left.shape[r:]), prod(shape[r:])
+        return shape, left.reshape(m, k), right.reshape(k, n)
+
     def add_to(self, main: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the product to `main`, which may be of a wider dtype: a sum of many 16-bit products.
 

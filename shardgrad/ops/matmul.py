@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
+from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.product import Product
 from shardgrad.ops.program import Key
 
@@ -127,14 +128,15 @@ def bind(
     mesh: DeviceMesh,
     keep: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
+    operation: Operation = CONTRACT,
 ) -> Product:
     """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
-    key = (layouts, biased, tuple(keep), reduce_dtype)
+    key = (layouts, biased, tuple(keep), reduce_dtype, operation)
     product = mesh_view.compiled.get(key)
     if product is None:
         _check_layouts(layouts, biased)
-        product = Product(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype)
+        product = Product(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype, operation)
         mesh_view.compiled[key] = product
     return product
 

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from shardgrad.comm.agree import agree, checking_every_call
 from shardgrad.comm.mesh import MeshView
-from shardgrad.errors import ShapeError
+from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import sizing
+from shardgrad.ops.bilinear import Operation
 from shardgrad.ops.program import Key, Program
 
 _MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, fewer than memory minds
 
 
 class Product:
-    """One or more products of one input, on one mesh, with one choice of bias, kept operands and reduction dtype."""
+    """One or more products of one input, on one mesh: one kind of product, one choice of bias, kept operands and
+    reduction dtype."""
 
     def __init__(
         self,
@@ -30,13 +32,24 @@ class Product:
         view: MeshView,
         keep: frozenset[Key],
         reduce_dtype: torch.dtype | None,
+        operation: Operation,
     ) -> None:
+        self.operation = operation
         self.layouts, self.biased, self.view = layouts, biased, view
         self.keep, self.reduce_dtype = keep, reduce_dtype
         self.device_type = view.device.type
         self.name = "; ".join(map(str, layouts))
         self.axes = tuple(dict.fromkeys(axis for layout in layouts for axis in layout.axes))
         view.require(self.axes, self.name)
+        for layout in layouts:
+            if layout.spatial != operation.spatial:
+                of = f"{layout.spatial} spatial dims" if layout.spatial else "no spatial dims"
+                raise LayoutError(
+                    f"{layout} has {of}, but {operation} has {operation.spatial}: layouts with spatial dims are for "
+                    "sg.convolve, others for sg.matmul"
+                )
+        # Sizes that follow from others, and that no operand tells.
+        self._derived = {x for lay in layouts for x in lay.product.letters[len(lay.product.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self._programs: dict[object, Program] = {}
 
@@ -75,9 +88,14 @@ class Product:
                 dtype,
                 needs,
                 self._check_backward,
+                self.operation,
             )
             self._programs[where] = found
         return found
+
+    def forget_programs(self) -> None:
+        """Decide anew, because what the decisions rest on has changed."""
+        self._programs.clear()
 
     def _sizes(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> tuple[Sizes, bool]:
         count = len(self.layouts)
@@ -90,13 +108,21 @@ class Product:
                 specs.append(layout.bias)
                 values.append(next(biases))
         self._check_kind(values, [spec.name for spec in specs])
-        sizes = sizing.learn(specs, values, given, self.view, self.name)
+        told = {x: size for x, size in (given or {}).items() if x not in self._derived}
+        sizes = sizing.learn(specs, values, told, self.view, self.name)
+        sizes.known.update(((x, ()), size) for x, size in (given or {}).items() if x in self._derived)
+        self._derive(sizes)
         for name, letters in self._moved(tensors).items():
             agree(self.view, self.view.axes[name], partial(self._described, name, letters, sizes, tensors), "a product")
-        missing = sizing.unknown(self._gathering(), sizes)
+        missing = [level for level in sizing.unknown(self._gathering(), sizes) if level[0] not in self._derived]
         if missing:
             sizing.exchange(missing, sizes, self.view, self.name)
+            self._derive(sizes)
         return sizes, bool(missing)
+
+    def _derive(self, sizes: Sizes) -> None:
+        for layout in self.layouts:
+            self.operation.derive(layout, sizes)
 
     def _gathering(self) -> list[Move]:
         moves: list[Move] = []
@@ -146,6 +172,7 @@ class Product:
     def _described(self, axis: str, letters: set[str], sizes: Sizes, tensors: Sequence[Tensor]) -> str:
         """What the ranks of an axis must agree on; of sizes, those of what moves along it, uncut by the axis itself."""
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
+        lines.append(str(self.operation))
         lines += [f"dtype {tensors[0].dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
         names = [self.layouts[0].first.name, *(layout.second.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]

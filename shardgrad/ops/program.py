@@ -7,7 +7,8 @@ each dY as stored and as gathered. `source` writes a program out as Python, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from shardgrad.comm.agree import checking_every_call
 from shardgrad.comm.mesh import MeshView
+from shardgrad.layout.cost import sent
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
+from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.deferred import can_put_off, deferring, put_off
 from shardgrad.ops.main_grad import main_grads, main_grads_exist
+from shardgrad.ops.overlap import chosen
+from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.terms import Terms
 
@@ -42,13 +47,25 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One product: the slots of its operands, the route of what it makes, the slot of its bias (None without)."""
+    """One product: the slots of its operands, the route of what it makes, the slot of its bias (None without).
+
+    pieces: does the product and its reduction side by side, in place of the route.
+    """
 
     terms: Terms
     first: int
     second: int
     route: Route
     bias: int | None
+    pieces: ReducedInPieces | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piecewise:
+    """A gather that is done side by side with the products that read it, in place of its start."""
+
+    start: Start
+    pieces: GatheredInPieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +73,23 @@ class Stage:
     """One phase of backward: what to start, what to compute, where it goes.
 
     starts: the gathers that this phase reads (first stage only), and those of the next phase, to run under this one.
-    terms: the products to sum, as a contraction and the slots of its operands; none for db.
+    terms: the products to sum, as a bilinear map and the slots of its operands; none for db.
     bias: for db, the local mathematics and the slot of dY.
     route: of what is made, to where it is stored.
     output: its position among the results.
     done: slots that no later phase reads.
+    gather: does the gather of the first operand and the product side by side.
+    pieces: does the product and its reduction side by side, in place of the route.
     """
 
     starts: tuple[Start, ...]
-    terms: tuple[tuple[Contraction, int, int], ...]
+    terms: tuple[tuple[Map, int, int], ...]
     bias: tuple[Terms, int] | None
     route: Route
     output: int
     done: tuple[int, ...]
+    gather: Piecewise | None = None
+    pieces: ReducedInPieces | None = None
 
 
 class Program:
@@ -89,11 +110,13 @@ class Program:
         dtype: torch.dtype,
         needs: tuple[bool, ...],
         check: Check,
+        operation: Operation,
     ) -> None:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
         self._needs, self._check = needs, check
+        self._layouts = layouts
         self._plans = [layout.plan for layout in layouts]
-        self._terms = [Terms(layout, view) for layout in layouts]
+        self._terms = [Terms(layout, view, operation.local(layout, sizes)) for layout in layouts]
         count = self.count = len(layouts)
         share = self._share = shares(self._plans)
         keys: list[Key] = [("first", at) for at in dict.fromkeys(share)]
@@ -142,7 +165,9 @@ class Program:
         wanted += [("first", self._share[at]) for at in range(self.count) if self._needs[1 + at]]
         return tuple(dict.fromkeys(self._slot[key] for key in wanted))
 
-    def _forward(self, biased: tuple[bool, ...]) -> tuple[tuple[Start, ...], tuple[Forward, ...]]:
+    def _forward(
+        self, biased: tuple[bool, ...]
+    ) -> tuple[tuple[Start, ...], tuple[Forward, ...], tuple[Piecewise, ...]]:
         starts, products = [], []
         for phase in forward_phases(self._plans, biased):
             plan = self._plans[phase.index]
@@ -154,7 +179,22 @@ class Program:
             reduce = self._route(phase.reduce, plan.names["product"])
             bias = slots[2] if len(slots) > 2 else None
             products.append(Forward(self._terms[phase.index], slots[0], slots[1], reduce, bias))
-        return tuple(starts), tuple(products)
+        gathers = []
+        for start in starts:
+            readers = [at for at, one in enumerate(products) if one.first == start.target]
+            if readers:
+                made: list[tuple[int, Map, Role]]
+                made = [(at, products[at].terms.product, "product") for at in readers]
+                gathers.append(self._gather_in_pieces(start, made, self._slot_role(start.target) in self._keep))
+        piecewise = tuple(gather for gather in gathers if gather is not None)
+        last = len(products) - 1
+        if not any(gather.start.target == products[last].first for gather in piecewise):
+            reduced = self._reduce_in_pieces(products[last].route, last, products[last].terms.product, "product")
+            products[last] = replace(products[last], pieces=reduced)
+        return tuple(starts), tuple(products), piecewise
+
+    def _slot_role(self, slot: int) -> Key | None:
+        return next((key for key, at in self._slot.items() if at == slot), None)
 
     def _backward(self, there: tuple[bool, ...], defer: bool) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """The stages of backward, given which of the dYs there are; and those left for later, if any are to be."""
@@ -170,6 +210,8 @@ class Program:
                     need.add("bias")
             needs.append(need)
         phases = backward_phases(self._plans, needs, self._keep)
+        if not defer:
+            phases = self._best_order(phases)
         gathers = [self._gathers(phase) for phase in phases]
         operands = [self._operands(phase, needs) for phase in phases]
         stages = []
@@ -178,7 +220,7 @@ class Program:
             ahead = gathers[at + 1] if at + 1 < len(phases) and at + 1 != now else ()
             later = {slot for slots in operands[at + 1 :] for slot in slots}
             slots = operands[at]
-            terms: list[tuple[Contraction, int, int]] = []
+            terms: list[tuple[Map, int, int]] = []
             if phase.made != "bias":
                 for dy, other in zip(range(0, len(slots), 2), range(1, len(slots), 2)):
                     local = self._terms[phase.reads[dy].index]
@@ -194,7 +236,79 @@ class Program:
                     done=tuple(set(slots) - later),
                 )
             )
+        if stages and phases[0].made == "first":
+            stages[0] = self._in_pieces(stages[0], phases, operands)
         return tuple(stages[:now]), tuple(stages[now:])
+
+    def _in_pieces(self, stage: Stage, phases: Sequence[Phase], operands: Sequence[list[int]]) -> Stage:
+        """dX side by side with the gather of dY that it reads, or, where nothing else is left to do, its reduction."""
+        if len(stage.terms) != 1:
+            return stage
+        (made, dy, _), at = stage.terms[0], phases[0].reads[0].index
+        for start in stage.starts:
+            if start.target == dy:
+                again = any(dy in slots for slots in operands[1:])
+                return replace(stage, gather=self._gather_in_pieces(start, [(at, made, "first")], again))
+        if len(phases) == 1:
+            return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, "first"))
+        return stage
+
+    def _cuttable(self, route: Route, at: int, made: Map) -> Step | None:
+        """The one step of a route, if what it moves and the product can be cut into pieces along rows."""
+        if len(route) != 1 or not isinstance(made, Contraction) or not made.rows:
+            return None
+        step, layout = route[0], self._layouts[at]
+        assert step.axis is not None
+        for spec in (layout.first, layout.second, layout.product):
+            for dim in spec.dims:
+                if step.axis.name in dim.axes:
+                    whole = self._sizes.get(dim.letter, dim.axes[: dim.axes.index(step.axis.name)])
+                    if whole is None or whole % step.axis.size:
+                        return None  # the ranks of the axis would not all decide alike
+        return step
+
+    def _reduce_in_pieces(self, route: Route, at: int, made: Map, role: Role) -> ReducedInPieces | None:
+        step = self._cuttable(route, at, made)
+        if step is None or step.kind not in ("all-reduce", "reduce-scatter"):
+            return None
+        assert isinstance(made, Contraction)
+        if step.kind == "reduce-scatter" and step.dim >= made.rows:
+            return None
+        count = self._pieces(step, self._used_shape(at, role), at, 1, gather=False)
+        return ReducedInPieces(made, step, count) if count > 1 else None
+
+    def _gather_in_pieces(
+        self, start: Start, products: Sequence[tuple[int, Map, Role]], assemble: bool
+    ) -> Piecewise | None:
+        steps = [self._cuttable(start.route, at, made) for at, made, _ in products]
+        step, at = steps[0], products[0][0]
+        if any(one is None for one in steps) or step is None or step.kind != "all-gather":
+            return None
+        contractions = [made for _, made, _ in products if isinstance(made, Contraction)]
+        if any(step.dim >= made.rows for made in contractions):
+            return None
+        assert step.axis is not None
+        layout = self._layouts[at]
+        spec = layout.first if products[0][2] == "product" else layout.product
+        stored = self._sizes.shape_of(spec.dims)
+        if stored[step.dim] * step.axis.size != step.whole:
+            return None
+        count = self._pieces(step, stored, at, len(products), gather=True)
+        return Piecewise(start, GatheredInPieces(contractions, step, count, assemble=assemble)) if count else None
+
+    def _used_shape(self, at: int, role: Role) -> tuple[int, ...]:
+        layout = self._layouts[at]
+        spec = {"first": layout.first, "second": layout.second, "product": layout.product}[role]
+        return self._sizes.shape_of(layout.reading.used(spec).dims)
+
+    def _best_order(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        """dX before dW, so that its reduction runs under dW's product; the other way round where only dW is reduced."""
+        first = [phase for phase in phases if phase.made == "first"]
+        rest = [phase for phase in phases if phase.made != "first"]
+        reduced = [any(self._route(phase.reduce, "") for phase in some) for some in (first, rest)]
+        if reduced == [False, True] and not any(self._dy_gathers):
+            return (*rest, *first)
+        return phases
 
     def _gathers(self, phase: Phase) -> tuple[Start, ...]:
         starts = []
@@ -225,6 +339,18 @@ class Program:
         return 1 + self.count + self._biases.index(phase.index)
 
     # Running.
+
+    def _pieces(self, step: Step, moved: tuple[int, ...], at: int, products: int, *, gather: bool) -> int:
+        """In how many pieces to do a product with one of its collectives, which is given a tensor of shape `moved`."""
+        assert step.axis is not None
+        layout = self._layouts[at]
+        sizes: dict[str, int] = {}
+        for spec, role in ((layout.first, "first"), (layout.second, "second")):
+            sizes.update(zip(spec.letters, self._used_shape(at, role)))  # type: ignore[arg-type]
+        count = sent("all-gather" if gather else step.kind, prod(moved), step.axis.size) * self._dtype.itemsize
+        flops = 2 * products * prod(sizes.values())
+        choice = chosen(self._view)
+        return choice.pieces(step.axis.name, count, flops, self._dtype, step.axis.size, gather=gather)
 
     def _names(self) -> list[str]:
         """What each slot is called in the source."""

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from shardgrad.comm.collectives import AllReduce
-from shardgrad.ops.contract import Contraction
+from shardgrad.ops.bilinear import Map
 from shardgrad.ops.route import Transit
 
 if TYPE_CHECKING:
-    from shardgrad.ops.program import Forward, Route, Stage, Start
+    from shardgrad.ops.program import Forward, Piecewise, Route, Stage, Start
 
 
 class _Writer:
@@ -68,7 +68,15 @@ class _Writer:
         if gone:
             self.say(f"{' = '.join(gone)} = None")
 
-    def multiply(self, made: Contraction, left: str, right: str, into: str | None = None) -> str:
+    def beside(self, gather: Piecewise, outs: Sequence[str], rights: Sequence[str]) -> None:
+        """Gather a slot's tensor side by side with the products that read it."""
+        start = gather.start
+        whole = f"{self._names[start.target]}_here"
+        call = f"{self.constant('gather', gather.pieces)}({self.here[start.source]}, ({', '.join(rights)},))"
+        self.say(f"({', '.join(outs)},), {whole} = {call}")
+        self.here[start.target] = whole
+
+    def multiply(self, made: Map, left: str, right: str, into: str | None = None) -> str:
         """The expression of a local product."""
         short = made.source(left, right) if into is None else None
         return short or f"{self.constant('contract', made)}({left}, {right}, {into})"
@@ -97,6 +105,7 @@ class _Writer:
 def forward(
     starts: Sequence[Start],
     products: Sequence[Forward],
+    piecewise: Sequence[Piecewise],
     names: Sequence[str],
     inputs: int,
     given: int,
@@ -114,13 +123,29 @@ def forward(
     writer = _Writer(names)
     came = {slot: "x" if slot < inputs else names[slot] for slot in range(given)}
     writer.here.update(came)
+    beside = {gather.start.target: gather for gather in piecewise}
     for start in starts:
-        writer.start(start)
+        if start.target not in beside:
+            writer.start(start)
     outs = [f"y{at}" if len(products) > 1 else "y" for at in range(len(products))]
     arrivals = []
     added = [False] * len(products)
+    made_at_once: set[int] = set()
     for at, (out, one) in enumerate(zip(outs, products)):
+        if one.first in beside:
+            gather = beside.pop(one.first)
+            readers = [at for at, other in enumerate(products) if other.first == one.first]
+            rights = [writer.read(products[reader].second) for reader in readers]
+            made_at_once.update(readers)
+            writer.beside(gather, [outs[reader] for reader in readers], rights)
+        if at in made_at_once:
+            arrivals.append(writer.leave(out, one.route))
+            continue
         left, right = writer.read(one.first), writer.read(one.second)
+        if one.pieces is not None:
+            writer.say(f"{out} = {writer.constant('pieces', one.pieces)}({left}, {right})")
+            arrivals.append(writer.leave(out, ()))
+            continue
         if one.bias is not None and not one.route and one.bias not in {start.target for start in starts}:
             fused = one.terms.product_and_bias_source(left, right, came[one.bias])
             if fused:
@@ -183,13 +208,19 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
     leaving = []
     for at, stage in enumerate(stages):
         for start in stage.starts:
-            writer.start(start)
+            if stage.gather is None or start != stage.gather.start:
+                writer.start(start)
         name = f"{stem}{at}"
         so_far: str | None = None
         straight = stage.output in into and not stage.route and len(stage.terms) == 1
         for made, dy, other in stage.terms:
+            if stage.gather is not None:
+                writer.beside(stage.gather, [name], [writer.read(other)])
+                continue
             left, right = writer.read(dy), writer.read(other)
-            if straight:
+            if stage.pieces is not None:
+                writer.say(f"{name} = {writer.constant('pieces', stage.pieces)}({left}, {right})")
+            elif straight:
                 writer.say(f"{writer.constant('add', made.add_to)}(main{stage.output}, {left}, {right})")
             else:
                 writer.say(f"{name} = {writer.multiply(made, left, right, so_far)}")
@@ -197,7 +228,7 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
         if stage.bias is not None:
             writer.say(f"{name} = {writer.constant('db', stage.bias[0].grad_bias)}({writer.read(stage.bias[1])})")
         if not straight:
-            leaving.append((stage.output, name, writer.leave(name, stage.route)))
+            leaving.append((stage.output, name, writer.leave(name, () if stage.pieces else stage.route)))
         writer.drop(stage.done)
     for output, name, arrive in leaving:
         arrive()

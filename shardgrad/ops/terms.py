@@ -1,4 +1,4 @@
-"""The local mathematics of one layout: the product, its two transposes, and how a bias lies in it."""
+"""The local mathematics of one layout: its operation with the two transposes, and how a bias lies in the product."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from torch import Tensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.layout import Layout
-from shardgrad.ops.contract import Contraction
+from shardgrad.ops.bilinear import Local
 
 
 class Terms:
-    """Y = Σ X W; dX = Σ dY W; dW = Σ dY X; db = Σ dY: each over the letters that the left-hand side lacks."""
+    """Y of X and W; dX of dY and W; dW of dY and X; db = Σ dY over the letters that the bias lacks."""
 
-    def __init__(self, layout: Layout, view: MeshView) -> None:
-        x, w, y = layout.first.letters, layout.second.letters, layout.product.letters
-        self.product = Contraction(x, w, y)
-        self.grad_first = Contraction(y, w, x)
-        self.grad_second = Contraction(y, x, w)
-        b = layout.bias.letters
+    def __init__(self, layout: Layout, view: MeshView, local: Local) -> None:
+        self.product, self.grad_first, self.grad_second = local
+        y, b = layout.product.letters, layout.bias.letters
         self._permute = tuple(b.index(letter) for letter in y if letter in b)
         self._permute_back = tuple([letter for letter in y if letter in b].index(letter) for letter in b)
         self._ones = tuple(at for at, letter in enumerate(y) if letter not in b)

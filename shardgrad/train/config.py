@@ -138,6 +138,7 @@ class Train(_Section):
     )
     save_every: int = Field(default=100, ge=1, description="steps between checkpoints; the last step has one too")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    check_every: int = Field(default=0, ge=0, description="steps between checks of replicas and for NaN; 0: never")
 
 
 class Sample(_Section):

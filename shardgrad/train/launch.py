@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.mesh import view
-from shardgrad.errors import CollectiveError, DisagreementError
+from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.train import corpus, folder
 from shardgrad.train.build import build, mesh_shape
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         run(_meet(config), config, start)
     except CollectiveError as error:  # every rank knows something else
         _end(error)
-    except (CheckError, TrainingError, DisagreementError, DataError, OSError, ValueError) as error:
+    except (CheckError, TrainingError, VerificationError, DisagreementError, DataError, OSError, ValueError) as error:
         _tell_once(error, rank)
         _end()
     # Threads of the backend end with the process group's last reference; one alive at exit may abort the interpreter.

@@ -17,6 +17,7 @@ from shardgrad.train.metrics import Metrics
 from shardgrad.train.optimizer import learning_rate
 from shardgrad.train.report import Report
 from shardgrad.train.step import micro_batches, train_step
+from shardgrad.verification.replicas import check_run
 
 
 class TrainingError(RuntimeError):
@@ -68,6 +69,8 @@ def train(
             since = history.since
             since.add(loss.item(), targets.numel(), time.perf_counter() - start, clock.seconds - before)
             done = history.step = step + 1
+            if settings.check_every and done % settings.check_every == 0:
+                check_run(model, optimizer, done)
             last = done == settings.steps
             if not isfinite(since.loss):
                 raise TrainingError(

@@ -138,3 +138,41 @@ def test_zero_elements_communicate_nothing(world_size: int) -> None:
             assert y.shape == (0, 4)
             y.sum().backward()
     assert len(traced) == 0
+
+
+@distributed(world_size=[1, 2, 3, 4])
+@pytest.mark.parametrize("width", [(), (3,), (2, 2)])
+def test_rows_go_where_they_are_sent_and_their_gradients_come_back(world_size: int, width: tuple[int, ...]) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    rank = mesh.get_local_rank("tp")
+    # sends[s][r] rows from s to r; some none, and rank 2 sends and the last one receives nothing at all
+    sends = [
+        [0 if s == 2 or (r == 3) else (3 * s + 2 * r + 1) % 5 for r in range(world_size)] for s in range(world_size)
+    ]
+    blocks = [[numbers((sends[s][r], *width), 10 * s + r) for r in range(world_size)] for s in range(world_size)]
+    grads = [[numbers((sends[s][r], *width), 100 + 10 * s + r) for r in range(world_size)] for s in range(world_size)]
+    receive = [sends[s][rank] for s in range(world_size)]
+    x = torch.cat(blocks[rank]).requires_grad_()
+    with sg.trace() as traced:
+        y = sg.all_to_all_rows(x, mesh, send=sends[rank], receive=receive)
+        assert torch.equal(y, torch.cat([blocks[s][rank] for s in range(world_size)]))
+        y.backward(torch.cat([grads[s][rank] for s in range(world_size)]))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.cat(grads[rank]))
+    row = 8 * torch.Size(width).numel()
+    sent = [(sum(sends[rank]) - sends[rank][rank]) * row, (sum(receive) - receive[rank]) * row]
+    assert [(e.operation, e.bytes) for e in traced] == ([("all-to-all", n) for n in sent] if world_size > 1 else [])
+
+
+@distributed(world_size=2)
+def test_rows_that_do_not_add_up_are_refused(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    x = torch.ones(3, 2)
+    for send, receive, why in (
+        ([1, 1], [1, 1], "does not have the 2 rows that are sent"),
+        ([3], [3], "how many rows for each of the 2 ranks"),
+        ([4, -1], [4, 1], "how many rows for each of the 2 ranks"),
+        ([1, 2], [2, 1], "sends itself"),
+    ):
+        with pytest.raises(sg.ShapeError, match=why):
+            sg.all_to_all_rows(x, mesh, send=send, receive=receive)

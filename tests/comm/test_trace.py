@@ -24,6 +24,9 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
         dist.all_to_all_single(torch.empty_like(x), x, group=dp, async_op=True).wait()
         dist.broadcast(x.clone(), dist.get_process_group_ranks(dp)[0], group=dp)
         dist.all_gather([torch.empty_like(x) for _ in range(2)], x, group=dp)
+        first = dist.get_rank(dp) == 0  # keeps 1 row and sends 5; the other one keeps 4 and sends 2
+        send, receive = ([1, 5], [1, 2]) if first else ([2, 4], [5, 4])
+        dist.all_to_all_single(torch.empty(sum(receive), 2), x, receive, send, group=dp)
         dist.barrier(group=dp)
     assert [(e.operation, e.axis, e.bytes, e.ranks) for e in traced] == [
         ("all-reduce", "dp", 48, 2),
@@ -32,10 +35,11 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
         ("all-to-all", "dp", 24, 2),
         ("broadcast", "dp", 48, 2),
         ("all-gather", "dp", 48, 2),
+        ("all-to-all", "dp", 40 if first else 16, 2),
     ]
-    assert traced.bytes == 240
+    assert traced.bytes == 240 + (40 if first else 16)
     assert traced.totals()["all-gather", "dp"] == (2, 96)
-    assert len(traced) == 6
+    assert len(traced) == 7
     with sg.trace() as quiet:
         pass
     assert len(quiet) == 0

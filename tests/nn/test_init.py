@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from shardgrad.nn import init
+from shardgrad.nn.counter import bits32, bits64
 
 
 @pytest.mark.parametrize("make", [init.uniform, init.normal])
@@ -23,6 +25,24 @@ def test_any_block_is_cut_from_one_global_tensor(make) -> None:  # type: ignore[
         for dim, (start, length) in enumerate(zip(starts, lengths)):
             full = full.narrow(dim, start, length)
         assert torch.equal(block, full)
+
+
+@pytest.mark.parametrize("bits", [bits32, bits64])
+def test_short_runs_and_long_ones_are_cut_from_the_same_stream(bits) -> None:  # type: ignore[no-untyped-def]
+    kind = bits(0, [1], [0], [1]).dtype
+    per = 8 // kind.itemsize
+    for shape, starts, lengths in (
+        ((50, 7, 9), (3, 2, 4), (40, 5, 3)),  # short: whole rows are made, and cut
+        ((3, 7001, 2), (1, 3001, 1), (2, 4000, 1)),  # long: entered row by row
+        ((3, 20011), (0, 9999), (3, 10012)),
+        ((), (), ()),
+        ((5, 0, 2), (1, 0, 0), (2, 0, 2)),
+    ):
+        count = int(np.prod(shape))
+        stream = np.random.Philox(key=12 | 5 << 64).random_raw(-(-count // per))
+        full = np.asarray(stream, np.uint64).view(kind)[:count].reshape(shape)
+        block = bits(12 | 5 << 64, shape, starts, lengths)
+        np.testing.assert_array_equal(block, full[tuple(slice(s, s + n) for s, n in zip(starts, lengths))])
 
 
 def test_moments_and_streams() -> None:

@@ -1,0 +1,93 @@
+"""One style for every command: tables that fit a terminal, JSON on request, errors told in words with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD as BOX
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+WIDTH = 100  # of what goes to a file or a pipe
+
+
+def console(width: int | None = None) -> Console:
+    """Standard output: as wide as the terminal, or `width` columns (100) where there is none."""
+    return Console(highlight=False, width=width or (None if sys.stdout.isatty() else WIDTH))
+
+
+def say(text: str, *, on: Console | None = None) -> None:
+    """One paragraph, wrapped at the terminal's width; brackets are text, as layouts need them."""
+    (on or console()).print(text, markup=False, soft_wrap=False)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    numbers: Sequence[str] = (),
+    total: Sequence[str] = (),
+    on: Console | None = None,
+) -> None:
+    """Print a table. Cells are plain text; `numbers` are the columns set to the right; `total` is a last, ruled row."""
+    made = Table(
+        title=escape(title) if title else None, title_justify="left", title_style="bold", box=BOX, pad_edge=False
+    )
+    for at, column in enumerate(columns):
+        right = column in numbers
+        made.add_column(escape(column), justify="right" if right else "left", no_wrap=right or at == 0, overflow="fold")
+    listed = list(rows)
+    for at, row in enumerate(listed):
+        made.add_row(*(escape(cell) for cell in row), end_section=bool(total) and at == len(listed) - 1)
+    if total:
+        made.add_row(*(escape(cell) for cell in total), style="bold")
+    (on or console()).print(made)
+
+
+def print_json(value: Any) -> None:
+    """What `--json` prints: one value, indented, and nothing else on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def told(*errors: type[Exception]) -> Iterator[None]:
+    """Tell these errors on standard error, without a traceback, and end with status 2: the user can mend them."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def refuse(message: str) -> typer.BadParameter:
+    """An error about what was typed; typer adds the usage line, and the status is 2."""
+    return typer.BadParameter(message)
+
+
+def read_pairs(text: str, example: str) -> dict[str, int]:
+    """`n=4,d=8` as a dictionary.
+
+    Raises:
+        typer.BadParameter: it does not read so, or a name stands twice.
+    """
+    found: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or not number.isdecimal():
+            raise refuse(f"cannot read {part!r}: write name=number, as in {example}")
+        if name in found:
+            raise refuse(f"{name} stands twice in {text!r}")
+        found[name] = int(number)
+    return found
+
+
+def examples(*commands: str) -> str:
+    """Command lines at the end of a command's `--help`."""
+    return "\n\n".join(["Examples:", *(f"`{command}`" for command in commands)])

@@ -1,0 +1,143 @@
+"""`shardgrad trace`: one training step in time, on every rank: what computes, what travels, what waits."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardgrad.cli import ranks as processes
+from shardgrad.cli import style
+
+EPILOG = style.examples(
+    "shardgrad trace configs/quickstart.yaml",
+    "shardgrad trace configs/quickstart.yaml model.layers=1 --ranks 4 --draw step.svg --perfetto step.json",
+)
+_QUIET = "99"  # torch's profiler tells of its own beginning and end otherwise
+_WARM_UP = 3  # steps before the one that is shown: first calls compare layouts and allocate
+
+
+def trace(
+    config: Annotated[str, typer.Argument(help="a configuration of launch/train.py, such as configs/quickstart.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 2,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the step: a .svg, .png or .pdf", show_default=False)
+    ] = None,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="every event of every rank as JSON, for ui.perfetto.dev or chrome://tracing",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+) -> None:
+    """Run a few training steps on random tokens and show the last: products, collectives, what overlaps, what waits."""
+    if not processes.inside():
+        _check(config, overrides or [], ranks, draw, perfetto)
+        os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
+        processes.start(ranks)
+    profiles = _profiles(config, overrides or [], ranks)
+    if profiles is None:
+        return
+    from shardgrad.draw.timeline import lanes, merged, summary
+
+    found = lanes(profiles)
+    if draw is not None:
+        from shardgrad.draw.timeline_picture import draw as draw_step
+
+        draw_step(found, f"One training step of {config} on {ranks} rank{'s' if ranks > 1 else ''}", draw)
+    if perfetto is not None:
+        perfetto.write_text(json_text.dumps(merged(profiles)), encoding="utf-8")
+    summaries = [asdict(summary(lane)) for lane in found]
+    if json:
+        style.print_json({"config": config, "overrides": overrides or [], "unit": "ms", "ranks": summaries})
+    else:
+        _print(summaries)
+        for what, path in (("drawn", draw), ("every event", perfetto)):
+            if path is not None:
+                style.say(f"{what} in {path}")
+
+
+def _check(config: str, overrides: list[str], ranks: int, draw: Path | None, perfetto: Path | None) -> None:
+    """Find what is wrong with the command line before any rank is started."""
+    from shardgrad.cli import training_step
+    from shardgrad.draw.paper import ENDINGS
+    from shardgrad.train.config import ConfigError
+
+    with style.told(ConfigError):
+        training_step.read(config, overrides, ranks)
+    if draw is not None and draw.suffix not in ENDINGS:
+        raise style.refuse(f"a picture ends in {', '.join(ENDINGS)}, not {draw.name!r}")
+    for path in (draw, perfetto):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise style.refuse(f"there is no folder {path.absolute().parent}")
+
+
+def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[str, Any]] | None:
+    """What torch.profiler recorded of one step, on every rank: on the first rank; None on the others."""
+    import gc
+
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    from shardgrad.cli import training_step
+    from shardgrad.comm.collectives import communication_clock
+
+    config = training_step.read(config_path, overrides, ranks)
+    rank = training_step.join(config)
+    step = training_step.make(config)
+    for _ in range(_WARM_UP):
+        step()
+    with communication_clock(named=True):
+        step()  # the profiler's own first use is slow as well
+        with profile(activities=[ProfilerActivity.CPU]):
+            step()
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            dist.barrier()
+            step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        recorded.export_chrome_trace(str(path))
+        mine = path.read_text(encoding="utf-8")
+    everyones: list[Any] | None = [None] * ranks if rank == 0 else None
+    dist.gather_object(mine, everyones)
+    del step
+    dist.destroy_process_group()
+    gc.collect()
+    return [json_text.loads(text) for text in everyones] if everyones is not None else None
+
+
+_COLUMNS = {
+    "step": "step",
+    "products": "products",
+    "other": "operations",
+    "start": "starting",
+    "wait": "waiting",
+    "travel": "travelling",
+    "hidden": "hidden",
+}
+
+
+def _print(summaries: list[dict[str, Any]]) -> None:
+    columns = ("rank", *_COLUMNS, "number")
+    rows = [
+        (str(one["rank"]), *(f"{one[key]:.1f}" for key in _COLUMNS.values()), str(one["collectives"]))
+        for one in summaries
+    ]
+    style.table(columns, rows, title="one training step, in milliseconds", numbers=columns)
+    style.say(
+        "other: operations that are no products; start, wait: the rank asks for a collective, is blocked on one; "
+        "travel: some collective is under way; hidden: so while the rank is not blocked; number: of "
+        "collectives. The rest of a step is Python."
+    )

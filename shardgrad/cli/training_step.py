@@ -1,0 +1,69 @@
+"""One step of the training program, for commands that look at it: all that they need of shardgrad.train is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import record_function
+
+from shardgrad.draw.timeline import PHASES, STEP
+from shardgrad.nn.deferred import reduce_gradients_
+from shardgrad.train.build import build, mesh_shape
+from shardgrad.train.config import Config, ConfigError, check_ranks, load
+from shardgrad.train.data import BYTES
+from shardgrad.train.step import micro_batches
+
+
+def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
+    """The configuration, on so many ranks.
+
+    Raises:
+        ConfigError: it cannot be used, here or on so many.
+    """
+    config = check_ranks(load(path, overrides), ranks)
+    if config.mesh.device != "cpu":
+        raise ConfigError(f"mesh.device = {config.mesh.device}: a step is looked at on the CPU; add mesh.device=cpu")
+    return config
+
+
+def join(config: Config) -> int:
+    """Meet the other ranks that torchrun started, or be alone; returns this rank."""
+    timeout = timedelta(seconds=config.mesh.timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return dist.get_rank()
+
+
+def make(config: Config) -> Callable[[], None]:
+    """A function that runs one step (forward, backward, optimizer) of the configured model on random tokens.
+
+    Its parts bear the names of `shardgrad.draw.timeline` in a profile.
+    """
+    shape = mesh_shape(config)
+    mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+    torch.manual_seed(config.run.seed)
+    model = build(config, BYTES, mesh)
+    whole = torch.randint(BYTES, (2, config.train.batch, config.model.seq_len)).unbind()
+    ids, targets = next(micro_batches(model, *whole, config.train.accumulate))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr)
+    forward, backward, update = PHASES
+
+    def step() -> None:
+        with record_function(STEP):
+            optimizer.zero_grad()
+            with record_function(forward):
+                loss = model.loss(ids, targets)
+            with record_function(backward):
+                loss.backward()
+                reduce_gradients_(model)
+            with record_function(update):
+                optimizer.step()
+
+    return step

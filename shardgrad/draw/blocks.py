@@ -1,0 +1,170 @@
+"""Which rank holds which block of a tensor, as rectangles: a tensor of any dims laid flat, in sheets where it must be.
+
+The letters of a matrix drawn fall into three groups: those along its height, along its width, and those that all three
+tensors of a product carry (sheets). In a group only the letters that some axis cuts are drawn, nested in their order;
+the others are whole wherever they occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from itertools import product as every
+from math import prod
+
+from shardgrad.layout.notation import Dim
+from shardgrad.layout.plan import Dims
+from shardgrad.layout.sizes import slab
+from shardgrad.layout.steps import Walk
+
+Interval = tuple[float, float]  # start and length, as parts of 1
+Rectangle = tuple[float, float, float, float]  # left, top, width, height, as parts of 1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What some ranks hold alike: the rectangles of it on one sheet.
+
+    terms: the ranks that hold each term of it, where it is a sum not yet summed; else the ranks that hold it.
+    """
+
+    ranks: tuple[int, ...]
+    terms: tuple[tuple[int, ...], ...]
+    rectangles: tuple[Rectangle, ...]
+
+    @property
+    def label(self) -> str:
+        """The ranks, or the sum of their terms."""
+        return " + ".join(listed(ranks) for ranks in self.terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """The blocks of one part of the batched letters and of one term of a sum.
+
+    batch, term: which part and which term; the first of each lies in front.
+    """
+
+    batch: int
+    term: int
+    blocks: tuple[Block, ...]
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """`0–3`, `0, 2`: runs of three and more are written short."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts: list[str] = []
+    for run in runs:
+        parts += [f"{run[0]}–{run[-1]}"] if len(run) > 2 else map(str, run)
+    return ", ".join(parts)
+
+
+class Rulers:
+    """Where a letter is cut anywhere in the picture, and with that how parts of it are laid along an edge."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.cuts: dict[str, list[int]] = {}
+        for step in walk.steps:
+            for travel in (*step.reads, step.made, *((step.bias,) if step.bias else ())):
+                for dims in (travel.before, travel.after):
+                    self._note(dims)
+
+    def _note(self, dims: Dims) -> None:
+        for dim in dims:
+            if any(self.walk.mesh[axis] > 1 for axis in dim.axes):
+                found = {0, self.walk.sizes[dim.letter], *self.cuts.get(dim.letter, ())}
+                for rank in self.walk.ranks:
+                    start, length = slab(self.walk.sizes[dim.letter], dim.axes, rank.shape, rank.coordinate)
+                    found |= {start, start + length}
+                self.cuts[dim.letter] = sorted(found)
+
+    def pieces(self, letters: Iterable[str]) -> int:
+        """The number of smallest parts along an edge of these letters."""
+        return prod(max(1, len(self.cuts[letter]) - 1) for letter in letters if letter in self.cuts)
+
+    def intervals(self, dims: Dims, rank: int) -> list[Interval]:
+        """The parts of an edge that a rank has; dims: those along the edge, in order."""
+        drawn = [dim for dim in dims if dim.letter in self.cuts]
+        return self._nested(drawn, rank)
+
+    def _nested(self, dims: Sequence[Dim], rank: int) -> list[Interval]:
+        if not dims:
+            return [(0.0, 1.0)]
+        dim, inner = dims[0], dims[1:]
+        size = self.walk.sizes[dim.letter]
+        if size == 0:
+            return []
+        start, length = self._slab(dim, rank)
+        if not inner:
+            return [(start / size, length / size)] if length else []
+        within = self._nested(inner, rank)
+        cuts = self.cuts[dim.letter]
+        found = []
+        for low, high in pairwise(cuts):
+            if start <= low and high <= start + length:
+                found += [(low / size + at * (high - low) / size, of * (high - low) / size) for at, of in within]
+        return found
+
+    def parts(self, dims: Dims, rank: int) -> set[int]:
+        """The numbers of the smallest parts of an edge that a rank has."""
+        numbers = [0]
+        for dim in dims:
+            if dim.letter not in self.cuts:
+                continue
+            cuts = self.cuts[dim.letter]
+            start, length = self._slab(dim, rank)
+            own = [at for at, (low, high) in enumerate(pairwise(cuts)) if start <= low < high <= start + length]
+            numbers = [outer * (len(cuts) - 1) + at for outer in numbers for at in own]
+        return set(numbers)
+
+    def _slab(self, dim: Dim, rank: int) -> tuple[int, int]:
+        sizes = self.walk.ranks[rank]
+        return slab(self.walk.sizes[dim.letter], dim.axes, sizes.shape, sizes.coordinate)
+
+
+def along(dims: Dims, letters: Sequence[str]) -> Dims:
+    """The dims of some letters, in the letters' order (tensors of one product may order theirs differently)."""
+    return tuple(dim for letter in letters for dim in dims if dim.letter == letter)
+
+
+def sheets(
+    rulers: Rulers, dims: Dims, partial: Sequence[str], height: Sequence[str], width: Sequence[str]
+) -> tuple[Sheet, ...]:
+    """A tensor stored as `dims`, a sum over the axes `partial`, drawn with these letters along its height and width.
+
+    Letters of `dims` in neither are batched: a sheet for each part of them.
+    """
+    walk = rulers.walk
+    down, across = along(dims, height), along(dims, width)
+    batched = tuple(dim for dim in dims if dim.letter not in height and dim.letter not in width)
+    found: dict[tuple[int, int], dict[tuple[Rectangle, ...], list[int]]] = {}
+    terms = list(every(*(range(walk.mesh[axis]) for axis in partial)))
+    for rank, sizes in enumerate(walk.ranks):
+        term = terms.index(tuple(sizes.coordinate[axis] for axis in partial))
+        rectangles = tuple(
+            (x, y, w, h) for y, h in rulers.intervals(down, rank) for x, w in rulers.intervals(across, rank)
+        )
+        for part in rulers.parts(batched, rank) if rectangles else ():
+            found.setdefault((part, term), {}).setdefault(rectangles, []).append(rank)
+    made = []
+    for (part, term), held in sorted(found.items()):
+        blocks = []
+        for rectangles, ranks in held.items():
+            all_terms = [found.get((part, other), {}).get(rectangles, []) for other in range(len(terms))]
+            blocks.append(Block(tuple(ranks), tuple(map(tuple, filter(None, all_terms))), rectangles))
+        made.append(Sheet(part, term, tuple(blocks)))
+    return tuple(made)
+
+
+def edge(dims: Dims, letters: Sequence[str], sizes: Mapping[str, int], mesh: Mapping[str, int]) -> tuple[str, str]:
+    """What is written at an edge: the letters with the axes that cut them, and the sizes with the numbers of ranks."""
+    here = along(dims, letters)
+    numbers = ["/".join(map(str, (sizes[d.letter], *(mesh[axis] for axis in d.axes)))) for d in here]
+    return " · ".join(map(str, here)), " · ".join(numbers)

@@ -1,0 +1,169 @@
+"""Convolutions whose channels, groups or batch are cut over an axis: torch's layers, five layouts."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod, sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.mesh import view
+from shardgrad.errors import ShapeError
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.sizes import slab
+from shardgrad.nn import init
+from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.convolve import Convolution, Numbers, numbers
+from shardgrad.ops.matmul import bind, run
+
+Split = Literal["out", "in", "groups", "batch", "sharded"]
+
+# {t}: the axis. {g}, {gt}: the groups where there are several, as they are and cut. {x}, {k}, {y}: spatial letters.
+_LAYOUTS: dict[str, str] = {
+    "out": "X[b,{g}c,{x}] W[{g}o/{t},c,{k}] -> Y[b,{g}o/{t},{y}] + B[{g}o/{t}]",
+    "in": "X[b,{g}c/{t},{x}] W[{g}o,c/{t},{k}] -> Y[b,{g}o,{y}] + B[{g}o]",
+    "groups": "X[b,{gt}c,{x}] W[{gt}o,c,{k}] -> Y[b,{gt}o,{y}] + B[{gt}o]",
+    "batch": "X[b/{t},{g}c,{x}] W[{g}o,c,{k}] -> Y[b/{t},{g}o,{y}] + B[{g}o]",
+    "sharded": "X[b/{t},{g}c,{x}] W[{g}o/{t},c,{k}] -> Y[b/{t},{g}o,{y}] + B[{g}o/{t}]",
+}
+_SPATIAL = {1: ("h", "i", "p"), 2: ("h,w", "i,j", "p,q")}
+
+
+class _Conv(ShardedModule):
+    weight: Tensor
+    bias: Tensor | None
+    _spatial: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Numbers,
+        stride: Numbers = 1,
+        padding: Numbers = 0,
+        dilation: Numbers = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        split: Split = "out",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(mesh, (axis,))
+        who, n = type(self).__name__, self._spatial
+        if split not in _LAYOUTS:
+            raise ShapeError(f"{who}: split is one of {', '.join(_LAYOUTS)}, not {split!r}")
+        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+            raise ShapeError(
+                f"{who}: groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all at "
+                "least 1"
+            )
+        if split == "groups" and groups == 1:
+            raise ShapeError(f"{who}: split='groups' of one group leaves one rank all the work: split='out' or 'in'")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.axis, self.split = axis, split
+        self.kernel_size = numbers("kernel_size", kernel_size, n, 1)
+        many = groups > 1
+        x, k, y = _SPATIAL[n]
+        text = _LAYOUTS[split].format(t=axis, g="g," if many else "", gt=f"g/{axis},", x=x, k=k, y=y)
+        self.layout = Layout(text if bias else text.partition(" + ")[0], spatial=n)
+        self.operation = Convolution.of(self.layout, stride, padding, dilation)
+        self._sizes = {
+            **({"g": groups} if many else {}),
+            "c": in_channels // groups,
+            "o": out_channels // groups,
+            **dict(zip(k.split(","), self.kernel_size)),
+        }
+        weight, added = self.layout.second, self.layout.bias
+        torchs = (out_channels, in_channels // groups, *self.kernel_size)
+        self.declare("weight", str(weight), self._sizes, device, dtype, torchs if many else None)
+        if bias:
+            self.declare("bias", str(added), self._sizes, device, dtype, (out_channels,) if many else None)
+        else:
+            self.register_parameter("bias", None)
+        self._product = bind((self.layout,), (bias,), mesh, operation=self.operation)
+        # torch's channel dim of this rank's x is g·c: as many groups, of as many channels.
+        shape, where = view(mesh).shape, view(mesh).coordinate
+        first = self.layout.first
+        self._channels = (
+            [slab(self._sizes[at], first.axes_of(at), shape, where)[1] for at in ("g", "c")] if many else []
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """torch's initial values: uniform in ±1/√fan_in; fan_in is in_channels / groups times the kernel's size."""
+        values = partial(init.uniform, 1 / sqrt(self.in_channels // self.groups * prod(self.kernel_size)))
+        self.fill("weight", values, generator)
+        if self.bias is not None:
+            self.fill("bias", values, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The local shard of Y.
+
+        Raises:
+            ShapeError: x does not fit; see `convolve` for the rest.
+        """
+        if self._channels:
+            if x.dim() != self._spatial + 2 or x.shape[1] != prod(self._channels):
+                factors = " · ".join(map(str, self._channels))
+                raise ShapeError(
+                    f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.first} of "
+                    f"{self.groups} groups of {self._sizes['c']} channels leaves this rank {factors} = "
+                    f"{prod(self._channels)} channels in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
+                    "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"
+                )
+            x = x.unflatten(1, self._channels)
+        y = run(self._product, x, [self.weight], [] if self.bias is None else [self.bias], self._sizes)[0]
+        return y.flatten(1, 2) if self._channels else y
+
+    def extra_repr(self) -> str:
+        s = self.operation
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={s.stride}, "
+            f"padding={s.padding}, dilation={s.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"axis={self.axis!r}, split={self.split!r}"
+        )
+
+
+_DOC = """nn.Conv{n}d with its channels, its groups or its batch cut over an axis.
+
+    | split       | layout (without groups)                          | forward      | dX         | dW, db         |
+    | ----------- | ------------------------------------------------ | ------------ | ---------- | -------------- |
+    | `"out"`     | `X[b,c,…] W[o/tp,c,…] -> Y[b,o/tp,…] + B[o/tp]`  | –            | all-reduce | –              |
+    | `"in"`      | `X[b,c/tp,…] W[o,c/tp,…] -> Y[b,o,…] + B[o]`     | all-reduce Y | –          | –              |
+    | `"groups"`  | `X[b,g/tp,c,…] W[g/tp,o,c,…] -> Y[b,g/tp,o,…]`   | –            | –          | –              |
+    | `"batch"`   | `X[b/tp,c,…] W[o,c,…] -> Y[b/tp,o,…] + B[o]`     | –            | –          | all-reduce     |
+    | `"sharded"` | `X[b/tp,c,…] W[o/tp,c,…] -> Y[b/tp,o,…]`         | all-gather W | the same   | reduce-scatter |
+
+    `"out"` and then `"in"` is a pair with one all-reduce forward and one backward; a depthwise layer between them takes
+    `"groups"`, and communicates nothing. With groups > 1 a group is a letter of its own (`layer.layout` says all):
+    `"groups"` gives each rank whole groups, the others cut inside every group, so that the local channels are g·(o/tp).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of nn.Conv{n}d; global
+            sizes, none of which need divide by the ranks. Padding is by zeros, and in numbers.
+        mesh, axis, split: the axis of the mesh, and what it cuts.
+        device, dtype: of the parameters.
+
+    Shapes: x [b, in_channels, …] → [b, out_channels, …], each cut as `layer.layout` says, channels of groups merged as
+    torch has them. The parameters' states are torch's own, [out_channels, in_channels / groups, …]; with groups > 1 the
+    local weight has the groups as a dim of its own, [g, o, c, …].
+
+    Raises:
+        ShapeError: groups do not divide the channels, or a setting is out of range.
+    """
+
+
+class Conv1d(_Conv):
+    __doc__ = _DOC.format(n=1)
+    _spatial = 1
+
+
+class Conv2d(_Conv):
+    __doc__ = _DOC.format(n=2)
+    _spatial = 2

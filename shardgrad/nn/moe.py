@@ -1,0 +1,177 @@
+"""A mixture of experts, which are cut over an axis: tokens go to the ranks that own their experts, and come back."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import sqrt
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
+from shardgrad.comm.collectives import gather_ints
+from shardgrad.comm.mesh import view
+from shardgrad.errors import ShapeError
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.sizes import chunk
+from shardgrad.nn import init
+from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.matmul import bind, run
+
+_ROUND = 8  # rows are padded to a multiple, so that few shapes of products arise
+
+
+class MoE(ShardedModule):
+    """A feed-forward block of many experts, of which each token uses `top_k`; no token is dropped.
+
+        X[n/ep,d] R[e,d] -> L[n/ep,e]                router: p = softmax(L), the top_k largest are the gates
+        X[e/ep,n,d] U[e/ep,f,d] -> H[e/ep,n,f]       its tokens, for each expert of this rank (G alike, from the same X)
+        H[e/ep,n,f] V[e/ep,d,f] -> Y[e/ep,n,d]       H = SiLU(X Gᵀ) · X Uᵀ if gated, else GELU(X Uᵀ)
+        y[n/ep,d] = Σ over a token's experts of gate · Y
+
+    Each rank of the axis has tokens of its own, as many as it likes, and a chunk of the experts, which need not divide
+    by the ranks. forward: an exchange of how many tokens go where, an all-to-all of the tokens and one back (uneven:
+    what is sent is what is needed), an all-reduce of e numbers for the balance. backward: the two all-to-alls reversed,
+    and the all-reduce of dR. Expert gradients need none: an expert has seen all its tokens. On a rank, an expert's rows
+    are padded to those of the busiest (in memory, not on the wire), for one batched product.
+
+    Args:
+        embed_dim, hidden_dim: d and f.
+        num_experts, top_k: e, and how many of them a token uses.
+        mesh, axis: the axis of the mesh that cuts the experts and the tokens.
+        gated: SwiGLU experts, with a third weight G; otherwise GELU.
+        normalize: whether a token's gates are divided by their sum (Mixtral), or are the router's probabilities as they
+            are (Switch; needed with top_k = 1, where a sum of one gate would leave the router without gradient).
+        device, dtype: of the parameters.
+
+    Parameters (global shapes): router [e, d], replicated; up and gate [e, f, d], down [e, d, f], cut by experts.
+
+    Raises:
+        ShapeError: a size is below 1, or top_k is not between 1 and num_experts.
+    Source: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021 (Switch), arXiv 2101.03961; gates: Jiang et al.
+    2024 (Mixtral), arXiv 2401.04088.
+    """
+
+    router: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        mesh: DeviceMesh,
+        axis: str = "ep",
+        gated: bool = True,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(mesh, (axis,))
+        if min(embed_dim, hidden_dim, num_experts) < 1 or not 1 <= top_k <= num_experts:
+            raise ShapeError(
+                f"MoE: embed_dim={embed_dim}, hidden_dim={hidden_dim}, num_experts={num_experts} must be at least 1, "
+                f"and top_k={top_k} between 1 and num_experts"
+            )
+        self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
+        self.axis, self.gated, self.normalize = axis, gated, normalize
+        e = f"e/{axis}"
+        sizes = {"e": num_experts, "d": embed_dim, "f": hidden_dim}
+        self.router_layout = Layout(f"X[n/{axis},d] R[e,d] -> L[n/{axis},e]")
+        names = ("gate", "up") if gated else ("up",)
+        self.up_layouts = tuple(Layout(f"X[{e},n,d] W{n}[{e},f,d] -> H{n}[{e},n,f]") for n in names)
+        self.down_layout = Layout(f"H[{e},n,f] Wdown[{e},d,f] -> Y[{e},n,d]")
+        layouts = zip(("router", *names, "down"), (self.router_layout, *self.up_layouts, self.down_layout))
+        for name, layout in layouts:
+            self.declare(name, str(layout.second), sizes, device, dtype)
+        self._names = names
+        self._sizes = {letter: sizes[letter] for letter in "ed"}, sizes
+        self._router = bind((self.router_layout,), (False,), mesh)
+        self._up = bind(self.up_layouts, (False,) * len(names), mesh)
+        self._down = bind((self.down_layout,), (False,), mesh)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """nn.Linear's initial values, of each expert: uniform in ±1/√(what a row sums over)."""
+        for name in ("router", *self._names, "down"):
+            inner = self.hidden_dim if name == "down" else self.embed_dim
+            self.fill(name, partial(init.uniform, 1 / sqrt(inner)), generator)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The local tokens' outputs, and the balance: e · Σ_e f_e p_e, where f_e is the part of all choices that fell
+        on an expert, and p_e its mean probability, both over the tokens of all ranks (1 if balanced; Switch, eq. 4).
+
+        The balance is alike on all ranks, and counts once in the global loss: add a multiple of it to each rank's loss.
+
+        Shapes: x [..., d], this rank's tokens → [..., d] and a scalar.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.embed_dim:
+            raise ShapeError(f"MoE: x is [..., {self.embed_dim}], not {tuple(x.shape)}")
+        tokens = x.reshape(-1, self.embed_dim)
+        logits = run(self._router, tokens, [self.router], [], self._sizes[0])[0]
+        # In 16 bits, probabilities of experts would tie.
+        every = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        gates, chosen = every.topk(self.top_k, -1)
+        if self.normalize:
+            gates = gates / gates.sum(-1, keepdim=True)
+        counts = self._counts(chosen)
+        order = chosen.flatten().argsort(stable=True)  # choices by expert, and so by the rank that owns it
+        outputs = self._experts(tokens.index_select(0, order // self.top_k), counts)
+        home = outputs.index_select(0, order.argsort()).unflatten(0, gates.shape)
+        y = (home * gates.unsqueeze(-1).to(home.dtype)).sum(1)
+        return y.view(x.shape), self._balance(every, counts)
+
+    def _counts(self, chosen: Tensor) -> np.ndarray:
+        """How many choices each rank's tokens made of each expert: [ranks, e]."""
+        mine = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
+        mesh_view = view(self.mesh)
+        axis = mesh_view.axis(self.axis)
+        rows = gather_ints(mine, axis, mesh_view.device, "exchange of token counts") if axis.size > 1 else [mine]
+        return np.asarray(rows, dtype=np.int64)
+
+    def _experts(self, rows: Tensor, counts: np.ndarray) -> Tensor:
+        """Each row, of those sorted by expert, through its expert, wherever that is."""
+        axis = view(self.mesh).axis(self.axis)
+        owned = [slice(first, first + length) for first, length in (self._chunk(rank) for rank in range(axis.size))]
+        send = [int(counts[axis.index, part].sum()) for part in owned]
+        here = counts[:, owned[axis.index]]  # [ranks, experts of this rank]
+        receive = [int(count) for count in here.sum(1)]
+        arrived = all_to_all_rows(rows, self.mesh, self.axis, send=send, receive=receive)
+        # They come by sender, then by expert; the products want them by expert, each padded to `most` rows.
+        experts = here.shape[1]
+        most = -(-int(here.sum(0).max(initial=0)) // _ROUND) * _ROUND
+        begins = np.arange(experts) * most + here.cumsum(0) - here
+        lengths = here.ravel()
+        places = np.repeat(begins.ravel() - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
+        place = torch.from_numpy(places).to(rows.device)
+        padded = arrived.new_zeros(experts * most, self.embed_dim).index_copy(0, place, arrived)
+        made = self._feed_forward(padded.view(experts, most, self.embed_dim)).flatten(0, 1).index_select(0, place)
+        return all_to_all_rows(made, self.mesh, self.axis, send=receive, receive=send)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """[e/ep, n, d] → [e/ep, n, d]."""
+        made = run(self._up, x, [self.get_parameter(name) for name in self._names], [], self._sizes[1])
+        hidden = F.silu(made[0]) * made[1] if self.gated else F.gelu(made[0])
+        return run(self._down, hidden, [self.down], [], self._sizes[1])[0]
+
+    def _balance(self, every: Tensor, counts: np.ndarray) -> Tensor:
+        chosen = counts.sum(0)
+        total = max(int(chosen.sum()), 1)
+        share = torch.from_numpy(chosen).to(every) / total
+        mean = all_reduce(every.sum(0), self.mesh, self.axis) / (total / self.top_k)
+        return self.num_experts * (share * mean).sum()
+
+    def _chunk(self, rank: int) -> tuple[int, int]:
+        return chunk(self.num_experts, view(self.mesh).shape[self.axis], rank)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, hidden_dim={self.hidden_dim}, num_experts={self.num_experts}, "
+            f"top_k={self.top_k}, gated={self.gated}, normalize={self.normalize}, axis={self.axis!r}"
+        )

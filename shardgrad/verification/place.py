@@ -1,0 +1,244 @@
+"""Which recorded tensor of the parallel model is which of the single one, and how it lies on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from shardgrad.comm.mesh import MeshView
+from shardgrad.layout.notation import TensorSpec
+from shardgrad.verification import exchange
+from shardgrad.verification import splits as how
+from shardgrad.verification.observed import Split
+from shardgrad.verification.pairing import Names, Pair, fit, local_part, translate
+from shardgrad.verification.record import WHOLE, Key, Recording
+
+_DIMS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor to compare.
+
+    single: its key in the single model's recordings.
+    split, shape: how it lies on the mesh, and the global shape that is so cut; larger than the single model's where
+        padded.
+    """
+
+    single: Key
+    split: Split
+    shape: tuple[int, ...]
+
+
+def modules_of(parallel: nn.Module, single: nn.Module, pairs: Sequence[Pair], names: Names | None) -> dict[str, str]:
+    """Parallel's modules by single's: as `names` says, as their parameters' names say, else of the same name."""
+    theirs = {name for name, _ in single.named_modules()}
+    owners = {}
+    for one in pairs:
+        (own, _, leaf), (other, _, other_leaf) = one.name.rpartition("."), one.single_name.rpartition(".")
+        if leaf == other_leaf:
+            owners[own] = other
+    found = {}
+    for name, _ in parallel.named_modules():
+        for candidate in (translate(names, name), owners.get(name, name), name):
+            if candidate in theirs:
+                found[candidate] = name
+                break
+    return found
+
+
+class Placer:
+    """Finds the place of every tensor that a run of the parallel model recorded."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], modules: dict[str, str], padded: Sequence[str], mesh: MeshView, given: how.Splits
+    ) -> None:
+        self.pairs, self.modules, self.mesh, self.given = {one.name: one for one in pairs}, modules, mesh, given
+        self.longer = {
+            small: large
+            for one in pairs
+            if one.name in padded
+            for small, large in zip(one.single_shape, one.shape)
+            if small != large
+        }
+        self.skipped: dict[str, str] = {}
+        self.names = list(self.pairs)  # what `splits` may speak of
+
+    def places(self, parallel: Recording, exact: Recording) -> dict[Key, Place]:
+        """For every tensor that can be compared, by parallel's kind and name; the same on every rank.
+
+        DTensors that are partial sums are summed in place. Outputs of which the place cannot be known are noted in
+        `skipped`.
+        """
+        partners = self._partners(exact)
+        shapes_of = self._shapes(list(partners), parallel)
+        found: dict[Key, Place] = {}
+        for key, single in partners.items():
+            kind, name = key
+            tensor = _reduced(parallel, key)
+            shapes = shapes_of[key]
+            if kind in ("gradient", "step"):
+                held = [shape is not None for shape in shapes]
+                if any(held) if single not in exact.tensors or kind == "step" else True:
+                    found[key] = self._of_parameter(self.pairs[name], key, single, tensor)
+                continue
+            if any(shape is None for shape in shapes):
+                if kind == "input gradient" and name in parallel.inputs:  # then it should have one
+                    whole = exact.tensors[single]
+                    found[key] = Place(single, Split.of([()] * whole.dim()), tuple(whole.shape))
+                elif kind != "norm":
+                    self.skipped[f"{kind} of {name}"] = "parallel has none, or not on every rank"
+                continue
+            if kind == "output" and self._repeats(parallel, exact, partners, name):
+                continue
+            if kind == "output gradient" and ("output", name) not in found:
+                continue
+            of_output = found.get(("output", name)) if kind == "output gradient" else None
+            place = self._of_output(key, single, tensor, [s for s in shapes if s is not None], exact, of_output)
+            if place is None:
+                local = ", ".join(str(shape) for shape in dict.fromkeys(shapes))
+                shape = tuple(exact.tensors[single].shape)
+                self.skipped[f"{kind} of {name}"] = f"no split of {shape} gives {local}; name it in splits"
+            else:
+                found[key] = place
+        return found
+
+    def of_result(self, result: Tensor, exact: Tensor) -> Place | None:
+        """Where the model's own output lies, whose gradient is to be given."""
+        if isinstance(result, DTensor):
+            split = how.of_dtensor(result, self.mesh, WHOLE)
+            return Place(("output", WHOLE), _complete(split), tuple(result.shape))
+        shapes = [tuple(row) for row in exchange.ints_of_all(list(result.shape), self.mesh)]
+        return self._found(WHOLE, ("output", WHOLE), shapes, result, exact)
+
+    def _partners(self, exact: Recording) -> dict[Key, Key]:
+        """Parallel's key → single's, for all that single computed and all gradients, in the order of execution."""
+        partners: dict[Key, Key] = {}
+        by_single: dict[str, list[str]] = {}
+        for one in self.pairs.values():
+            by_single.setdefault(one.single_name, []).append(one.name)
+        for kind, name in exact.tensors:
+            if kind in ("output", "output gradient"):
+                base, mark = _base(name)
+                path = "" if base == WHOLE else base
+                if path not in self.modules:
+                    self.skipped[f"{kind} of {name}"] = "parallel has no module of that name"
+                    continue
+                own = (self.modules[path] or WHOLE) + mark
+                self.names += [own, f"{own}.grad"] if kind == "output" else []
+                partners[kind, own] = (kind, name)
+            elif kind not in ("gradient", "step"):
+                self.names.append(name)
+                partners[kind, name] = (kind, name)
+        for one in self.pairs.values():
+            partners["gradient", one.name] = ("gradient", one.single_name)
+            partners["step", one.name] = ("step", one.single_name)
+        return partners
+
+    def _shapes(self, keys: list[Key], parallel: Recording) -> dict[Key, list[tuple[int, ...] | None]]:
+        """The shape of every rank's tensor; one exchange for all."""
+        header: list[int] = []
+        for key in keys:
+            tensor = parallel.tensors.get(key)
+            shape = [] if tensor is None else list(local_part(tensor).shape)
+            header += [-1 if tensor is None else len(shape), *shape[:_DIMS], *[0] * (_DIMS - len(shape))]
+        rows = exchange.ints_of_all(header, self.mesh)
+        width = _DIMS + 1
+        return {
+            key: [None if row[at] < 0 else tuple(row[at + 1 : at + 1 + row[at]]) for row in rows]
+            for at, key in zip(range(0, len(header), width), keys)
+        }
+
+    def _of_parameter(self, one: Pair, key: Key, single: Key, tensor: Tensor | None) -> Place:
+        if isinstance(tensor, DTensor):
+            return Place(single, how.of_dtensor(tensor, self.mesh, one.name), one.shape)
+        if key[0] == "step":
+            return Place(single, one.split, one.shape)
+        return Place(single, _partial(one.split, one.unsummed), one.shape)
+
+    def _of_output(
+        self,
+        key: Key,
+        single: Key,
+        tensor: Tensor | None,
+        shapes: list[tuple[int, ...]],
+        exact: Recording,
+        of_output: Place | None,
+    ) -> Place | None:
+        kind, name = key
+        whole = exact.tensors[single]
+        if kind == "norm":
+            return Place(single, Split.of([]), ())
+        if isinstance(tensor, DTensor):
+            return Place(single, how.of_dtensor(tensor, self.mesh, name), tuple(tensor.shape))
+        if of_output is not None:
+            said = self.given.get(f"{name}.grad", whole.dim())
+            if said is not None:
+                return Place(single, said, of_output.shape)
+            split = _complete(of_output.split)
+            if shapes == [self._local(split, of_output.shape, at) for at in exchange.coordinates(self.mesh)]:
+                return Place(single, split, of_output.shape)
+        return self._found(name, single, shapes, tensor, whole)
+
+    def _found(
+        self, name: str, single: Key, shapes: list[tuple[int, ...]], tensor: Tensor | None, whole: Tensor
+    ) -> Place | None:
+        """As the user says, else the split that gives every rank the shape that it has; of several, the one whose
+        values are nearest."""
+        said = self.given.get(name, whole.dim())
+        shape = tuple(whole.shape)
+        if said is not None:
+            return Place(single, said, how.whole_shape(said, shapes, self.mesh, name))
+        found = list(how.candidates(shape, shapes, self.mesh))
+        if not found and shape and shape[-1] in self.longer:
+            shape = (*shape[:-1], self.longer[shape[-1]])
+            found = list(how.candidates(shape, shapes, self.mesh))
+        if len(found) > 1 and tensor is not None:
+            full = fit(whole.double(), shape)
+            far = [
+                float((tensor.double() - split.cut(full, self.mesh.shape, self.mesh.coordinate)).square().sum())
+                for split in found
+            ]
+            mine = torch.tensor(far, dtype=torch.float64, device=self.mesh.device)
+            every = exchange.same_shape_of_all(mine, self.mesh)
+            return Place(single, found[int(every.sum(0).nan_to_num(inf).argmin())], shape)
+        return Place(single, found[0], shape) if found else None
+
+    def _local(self, split: Split, shape: tuple[int, ...], coordinate: dict[str, int]) -> tuple[int, ...]:
+        return tuple(len(index) for index in split.indices(shape, self.mesh.shape, coordinate))
+
+    @staticmethod
+    def _repeats(parallel: Recording, exact: Recording, partners: dict[Key, Key], name: str) -> bool:
+        """Whether an output is an earlier one's very tensor, in both models: it is compared once."""
+        earlier = parallel.same.get(name)
+        if earlier is None or ("output", earlier) not in partners:
+            return False
+        return exact.same.get(partners["output", name][1]) == partners["output", earlier][1]
+
+
+def _base(name: str) -> tuple[str, str]:
+    """`fc1#2[1]` is fc1, in its second call, its second tensor: the module and the mark."""
+    at = min((name.find(mark) for mark in "#[" if mark in name), default=len(name))
+    return name[:at], name[at:]
+
+
+def _partial(split: Split, axes: Sequence[str]) -> Split:
+    return Split(TensorSpec(split.spec.name, split.spec.dims, partial=tuple(axes)), split.stride)
+
+
+def _complete(split: Split) -> Split:
+    return _partial(split, ())
+
+
+def _reduced(recording: Recording, key: Key) -> Tensor | None:
+    """The recorded tensor; a DTensor that is a partial sum is summed first."""
+    tensor = recording.tensors.get(key)
+    if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = recording.tensors[key] = tensor.redistribute(placements=whole)
+    return tensor

@@ -1,0 +1,209 @@
+"""How the tensors of a model lie on the mesh: said by the user, by who made them, or found from their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import permutations, product
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardgrad.comm.mesh import MeshView
+from shardgrad.errors import LayoutError, MeshError, ShapeError
+from shardgrad.layout.notation import TensorSpec, parse_tensor
+from shardgrad.nn.module import ShardedModule, Stored
+from shardgrad.verification.exchange import coordinates
+from shardgrad.verification.observed import Split
+
+Named = Mapping[str, "str | TensorSpec | Split"]
+"""A tensor's name, or a pattern such as `blocks.*.up.weight`, with `"W[m/tp,d]"`."""
+
+
+class Splits:
+    """What the user said of how tensors are split, by name or pattern; each entry must be for something.
+
+    Raises:
+        LayoutError, MeshError: an entry cannot be read, or names an axis that the mesh lacks.
+    """
+
+    def __init__(self, named: Named, mesh: MeshView) -> None:
+        self._named = {pattern: _read(pattern, how, mesh) for pattern, how in named.items()}
+        self._used: set[str] = set()
+
+    def get(self, name: str, dims: int | None = None) -> Split | None:
+        """The first entry whose pattern fits the name.
+
+        Raises:
+            ShapeError: the tensor has another number of dims than the entry.
+        """
+        for pattern, split in self._named.items():
+            if pattern == name or fnmatchcase(name, pattern):
+                self._used.add(pattern)
+                if dims is not None and dims != len(split.spec.dims):
+                    raise ShapeError(f"splits: {pattern!r} is {split}, but {name} has {dims} dims")
+                return split
+        return None
+
+    def check_used(self, names: Sequence[str]) -> None:
+        """Refuse entries that fit nothing, which would mean a tensor compared as something else than was said.
+
+        Raises:
+            LayoutError: with the nearest names.
+        """
+        for pattern in self._named:
+            if pattern not in self._used:
+                raise LayoutError(f"splits: nothing is called {pattern!r}{nearest(pattern, names)}")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; the nearest names are …`, or all names where none is near and there are few."""
+    found = get_close_matches(name, names, n=3, cutoff=0.5)
+    if found:
+        return f"; the nearest names are {', '.join(found)}"
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def _read(name: str, how: Any, mesh: MeshView) -> Split:
+    if isinstance(how, Split):
+        split = how
+    elif isinstance(how, TensorSpec):
+        split = Split(how)
+    elif isinstance(how, str):
+        spec = parse_tensor(how)
+        # A single tensor's braces are read as an operand's, whose gradient is partial; here its value is what is told.
+        split = Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
+    else:
+        raise LayoutError(f"splits: {name!r} must be text such as 'W[m/tp,d]', instead), not {type(how).__name__}")
+    mesh.require((*split.spec.axes, *split.partial), f"splits: {name!r}")
+    return split
+
+
+def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
+    """A DTensor's placements, its mesh's axes found by name in the mesh.
+
+    Raises:
+        MeshError: its mesh has an axis that the mesh lacks.
+        LayoutError: a placement that is not known.
+    """
+    names = tensor.device_mesh.mesh_dim_names or (tuple(mesh.axes) if len(mesh.axes) == tensor.device_mesh.ndim else ())
+    if len(names) != tensor.device_mesh.ndim or any(axis not in mesh.axes for axis in names):
+        raise MeshError(
+            f"{name} is a DTensor on {tensor.device_mesh}; its axes are not among those of the mesh given, "
+            f"{', '.join(mesh.axes)}: verify with a mesh that has all of them"
+        )
+    axes: list[list[str]] = [[] for _ in range(tensor.dim())]
+    partial = []
+    strided: list[tuple[int, str]] = []
+    for axis, placement in zip(names, tensor.placements):
+        if mesh.shape[axis] == 1 or placement.is_replicate():
+            continue
+        if placement.is_partial():
+            partial.append(axis)
+        elif type(placement).__name__ == "_StridedShard":  # FSDP2 over tensor parallel: cut after the others
+            strided.append((placement.dim, axis))  # type: ignore[attr-defined]
+        elif placement.is_shard():
+            axes[placement.dim].append(axis)  # type: ignore[attr-defined]
+        else:
+            raise LayoutError(f"{name} has the placement {placement} on axis {axis!r}, which verify does not know")
+    for dim, axis in strided:
+        axes[dim].append(axis)
+    return Split.of(axes, partial, name="T")
+
+
+def stored_by_layers(model: nn.Module) -> dict[int, Stored]:
+    """How shardgrad's layers store their parameters, by the parameter's identity."""
+    return {
+        id(getattr(owner, name)): stored
+        for owner in model.modules()
+        if isinstance(owner, ShardedModule)
+        for name, stored in owner.stored().items()
+        if getattr(owner, name) is not None
+    }
+
+
+def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
+    """From Megatron-core's attributes on parameters; None where there are none that say it is cut.
+
+    Raises:
+        LayoutError: the mesh has several axes and none is called tp.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    axes = tuple(mesh.axes)
+    if len(axes) > 1 and "tp" not in axes:
+        raise LayoutError(
+            f"{name} is tensor parallel by Megatron's attributes, but which of the mesh's axes {', '.join(axes)} that "
+            f"is they do not say: call it tp, or give splits={{{name!r}: …}}"
+        )
+    axis = "tp" if "tp" in axes else axes[0]
+    at = int(parameter.partition_dim) % parameter.dim()  # type: ignore[attr-defined]
+    cut = [(axis,) if dim == at else () for dim in range(parameter.dim())]
+    return Split.of(cut, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
+
+
+def candidates(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView) -> Iterator[Split]:
+    """Every way in which a global shape could be cut, as torch.chunk cuts, into the shapes that the ranks have.
+
+    locals: each rank's shape, in the mesh's order. Ways with fewer axes come first.
+    """
+    if any(len(local) != len(shape) for local in locals):
+        return
+    if all(tuple(local) == tuple(shape) for local in locals):
+        yield Split.of([()] * len(shape))
+        return
+    names = [name for name, ranks in mesh.shape.items() if ranks > 1]
+    differs = [dim for dim in range(len(shape)) if any(local[dim] != shape[dim] for local in locals)]
+    cuts = [cut for count in range(1, len(names) + 1) for cut in permutations(names, count)]
+    for chosen in sorted(product(cuts, repeat=len(differs)), key=lambda some: sum(map(len, some))):
+        used = [axis for cut in chosen for axis in cut]
+        if len(set(used)) < len(used):
+            continue
+        by_dim = dict(zip(differs, chosen))
+        split = Split.of([by_dim.get(dim, ()) for dim in range(len(shape))])
+        if all(
+            [len(index) for index in split.indices(shape, mesh.shape, at)] == list(local)
+            for at, local in zip(coordinates(mesh), locals)
+        ):
+            yield split
+
+
+def whole_shape(split: Split, locals: Sequence[Sequence[int]], mesh: MeshView, name: str) -> tuple[int, ...]:
+    """The global shape of a tensor of known split: local sizes added up along the axes that cut a dim.
+
+    Raises:
+        ShapeError: the ranks' shapes are not those of a tensor so cut.
+    """
+    everywhere = coordinates(mesh)
+    shape = []
+    for at, dim in enumerate(split.spec.dims):
+        along = [place for place, c in enumerate(everywhere) if not any(c[a] for a in mesh.axes if a not in dim.axes)]
+        shape.append(sum(locals[place][at] for place in along))
+    for coordinate, local in zip(everywhere, locals):
+        try:
+            right = [len(index) for index in split.indices(shape, mesh.shape, coordinate)]
+        except ValueError as error:
+            raise ShapeError(f"{name}: {error}") from None
+        if right != list(local):
+            where = ", ".join(f"{axis}={index}" for axis, index in coordinate.items())
+            raise ShapeError(
+                f"{name}, stored as {split} of global shape {tuple(shape)}, should have shape {tuple(right)} at "
+                f"{where} (torch.chunk), but has {tuple(local)}"
+            )
+    return tuple(shape)
+
+
+def assemble(locals: Sequence[Tensor], split: Split, shape: Sequence[int], mesh: MeshView) -> Tensor:
+    """The global tensor from every rank's part; of replicas, the first rank's."""
+    full = locals[0].new_empty(tuple(shape))
+    for coordinate, local in reversed(list(zip(coordinates(mesh), locals))):
+        index = [at.to(full.device) for at in split.indices(shape, mesh.shape, coordinate)]
+        for dim, at in enumerate(index):
+            index[dim] = at.view(-1, *[1] * (len(index) - 1 - dim))
+        if index:
+            full[tuple(index)] = local
+        else:
+            full.copy_(local)
+    return full

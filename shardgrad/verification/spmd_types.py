@@ -1,0 +1,188 @@
+"""A second opinion: shardgrad's functions and layers under Meta's spmd_types, where it is installed.
+
+spmd_types knows four types of a local tensor over a mesh axis, and follows them through torch: V, each rank has another
+part; P, one term of a sum; R, alike on all ranks, with a gradient that is one term of a sum; I, alike on all ranks, and
+so is the gradient. What shardgrad does is told to it here, once; nothing of it runs but inside `typecheck`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import spmd_types as spmd
+import spmd_types.checker
+from spmd_types import I, P, R, SpmdTypeError, V
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm import adjoint, agree, collectives
+from shardgrad.comm.mesh import Axis, MeshView, view
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.notation import TensorSpec
+from shardgrad.nn import loss
+from shardgrad.nn.stored import stored_parameters
+from shardgrad.ops import shard
+from shardgrad.ops.product import Product
+
+# The type over the axis before and after; a value that differs from rank to rank may be meant as a term of a sum, which
+# nothing but its use can tell (an embedding's rows, zero where another rank has the id).
+_PAIRS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "replicate": ((I,), R),
+    "all_reduce": ((P, V), I),
+    "all_gather": ((V,), R),
+    "gather_replicated": ((V,), I),
+    "reduce_scatter": ((P, V), V),
+    "split": ((I,), V),
+    "all_to_all": ((V,), V),
+}
+
+
+@contextmanager
+def typecheck(mesh: DeviceMesh) -> Iterator[None]:
+    """Inside the block, spmd_types follows every tensor, strictly: an untyped one is an error. See `annotate`, `typed`.
+
+    Raises:
+        SpmdTypeError: inside the block, where a tensor is used as what it is not.
+    """
+    _register()
+    with _followed_products(), spmd.set_current_mesh(mesh), spmd.checker.typecheck():
+        yield
+
+
+@contextmanager
+def _followed_products() -> Iterator[None]:
+    """Each program of a product is code of its own (see `ops.source`): it runs unfollowed, and its result is typed."""
+    real = Product.program
+
+    def program(self: Product, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Any:
+        with spmd.no_typecheck():
+            found = real(self, tensors, given)
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with spmd.no_typecheck():
+                outs = found(*tensors)
+            _product(outs, product=self, x=tensors[0], rest=tensors[1:])
+            return outs
+
+        return run
+
+    Product.program = program  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Product.program = real  # type: ignore[method-assign]
+
+
+def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
+    """Type every parameter of shardgrad layers by its storage.
+
+    Args:
+        summed: axes over which gradients are summed by somebody else after backward (data parallelism).
+    """
+    for _, parameter, stored in stored_parameters(model):
+        if stored is not None:
+            mesh_view = view(stored.mesh)
+            types = _types(stored.spec, mesh_view.axes)
+            types.update({name: R for name in summed if types.get(name) is I})
+            _set(parameter, types, mesh_view)
+
+
+def typed(x: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
+    """A local tensor, typed over all axes of the mesh as a layout stores it: `typed(x, layout["X"], mesh)`."""
+    mesh_view = view(mesh)
+    _set(x, _types(spec, mesh_view.axes), mesh_view)
+    return x
+
+
+def _types(spec: TensorSpec, axes: Collection[str]) -> dict[str, Any]:
+    """Cut: varying. A sum left to the caller: partial; of the gradient: replicated. Else the gradient is complete."""
+    special = {**dict.fromkeys(spec.axes, V), **dict.fromkeys(spec.partial, P), **dict.fromkeys(spec.grad_partial, R)}
+    return {axis: special.get(axis, I) for axis in axes}
+
+
+def _set(x: Tensor, types: Mapping[str, Any], mesh_view: MeshView) -> None:
+    spmd.assert_type(x, {mesh_view.axes[name].group: kind for name, kind in types.items()})
+
+
+def _register() -> None:
+    """Tell spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
+    sizes and texts, and the cutting of tensors that get their type afterwards."""
+    rules: tuple[tuple[Any, Any], ...] = ((adjoint._Pair, _pair), (loss._CrossEntropy, _cross_entropy))
+    for function, rule in rules:
+        function.spmd_typecheck = staticmethod(rule)
+    for bookkeeping in (collectives.gather_ints, agree.gather_texts, shard.shard, shard.unshard):
+        spmd.register_no_typecheck(bookkeeping)
+
+
+def _pair(out: Tensor, *, name: str, x: Tensor, at: Any) -> None:
+    before, after = _PAIRS[name]
+    _expect(x, at.axis, before, f"sg.{name}")
+    spmd.assert_type_like(out, x, {at.axis.group: after})
+
+
+def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -> None:
+    """Losses of the whole vocabulary from its parts; every rank goes on with the same ones."""
+    _expect(logits, over, (V,), "logits of vocab_parallel_cross_entropy")
+    _expect(target, over, (I, R), "target of vocab_parallel_cross_entropy")
+    spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
+
+
+def _product(outs: tuple[Tensor, ...], *, product: Product, x: Tensor, rest: Sequence[Tensor]) -> None:
+    """Over the axes that a layout mentions, as it stores its tensors; over others, as torch's own product."""
+    biases = iter(rest[len(product.layouts) :])
+    for layout, w, biased, y in zip(product.layouts, rest, product.biased, outs):
+        added = next(biases) if biased else None
+        tensors = [(x, layout.first), (w, layout.second)]
+        tensors += [] if added is None else [(added, layout.bias)]
+        types = {}
+        for axis in product.view.axes.values():
+            if axis.size == 1:
+                continue
+            if axis.name in layout.axes:
+                for tensor, spec in tensors:
+                    expected = _types(spec, (axis.name,))[axis.name]
+                    _expect(tensor, axis, (expected,), f"{spec} of {layout}")
+                types[_key(axis)] = _types(layout.product, (axis.name,))[axis.name]
+            else:
+                types[_key(axis)] = _beside(tensors, axis, layout)
+        spmd.assert_type(y, types)
+
+
+def _beside(tensors: Sequence[tuple[Tensor, TensorSpec]], axis: Axis, layout: Layout) -> Any:
+    """Over an axis that a layout does not mention every rank computes a product of its own."""
+    found = [_type(tensor, axis, str(spec)) for tensor, spec in tensors]
+    kinds = set(found)
+    if kinds == {I}:
+        return I
+    if kinds <= {R, V}:
+        return V if V in kinds else R
+    operands, bias = found[:2], found[2:]
+    if sorted(map(repr, operands)) == sorted(map(repr, (P, R))) and all(kind is P for kind in bias):
+        return P
+    said = ", ".join(f"{spec} is {kind!r}" for (_, spec), kind in zip(tensors, found))
+    raise SpmdTypeError(f"{layout} does not mention {axis}, over which {said}: these do not go together")
+
+
+def _expect(x: Tensor, axis: Axis, kinds: tuple[Any, ...], what: str) -> None:
+    spmd.rules.ignore(x)  # accounted for: checked here, axis by axis
+    if axis.size == 1:
+        return
+    found = _type(x, axis, what)
+    # Without a gradient, I and R are the same.
+    if found not in kinds and (x.requires_grad or not {found, *kinds} <= {I, R}):
+        wanted = " or ".join(map(repr, kinds))
+        raise SpmdTypeError(f"{what}: over {axis} it must be {wanted}, but it is {found!r}")
+
+
+def _type(x: Tensor, axis: Axis, what: str) -> Any:
+    spmd.rules.ignore(x)
+    found = spmd.get_local_type(x).get(_key(axis))
+    if found is None:
+        raise SpmdTypeError(f"{what} has no type over {axis}: see typed() and annotate()")
+    return found
+
+
+def _key(axis: Axis) -> Any:
+    return spmd.normalize_axis(axis.group)

@@ -1,0 +1,167 @@
+"""`sg.verify`: one step of a sharded model against the same model on one device, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.mesh import MeshView, view
+from shardgrad.verification import splits as how
+from shardgrad.verification.attempt import RUNS, Attempt, Clip, Optimizer, Side, clip_of
+from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
+from shardgrad.verification.pairing import Names, Pair, local_part, pair
+from shardgrad.verification.place import Placer, modules_of
+from shardgrad.verification.record import Batch, Key, Loss
+from shardgrad.verification.report import Report
+
+
+def verify(
+    parallel: nn.Module,
+    single: nn.Module,
+    batch: Tensor | Batch,
+    mesh: DeviceMesh,
+    *,
+    loss: Loss | None = None,
+    parallel_loss: Loss | None = None,
+    parallel_batch: Tensor | Batch | None = None,
+    splits: how.Named | None = None,
+    names: Names | None = None,
+    padded: Collection[str] = (),
+    clip: Clip | None = None,
+    optimizer: Optimizer | None = None,
+    perturb: bool = True,
+    seed: int = 0,
+) -> Report:
+    """Hold one step of a sharded model against the same model on one device, and say what is rounding and what a bug.
+
+    Compared are the outputs of modules, their gradients, the loss, the gradient of every parameter and of the input,
+    the norm of all gradients before clipping, and the parameters after an optimizer step; each on every rank. The
+    yardstick of a tensor is how far one device in the working precision is from float64, over nine runs whose sums go
+    in different orders; docs/verify.md tells how far beyond it a tensor may be.
+
+    `single` is not changed: copies of it get the parallel model's values. `parallel` is changed while it runs, and its
+    parameters, buffers and gradients restored. Call it on every rank of the mesh; each computes `single` itself.
+
+    Args:
+        parallel: shardgrad's layers, DTensors (`parallelize_module`), Megatron-core's or fairscale's, or any module
+            whose parameters are local shards.
+        single: the same model on one device; any values.
+        batch: what `loss` is given after the model: a tensor, a sequence, or a mapping of keywords; the whole of it.
+        mesh: the mesh over which `parallel` is split.
+        loss: `loss(model, *batch)` returns a scalar loss, or an output, which is then given a random gradient. By
+            default the model is called.
+        parallel_loss, parallel_batch: where they differ for `parallel` (a loss of cut logits, this rank's sequences).
+        splits: how tensors of `parallel` lie on the mesh, where neither they nor their layers tell and their shapes
+            leave it open: `{"fc1.weight": "W[m/tp,d]"}`, for parameters, for modules' outputs under the module's name
+            (`"fc2": "Y[n,m]{tp}"` for terms of a sum), for gradients of outputs under `"fc2.grad"`, for `"loss"`.
+            Braces on a parameter mean that its gradient is left unsummed.
+        names: parallel's names of parameters (and modules) to single's, where they differ.
+        padded: parameters that are larger in `parallel` (a padded vocabulary): what lies beyond must get no gradient.
+        clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
+            or torch's for DTensors; of other models the norm is not compared.
+        optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
+        perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
+            hide what is wrong.
+        seed: of all that is random here.
+
+    Raises:
+        LayoutError: names or splits that are missing, unknown or ambiguous, with the nearest ones.
+        ShapeError: shapes that do not fit together.
+        ValueError: dropout is active, which makes runs differ.
+    """
+    _refuse_dropout(parallel, single)
+    mesh_view = view(mesh)
+    given = how.Splits(splits or {}, mesh_view)
+    pairs, held = pair(parallel, single, mesh_view, given, names, list(padded))
+    values = [how.assemble(parts, one.split, one.shape, mesh_view) for one, parts in zip(pairs, held)]
+    placer = Placer(pairs, modules_of(parallel, single, pairs, names), list(padded), mesh_view, given)
+    attempt = Attempt(
+        Side(parallel, _batch(batch if parallel_batch is None else parallel_batch), parallel_loss or loss or _call),
+        Side(single, _batch(batch), loss or _call),
+        mesh_view,
+        pairs,
+        values,
+        placer,
+        clip or clip_of(parallel),
+        optimizer,
+    )
+    replicas = [_replicas(one, value, parts, mesh_view) for one, value, parts in zip(pairs, values, held)]
+    with _restored(parallel):
+        measured = replicas + attempt.run(seed, constants=perturb, nudge=False)
+        rows = dict(zip((one.key for one in measured), rows_of(measured, mesh_view)))
+        alike = {one.key for one in replicas if rows[one.key].ok}  # what is alike is as it should be: no news
+        measured = [one for one in measured if one.key not in alike]
+        rows = {one.key: rows[one.key] for one in measured}
+        if any(not row.ok for row in rows.values()):
+            # A derivative that jumps (of ReLU at zero, of a maximum of equals) may differ by chance at one point. What
+            # is wrong is wrong near that point as well.
+            again = rows_of(attempt.run(seed + 1, constants=perturb, nudge=True), mesh_view)
+            rows.update({(row.kind, row.name): row for row in again if row.ok and (row.kind, row.name) in rows})
+    given.check_used(placer.names)
+    wrong = sorted((one for one in measured if not rows[one.key].ok), key=lambda one: rows[one.key].order)
+    return Report(
+        rows=tuple(sorted((rows[one.key] for one in measured), key=lambda row: (row.ok, -row.score, row.order))),
+        findings=tuple(observe(one, mesh_view) for one in wrong),
+        skipped=placer.skipped,
+        mesh_shape=dict(mesh_view.shape),
+        dtype=", ".join(dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in values)),
+        runs=RUNS,
+    )
+
+
+def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) -> Measured:
+    """Whether every rank holds the very bits of the global value that the first holder has."""
+    wanted = one.split.cut(value, mesh.shape, mesh.coordinate)
+    local = local_part(one.parameter.detach())
+    same = torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (local, wanted))) if local.numel() else True
+    key: Key = ("value", one.name)
+    far = 0.0 if same else float((local.double() - wanted.double()).norm())
+    numbers = (VERDICTS.index("rounding" if same else "replicas differ"), far, 0.0, far, 1.0, far, 1.0, 0.0, -1)
+    full = value.double()
+    return Measured(key, one.split, one.shape, local, full, torch.zeros_like(full), numbers)
+
+
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def _batch(batch: Tensor | Batch) -> Batch:
+    return (batch,) if isinstance(batch, Tensor) else batch
+
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def _refuse_dropout(*models: nn.Module) -> None:
+    for model in models:
+        for name, module in model.named_modules():
+            rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
+            if module.training and rate > 0:
+                raise ValueError(
+                    f"{name} drops out at random (p={rate}), so that no two runs are alike: call eval() on both models"
+                )
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers and gradients back as they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [local_part(tensor.detach()).clone() for tensor in tensors]
+    kept = (getattr(parameter, "main_grad", None) for parameter in model.parameters())
+    sums = [total for total in kept if isinstance(total, Tensor)]
+    tensors += sums
+    before += [total.clone() for total in sums]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before):
+                local_part(tensor.detach()).copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients):
+            parameter.grad = gradient

@@ -1,0 +1,93 @@
+"""`shardgrad trace` on two ranks, and what it refuses before it starts any."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from shardgrad.cli.app import app
+from shardgrad.draw.timeline import PHASES, STEP
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {layers: 1, heads: 3, d_model: 12, seq_len: 9}
+train: {steps: 5, batch: 3, lr: 0.01}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_two_ranks(config: Path, tmp_path: Path) -> None:
+    picture, events = tmp_path / "step.svg", tmp_path / "step.json"
+    command = [sys.executable, "-m", "shardgrad.cli", "trace", str(config), "model.heads=4", "--ranks", "2", "--json"]
+    command += ["--draw", str(picture), "--perfetto", str(events)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["config"], told["overrides"], told["unit"]) == (str(config), ["model.heads=4"], "ms")
+    assert [one["rank"] for one in told["ranks"]] == [0, 1]
+    for one in told["ranks"]:
+        assert one["products"] > 0
+        assert one["operations"] > 0
+        assert one["starting"] > 0
+        assert one["waiting"] > 0
+        parts = one["products"] + one["operations"] + one["starting"] + one["waiting"]
+        assert parts <= one["step"] + 1e-6  # a rank's own thread does one thing at a time
+        assert one["travelling"] <= one["waiting"] + one["hidden"] + 1e-6
+        assert one["hidden"] <= one["travelling"] <= one["step"]
+    counts = {one["collectives"] for one in told["ranks"]}
+    assert len(counts) == 1
+    everything = json.loads(events.read_text())["traceEvents"]
+    for rank in (0, 1):
+        names = [event["name"] for event in everything if event["pid"] == rank and event["ph"] == "X"]
+        assert names.count(STEP) == 1
+        assert [name for name in names if name in PHASES] == sorted(PHASES, key=names.index)
+        starts = [name for name in names if name.startswith("start ")]
+        waits = [name for name in names if name.startswith("wait for ")]
+        assert {len(starts)} == counts
+        assert sorted(name.removeprefix("start ") for name in starts) == sorted(
+            name.removeprefix("wait for ") for name in waits
+        )
+        assert "start reduce-scatter of dX over tp" in starts
+        assert sum(name in ("gloo:all_gather", "gloo:all_reduce") for name in names) == len(starts)
+    begins = [event["ts"] for event in everything if event["name"] == STEP]
+    assert abs(begins[0] - begins[1]) < 5e6  # one clock: within seconds, not since different bases
+    drawn = picture.read_text()
+    assert "<!-- rank 0 -->" in drawn
+    assert "<!-- rank 1 -->" in drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("model.layer=2",), "model.layer is no key; the nearest key is model.layers"),
+        (("mesh.tp=3",), "mesh.tp = 3, but 2 processes were started"),
+        (("mesh.device=cuda",), "a step is looked at on the CPU"),
+        (("--draw", "step.gif"), "a picture ends in .svg, .png, .pdf, not 'step.gif'"),
+        (("--perfetto", "/no/such/folder/step.json"), "there is no folder /no/such/folder"),
+        (("--ranks", "0"), "Invalid value for '--ranks'"),
+    ],
+)
+def test_what_is_refused_before_any_rank_starts(config: Path, arguments: tuple[str, ...], told: str) -> None:
+    done = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(app, ["trace", str(config), *arguments])
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert told in done.stderr
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["trace", str(tmp_path / "none.yaml")])
+    assert done.exit_code == 2
+    assert "cannot read the configuration" in done.stderr

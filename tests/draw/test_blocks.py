@@ -1,0 +1,151 @@
+"""Which rank holds which block: rectangles against torch.chunk, and against the sizes of shards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from layouts import random_layout, random_sizes
+
+from shardgrad import PRESETS, Layout
+from shardgrad.draw.blocks import Rulers, Sheet, edge, listed, sheets
+from shardgrad.layout.steps import Walk, walk
+
+
+def drawn(layout: Layout, walked: Walk, name: str, height: Sequence[str], width: Sequence[str]) -> tuple[Sheet, ...]:
+    return sheets(Rulers(walked), layout[name].dims, (), height, width)
+
+
+def test_columns_are_cut_as_torch_cuts() -> None:
+    layout, sizes = PRESETS["column"], {"n": 3, "d": 5, "m": 10}
+    walked = walk(layout, sizes, {"tp": 4})
+    (sheet,) = drawn(layout, walked, "W", "d", "m")
+    expected, at = [], 0
+    for rank, part in enumerate(torch.arange(10).chunk(4)):
+        expected.append((rank, ((at / 10, 0.0, len(part) / 10, 1.0),)))
+        at += len(part)
+    assert [(block.ranks[0], block.rectangles) for block in sheet.blocks] == expected
+    (whole,) = drawn(layout, walked, "X", "n", "d")[0].blocks
+    assert (whole.ranks, whole.label, whole.rectangles) == ((0, 1, 2, 3), "0–3", ((0.0, 0.0, 1.0, 1.0),))
+
+
+def test_a_rank_without_elements_has_no_block() -> None:
+    layout = PRESETS["column"]
+    walked = walk(layout, {"n": 3, "d": 5, "m": 4}, {"tp": 3})  # chunks of 2, 2, 0
+    (sheet,) = drawn(layout, walked, "W", "d", "m")
+    assert [block.label for block in sheet.blocks] == ["0", "1"]
+
+
+def test_3d_has_every_rank_in_its_place() -> None:
+    layout = PRESETS["3d"]  # X[n/a,d/b/c] W[d/b/a,m/c] -> Y[n/a/b,m/c]; rank = 4a + 2b + c
+    walked = walk(layout, {"n": 8, "d": 8, "m": 8}, {"a": 2, "b": 2, "c": 2})
+    rulers = Rulers(walked)
+
+    def places(sheet: Sheet) -> dict[str, tuple[float, float]]:
+        return {block.label: block.rectangles[0][:2] for block in sheet.blocks}
+
+    (x,) = sheets(rulers, layout["X"].dims, (), "n", "d")
+    assert places(x) == {str(4 * a + 2 * b + c): (b / 2 + c / 4, a / 2) for a in (0, 1) for b in (0, 1) for c in (0, 1)}
+    (w,) = sheets(rulers, layout["W"].dims, (), "d", "m")
+    assert places(w) == {str(4 * a + 2 * b + c): (c / 2, b / 2 + a / 4) for a in (0, 1) for b in (0, 1) for c in (0, 1)}
+    made = walked.steps[0].made  # partial over b: a sheet for each term
+    front, back = sheets(rulers, made.before, made.partial_before, "n", "m")
+    assert (front.term, back.term) == (0, 1)
+    assert places(front) == {f"{4 * a + c} + {4 * a + 2 + c}": (c / 2, a / 2) for a in (0, 1) for c in (0, 1)}
+    assert [block.ranks for block in back.blocks] == [(2,), (3,), (6,), (7,)]
+
+
+def test_two_cut_letters_along_one_edge_are_nested() -> None:
+    layout = Layout("X[b/dp,s/tp,d] W[d,m/tp] -> Y[b/dp,s,m/tp]")
+    walked = walk(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
+    (x,) = drawn(layout, walked, "X", ("b", "s"), "d")
+    assert [(b.label, b.rectangles[0][1], b.rectangles[0][3]) for b in x.blocks] == [
+        ("0", 0.0, 0.25),
+        ("1", 0.25, 0.25),
+        ("2", 0.5, 0.25),
+        ("3", 0.75, 0.25),
+    ]
+    (turned,) = drawn(layout, walked, "X", ("s", "b"), "d")  # s outermost: what a rank has lies in the other order
+    assert [(b.label, b.rectangles[0][1]) for b in turned.blocks] == [("0", 0.0), ("1", 0.5), ("2", 0.25), ("3", 0.75)]
+
+
+def test_what_is_not_contiguous_is_several_rectangles() -> None:
+    layout = Layout("X[b/tp,s/dp,d] W[d,m/tp] -> Y[b,s/dp,m/tp]")  # X is gathered along b, whose halves Y has as well
+    walked = walk(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
+    (y,) = drawn(layout, walked, "Y", ("b", "s"), "m")
+    assert [(b.label, b.rectangles) for b in y.blocks] == [
+        ("0", ((0.0, 0.0, 0.5, 0.25), (0.0, 0.5, 0.5, 0.25))),
+        ("1", ((0.5, 0.0, 0.5, 0.25), (0.5, 0.5, 0.5, 0.25))),
+        ("2", ((0.0, 0.25, 0.5, 0.25), (0.0, 0.75, 0.5, 0.25))),
+        ("3", ((0.5, 0.25, 0.5, 0.25), (0.5, 0.75, 0.5, 0.25))),
+    ]
+
+
+def test_batched_letters_are_sheets() -> None:
+    layout = PRESETS["expert"]
+    walked = walk(layout, {"e": 5, "n": 2, "d": 3, "m": 4}, {"ep": 3})
+    found = drawn(layout, walked, "W", "d", "m")
+    assert [(sheet.batch, sheet.term, [b.label for b in sheet.blocks]) for sheet in found] == [
+        *((0, 0, ["0"]), (1, 0, ["1"]), (2, 0, ["2"]))
+    ]
+
+
+def test_two_batched_letters_are_numbered_through() -> None:
+    layout = Layout("X[e/ep,g/gp,n] W[e/ep,g/gp,n,m] -> Y[e/ep,g/gp,m]")
+    walked = walk(layout, {"e": 2, "g": 3, "n": 2, "m": 4}, {"ep": 2, "gp": 3})
+    found = drawn(layout, walked, "W", "n", "m")
+    assert [(sheet.batch, [b.label for b in sheet.blocks]) for sheet in found] == [(n, [str(n)]) for n in range(6)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_areas_are_the_shards_sizes(seed: int) -> None:
+    """Of any layout: a sheet's blocks fill it without overlap, and each rank's are as large as its shard."""
+    rng = random.Random(seed)
+    layout = random_layout(rng, ("a", "b", "c"))
+    sizes = {letter: size or 1 for letter, size in random_sizes(rng, layout).items()}
+    walked = walk(layout, sizes, {axis: rng.choice((1, 2, 3)) for axis in ("a", "b", "c")})
+    rulers = Rulers(walked)
+    groups = {
+        layout.first.name: (layout.rows, layout.contracted),
+        layout.second.name: (layout.contracted, layout.columns),
+        layout.product.name: (layout.rows, layout.columns),
+    }
+    for name, (height, width) in groups.items():
+        spec = layout[name]
+        found = sheets(rulers, spec.dims, (), height, width)
+        weights = [1.0]
+        for letter in (letter for letter in spec.letters if letter in layout.batched and letter in rulers.cuts):
+            cuts = rulers.cuts[letter]
+            parts = [(high - low) / sizes[letter] for low, high in pairwise(cuts)]
+            weights = [outer * part for outer in weights for part in parts]
+        areas = dict.fromkeys(range(len(walked.ranks)), 0.0)
+        for sheet in found:
+            covered = 0.0
+            for block in sheet.blocks:
+                area = sum(w * h for _, _, w, h in block.rectangles)
+                covered += area
+                for rank in block.ranks:
+                    areas[rank] += area * weights[sheet.batch]
+            assert covered == pytest.approx(1.0)
+            boxes = [box for block in sheet.blocks for box in block.rectangles]
+            for at, (x, y, w, h) in enumerate(boxes):
+                for left, top, wide, high in boxes[:at]:
+                    overlap = min(x + w, left + wide) - max(x, left), min(y + h, top + high) - max(y, top)
+                    assert min(overlap) < 1e-9
+        for rank, here in enumerate(walked.ranks):
+            expected = 1.0
+            for dim, size in zip(spec.dims, here.shape_of(spec.dims)):
+                expected *= size / sizes[dim.letter]
+            assert areas[rank] == pytest.approx(expected)
+
+
+def test_words() -> None:
+    assert [listed(ranks) for ranks in ((3,), (0, 1), (0, 1, 2, 3), (0, 2, 4), (0, 1, 2, 5, 7, 8))] == [
+        *("3", "0, 1", "0–3", "0, 2, 4", "0–2, 5, 7, 8")
+    ]
+    dims = Layout("X[b,s/dp/tp,d] W[d,m/tp] -> Y[b,s/dp,m/tp]")["X"].dims
+    mesh = {"dp": 2, "tp": 4}
+    assert edge(dims, ("b", "s"), {"b": 3, "s": 64, "d": 5, "m": 9}, mesh) == ("b · s/dp/tp", "3 · 64/2/4")

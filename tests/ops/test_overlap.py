@@ -1,0 +1,144 @@
+"""A product done in pieces beside its communication is the same product, and is cut only where that pays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import check, integers
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardgrad as sg
+from shardgrad.layout import Layout
+from shardgrad.testing import distributed
+
+SIZES = {"b": 3, "n": 12, "s": 24, "d": 24, "m": 12, "k": 5}
+# layout -> whether forward, and backward, are cut
+LAYOUTS = {
+    "X[n,d/tp] W[d/tp,m] -> Y[n,m]": (True, False),
+    "X[n,d/tp] W[m,d/tp] -> Y[n,m]": (True, False),
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b,s,m]": (True, False),
+    "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]": (True, True),
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b,s/tp,m]": (True, True),
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b/tp,s,m]": (False, False),  # 3 rows over tp are cut evenly by 1 and 3 ranks only
+    "X[b,s,d/tp,k] W[m,d/tp,k] -> Y[b,s/tp,m]": (True, True),
+    "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]": (True, False),
+    "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, False),
+    "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, False),
+    "X[n,d] W[d,m/tp] -> Y[n,m/tp]": (False, False),
+    "X[n/tp,d] W[d,m] -> Y[n/tp,m]": (False, False),
+    "X[n/tp,d] W[d/tp,m] -> Y[n/tp,m]": (False, False),
+    "X[d/tp,n] W[d/tp,m] -> Y[n,m]": (False, False),
+}
+
+
+@distributed(world_size=[1, 2, 3, 4])
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout(text)
+    sizes = {letter: SIZES[letter] for letter in layout.letters}
+    x, w, dy = (
+        sg.shard(integers(spec, sizes, at), spec, mesh)
+        for at, spec in enumerate((layout.first, layout.second, layout.product))
+    )
+
+    def run() -> tuple[list[torch.Tensor], list[int]]:
+        leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
+        with sg.trace() as forward:
+            y = sg.matmul(*leaves, layout, mesh, sizes=sizes)
+        with sg.trace() as backward:
+            y.backward(dy)
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        return [y.detach(), *grads], [len(forward), len(backward)]
+
+    run()  # in which ranks compare what they mean
+    whole, usual = run()
+    assert len(whole) == 3
+    for pieces in (1, 3, 5):
+        sg.overlap(mesh, pieces)
+        cut, counts = run()
+        for one, other in zip(whole, cut):
+            assert torch.equal(one, other)
+        again = nn.Parameter(x.clone())
+        y = sg.matmul(again, w, layout, mesh, sizes=sizes, keep=(layout.first.name,))  # no gradient of W: dX comes last
+        y.backward(dy)
+        assert again.grad is not None
+        assert torch.equal(y, whole[0])
+        assert torch.equal(again.grad, whole[1])
+        if "b/tp" not in text:
+            expected = [cuts and world_size > 1 and pieces > 1 for cuts in LAYOUTS[text]]
+            assert [now > before for now, before in zip(counts, usual)] == expected
+    sg.overlap(mesh, None)
+    assert run()[1] == usual
+
+
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize("keep", [(), ("X",)])
+def test_products_that_share_a_gather(world_size: int, keep: tuple[str, ...]) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layouts = [Layout(f"X[b,s/tp,d] W{i}[{h}/tp,k,d] -> Y{i}[b,s,{h}/tp,k]") for i, h in enumerate("hij")]
+    sizes = {"b": 2, "s": 12, "d": 7, "k": 3, "h": 12, "i": 6, "j": 6}
+    x = sg.shard(integers(layouts[0].first, sizes, 9), layouts[0].first, mesh)
+    ws = [sg.shard(integers(lay.second, sizes, at), lay.second, mesh) for at, lay in enumerate(layouts)]
+    dys = [sg.shard(integers(lay.product, sizes, 5 + at), lay.product, mesh) for at, lay in enumerate(layouts)]
+    found = []
+    for pieces in (None, 2):
+        sg.overlap(mesh, pieces)
+        leaves = [nn.Parameter(t.clone()) for t in (x, *ws)]
+        ys = sg.matmul(leaves[0], list(zip(leaves[1:], layouts)), mesh, sizes=sizes, keep=keep)
+        torch.autograd.backward(ys, dys)
+        found.append([*ys, *(leaf.grad for leaf in leaves)])
+    sg.overlap(mesh, None)
+    for whole, cut in zip(*found):
+        assert whole is not None
+        assert cut is not None
+        assert torch.equal(whole, cut)
+
+
+@distributed(world_size=[2, 4])
+@pytest.mark.parametrize(
+    "text", ["X[n,d/tp] W[d/tp,m] -> Y[n,m]", "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]", "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]"]
+)
+def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, text: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    sg.overlap(mesh, 3)
+    for sizes in (
+        {"n": 5, "d": 7, "m": 3},
+        {"n": 5, "d": 8, "m": 0},
+        {"n": 0, "d": 8, "m": 4},
+    ):
+        check(Layout(text), mesh, sizes)
+    sg.overlap(mesh, None)
+
+
+def test_the_number_of_pieces_follows_from_the_costs() -> None:
+    """Communication of 10 ms and a product of 10 ms that can hide it wholly: 8 pieces leave 1/8 of it in sight."""
+    f32 = torch.float32
+    costs = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
+    assert costs.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 8
+    assert costs.pieces("tp", 10**6, 10**9, f32, 2, gather=True) > 1
+    slow = sg.Costs({"tp": sg.Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
+    assert slow.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 1
+    none = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
+    assert none.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 1
+    assert none.pieces("tp", 10**6, 10**9, f32, 2, gather=True) == 0
+    assert costs.pieces("tp", 10**6, 10**5, f32, 2, gather=False) == 1  # nothing to hide behind
+    assert costs.pieces("dp", 10**6, 10**9, f32, 2, gather=False) == 1  # not measured
+    assert costs.pieces("tp", 10**6, 10**9, torch.float16, 2, gather=True) == 0
+
+
+@distributed(world_size=[1, 2, 3])
+def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    costs = sg.measure_costs(mesh, repeats=1)
+    assert set(costs.links) == ({"tp"} if world_size > 1 else set())
+    assert all(rate > 0 for rate in costs.seconds_per_flop.values())
+    for link in costs.links.values():
+        assert link.latency > 0
+        assert 0 <= link.hidden <= 1
+    everyone: list[object] = [None] * world_size
+    torch.distributed.all_gather_object(everyone, (dict(costs.links), dict(costs.seconds_per_flop)))
+    assert all(one == everyone[0] for one in everyone)
+    with pytest.raises(ValueError, match="at least 1 piece"):
+        sg.overlap(mesh, 0)

@@ -1,0 +1,79 @@
+"""`shardgrad verify`: its status, its JSON, its picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.image import imread
+
+from shardgrad.verification.observed import Split
+from shardgrad.verification.picture import draw
+from shardgrad.verification.report import Report, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["model.layers=1", "model.heads=2", "model.d_model=6", "model.seq_len=4", "train.batch=2"]
+
+
+def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `shardgrad verify` on two ranks, with another folder before the others that Python looks in."""
+    program = [sys.executable, "-m", "shardgrad.cli", "verify", "configs/quickstart.yaml", *TINY, *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
+    done = command("--json", "--picture", str(tmp_path / "errors.png"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is True
+    assert found["mesh"] == {"tp": 2}
+    assert {row["kind"] for row in found["rows"]} == {
+        "output", "output gradient", "gradient", "loss", "norm", "step"
+    }  # fmt: skip
+    assert imread(tmp_path / "errors.png").shape[:2] == (750, 1500)
+
+
+def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
+    done = command("model.headz=3")
+    assert done.returncode == 2
+    assert "the nearest key is model.heads" in done.stderr
+
+
+def test_a_mistake_ends_the_command_with_status_1_and_nothing_of_torchruns(tmp_path: Path) -> None:
+    """In every rank, before anything else: norms' gradients are not summed over the sequence's parts."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import shardgrad.nn.norm as norm\n"
+        "    norm.replicate = lambda x, mesh, axis: x\n"
+    )
+    done = command("--rows", "3", path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "first in the order of execution: the gradient of norm." in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert "ChildFailedError" not in done.stderr
+
+
+def row(name: str, kind: str, order: int, ratio: float, verdict: str) -> Row:
+    return Row(
+        name=name, kind=kind, split=str(Split.of([])), shape=(), order=order, error=ratio, yardstick=1.0, ratio=ratio,
+        allowed=5.0, element=ratio, element_allowed=20.0, index=(), rank=0, verdict=verdict,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_picture_of_what_is_missing_or_infinite(tmp_path: Path) -> None:
+    rows = (
+        row("a.weight", "gradient", 3, float("inf"), "missing"),
+        row("b.weight", "gradient", 2, 1e9, "bug"),
+        row("b", "output", 0, 0.0, "rounding"),
+        row("v", "value", -1, 1.0, "replicas differ"),
+    )
+    report = Report(rows, (), {}, {"tp": 2}, "float32", 9)
+    draw(report, tmp_path / "errors.svg")
+    assert (tmp_path / "errors.svg").stat().st_size > 10_000
+    assert report.first is not None
+    assert report.first.name == "v"
