@@ -50,8 +50,8 @@ def make(config: Config) -> Callable[[], None]:
     mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
     torch.manual_seed(config.run.seed)
     model = build(config, BYTES, mesh)
-    whole = torch.randint(BYTES, (2, config.train.batch, config.model.seq_len)).unbind()
-    ids, targets = next(micro_batches(model, *whole, config.train.accumulate))
+    ids, targets = torch.randint(BYTES, (2, config.train.batch, config.model.seq_len)).unbind()
+    ids, targets = next(micro_batches(model, ids, targets, config.train.accumulate))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr)
     forward, backward, update = PHASES
 
