@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from shardgrad.errors import VerificationError as VerificationError
     from shardgrad.layout import PRESETS as PRESETS
     from shardgrad.layout import Collective as Collective
+    from shardgrad.layout import DataParallel as DataParallel
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.by_layout import Linear as Linear
     from shardgrad.nn.conv import Conv1d as Conv1d
     from shardgrad.nn.conv import Conv2d as Conv2d
+    from shardgrad.nn.deferred import reduce_gradients_ as reduce_gradients_
     from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
@@ -91,9 +93,11 @@ _HOME = {
     "VerificationError": "shardgrad.errors",
     "PRESETS": "shardgrad.layout",
     "Collective": "shardgrad.layout",
+    "DataParallel": "shardgrad.layout",
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
+    "reduce_gradients_": "shardgrad.nn.deferred",
     "Conv1d": "shardgrad.nn.conv",
     "Conv2d": "shardgrad.nn.conv",
     "Dropout": "shardgrad.nn.dropout",

@@ -24,14 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.agree import gather_texts
+from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
 from shardgrad.nn.module import Stored
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops.shard import shard, unshard
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+STATE = "state.json"
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 def save(
@@ -74,8 +75,7 @@ def save(
             _write(Path(path), parameters, moments, about)
         except (OSError, SafetensorError) as error:
             done = f"cannot write the checkpoint {path}: {error}"
-    for axis in mesh_view.axes.values():
-        done = gather_texts(done, axis, mesh_view.device)[0] if axis.size > 1 else done
+    done = text_of_first(done, mesh_view)
     if done != "written":
         raise OSError(done)
 
@@ -91,7 +91,7 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         ValueError: its tensors are not those of the model, by name or by global shape, or the format is unknown.
     """
     folder = Path(path)
-    about: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    about: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
     own = {name: (parameter, stored) for name, parameter, stored in stored_parameters(model)}
@@ -146,7 +146,7 @@ def _write(folder: Path, parameters: dict[str, Tensor], moments: dict[str, Tenso
     try:
         save_file(parameters, partial / _MODEL)
         save_file(moments, partial / _OPTIMIZER)
-        (partial / _STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (partial / STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for part in (*partial.iterdir(), partial):
             _to_disk(part)
         os.rename(partial, folder)

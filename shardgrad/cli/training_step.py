@@ -12,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
 from shardgrad.draw.timeline import PHASES, STEP
+from shardgrad.nn.deferred import reduce_gradients_
+from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, load
-from shardgrad.train.data import VOCAB
-from shardgrad.train.model import GPT
+from shardgrad.train.data import BYTES
+from shardgrad.train.step import micro_batches
 
 
 def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
@@ -44,10 +46,12 @@ def make(config: Config) -> Callable[[], None]:
 
     Its parts bear the names of `shardgrad.draw.timeline` in a profile.
     """
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    shape = mesh_shape(config)
+    mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
     torch.manual_seed(config.run.seed)
-    model = GPT(**config.model.model_dump(), vocab=VOCAB, mesh=mesh)
-    ids, targets = torch.randint(VOCAB, (2, config.train.batch, config.model.seq_len)).unbind()
+    model = build(config, BYTES, mesh)
+    ids, targets = torch.randint(BYTES, (2, config.train.batch, config.model.seq_len)).unbind()
+    ids, targets = next(micro_batches(model, ids, targets, config.train.accumulate))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr)
     forward, backward, update = PHASES
 
@@ -58,6 +62,7 @@ def make(config: Config) -> Callable[[], None]:
                 loss = model.loss(ids, targets)
             with record_function(backward):
                 loss.backward()
+                reduce_gradients_(model)
             with record_function(update):
                 optimizer.step()
 

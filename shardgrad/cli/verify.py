@@ -45,22 +45,22 @@ def verify(
     from torch.distributed.device_mesh import init_device_mesh
 
     import shardgrad as sg
-    from shardgrad.train import data
-    from shardgrad.train.model import GPT
-    from shardgrad.train.reference import ReferenceGPT
+    from shardgrad.train.build import build, build_reference
+    from shardgrad.train.config import Mesh
+    from shardgrad.train.data import BYTES
     from shardgrad.verification.picture import draw
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     torch.manual_seed(seed)
-    sizes = read.model.model_dump()
+    read = read.model_copy(update={"mesh": Mesh()})  # tensor parallel over all ranks, whatever the run's mesh
     report = sg.verify(
-        GPT(**sizes, vocab=data.VOCAB, mesh=mesh, dtype=getattr(torch, dtype)),
-        ReferenceGPT(**sizes, vocab=data.VOCAB),
-        [torch.randint(0, data.VOCAB, (read.train.batch, read.model.seq_len)) for _ in range(2)],
+        build(read, BYTES, mesh, getattr(torch, dtype)),
+        build_reference(read.model, BYTES),
+        [torch.randint(0, BYTES, (read.train.batch, read.model.seq_len)) for _ in range(2)],
         mesh,
         loss=lambda model, ids, targets: model.loss(ids, targets),
-        names=lambda name: re.sub(r"(query|key|value|output)_(weight|bias)$", r"\1.\2", name),
+        names=lambda name: re.sub(r"(query|key|value|output|gate|up|down)_(weight|bias)$", r"\1.\2", name),
         seed=seed,
     )
     if dist.get_rank() == 0:

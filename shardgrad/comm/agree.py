@@ -72,10 +72,17 @@ def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:
     """Every rank's text, in the order of the axis."""
     raw = text.encode()
     lengths = [row[0] for row in gather_ints([len(raw)], axis, device, "comparison between ranks")]
-    most = max(lengths)
+    most = max(1, *lengths)  # all of them may be empty
     mine = torch.frombuffer(bytearray(raw.ljust(most)), dtype=torch.uint8).to(device)
     full = all_gather(mine, axis, 0, most * axis.size, "comparison between ranks").wait().cpu().numpy().tobytes()
     return [full[i * most : i * most + length].decode() for i, length in enumerate(lengths)]
+
+
+def text_of_first(text: str, view: MeshView) -> str:
+    """The text of the mesh's first rank, on every rank of the mesh."""
+    for axis in view.axes.values():
+        text = gather_texts(text, axis, view.device)[0] if axis.size > 1 else text
+    return text
 
 
 def _report(said: list[str], axis: Axis, who: str) -> str:

@@ -15,6 +15,7 @@ from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
+from shardgrad.layout.data import DataParallel, rows_over, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Role
 from shardgrad.nn import init
@@ -64,6 +65,8 @@ class Attention(ShardedModule):
             replicated.
         reduce: False leaves y and dX unreduced (`Y[b,s,m]{tp}`, `X[b,s,d]{tp}`) for the caller to add to others' and
             to reduce once; see `ParallelBlock`.
+        data: the axis that cuts the batch, and how parameters are stored over it; None without data parallelism.
+        reduce_dtype: in which y, dX and gradients are summed, e.g. torch.float32 for 16-bit operands.
         device, dtype: of the parameters.
 
     Parameters (global shapes): query_weight [h, k, d], key_weight and value_weight [g, k, d] with biases [h, k] and
@@ -94,10 +97,12 @@ class Attention(ShardedModule):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
+        data: DataParallel | None = None,
+        reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check(embed_dim, num_heads, kv_heads, head_dim, sequence_dim)
         check_reduce(reduce, sequence_dim, "Attention")
@@ -105,21 +110,32 @@ class Attention(ShardedModule):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.causal, self.rotary, self.axis = causal, rotary, axis
         self.sequence_dim, self.reduce = sequence_dim, reduce
+        self.data, self.reduce_dtype = data, reduce_dtype
         if rotary is not None and rotary.head_dim != self.head_dim:
             raise ShapeError(f"Attention: heads have {self.head_dim} features, but rotary turns {rotary.head_dim}")
         over = view(mesh).axis(axis)
         self.heads = Heads.of(num_heads, kv_heads, over.size, over.index)
         s = f"s/{axis}" if sequence_dim == 1 else "s"
         mark = "" if reduce else f"{{{axis}}}"
-        plus = (lambda spec: f" + {spec}") if bias else (lambda spec: "")
+        sizes = {"h": num_heads, "g": kv_heads, "k": self.head_dim, "d": embed_dim, "m": embed_dim}
+        b = rows_over(data, "b")
+
+        def weight(spec: str) -> str:
+            return stored_over(data, spec, sizes)
+
+        def plus(spec: str) -> str:
+            return f" + {stored_over(data, spec, sizes, vector=True)}" if bias else ""
+
         self.input_layouts = tuple(
             Layout(
-                f"X[b,{s},d]{mark} W{n}[{h}/{axis},k,d] -> {n.upper()}[b,s,{h}/{axis},k]" + plus(f"B{n}[{h}/{axis},k]")
+                f"X[{b},{s},d]{mark} {weight(f'W{n}[{h}/{axis},k,d]')} -> {n.upper()}[{b},s,{h}/{axis},k]"
+                + plus(f"B{n}[{h}/{axis},k]")
             )
             for n, h in zip("qkv", "hgg")
         )
-        self.output_layout = Layout(f"A[b,s,h/{axis},k] Wo[m,h/{axis},k] -> Y[b,{s},m]{mark}" + plus("Bo[m]"))
-        sizes = {"h": num_heads, "g": kv_heads, "k": self.head_dim, "d": embed_dim, "m": embed_dim}
+        self.output_layout = Layout(
+            f"A[{b},s,h/{axis},k] {weight(f'Wo[m,h/{axis},k]')} -> Y[{b},{s},m]{mark}" + plus("Bo[m]")
+        )
         for name, layout in zip((*_INPUTS, "output"), (*self.input_layouts, self.output_layout)):
             for kind, spec in (("weight", layout.second), ("bias", layout.bias)):
                 if kind == "bias" and not bias:
@@ -181,8 +197,8 @@ class Attention(ShardedModule):
     def _bound(self) -> tuple[Product, Product]:
         if not self._products:
             biased = self.output_bias is not None
-            self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh)
-            self._products["output"] = bind((self.output_layout,), (biased,), self.mesh)
+            self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh, (), self.reduce_dtype)
+            self._products["output"] = bind((self.output_layout,), (biased,), self.mesh, (), self.reduce_dtype)
         return self._products["inputs"], self._products["output"]
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -223,6 +239,7 @@ class Attention(ShardedModule):
         rows = {"b": batch, "s": sequence}
         query = {letter: self._input_sizes[letter] for letter in "hkd"}
         inputs = self.input_layouts[0].resolve({**rows, **query}, mesh_view.shape, mesh_view.coordinate)
+        inputs.known[inputs.level("g", (self.axis,))] = self.heads.count_kv
         width = cost.itemsize(dtype)
         biased = self.output_bias is not None
         needs: list[Role] = ["first", "second", "bias"] if biased else ["first", "second"]
@@ -233,14 +250,18 @@ class Attention(ShardedModule):
             needs=[needs] * 3,
             keep=(),
             wire=width,
-            reduce_wire=width,
+            reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
         )
         output = self.output_layout.collectives(
-            {**rows, **self._output_sizes}, mesh_view.shape, dtype, coordinate=mesh_view.coordinate
+            {**rows, **self._output_sizes},
+            mesh_view.shape,
+            dtype,
+            reduce_dtype=self.reduce_dtype,
+            coordinate=mesh_view.coordinate,
         )
         if not self.heads.aligned:
             parameters = [self.get_parameter(name) for name in self._stored if name.startswith(("key", "value"))]
-            output += summed_together("dWk and dWv", parameters, self.mesh, self.axis, dtype)
+            output += summed_together("dWk and dWv", parameters, self.mesh, self.axis, self.output_weight.dtype)
         return [*shared, *output]
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from shardgrad.comm.adjoint import all_reduce, reduce_scatter
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
+from shardgrad.layout.data import DataParallel, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.plan import route
@@ -22,6 +23,7 @@ from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.nn import init
 from shardgrad.nn.linear import check_sequence_dim, cut_rows, row_letters, sequence_letter
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.rows import for_rows, for_rows_collectives
 from shardgrad.ops.matmul import bind, run
 
 
@@ -36,7 +38,10 @@ class VocabParallelEmbedding(ShardedModule):
         padding_idx: the id whose row starts as zeros and gets no gradient.
         mesh, axis: the axis of the mesh that cuts the vocabulary.
         sequence_dim: the dim of the *output* (not the last) to leave cut over the axis; None to leave it replicated.
-        device, dtype: of the table.
+        data: the axis that cuts the ids' first dim, and how the table is stored over it; None without data parallelism.
+        reduce_dtype: in which dX of `logits` is summed.
+        device, dtype: of the table. Under torch.autocast rows are cast before they are sent, as products are: of the
+            terms of their sum, all but one are zero. The table's gradient is summed in its own dtype.
 
     Shapes: ids [...] of integers (replicated over the axis) → [..., embedding_dim].
 
@@ -59,10 +64,12 @@ class VocabParallelEmbedding(ShardedModule):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
+        data: DataParallel | None = None,
+        reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
         if num_embeddings < 1 or embedding_dim < 1:
             raise ShapeError(f"sizes must be at least 1, not num_embeddings={num_embeddings}, {embedding_dim=}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -70,8 +77,9 @@ class VocabParallelEmbedding(ShardedModule):
         self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         check_sequence_dim(sequence_dim, "VocabParallelEmbedding")
-        self.sequence_dim = sequence_dim
-        self.declare("weight", f"W[v/{axis},m]", {"v": num_embeddings, "m": embedding_dim}, device, dtype)
+        self.sequence_dim, self.data, self.reduce_dtype = sequence_dim, data, reduce_dtype
+        sizes = {"v": num_embeddings, "m": embedding_dim}
+        self.declare("weight", stored_over(data, f"W[v/{axis},m]", sizes), sizes, device, dtype)
         (self.first, _), (self.rows, _) = self._stored["weight"].block()
         self.reset_parameters()
 
@@ -90,6 +98,8 @@ class VocabParallelEmbedding(ShardedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self._lookup(ids)
+        if torch.is_autocast_enabled(y.device.type):
+            y = y.to(torch.get_autocast_dtype(y.device.type))
         if self.sequence_dim is None:
             return all_reduce(y, self.mesh, self.axis)
         return reduce_scatter(y, self.mesh, self.axis, sequence_letter(y.dim(), self.sequence_dim, type(self).__name__))
@@ -109,7 +119,9 @@ class VocabParallelEmbedding(ShardedModule):
         dims = x.dim()
         product = self._products.get(dims)
         if product is None:
-            product = self._products[dims] = bind((self.logits_layout(dims),), (False,), self.mesh)
+            product = self._products[dims] = bind(
+                (self.logits_layout(dims),), (False,), self.mesh, (), self.reduce_dtype
+            )
         sizes = {"v": self.num_embeddings, "m": self.embedding_dim}
         if sequence_size is not None and self.sequence_dim is not None:
             sizes[row_letters(dims - 1)[self.sequence_dim % dims]] = sequence_size
@@ -117,25 +129,33 @@ class VocabParallelEmbedding(ShardedModule):
 
     def logits_layout(self, dims: int) -> Layout:
         """The layout of `logits` for x of so many dims."""
-        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, type(self).__name__)
+        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, self.data, type(self).__name__)
         return Layout(f"X[{cut}m] {self._stored['weight'].spec} -> L[{rows}v/{self.axis}]")
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
-        """Every collective of this rank's lookup, forward and backward, for ids of a shape. (Those of `logits`:
-        `logits_layout(dims).collectives`.)"""
+        """Every collective of this rank's lookup, forward and backward, for ids of a global shape. (Those of `logits`:
+        `logits_layout(dims).collectives`.)
+
+        dtype: in which rows travel; the table, over the data parallel axis, travels in its own.
+        """
         mesh_view, width = view(self.mesh), cost.itemsize(dtype)
-        rows, cut, _ = cut_rows(len(shape) + 1, self.sequence_dim, self.axis, type(self).__name__)
-        letters = *row_letters(len(shape)), "m"
-        known: dict[Level, int] = {(x, ()): n for x, n in zip(letters, (*shape, self.embedding_dim))}
+        rows, cut, _ = cut_rows(len(shape) + 1, self.sequence_dim, self.axis, self.data, type(self).__name__)
+        known: dict[Level, int] = {
+            (x, ()): n for x, n in zip((*row_letters(len(shape)), "m"), (*shape, self.embedding_dim))
+        }
         sizes = Sizes(mesh_view.shape, mesh_view.coordinate, known)
         whole, stored = parse_tensor(f"Y[{rows}m]").dims, parse_tensor(f"Y[{cut}m]").dims
+        own: Any = self.weight.dtype
+        table = [] if self.data is None else for_rows_collectives(self._stored["weight"], (self.data.axis,), own)
         return [
+            *table,
             *cost.moved("forward", "Y", route(whole, stored, (self.axis,)), sizes, width, width),
             *cost.moved("dW", "dY", route(stored, whole), sizes, width, width),
         ]
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""
+        weight = self.weight if self.data is None else for_rows(self.weight, self._stored["weight"], (self.data.axis,))
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
         if ids.device.type == "cpu" and ids.numel():
@@ -146,11 +166,11 @@ class VocabParallelEmbedding(ShardedModule):
                     f"{self.num_embeddings - 1}); shape {tuple(ids.shape)}"
                 )
         if self.rows == 0:
-            return self.weight.new_zeros((*ids.shape, self.embedding_dim)) + self.weight.sum()
+            return weight.new_zeros((*ids.shape, self.embedding_dim)) + weight.sum()
         # An id outside the whole vocabulary stays outside here, so that torch's own check on CUDA fails.
         outside = (ids < 0) | (ids >= self.num_embeddings)
         local = local.masked_fill(elsewhere & ~outside, 0).masked_fill(outside, self.rows)
-        y = F.embedding(local, self.weight, self._local_padding())
+        y = F.embedding(local, weight, self._local_padding())
         return y.masked_fill(elsewhere.unsqueeze(-1), 0)
 
     def extra_repr(self) -> str:

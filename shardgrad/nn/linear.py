@@ -15,6 +15,7 @@ from shardgrad.comm.adjoint import gather_replicated, split
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout import cost
+from shardgrad.layout.data import DataParallel, rows_over, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.plan import route
@@ -43,19 +44,25 @@ def sequence_letter(dims: int, sequence_dim: int, who: str) -> int:
     return sequence_dim % dims
 
 
-def cut_rows(dims: int, sequence_dim: int | None, axis: str, who: str) -> tuple[str, str, str | None]:
-    """For a tensor of `dims` dims: its row letters, uncut and with the sequence cut, and the sequence's letter.
+def cut_rows(
+    dims: int, sequence_dim: int | None, axis: str, data: DataParallel | None, who: str
+) -> tuple[str, str, str | None]:
+    """For a tensor of `dims` dims: its row letters, without and with the sequence cut, and the sequence's letter. The
+    first row letter is cut by the data parallel axis, if there is one, in either case.
 
     Raises:
-        ShapeError: as `sequence_letter`.
+        ShapeError: as `sequence_letter`, or there is no row that the data parallel axis could cut.
     """
-    rows = row_letters(dims - 1)
+    letters = row_letters(dims - 1)
+    if data is not None and not letters:
+        raise ShapeError(f"{who}: an input of one dim has no batch that {data.axis} could cut")
+    rows = [rows_over(data, letter) if at == 0 else letter for at, letter in enumerate(letters)]
     uncut = "".join(f"{letter}," for letter in rows)
     if sequence_dim is None:
         return uncut, uncut, None
     at = sequence_letter(dims, sequence_dim, who)
     cut = "".join(f"{x}/{axis}," if i == at else f"{x}," for i, x in enumerate(rows))
-    return uncut, cut, rows[at]
+    return uncut, cut, letters[at]
 
 
 def check_sequence_dim(sequence_dim: object, who: str) -> None:
@@ -105,11 +112,12 @@ class _ParallelLinear(ShardedModule):
         sequence_dim: int | None,
         reduce: bool,
         keep: Collection[str],
+        data: DataParallel | None,
         reduce_dtype: torch.dtype | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
         who = type(self).__name__
         check_sequence_dim(sequence_dim, who)
         check_reduce(reduce, sequence_dim, who)
@@ -120,11 +128,13 @@ class _ParallelLinear(ShardedModule):
                 raise ShapeError(f"{who}: {name} must be at least 1, not {size}")
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
         self.sequence_dim, self.reduce = sequence_dim, reduce
-        self.keep, self.reduce_dtype = tuple(keep), reduce_dtype
+        self.keep, self.data, self.reduce_dtype = tuple(keep), data, reduce_dtype
         self._sizes = {"d": in_features, "m": out_features}
-        self.declare("weight", self._weight.format(axis=axis), self._sizes, device, dtype)
+        weight = stored_over(data, self._weight.format(axis=axis), self._sizes)
+        self.declare("weight", weight, self._sizes, device, dtype)
         if bias:
-            self.declare("bias", self._bias.format(axis=axis), self._sizes, device, dtype)
+            added = stored_over(data, self._bias.format(axis=axis), self._sizes, vector=True)
+            self.declare("bias", added, self._sizes, device, dtype)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -144,7 +154,7 @@ class _ParallelLinear(ShardedModule):
         return f" + {self._stored['bias'].spec}" if self.bias is not None else ""
 
     def _letters(self, dims: int) -> tuple[str, str, str | None]:
-        return cut_rows(dims, self.sequence_dim, self.axis, type(self).__name__)
+        return cut_rows(dims, self.sequence_dim, self.axis, self.data, type(self).__name__)
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y.
@@ -226,7 +236,9 @@ class ColumnParallelLinear(_ParallelLinear):
         reduce: False leaves dX unreduced (`X[n,d]{tp}`), for several layers that share an input: pass it through
             `sg.replicate`, or make it by `sg.all_gather`, which sum the gradients of all of them once.
         keep: `("X",)` keeps the gathered input for backward instead of gathering it again.
-        reduce_dtype: in which dX is summed, e.g. torch.float32 for 16-bit parameters.
+        data: the axis that cuts the batch, the input's first dim, and how parameters are stored over it; None without
+            data parallelism.
+        reduce_dtype: in which y, dX and gradients are summed, e.g. torch.float32 for 16-bit parameters.
         device, dtype: of the parameters.
 
     Shapes: x [..., in_features] (replicated, or cut along sequence_dim) → [..., out_features / ranks], or
@@ -252,12 +264,13 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: int | None = None,
         reduce: bool = True,
         keep: Collection[str] = (),
+        data: DataParallel | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = in_features, out_features
-        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, reduce_dtype, device, dtype)
+        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, data, reduce_dtype, device, dtype)
         self.gather_output = gather_output
 
     def layout(self, dims: int) -> Layout:
@@ -309,12 +322,13 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: int | None = None,
         reduce: bool = True,
         keep: Collection[str] = (),
+        data: DataParallel | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = in_features, out_features
-        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, reduce_dtype, device, dtype)
+        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, data, reduce_dtype, device, dtype)
         self.input_is_parallel = input_is_parallel
 
     def layout(self, dims: int) -> Layout:

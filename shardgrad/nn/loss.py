@@ -15,6 +15,7 @@ from shardgrad.comm import collectives as raw
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.errors import ShapeError
+from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
 
 
@@ -72,6 +73,30 @@ def vocab_parallel_cross_entropy(
         if token_axis.size > 1:
             count = raw.all_reduce(count, token_axis, "all-reduce of the number of tokens").wait()
     return total / count
+
+
+def cross_entropy_collectives(
+    tokens: int, dtype: Any, *, mesh: DeviceMesh, axis: str = "tp", token_axes: str | Sequence[str] = ()
+) -> list[Collective]:
+    """Every collective of `vocab_parallel_cross_entropy`, without smoothing, of the mean over this rank's `tokens` and
+    those of `token_axes`; its backward has none.
+
+    Args:
+        tokens: on this rank.
+        dtype: of the logits.
+    """
+    mesh_view = view(mesh)
+    width = max(itemsize(dtype), itemsize("float32"))
+    sums = [(axis, "maxima", tokens), (axis, "sums", 2 * tokens)]
+    for name in (token_axes,) if isinstance(token_axes, str) else token_axes:
+        sums += [(name, "total", 1), (name, "number of tokens", 1)]
+    found = []
+    for name, what, elements in sums:
+        over = mesh_view.axis(name)
+        if over.size > 1 and elements:
+            count = sent("all-reduce", elements, over.size, over.index) * width
+            found.append(Collective("forward", "all-reduce", f"loss: {what}", name, count))
+    return found
 
 
 def _check(

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
+from shardgrad.layout.data import DataParallel, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Role
 from shardgrad.nn import init
@@ -40,6 +41,7 @@ class MLP(nn.Module):
         sequence_dim: the dim of x and y (not the last) that is cut over the same axis; None if both are replicated.
         reduce: False leaves y and dX unreduced for the caller to add to others' and to reduce once; see
             `ParallelBlock`.
+        data, reduce_dtype: as of `ColumnParallelLinear`.
         device, dtype: of the parameters.
 
     Shapes: x [..., embed_dim] → [..., embed_dim], both replicated or both cut along sequence_dim.
@@ -56,6 +58,8 @@ class MLP(nn.Module):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
+        data: DataParallel | None = None,
+        reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +73,8 @@ class MLP(nn.Module):
             axis=axis,
             sequence_dim=sequence_dim,
             reduce=reduce,
+            data=data,
+            reduce_dtype=reduce_dtype,
             device=device,
             dtype=dtype,
         )
@@ -80,6 +86,8 @@ class MLP(nn.Module):
             axis=axis,
             sequence_dim=sequence_dim,
             reduce=reduce,
+            data=data,
+            reduce_dtype=reduce_dtype,
             device=device,
             dtype=dtype,
         )
@@ -112,7 +120,7 @@ class SwiGLU(ShardedModule):
     Args:
         embed_dim, hidden_dim: d (and m), and f: global sizes; hidden_dim need not divide by the ranks.
         bias: whether the three products add biases.
-        mesh, axis, sequence_dim, reduce, device, dtype: as of `MLP`.
+        mesh, axis, sequence_dim, reduce, data, reduce_dtype, device, dtype: as of `MLP`.
 
     Parameters (global shapes): gate_weight, up_weight [f, d] and down_weight [m, f], cut by f; gate_bias, up_bias [f],
     cut, and down_bias [m], replicated.
@@ -138,25 +146,28 @@ class SwiGLU(ShardedModule):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
+        data: DataParallel | None = None,
+        reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
         if embed_dim < 1 or hidden_dim < 1:
             raise ShapeError(f"SwiGLU: sizes must be at least 1, not {embed_dim=}, {hidden_dim=}")
         check_sequence_dim(sequence_dim, "SwiGLU")
         check_reduce(reduce, sequence_dim, "SwiGLU")
         self.embed_dim, self.hidden_dim, self.axis = embed_dim, hidden_dim, axis
         self.sequence_dim, self.reduce, self.bias = sequence_dim, reduce, bias
+        self.data, self.reduce_dtype = data, reduce_dtype
         sizes = {"d": embed_dim, "f": hidden_dim, "m": embed_dim}
         for name, weight, plus in (
             ("gate", f"Wg[f/{axis},d]", f"Bg[f/{axis}]"),
             ("up", f"Wu[f/{axis},d]", f"Bu[f/{axis}]"),
             ("down", f"Wd[m,f/{axis}]", "Bd[m]"),
         ):
-            self.declare(f"{name}_weight", weight, sizes, device, dtype)
+            self.declare(f"{name}_weight", stored_over(data, weight, sizes), sizes, device, dtype)
             if bias:
-                self.declare(f"{name}_bias", plus, sizes, device, dtype)
+                self.declare(f"{name}_bias", stored_over(data, plus, sizes, vector=True), sizes, device, dtype)
             else:
                 self.register_parameter(f"{name}_bias", None)
         self.reset_parameters()
@@ -171,7 +182,7 @@ class SwiGLU(ShardedModule):
 
     def layouts(self, dims: int) -> tuple[Layout, Layout, Layout]:
         """The layouts of gate, up and down for an input of so many dims."""
-        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, "SwiGLU")
+        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, self.data, "SwiGLU")
         mark = "" if self.reduce else f"{{{self.axis}}}"
 
         def stored(name: str) -> tuple[str, str]:
@@ -190,11 +201,11 @@ class SwiGLU(ShardedModule):
         dims = x.dim()
         if dims not in self._products:
             gate, up, down = self.layouts(dims)
-            self._products[dims] = bind((gate, up), (self.bias,) * 2, self.mesh)
-            self._products[dims, "down"] = bind((down,), (self.bias,), self.mesh)
+            self._products[dims] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)
+            self._products[dims, "down"] = bind((down,), (self.bias,), self.mesh, (), self.reduce_dtype)
         known: dict[str, int] = {}
         if sequence_size is not None and self.sequence_dim is not None:
-            letter = cut_rows(dims, self.sequence_dim, self.axis, "SwiGLU")[2]
+            letter = cut_rows(dims, self.sequence_dim, self.axis, self.data, "SwiGLU")[2]
             known = {letter: sequence_size} if letter else {}
         weights = [self.get_parameter("gate_weight"), self.get_parameter("up_weight")]
         biases = [self.get_parameter("gate_bias"), self.get_parameter("up_bias")] if self.bias else []
@@ -219,10 +230,16 @@ class SwiGLU(ShardedModule):
             needs=[needs] * 2,
             keep=(),
             wire=width,
-            reduce_wire=width,
+            reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
         )
         features = {"f": self.hidden_dim, "m": self.embed_dim}
-        last = down.collectives({**rows, **features}, mesh_view.shape, dtype, coordinate=mesh_view.coordinate)
+        last = down.collectives(
+            {**rows, **features},
+            mesh_view.shape,
+            dtype,
+            reduce_dtype=self.reduce_dtype,
+            coordinate=mesh_view.coordinate,
+        )
         return [*shared, *last]
 
     def extra_repr(self) -> str:

@@ -14,11 +14,13 @@ from shardgrad.comm.adjoint import split
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
+from shardgrad.layout.data import DataParallel, stored_over
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import Sizes
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.rows import for_rows, for_rows_collectives
 
 
 class LearnedPositions(ShardedModule):
@@ -32,6 +34,7 @@ class LearnedPositions(ShardedModule):
         num_positions, embed_dim: of the table, as of nn.Embedding.
         mesh, axis: the axis of the mesh.
         sequence_dim: 1 if x [b, s, m] is cut along the sequence over the axis; None if it is replicated.
+        data: the axis that cuts the batch of x, and how the table is stored over it; None without data parallelism.
         device, dtype: of the table.
 
     Raises:
@@ -48,17 +51,19 @@ class LearnedPositions(ShardedModule):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
+        data: DataParallel | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
         if num_positions < 1 or embed_dim < 1:
             raise ShapeError(f"LearnedPositions: sizes must be at least 1, not {num_positions=}, {embed_dim=}")
         if sequence_dim not in (None, 1):
             raise ShapeError(f"LearnedPositions: x is [b, s, m], so sequence_dim is 1 or None, not {sequence_dim}")
         self.num_positions, self.embed_dim, self.axis = num_positions, embed_dim, axis
-        self.sequence_dim = sequence_dim
-        self.declare("weight", "W[s,m]", {"s": num_positions, "m": embed_dim}, device, dtype)
+        self.sequence_dim, self.data = sequence_dim, data
+        sizes = {"s": num_positions, "m": embed_dim}
+        self.declare("weight", stored_over(data, "W[s,m]", sizes), sizes, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -77,17 +82,21 @@ class LearnedPositions(ShardedModule):
             raise ShapeError(
                 f"positions {first} to {first + sequence - 1} were asked for, of {self.num_positions} (num_positions)"
             )
-        rows = self.weight[first : first + sequence]
+        weight = self.weight if self.data is None else for_rows(self.weight, self._stored["weight"], (self.data.axis,))
+        rows = weight[first : first + sequence]
         return rows if self.sequence_dim is None else split(rows, self.mesh, self.axis, dim=0)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
-        """Every collective of this rank's forward and backward for x of global shape [b, s, m]."""
+        """Every collective of this rank's forward and backward for x of global shape [b, s, m], whatever its dtype: the
+        table travels in its own."""
+        own: Any = self.weight.dtype
+        table = [] if self.data is None else list(for_rows_collectives(self._stored["weight"], (self.data.axis,), own))
         if self.sequence_dim is None:
-            return []
-        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
+            return table
+        mesh_view, width = view(self.mesh), cost.itemsize(own)
         sizes = Sizes(mesh_view.shape, mesh_view.coordinate, {("s", ()): shape[1], ("m", ()): self.embed_dim})
         moves = route((Dim("s", (self.axis,)), Dim("m")), (Dim("s"), Dim("m")))
-        return list(cost.moved("dW", "dW", moves, sizes, width, width))
+        return [*table, *cost.moved("dW", "dW", moves, sizes, width, width)]
 
     def extra_repr(self) -> str:
         sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""

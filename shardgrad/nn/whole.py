@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import all_reduce
 from shardgrad.comm.mesh import Axis, MeshView, view
+from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.stored import stored_parameters
 
 
@@ -90,6 +91,24 @@ def clip_grad_norm_(
         )
     nn.utils.clip_grads_with_norm_([parameter for _, parameter, _ in parameters], max_norm, total)
     return total
+
+
+def clip_grad_norm_collectives(model: nn.Module) -> list[Collective]:
+    """Every collective of `clip_grad_norm_`, with its bytes, but for the comparison between ranks at first sight."""
+    sets: dict[str, set[tuple[str, ...]]] = {}
+    axes: dict[str, Axis] = {}
+    for _, _, stored in stored_parameters(model):
+        if stored is not None:
+            mesh_view = view(stored.mesh)
+            cutting = tuple(sorted(name for name in stored.spec.axes if mesh_view.shape[name] > 1))
+            for name in cutting:
+                sets.setdefault(name, set()).add(cutting)
+                axes[name] = mesh_view.axes[name]
+    found = []
+    for name, cut in sets.items():
+        count = sent("all-reduce", 2 * len(cut), axes[name].size, axes[name].index)  # of what `_accumulate` makes
+        found.append(Collective("clip", "all-reduce", "norms", name, 8 * count))
+    return found
 
 
 # A norm in three steps: what this rank has of it, what the ranks of an axis have together, and the norm. Shards of one

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from math import inf, isnan
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from shardgrad.comm.collectives import all_reduce
 from shardgrad.comm.mesh import view
+from shardgrad.nn.module import Stored
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops.shard import unshard
-from shardgrad.train.model import GPT
-from shardgrad.train.reference import ReferenceGPT
+from shardgrad.train.decoder import Decoder
+from shardgrad.train.reference import Reference
 
 BOUND = 30.0
 """How many times as far from exact as one device's rounding a sharded tensor may be. Two roundings of one tensor differ
@@ -29,8 +32,8 @@ by chance: measured on 1 to 4 ranks, by at most 1.3 times where it has thousands
 class Row:
     """One tensor's distances (Euclidean norms) from its exact value.
 
-    error: of the sharded run. single: of one device in the working precision. norm: the exact value's own norm.
-    eps: of the working precision.
+    error: of the sharded run, on the rank whose copy is farthest. single: of one device in the working precision. norm:
+    the exact value's own norm. eps: of the working precision.
     """
 
     name: str
@@ -68,12 +71,14 @@ class Comparison:
 
 
 def compare(
-    model: GPT, loss: Tensor, ids: Tensor, targets: Tensor, reference: Callable[[], ReferenceGPT]
+    model: Decoder, loss: Tensor, ids: Tensor, targets: Tensor, reference: Callable[[], Reference]
 ) -> Comparison | None:
-    """Compare a step just done, its gradients in place, with the reference; called on every rank.
+    """Compare a step just done, its gradients in place and complete, with the reference; called on every rank.
 
     Args:
-        loss: what `model.loss(ids, targets)` returned, before its backward.
+        loss: of the whole batch, as the step found it.
+        ids, targets: the whole batch [b, s], alike on every rank; one device takes it at once, whatever the sharded
+            step made of it (micro-batches, parts of ranks).
         reference: makes the model on one device, with any values.
 
     Returns:
@@ -82,20 +87,26 @@ def compare(
     first = not any(view(model.mesh).coordinate.values())
     values: dict[str, Tensor] = {}
     grads: dict[str, Tensor] = {}
-    for name, value, grad in _assembled(model):
+    apart: dict[str, float] = {}
+    for name, value, grad, distance in _assembled(model):
+        apart[name] = distance
         if first:
             values[name], grads[name] = value, grad
     if not first:
         return None
-    device, dtype = loss.device, loss.dtype
+    device, dtype = loss.device, next(model.parameters()).dtype
     exact = _step(reference().to(device, torch.float64), values, ids, targets)
-    single = _step(reference().to(device, dtype), values, ids, targets)
+    single = _step(reference().to(device, dtype), values, ids, targets, model.compute_dtype)
+    eps = torch.finfo(model.compute_dtype or dtype).eps
     sharded = {"loss": loss.detach(), **grads}
-    return Comparison(tuple(_row(name, sharded[name], single[name], exact[name]) for name in sharded))
+    return Comparison(
+        tuple(_row(name, sharded[name], single[name], exact[name], apart.get(name, 0.0), eps) for name in sharded)
+    )
 
 
-def _assembled(model: GPT) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, global value and global gradient of each parameter; a gradient that is missing is NaN."""
+def _assembled(model: Decoder) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Name, global value and global gradient of each parameter, and how far apart the ranks' copies of the gradient
+    are; a gradient that is missing is NaN."""
     for name, parameter, stored in stored_parameters(model):
         assert stored is not None, f"{name} belongs to no shardgrad layer"
         grad = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
@@ -103,13 +114,42 @@ def _assembled(model: GPT) -> Iterator[tuple[str, Tensor, Tensor]]:
             name,
             unshard(parameter, stored.spec, stored.mesh, stored.sizes),
             unshard(grad, stored.spec, stored.mesh, stored.sizes),
+            _apart(grad, stored),
         )
 
 
-def _step(reference: ReferenceGPT, values: dict[str, Tensor], ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _apart(grad: Tensor, stored: Stored) -> float:
+    """How far the copy of a gradient that is farthest from the first rank's is from it, at most; alike on every rank.
+
+    A gradient is assembled from the first of the ranks that hold the same part of it: the other copies are compared
+    with that one here, an axis at a time.
+    """
+    axes = view(stored.mesh).axes.values()
+    total = 0.0
+    for axis in axes:
+        if axis.size == 1 or axis.name in stored.spec.axes:
+            continue
+        first = grad.clone() if axis.index == 0 else torch.zeros_like(grad)
+        first = all_reduce(first, axis, "all-reduce of the first rank's gradient").wait()
+        square = (grad - first).double().square().sum().nan_to_num(inf, inf)
+        for other in axes:
+            if other.size > 1:
+                op = dist.ReduceOp.SUM if other.name in stored.spec.axes else dist.ReduceOp.MAX
+                square = all_reduce(square, other, "all-reduce of the copies' distance", op).wait()
+        total += float(square.sqrt())
+    return total
+
+
+def _step(
+    reference: Reference,
+    values: dict[str, Tensor],
+    ids: Tensor,
+    targets: Tensor,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
     """Loss and gradients on one device, by the sharded model's names."""
     reference.load(values)
-    loss = reference.loss(ids, targets)
+    loss = reference.loss(ids, targets, compute_dtype)
     loss.backward()
     found = {"loss": loss.detach()}
     for name in values:
@@ -119,8 +159,8 @@ def _step(reference: ReferenceGPT, values: dict[str, Tensor], ids: Tensor, targe
     return found
 
 
-def _row(name: str, sharded: Tensor, single: Tensor, exact: Tensor) -> Row:
+def _row(name: str, sharded: Tensor, single: Tensor, exact: Tensor, apart: float, eps: float) -> Row:
     def distance(tensor: Tensor) -> float:
         return float((tensor.double().flatten() - exact.flatten()).norm())
 
-    return Row(name, distance(sharded), distance(single), float(exact.norm()), torch.finfo(sharded.dtype).eps)
+    return Row(name, distance(sharded) + apart, distance(single), float(exact.norm()), eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,13 +36,35 @@ class _Section(BaseModel):
 
 class Run(_Section):
     dir: str = Field(
-        default="runs/run", min_length=1, description="folder for what the run leaves; a number is added if it exists"
+        default="runs/run",
+        min_length=1,
+        description="folder for what the run leaves; a number is added if it exists, unless run.resume=auto",
+    )
+    resume: str | None = Field(
+        default=None,
+        min_length=1,
+        description="auto: go on in run.dir from its newest checkpoint, or begin there; a path: begin a new folder "
+        "from that checkpoint, or that run's newest; null: begin anew. Restarts by torchrun always go on",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, batches and the sample")
+    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, beside the rest")
+    check: bool = Field(
+        default=True, description="whether to compare the first step with one device, which holds it in float64"
+    )
 
 
 class Mesh(_Section):
-    tp: int | None = Field(default=None, ge=1, description="ranks of the tensor parallel axis; null: all there are")
+    dp: int | None = Field(default=1, ge=1, description="ranks of the data parallel axis; null: all that tp leaves")
+    tp: int | None = Field(
+        default=None, ge=1, description="ranks of the tensor parallel axis; null: all that dp leaves"
+    )
+    grid: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        min_length=3,
+        max_length=3,
+        description="ranks of the axes z, x, y of a 3D layout, instead of dp and tp: batch, features, heads and hidden",
+    )
+    fully_sharded: bool = Field(default=False, description="whether weights are stored cut over dp as well")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
     timeout_s: Number = Field(
         default=120.0, gt=0, description="seconds after which a collective that waits is an error"
@@ -50,33 +73,79 @@ class Mesh(_Section):
 
 class Data(_Section):
     files: list[str] = Field(default=[], description="text files; none: the language reference that CPython carries")
+    tokens: str | None = Field(
+        default=None, min_length=1, description="instead of text: a file of token ids, .npy or nothing but ids"
+    )
+    tokens_dtype: Literal["uint16", "uint32"] = Field(
+        default="uint16", description="of the ids of data.tokens, little-endian, unless it is .npy"
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="bytes; bpe: byte pairs, found in the training part; or a JSON file of the tokenizers library; "
+        "null: bytes for text, none for data.tokens",
+    )
+    vocab: int | None = Field(
+        default=None, ge=2, le=2**32, description="token ids: of data.tokens; at most so many for data.tokenizer=bpe"
+    )
     held_out: Number = Field(default=0.1, gt=0, lt=1, description="last part of the text, never trained on")
 
 
 class Model(_Section):
+    kind: Literal["gpt", "llama"] = Field(
+        default="gpt",
+        description="GPT-2's block (LayerNorm, learned positions, GELU) or Llama's (RMSNorm, rotary, SwiGLU)",
+    )
     layers: int = Field(ge=1, description="transformer blocks")
     heads: int = Field(ge=1, description="attention heads; need not divide by the ranks")
+    kv_heads: int | None = Field(
+        default=None, ge=1, description="heads of keys and values, which must divide model.heads; null: as many"
+    )
     d_model: int = Field(ge=1, description="width of the residual stream, a multiple of model.heads")
-    seq_len: int = Field(ge=1, description="bytes of a sequence")
+    d_ff: int | None = Field(
+        default=None,
+        ge=1,
+        description="hidden features of the feed-forward block; null: 4 d_model, of llama 8/3",
+    )
+    seq_len: int = Field(ge=1, description="tokens of a sequence")
+    tied: bool = Field(default=False, description="whether the head multiplies by the embedding's table")
+    norm_eps: Number = Field(default=1e-5, gt=0, description="added to the variance in norms")
+    rope_theta: Number = Field(default=10000.0, gt=0, description="base of llama's rotary frequencies")
 
 
 class Train(_Section):
     steps: int = Field(ge=1, description="optimizer steps")
-    batch: int = Field(ge=1, description="sequences of a step")
+    batch: int = Field(ge=1, description="sequences of a step, over all ranks and micro-batches")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches of a step, whose gradients add up")
     lr: Number = Field(gt=0, description="highest learning rate")
-    warmup: int = Field(
-        default=0, ge=0, description="steps over which lr rises, before it falls by a cosine to a tenth"
-    )
+    warmup: int = Field(default=0, ge=0, description="steps over which lr rises, before it falls by a cosine")
+    min_lr: Number = Field(default=0.1, ge=0, le=1, description="what the cosine falls to, as a part of lr")
     weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's, on matrices alone")
+    clip: Number | None = Field(default=None, gt=0, description="largest norm of all gradients together; null: any")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products and activations; parameters and moments are float32"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="in which partial sums of products are reduced; null: in train.dtype"
+    )
+    recompute: Literal["none", "full", "attention"] = Field(
+        default="none", description="what backward computes again instead of keeping: whole blocks, or attention layers"
+    )
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
+    eval_batches: int | None = Field(
+        default=100, ge=1, description="batches of the held-out part that such a loss is the mean of; null: all of it"
+    )
+    save_every: int = Field(default=100, ge=1, description="steps between checkpoints; the last step has one too")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     check_every: int = Field(default=0, ge=0, description="steps between checks of replicas and for NaN; 0: never")
 
 
 class Sample(_Section):
     prompt: str = Field(default="The ", min_length=1, description="what the sample of generated text begins with")
-    bytes: int = Field(default=400, ge=0, description="bytes to generate; 0: none")
-    temperature: Number = Field(default=0.7, gt=0, description="of the sampling")
+    tokens: int = Field(default=400, ge=0, description="tokens to generate; 0: none")
+    temperature: Number = Field(default=0.7, ge=0, description="of the sampling; 0: always the likeliest token")
+    top_k: int | None = Field(default=None, ge=1, description="draw among so many likeliest tokens; null: among all")
 
 
 class Config(_Section):
@@ -195,19 +264,90 @@ def _disagreements(config: Config) -> Iterator[str]:
             f"model.d_model = {model.d_model} does not divide by model.heads = {model.heads}; "
             f"heads that would: {', '.join(map(str, near))}"
         )
+    yield from _data_disagreements(config.data)
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        yield f"model.kv_heads = {model.kv_heads} must divide model.heads = {model.heads}"
+    grid = config.mesh.grid
+    if grid is not None:
+        if model.kind != "llama" or model.kv_heads not in (None, model.heads) or model.tied:
+            yield "mesh.grid is for model.kind = llama, without model.kv_heads and model.tied"
+        if config.mesh.dp not in (None, 1) or config.mesh.tp is not None or config.mesh.fully_sharded:
+            yield "mesh.grid stands instead of mesh.dp, mesh.tp and mesh.fully_sharded: leave them out"
+    if model.kind == "llama" and model.d_model % model.heads == 0 and (model.d_model // model.heads) % 2:
+        yield (
+            f"model.d_model / model.heads = {model.d_model // model.heads} must be even: rotary positions turn pairs "
+            "of a head's features"
+        )
     if train.warmup >= train.steps:
         yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
+    if train.batch % train.accumulate:
+        yield f"train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} micro-batches"
+    if train.dtype == "float32" and train.reduce_dtype == "bfloat16":
+        yield "train.reduce_dtype = bfloat16 is narrower than train.dtype = float32: sums would lose what is there"
+
+
+def _data_disagreements(data: Data) -> Iterator[str]:
+    if data.tokens is not None:
+        if data.files:
+            yield "data.files and data.tokens are both given: train on one of them"
+        if data.vocab is None:
+            yield f"data.vocab is missing: how many token ids there are in data.tokens = {data.tokens}"
+        if data.tokenizer == "bpe":
+            yield "data.tokenizer = 'bpe' is found in text: for data.tokens name the JSON file they were made with"
+    elif data.tokenizer == "bpe":
+        if data.vocab is None or data.vocab <= 256:
+            yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"
+    elif data.vocab is not None and (data.tokenizer not in (None, "bytes") or data.vocab != 256):
+        yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer tells"
 
 
 def check_ranks(config: Config, ranks: int) -> Config:
-    """The configuration with `mesh.tp` resolved to the number of ranks.
+    """The configuration with `mesh.dp` and `mesh.tp` resolved to the number of ranks.
 
     Raises:
-        ConfigError: it says another number.
+        ConfigError: they say another number, or the batch does not divide by the ranks of dp.
     """
-    if config.mesh.tp not in (None, ranks):
+    dp, tp, grid = config.mesh.dp, config.mesh.tp, config.mesh.grid
+    started = f"{ranks} {'process was' if ranks == 1 else 'processes were'} started"
+    if grid is not None:
+        if prod(grid) != ranks:
+            raise ConfigError(
+                f"mesh.grid = {grid} has {prod(grid)} ranks, but {started}: start torchrun with --nproc-per-node "
+                f"{prod(grid)}"
+            )
+        _check_batch(config, grid[0], "mesh.grid's z")
+        return config
+    if dp is None and tp is None:
+        dp, tp = 1, ranks
+    for name, mine, given in (("tp", tp, dp), ("dp", dp, tp)):
+        if mine is None and given is not None and ranks % given:
+            other = "dp" if name == "tp" else "tp"
+            raise ConfigError(
+                f"mesh.{other} = {given} does not divide the ranks: {started}, so mesh.{name} = null leaves no whole "
+                f"number of them; start torchrun with --nproc-per-node {given} or a multiple of it"
+            )
+    dp = ranks // tp if dp is None and tp is not None else dp
+    tp = ranks // dp if tp is None and dp is not None else tp
+    assert dp is not None
+    assert tp is not None
+    if dp * tp != ranks:
+        which = f"mesh.tp = {tp}" if dp == 1 else f"mesh.dp * mesh.tp = {dp} * {tp}"
         raise ConfigError(
-            f"mesh.tp = {config.mesh.tp}, but {ranks} {'process was' if ranks == 1 else 'processes were'} started: "
-            f"start torchrun with --nproc-per-node {config.mesh.tp}, or set mesh.tp=null for all there are"
+            f"{which}, but {started}: start torchrun with --nproc-per-node {dp * tp}, or set mesh.tp=null for all "
+            "there are"
         )
-    return config.model_copy(update={"mesh": config.mesh.model_copy(update={"tp": ranks})})
+    _check_batch(config, dp, "mesh.dp")
+    if config.mesh.fully_sharded and dp == 1:
+        raise ConfigError(
+            "mesh.fully_sharded stores weights cut over dp, but mesh.dp = 1: set mesh.dp, or leave it out"
+        )
+    return config.model_copy(update={"mesh": config.mesh.model_copy(update={"dp": dp, "tp": tp})})
+
+
+def _check_batch(config: Config, ranks: int, name: str) -> None:
+    batch, accumulate = config.train.batch, config.train.accumulate
+    if batch // accumulate % ranks:
+        raise ConfigError(
+            f"train.batch / train.accumulate = {batch} / {accumulate} = {batch // accumulate} sequences do not divide "
+            f"by {name} = {ranks}: each of these ranks takes as many of a micro-batch"
+        )

@@ -1,4 +1,4 @@
-"""Text as bytes: a training part, a held-out part, and batches that are a function of seed and step alone."""
+"""Tokens: a training part, a held-out part, and batches that are a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -6,30 +6,51 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-VOCAB = 256  # every byte is a token
+BYTES = 256  # a vocabulary in which every byte is a token
+_WHOLE = 2**26  # bytes of a part up to which the digest reads all of it
+_PIECES, _PIECE = 64, 2**16  # of a longer part: this many pieces of so many bytes
 
 
 class DataError(ValueError):
-    """A text that cannot be read, or is too short for the configuration."""
+    """A text or a file of tokens that cannot be read, or is too short for the configuration."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes [n] of each part, as uint8."""
+    """Token ids [n] of each part: unsigned integers, in memory or mapped from a file.
 
-    train: Tensor
-    held_out: Tensor
+    vocab: ids are below it. unit: what one of them is, a "byte" or a "token".
+    """
+
+    train: NDArray[Any]
+    held_out: NDArray[Any]
+    vocab: int = BYTES
+    unit: str = "byte"
 
     @property
     def digest(self) -> str:
-        """Tells two texts, or two ways of parting one, from each other."""
-        parts = (self.train.numpy().tobytes(), self.held_out.numpy().tobytes())
-        return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
+        """Tells two texts, or two ways of parting one, from each other. Of a part longer than 64 MiB its length and 64
+        pieces spread over it are looked at, not all of it."""
+        parts = b"".join(_digest(part) for part in (self.train, self.held_out))
+        return hashlib.blake2b(parts, digest_size=8).hexdigest()
+
+
+def _digest(part: NDArray[Any]) -> bytes:
+    state = hashlib.blake2b(f"{len(part)} {part.dtype.str}".encode())
+    if part.nbytes <= _WHOLE:
+        state.update(np.ascontiguousarray(part).data)
+    else:
+        count = _PIECE // part.itemsize
+        for start in np.linspace(0, len(part) - count, _PIECES).astype(np.int64):
+            state.update(np.ascontiguousarray(part[start : start + count]).data)
+    return state.digest()
 
 
 def read(files: Sequence[str]) -> bytes:
@@ -54,41 +75,70 @@ def read(files: Sequence[str]) -> bytes:
 
 
 def part(text: bytes, held_out: float, seq_len: int) -> Text:
-    """Cut off the last `held_out` of the text.
+    """Every byte a token; the last `held_out` of the text is cut off.
 
     Raises:
         DataError: a part has less than one sequence and the byte that follows it.
     """
-    cut = len(text) - round(len(text) * held_out)
-    for name, size in (("training", cut), ("held-out", len(text) - cut)):
-        if size < seq_len + 1:
+    return cut(np.frombuffer(text, dtype=np.uint8), held_out, seq_len)
+
+
+def cut(ids: NDArray[Any], held_out: float, seq_len: int, vocab: int = BYTES, unit: str = "byte") -> Text:
+    """Cut off the last `held_out` of the ids, without reading or copying them.
+
+    Raises:
+        DataError: a part has less than one sequence and the token that follows it.
+    """
+    at = len(ids) - round(len(ids) * held_out)
+    return check_length(Text(ids[:at], ids[at:], vocab, unit), held_out, seq_len)
+
+
+def check_length(text: Text, held_out: float, seq_len: int) -> Text:
+    """The text, if each part has at least one sequence and the token that follows it.
+
+    Raises:
+        DataError: it has less.
+    """
+    whole = len(text.train) + len(text.held_out)
+    for name, some in (("training", text.train), ("held-out", text.held_out)):
+        if len(some) < seq_len + 1:
             raise DataError(
-                f"data: too little text: of {len(text)} bytes, data.held_out = {held_out} leaves {size} for the {name} "
-                f"part; one sequence needs model.seq_len + 1 = {seq_len + 1}"
+                f"data: too little text: of {whole} {text.unit}s, data.held_out = {held_out} leaves {len(some)} for "
+                f"the {name} part; one sequence needs model.seq_len + 1 = {seq_len + 1}"
             )
-    everything = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
-    return Text(everything[:cut], everything[cut:])
+    return text
 
 
-def batch(text: Text, seed: int, step: int, size: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Sequences and what follows each byte: two int64 tensors [size, seq_len].
+def batch(
+    text: Text, seed: int, step: int, size: int, seq_len: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Sequences and what follows each token: two int64 tensors [size, seq_len], of which `rows` are read.
 
     The offsets are numbers of a Philox stream keyed by seed and step (Salmon et al. 2011): every rank of every mesh
-    makes the same, and step n needs no step before it.
+    makes the same, and step n needs no step before it. Ranks that share a batch take rows of the one batch.
     """
     key = np.array([seed, step], dtype=np.uint64)
     last = len(text.train) - seq_len - 1
     starts = np.random.Philox(key=key).random_raw(size) % np.uint64(last + 1)
-    return _sequences(text.train, torch.from_numpy(starts.astype(np.int64)), seq_len)
+    return _sequences(text.train, starts[rows].astype(np.int64), seq_len)
 
 
-def held_out(text: Text, size: int, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The held-out part once, in batches of at most `size` sequences, side by side; a rest too short is left out."""
-    starts = torch.arange((len(text.held_out) - 1) // seq_len) * seq_len
-    for some in starts.split(size):
-        yield _sequences(text.held_out, some, seq_len)
+def held_out(text: Text, size: int, seq_len: int, batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The held-out part, in batches of at most `size` sequences, side by side; a rest too short is left out.
+
+    batches: how many at most; None: all of it.
+    """
+    starts = np.arange((len(text.held_out) - 1) // seq_len) * seq_len
+    for number, first in enumerate(range(0, len(starts), size)):
+        if number == batches:
+            return
+        yield _sequences(text.held_out, starts[first : first + size], seq_len)
 
 
-def _sequences(data: Tensor, starts: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    windows = data[starts.unsqueeze(1) + torch.arange(seq_len + 1)].long()
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+def _sequences(ids: NDArray[Any], starts: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
+    """Only what is asked for leaves a mapped file."""
+    windows = np.empty((len(starts), seq_len + 1), dtype=np.int64)
+    for row, start in enumerate(starts):
+        windows[row] = ids[start : start + seq_len + 1]
+    whole = torch.from_numpy(windows)
+    return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()

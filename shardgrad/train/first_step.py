@@ -3,56 +3,79 @@
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 
 from shardgrad.comm.collectives import gather_ints
-from shardgrad.comm.mesh import view
+from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.trace import trace
+from shardgrad.nn.whole import clip_grad_norm_
 from shardgrad.train import data
+from shardgrad.train.build import build_reference
 from shardgrad.train.compare import BOUND, compare
 from shardgrad.train.config import Config
+from shardgrad.train.decoder import Decoder
 from shardgrad.train.metrics import Metrics
-from shardgrad.train.model import GPT
 from shardgrad.train.predict import step_collectives, totals
-from shardgrad.train.reference import ReferenceGPT
 from shardgrad.train.report import Report
+from shardgrad.train.step import backward
 
 
 class CheckError(RuntimeError):
     """The first step is not what one device, or the prediction of bytes, says; the report has shown where."""
 
 
-def check_first_step(model: GPT, config: Config, text: data.Text, report: Report, metrics: Metrics) -> None:
-    """Run the first step's forward and backward; compare its bytes, its loss and every gradient. On every rank.
+def check_first_step(
+    model: Decoder, config: Config, text: data.Text, report: Report, metrics: Metrics, step: int = 0
+) -> None:
+    """Run the first step without its update; compare its bytes, its loss and every gradient. On every rank.
 
-    Leaves the gradients in place and the parameters as they were.
+    Leaves gradients in place and the parameters as they were. With `run.check` off, only the bytes are compared.
+    step: of the batch, the steps done before.
 
     Raises:
         CheckError: on every rank, if on any of them predicted and traced bytes differ, or a tensor is farther from
             exact than `BOUND` times one device's rounding.
     """
     mesh_view = view(model.mesh)
-    axis = mesh_view.axis(model.axis)
-    batch, seq_len = config.train.batch, config.model.seq_len
-    ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, 0, batch, seq_len))
+    batch, seq_len, settings = config.train.batch, config.model.seq_len, config.train
+    ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, step, batch, seq_len))
     for _ in range(2):  # in the first pass, layers also compare with their peers what they see for the first time
         model.zero_grad()
         with trace() as traced:
-            loss = model.loss(ids, targets)
-            loss.backward()
-    predicted = totals(step_collectives(model, batch, seq_len, loss.dtype))
+            loss = backward(model, ids, targets, settings.accumulate)
+            if settings.clip is not None:
+                clip_grad_norm_(model, inf)
+    predicted = totals(
+        step_collectives(model, batch, seq_len, accumulate=settings.accumulate, clip=settings.clip is not None)
+    )
     mine = [sum(size for _, size in predicted.values()), traced.bytes, int(predicted == traced.totals())]
-    by_rank = [(row[0], row[1], bool(row[2])) for row in gather_ints(mine, axis, mesh_view.device, "bytes of a step")]
+    by_rank = [(row[0], row[1], bool(row[2])) for row in _everyones(mine, mesh_view, "bytes of a step")]
     report.bytes(predicted, traced.totals(), by_rank)
-    metrics.write("bytes", by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank])
-    reference = partial(ReferenceGPT, **config.model.model_dump(), vocab=model.vocab)
-    comparison = compare(model, loss, ids, targets, reference)
+    by_operation = [[*key, *value] for key, value in sorted(traced.totals().items())]
+    metrics.write(
+        "bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank]
+    )
+    reference = partial(build_reference, config.model, model.vocab)
+    comparison = compare(model, loss, ids, targets, reference) if config.run.check else None
     failed = False
     if comparison is not None:
         report.comparison(comparison)
         failed = not comparison.passed
         ratios = {row.name: row.ratio for row in comparison.worst_first}
-        metrics.write("comparison", passed=comparison.passed, allowed=BOUND, times_rounding=ratios)
-    if any(row[0] for row in gather_ints([int(failed)], axis, mesh_view.device, "the result of the comparison")):
+        metrics.write("comparison", step=step, passed=comparison.passed, allowed=BOUND, times_rounding=ratios)
+    if any(row[0] for row in _everyones([int(failed)], mesh_view, "the result of the comparison")):
         raise CheckError("the first step differs from one device: not training on wrong gradients")
     if not all(equal for _, _, equal in by_rank):
         raise CheckError("the first step sends other bytes than its layouts say: not training on it")
+
+
+def _everyones(mine: list[int], mesh_view: MeshView, what: str) -> list[list[int]]:
+    """The integers of every rank of the mesh, in the order of the ranks."""
+    rows = [mine]
+    for axis in reversed(mesh_view.axes.values()):
+        flat = [value for row in rows for value in row]
+        if axis.size > 1:
+            gathered = gather_ints(flat, axis, mesh_view.device, what)
+            flat = [value for row in gathered for value in row]
+        rows = [flat[at : at + len(mine)] for at in range(0, len(flat), len(mine))]
+    return rows

@@ -1,28 +1,156 @@
-"""The folder that a run leaves its results in: always a new one."""
+"""The folder that a run leaves its results in, and finds again: after a restart by torchrun, or when told to go on."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
 from shardgrad.train.config import ConfigError
 
-METRICS, PICTURE, CONFIG, CHECKPOINT, SAMPLE = "metrics.jsonl", "loss.png", "config.yaml", "checkpoint", "sample.txt"
+METRICS, CONFIG, RUN, SAMPLE, PAGE = "metrics.jsonl", "config.yaml", "run.json", "sample.txt", "report.html"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+_STEP = re.compile(r"step-(\d+)")
 
 
-def create(wanted: str) -> Path:
-    """Make `wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist.
+def job(environment: Mapping[str, str] = os.environ) -> str:
+    """Names what torchrun restarts: its rendezvous id, or where that is nothing of its own, its process."""
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How many times torchrun has started this job's processes before."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def find(wanted: str, resume: str | None) -> Path | None:
+    """The folder of a run that goes on; None if a new one begins.
+
+    Raises:
+        ConfigError: with resume = "auto", what lies at `wanted` is no run.
+    """
+    if resume == "auto":
+        folder = Path(wanted)
+        if (folder / RUN).exists():
+            return folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"run.resume = auto: {folder} is not the folder of a run: it has no {RUN}")
+        return None
+    if restarts():
+        mine = [folder for folder in _numbered(wanted) if _job_of(folder) == job()]
+        return mine[-1] if mine else None
+    return None
+
+
+def create(wanted: str, *, exactly: bool = False) -> Path:
+    """Make `wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist; `exactly`: only `wanted`.
 
     Raises:
         ConfigError: the folder cannot be made or written to.
     """
     for number in count(1):
-        folder = Path(wanted if number == 1 else f"{wanted}-{number}")
+        folder = _name(wanted, number)
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=exactly)
+            (folder / RUN).write_text(json.dumps({"job": job()}) + "\n", encoding="utf-8")
         except FileExistsError:
+            if exactly:
+                raise ConfigError(f"run.dir: {folder} is no folder") from None
             continue
         except OSError as error:
             raise ConfigError(f"run.dir: cannot make the folder {folder}: {error.strerror}") from None
         return folder
     raise AssertionError("count ends")
+
+
+def adopt(folder: Path) -> None:
+    """Write down that this job goes on in the folder: its restarts find it."""
+    replace_text(folder / RUN, json.dumps({"job": job()}) + "\n")
+
+
+def lock(folder: Path) -> int:
+    """Keep other processes from writing to the folder while this one lives; returns the handle that holds the lock.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(
+            f"run.dir: another process is training in {folder}: wait for its end, or choose another run.dir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies. Digits are padded so that names sort as steps do."""
+    return folder / CHECKPOINTS / f"step-{step:08}"
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the whole checkpoints, oldest first. One is renamed to its name when it is whole."""
+    found = []
+    for path in (folder / CHECKPOINTS).glob("step-*"):
+        matched = _STEP.fullmatch(path.name)
+        if matched:
+            found.append((int(matched[1]), path))
+    return sorted(found)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints; a name goes before its files, so that a name means a whole one."""
+    for _, path in checkpoints(folder)[:-keep]:
+        doomed = path.with_name(f".{path.name}.old")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed process left of checkpoints it was writing or deleting."""
+    for pattern in (".*.partial", ".*.old"):
+        for path in (folder / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at every moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _name(wanted: str, number: int) -> Path:
+    return Path(wanted if number == 1 else f"{wanted}-{number}")
+
+
+def _numbered(wanted: str) -> list[Path]:
+    """The folders that `create` has made, in order."""
+    found: list[Path] = []
+    for number in count(1):
+        folder = _name(wanted, number)
+        if not folder.exists():
+            return found
+        found.append(folder)
+    raise AssertionError("count ends")
+
+
+def _job_of(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / RUN).read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError):
+        return None

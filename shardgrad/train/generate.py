@@ -1,29 +1,46 @@
-"""Text from the sharded model, one byte after the other; every rank takes part and gets all of it."""
+"""Tokens from the sharded model, one after the other; every rank takes part and gets all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from shardgrad.comm.adjoint import gather_replicated
-from shardgrad.train.model import GPT
+from shardgrad.train.decoder import Decoder
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: bytes, count: int, *, temperature: float, seed: int) -> bytes:
-    """The prompt and `count` bytes drawn after it.
+def generate(
+    model: Decoder, prompt: Sequence[int], count: int, *, temperature: float, seed: int, top_k: int | None = None
+) -> list[int]:
+    """The prompt and `count` ids drawn after it.
 
-    Each byte is drawn from the softmax of the last position's logits divided by `temperature`, gathered on every rank;
-    with the same seed every rank draws the same. The model sees at most its last `seq_len` bytes, and always a whole
-    window of them, filled up behind, where a causal model does not look: so all steps have one shape.
+    Each id is drawn by `choose` from the last position's logits, gathered on every rank; with the same seed every rank
+    draws the same. The model sees at most its last `seq_len` tokens, and always a whole window of them, filled up
+    behind, where a causal model does not look: so all steps have one shape.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    text = list(prompt)
+    ids = list(prompt)
     for _ in range(count):
-        seen = text[-model.seq_len :]
+        seen = ids[-model.seq_len :]
         window = torch.tensor([seen + [0] * (model.seq_len - len(seen))], device=device)
         local = model(window)[:, len(seen) - 1]
         logits = gather_replicated(local, model.mesh, model.axis, dim=1, size=model.vocab)[0]
-        likely = torch.softmax(logits.double().cpu() / temperature, dim=0)
-        text.append(int(torch.multinomial(likely, 1, generator=generator)))
-    return bytes(text)
+        ids.append(choose(logits, temperature, top_k, generator))
+    return ids
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """One id from logits [v]: the likeliest at temperature 0 (of several, the first), else drawn from the softmax of
+    logits / temperature over the `top_k` likeliest, or over all."""
+    exact = logits.double().cpu()
+    if temperature == 0:
+        return int(exact.argmax())
+    if top_k is not None and top_k < len(exact):
+        kept = exact.sort(descending=True, stable=True).indices[:top_k]
+        exact = torch.full_like(exact, -torch.inf).index_copy(0, kept, exact[kept])
+    likely = torch.softmax(exact / temperature, dim=0)
+    return int(torch.multinomial(likely, 1, generator=generator))

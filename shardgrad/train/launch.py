@@ -17,19 +17,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardgrad.checkpoint import save
-from shardgrad.comm.agree import agree
+from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.stored import stored_parameters
-from shardgrad.train import data, folder
+from shardgrad.train import corpus, folder
+from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
+from shardgrad.train.corpus import Corpus
+from shardgrad.train.data import DataError
+from shardgrad.train.decoder import Decoder
+from shardgrad.train.environment import environment
 from shardgrad.train.first_step import CheckError, check_first_step
 from shardgrad.train.generate import generate
-from shardgrad.train.loop import TrainingError, make_optimizer, train
-from shardgrad.train.metrics import Metrics, draw
-from shardgrad.train.model import GPT
+from shardgrad.train.history import History
+from shardgrad.train.loop import TrainingError, train
+from shardgrad.train.metrics import Metrics, check_board
+from shardgrad.train.optimizer import make_optimizer
+from shardgrad.train.page import write_page
+from shardgrad.train.prepare import Start, prepare
 from shardgrad.train.report import Report
+from shardgrad.train.resume import Keeper, restore
+from shardgrad.train.signals import Stop
 
 _GRACE_S = 10.0  # how long the other ranks leave the first one to tell what is wrong, and torchrun to end them all
 
@@ -45,18 +54,19 @@ def main(arguments: Sequence[str]) -> int:
         config_path, overrides = _parse(arguments, rank)
         config = check_ranks(load(config_path, overrides), ranks)
         _check_device(config)
-        text = data.part(data.read(config.data.files), config.data.held_out, config.model.seq_len)
-        where = folder.create(config.run.dir) if rank == 0 else None
-        if where is not None:
-            (where / folder.CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    except (ConfigError, data.DataError, OSError) as error:
+        if config.run.tensorboard:
+            check_board()
+        start = prepare(config) if rank == 0 else None
+        if start is None and not corpus.is_encoded(config.data):
+            corpus.open_corpus(config.data, config.model.seq_len)  # each node has the files, or says so now
+    except (ConfigError, DataError, OSError) as error:
         _tell_once(error, rank)
         return 2
     try:
-        _run(_meet(config), config, text, where)
+        run(_meet(config), config, start)
     except CollectiveError as error:  # every rank knows something else
         _end(error)
-    except (CheckError, TrainingError, VerificationError, DisagreementError, OSError) as error:
+    except (CheckError, TrainingError, VerificationError, DisagreementError, DataError, OSError, ValueError) as error:
         _tell_once(error, rank)
         _end()
     # Threads of the backend end with the process group's last reference; one alive at exit may abort the interpreter.
@@ -92,7 +102,7 @@ def _parse(arguments: Sequence[str], rank: int) -> tuple[str, list[str]]:
         described.append(f"  {key:<20} {field.description} ({default})")
     parser = _Parser(
         usage="torchrun --standalone --nproc-per-node N launch/train.py CONFIG.yaml [section.key=value ...]",
-        description="Train a byte-level GPT, tensor and sequence parallel over N ranks.",
+        description="Train a GPT or a Llama, tensor, sequence and data parallel over N ranks.",
         epilog="keys:\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -128,56 +138,95 @@ def _meet(config: Config) -> DeviceMesh:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return init_device_mesh(config.mesh.device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    shape = mesh_shape(config)
+    return init_device_mesh(config.mesh.device, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
-def _run(mesh: DeviceMesh, config: Config, text: data.Text, where: Path | None) -> None:
-    """All of a run. where: the run folder, on the first rank alone, which alone writes to it."""
-    report = Report(shown=where is not None)
+def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
+    """All of a run; called on every rank. start: what `prepare` returned, on the first rank."""
+    report = Report(shown=start is not None)
     mesh_view = view(mesh)
-    meant = f"{config.to_yaml()}text {text.digest}"
-    agree(mesh_view, mesh_view.axis("tp"), lambda: meant, "the configuration or the text")
-    torch.manual_seed(config.run.seed)
-    model = GPT(**config.model.model_dump(), vocab=data.VOCAB, mesh=mesh)
-    with Metrics(where and where / folder.METRICS) as metrics:
-        if where is not None:
-            report.say(f"run folder: {where}")
+    settings = config.run
+    told = Start.from_text(text_of_first(start.to_text() if start is not None else "", mesh_view))
+    found = corpus.open_corpus(config.data, config.model.seq_len, told.folder)
+    meant = f"{config.to_yaml()}text {found.text.digest}"
+    for axis in mesh_view.axes.values():
+        agree(mesh_view, axis, lambda: meant, "the configuration or the text")
+    torch.manual_seed(settings.seed)
+    model = build(config, found.text.vocab, mesh)
+    optimizer = make_optimizer(model, config.train)
+    history = History()
+    saved = restore(told.checkpoint, model, optimizer, history) if told.checkpoint is not None else None
+    path, board = (told.folder / name for name in (folder.METRICS, folder.TENSORBOARD))
+    with (
+        Metrics(path if start is not None else None, history.step, board if settings.tensorboard else None) as metrics,
+        Stop(f"{told.folder} {history.step}") as stop,
+    ):
+        report.say(f"run folder: {told.folder}")
         report.layouts(model)
         count = sum(prod(stored.shape) for _, _, stored in stored_parameters(model) if stored is not None)
-        report.say(
-            f"{count / 1e6:.2f} million parameters; {len(text.train):,} bytes to train on, "
-            f"{len(text.held_out):,} held out"
-        )
-        check_first_step(model, config, text, report, metrics)
-        optimizer = make_optimizer(model, config.train)
-        history = train(model, optimizer, config, text, report, metrics)
-        sample = generate(
-            model,
-            config.sample.prompt.encode(),
-            config.sample.bytes,
-            temperature=config.sample.temperature,
-            seed=config.run.seed,
-        ).decode(errors="replace")
-        if config.sample.bytes:
-            report.sample(sample)
-        step = config.train.steps
+        report.corpus(count, found.text)
         metrics.write(
-            "end",
-            step=step,
-            held_out=history.held_out[-1][1],
-            tokens_per_second=history.tokens_per_second,
-            communication_share=history.communication_share,
-            seconds=report.elapsed(),
+            "start",
+            step=history.step,
+            mesh=mesh_view.shape,
+            parameters=count,
+            vocab=found.text.vocab,
+            unit=found.text.unit,
+            tokens=len(found.text.train),
+            held_out=len(found.text.held_out),
+            environment=environment(mesh_view.device),
         )
-        if where is not None:
-            (where / folder.SAMPLE).write_text(sample, encoding="utf-8")
-            draw(where / folder.PICTURE, history.train, history.held_out)
-        save_to = where / folder.CHECKPOINT if where is not None else Path(folder.CHECKPOINT)
-        save(save_to, model, optimizer, mesh=mesh, state={"step": step})
-        report.say(
-            f"held-out loss [bold]{history.held_out[-1][1]:.3f}[/bold] nats a byte after {step} steps in "
-            f"{report.elapsed():.0f} s: {history.tokens_per_second:,.0f} tokens/s, "
-            f"{history.communication_share:.0%} of the training time communicating"
+        if saved is not None:
+            changed = [] if saved["text"] == found.text.digest else ["the text is another one"]
+            report.going_on(told.checkpoint, saved, mesh_view.shape, [*(start.notes if start else ()), *changed])
+        if saved is None or saved["mesh"] != mesh_view.shape:  # the same mesh was compared when the run began
+            check_first_step(model, config, found.text, report, metrics, history.step)
+        keeper = Keeper(told.folder, config, found.text.digest, model, optimizer, mesh, metrics, stop)
+        train(model, optimizer, config, found.text, report, metrics, history, keeper.after_step)
+        if keeper.stopped is not None:
+            metrics.write("stopped", step=history.step, signal=keeper.stopped)
+            report.stopped(keeper.stopped, history.step, told.folder)
+            return
+        _finish(model, config, found, history, report, metrics, told.folder)
+
+
+def _finish(
+    model: Decoder, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics, where: Path
+) -> None:
+    """A sample, the last line of metrics, the page."""
+    settings = config.sample
+    sample = ""
+    if settings.tokens:
+        encoder = found.tokenizer
+        # A file of tokens without a tokenizer: the sample goes on where the held-out part begins, in numbers.
+        prompt = encoder.encode(settings.prompt) if encoder else found.text.held_out[: config.model.seq_len].tolist()
+        ids = generate(
+            model,
+            prompt,
+            settings.tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=config.run.seed,
         )
-        if where is not None:
-            report.left(where, sorted(entry.name for entry in where.iterdir()))
+        sample = encoder.decode(ids) if encoder else " ".join(map(str, ids))
+        report.sample(sample)
+    held_out = history.held_out[-1][1]
+    metrics.write(
+        "end",
+        step=history.step,
+        held_out=held_out,
+        tokens_per_second=history.tokens_per_second,
+        communication_share=history.communication_share,
+        seconds=report.elapsed(),
+    )
+    if metrics.writes:
+        (where / folder.SAMPLE).write_text(sample, encoding="utf-8")
+        write_page(where)
+    report.say(
+        f"held-out loss [bold]{held_out:.3f}[/bold] nats a {found.text.unit} after {history.step} steps in "
+        f"{report.elapsed():.0f} s: {history.tokens_per_second:,.0f} tokens/s, "
+        f"{history.communication_share:.0%} of the training time communicating"
+    )
+    if metrics.writes:
+        report.left(where, sorted(entry.name for entry in where.iterdir() if not entry.name.startswith(".")))

@@ -1,25 +1,40 @@
-"""What a run measures, written down: one JSON object a line, and a picture of the losses."""
+"""What a run measures, written down: one JSON object a line, and on request the same curves for TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardgrad.train.config import ConfigError
+from shardgrad.train.folder import replace_text
+
 
 class Metrics:
-    """A JSONL file; each line has a `kind`, and has left this process when `write` returns.
+    """A JSONL file; each line has a `kind` and a `step`, and has left this process when `write` returns.
 
     path: None writes nothing (every rank but the first).
+    begun: steps of the checkpoint that the run goes on from: lines of later steps, which will be written again, are cut
+        off, and so is one that a killed process did not finish.
+    board: a folder for TensorBoard's files, or None.
 
     Raises:
         OSError: the file cannot be written; names it.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, begun: int = 0, board: Path | None = None) -> None:
         self._path = path
-        self._file = path.open("wb", buffering=0) if path is not None else None
+        if path is not None and path.is_file():
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in read(path) if _is_before(line, begun)))
+        self._file = path.open("ab", buffering=0) if path is not None else None
+        self._board = _writer(board, begun) if board is not None and path is not None else None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self._file is not None
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file is not None:
@@ -27,6 +42,17 @@ class Metrics:
                 self._file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
             except OSError as error:
                 raise OSError(f"cannot write {self._path}: {error.strerror}") from None
+        if self._board is not None and kind in ("train", "held_out"):
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def to_disk(self) -> None:
+        """Return when all lines would outlive a loss of power: a checkpoint counts on those before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -36,19 +62,35 @@ class Metrics:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
-def draw(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
-    """A picture (PNG) of training and held-out loss by step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics, without one that is not finished."""
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(*zip(*train), linewidth=1, color="#7a9cc6", label="training")
-    axes.plot(*zip(*held_out), linewidth=2, marker="o", markersize=4, color="#b5432a", label="held-out")
-    axes.set(xlabel="step", ylabel="loss, nats a byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+
+def check_board() -> None:
+    """Raises ConfigError if TensorBoard's files cannot be written here."""
+    _summary_writer()
+
+
+def _is_before(line: dict[str, Any], begun: int) -> bool:
+    return bool(line["step"] <= begun) and line["kind"] != "end"
+
+
+def _writer(board: Path, begun: int) -> Any:
+    """`purge_step` hides what an earlier process wrote of the steps that come again."""
+    return _summary_writer()(log_dir=str(board), purge_step=begun + 1 if begun else None)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"run.tensorboard = true, but {error}: install it with  pip install 'shardgrad[tensorboard]'"
+        ) from None
+    return SummaryWriter

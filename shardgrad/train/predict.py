@@ -1,70 +1,79 @@
-"""Every collective of one training step of the GPT, from layouts and sizes alone."""
+"""Every collective of one training step, from layouts and sizes alone: each layer says its own."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from shardgrad.comm.mesh import view
-from shardgrad.layout.cost import Collective, itemsize, sent
+from shardgrad.layout.cost import Collective
+from shardgrad.layout.sizes import chunk
 from shardgrad.nn.attention import Attention
+from shardgrad.nn.deferred import reduce_gradients_collectives
 from shardgrad.nn.embedding import VocabParallelEmbedding
-from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
-from shardgrad.nn.norm import LayerNorm
-from shardgrad.nn.positions import LearnedPositions
-from shardgrad.train.model import GPT
+from shardgrad.nn.loss import cross_entropy_collectives
+from shardgrad.nn.whole import clip_grad_norm_collectives
+from shardgrad.train.decoder import Decoder
 
 
-def step_collectives(model: GPT, batch: int, sequence: int, dtype: Any = "float32") -> list[Collective]:
-    """What this rank sends in forward and backward of one loss over ids [batch, sequence], every parameter trained.
+def step_collectives(
+    model: Decoder, batch: int, sequence: int, *, accumulate: int = 1, clip: bool = False
+) -> list[Collective]:
+    """What this rank sends in the forward, backward and update of one step over ids [batch, sequence], every parameter
+    trained.
 
     The comparisons between ranks that a layer makes when it first sees a shape are not listed.
+
+    Args:
+        batch: of the whole step, over all ranks and micro-batches.
+        accumulate: micro-batches.
+        clip: whether gradients are clipped.
     """
-    found: list[Collective] = []
-    for path, module in model.named_modules():
-        found += [
-            Collective(c.phase, c.operation, f"{path}: {c.tensor}", c.axis, c.bytes)
-            for c in _collectives(module, model, batch, sequence, dtype)
-        ]
-    # Of each token: the maximum over the vocabulary; then the sum of exponentials and the target's logit.
+    each = list(_pass(model, batch // accumulate, sequence))
+    clipping = clip_grad_norm_collectives(model) if clip else []
+    return [*each * accumulate, *reduce_gradients_collectives(model), *clipping]
+
+
+def _pass(model: Decoder, batch: int, sequence: int) -> Iterator[Collective]:
+    """Forward and backward of one micro-batch."""
+    dtype = model.compute_dtype or next(model.parameters()).dtype
+    for path, module in _layers(model):
+        rows = _of(module, model, batch, sequence, dtype)
+        yield from (replace(row, tensor=f"{path}: {row.tensor}") for row in rows)
+        again = path.startswith("blocks.") and (
+            model.recompute == "full" or (model.recompute == "attention" and path.endswith(".attention"))
+        )
+        for row in rows if again else ():
+            if row.phase == "forward":
+                yield replace(row, phase="recompute", tensor=f"{path}: {row.tensor}")
     tokens = batch * sequence
-    found += _one(model, "forward", "all-reduce", "loss: maxima", tokens, dtype)
-    found += _one(model, "forward", "all-reduce", "loss: sums", 2 * tokens, dtype)
-    return found
+    for name in model.token_axes:
+        axis = view(model.mesh).axis(name)
+        tokens = chunk(batch, axis.size, axis.index)[1] * sequence
+    yield from cross_entropy_collectives(tokens, dtype, mesh=model.mesh, axis=model.axis, token_axes=model.token_axes)
 
 
-def _collectives(module: nn.Module, model: GPT, batch: int, sequence: int, dtype: Any) -> list[Collective]:
-    mesh_view = view(model.mesh)
-    ranks = mesh_view.axis(model.axis).size
-    if isinstance(module, Attention):
-        return module.collectives(batch, sequence, dtype)
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        sizes = {"b": batch, "s": sequence, "d": module.in_features, "m": module.out_features}
-        return module.layout(3).collectives(sizes, mesh_view.shape, dtype, coordinate=mesh_view.coordinate)
-    most = -(-sequence // ranks)  # the sequence's longest shard, to which the others are padded
-    if isinstance(module, VocabParallelEmbedding):
-        row = module.embedding_dim
-        return [
-            *_one(model, "forward", "reduce-scatter", "Y", batch * ranks * most * row, dtype),
-            *_one(model, "dW", "all-gather", "dY", batch * most * row, dtype),
-        ]
-    if isinstance(module, LearnedPositions):
-        return _one(model, "dW", "all-gather", "dW", most * module.weight.shape[1], dtype)
-    if isinstance(module, LayerNorm):
-        both = sum(parameter.numel() for parameter in module.parameters())
-        return _one(model, "dW", "all-reduce", "dW and db", both, dtype)
-    return []
+def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers that say what they send, with their names."""
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if hasattr(child, "collectives"):
+            yield where, child
+        else:
+            yield from _layers(child, where)
 
 
-def _one(model: GPT, phase: str, operation: str, tensor: str, elements: int, dtype: Any) -> list[Collective]:
-    axis = view(model.mesh).axis(model.axis)
-    if axis.size == 1:
-        return []
-    count = sent(operation, elements, axis.size, axis.index) * itemsize(dtype)
-    return [Collective(phase, operation, tensor, axis.name, count)]
+def _of(layer: Any, model: Decoder, batch: int, sequence: int, dtype: Any) -> list[Collective]:
+    """A layer's own account; sizes are global."""
+    if isinstance(layer, Attention):
+        return layer.collectives(batch, sequence, dtype)
+    if isinstance(layer, VocabParallelEmbedding):
+        return layer.collectives((batch, sequence), dtype)
+    return layer.collectives((batch, sequence, model.width), dtype)
 
 
 def totals(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, int]]:

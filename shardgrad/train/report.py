@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,10 +18,13 @@ from torch import nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.nn.attention import Attention
+from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
+from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.module import ShardedModule, Stored
 from shardgrad.train.compare import BOUND, Comparison
-from shardgrad.train.model import GPT
+from shardgrad.train.data import Text
+from shardgrad.train.decoder import Decoder
 
 _WIDTH = 120  # of lines in a file or a pipe
 _SHOWN = 5  # tensors of the comparison that are listed
@@ -42,7 +46,7 @@ class Report:
         """One line, with rich's markup."""
         self.console.print(text)
 
-    def layouts(self, model: GPT) -> None:
+    def layouts(self, model: Decoder) -> None:
         """The mesh, how every parameter is stored, and the products' layouts."""
         mesh_view = view(model.mesh)
         axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
@@ -66,6 +70,30 @@ class Report:
                     seen.add(row)
                     products.add_row(row[0], escape(row[1]))
         self.console.print(products)
+
+    def corpus(self, parameters: int, text: Text) -> None:
+        """Parameters and tokens."""
+        vocabulary = "" if text.unit == "byte" else f", a vocabulary of {text.vocab:,}"
+        self.say(
+            f"{parameters / 1e6:.2f} million parameters; {len(text.train):,} {text.unit}s to train on, "
+            f"{len(text.held_out):,} held out{vocabulary}"
+        )
+
+    def going_on(self, start: Path | None, saved: Mapping[str, Any], mesh: Mapping[str, int], notes: list[str]) -> None:
+        """From which checkpoint, and what differs from the run that saved it."""
+        self.say(f"going on after step {saved['step']}, from {escape(str(start))}")
+        if saved["mesh"] != mesh:
+            was, now = (" × ".join(f"{name} = {size}" for name, size in some.items()) for some in (saved["mesh"], mesh))
+            notes = [f"the mesh was {was}, and is {now} now: the same batches, sums in another order", *notes]
+        for note in notes:
+            self.say(f"[yellow]not as before:[/yellow] {escape(note)}")
+
+    def stopped(self, signal: str, step: int, folder: Path) -> None:
+        """Ended early, by a signal."""
+        self.say(
+            f"stopped by {signal}; all ranks have saved step {step}. To go on: the same command with run.resume=auto "
+            f"run.dir={escape(str(folder))}"
+        )
 
     def bytes(self, predicted: Totals, traced: Totals, by_rank: list[tuple[int, int, bool]]) -> None:
         """Bytes that rank 0 sends in a step, as predicted from the layouts and as traced below torch.distributed.
@@ -112,7 +140,7 @@ class Report:
             )
 
     @contextmanager
-    def progress(self, steps: int) -> Iterator[Callable[..., None]]:
+    def progress(self, steps: int, begun: int = 0, unit: str = "byte") -> Iterator[Callable[..., None]]:
         """A live line on a terminal; yields a function (step, loss, tokens_per_second, communication_share, or
         held_out) that updates it, and prints a line where there is no terminal or the loss is held out."""
         bar = Progress(
@@ -125,7 +153,7 @@ class Report:
             disable=self.console.quiet or not self.console.is_terminal,
         )
         with bar:
-            task = bar.add_task("train", total=steps, line="")
+            task = bar.add_task("train", total=steps, completed=begun, line="")
 
             def update(
                 step: int,
@@ -136,7 +164,7 @@ class Report:
                 held_out: float | None = None,
             ) -> None:
                 line = (
-                    f"held-out loss {held_out:.3f} nats a byte"
+                    f"held-out loss {held_out:.3f} nats a {unit}"
                     if held_out is not None
                     else f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {communication_share:.0%} communicating"
                 )
@@ -167,6 +195,10 @@ def _layouts(module: nn.Module) -> list[object]:
         return [*module.input_layouts, module.output_layout]
     if isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return [module.layout(3)]
+    if isinstance(module, Linear):
+        return [module.layout]
+    if isinstance(module, SwiGLU):
+        return [*module.layouts(3)]
     return []
 
 
@@ -175,7 +207,7 @@ def _every(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _grouped(model: GPT) -> Iterator[tuple[str, Stored]]:
+def _grouped(model: Decoder) -> Iterator[tuple[str, Stored]]:
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedModule):

@@ -17,8 +17,8 @@ import shardgrad as sg
 from shardgrad import checkpoint
 from shardgrad.testing import distributed
 from shardgrad.train.config import Train
-from shardgrad.train.loop import make_optimizer
 from shardgrad.train.model import GPT
+from shardgrad.train.optimizer import make_optimizer
 
 TRAIN = Train(steps=2, batch=2, lr=0.01)
 

@@ -6,12 +6,15 @@ from math import inf, nan
 
 import pytest
 import torch
-from tiny import gpt, reference, tokens
+from tiny import SEQUENCE, decoder, gpt, reference, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
+import shardgrad as sg
 from shardgrad.nn import norm
 from shardgrad.testing import distributed
 from shardgrad.train.compare import BOUND, Comparison, Row, compare
+from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.step import backward
 
 
 @distributed(world_size=[1, 2, 3, 4])
@@ -32,7 +35,7 @@ def test_rounding_passes(world_size: int) -> None:
 @pytest.mark.parametrize("planted", ["lost sum", "NaN", "doubled", "none", "one element"])
 def test_mistakes_fail(world_size: int, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if planted == "lost sum":
-        monkeypatch.setattr(norm, "replicate", lambda x, mesh, axis: x)
+        monkeypatch.setattr(norm, "replicate_together", lambda parameters, mesh, axis: parameters)
     model, _ = gpt(init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)), torch.float32)
     ids, targets = tokens()
     loss = model.loss(ids, targets)
@@ -72,3 +75,44 @@ def test_yardstick() -> None:
     assert Row("w", error=1e-30, single=0.0, norm=0.0, eps=1e-7).ratio == inf
     rows = (Row("a", 1.0, 1.0, 1.0, 1e-7), Row("b", nan, 1.0, 1.0, 1e-7), Row("c", 3.0, 1.0, 1.0, 1e-7))
     assert [row.name for row in Comparison(rows).worst_first] == ["b", "c", "a"]
+
+
+@distributed(world_size=[2, 4])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
+    """Micro-batches, shards over dp, bfloat16: its rounding passes, a doubled gradient fails."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
+    data = sg.DataParallel("dp", sharded=kind == "llama", deferred=True)
+    model, _ = decoder(mesh, kind, torch.float32, data=data, compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ids, targets = tokens(4)
+    for _ in range(2):
+        model.zero_grad()
+        with sg.trace() as traced:
+            loss = backward(model, ids, targets, 2)
+    assert totals(step_collectives(model, 4, SEQUENCE, accumulate=2)) == traced.totals()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    found = compare(model, loss, ids, targets, lambda: reference(kind=kind))
+    assert found is None or found.passed, found.worst_first[0]
+    assert found is None or found.worst_first[0].eps == torch.finfo(torch.bfloat16).eps
+    model.get_parameter("head.weight").grad.mul_(2)
+    found = compare(model, loss, ids, targets, lambda: reference(kind=kind))
+    assert found is None or not found.passed
+
+
+@distributed(world_size=[2, 4])
+def test_a_copy_that_is_wrong_on_one_rank(world_size: int) -> None:
+    """What the first rank holds is right; the last rank's copy of a replicated gradient is not."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
+    model, _ = gpt(mesh, torch.float32, data=sg.DataParallel("dp"))
+    ids, targets = tokens(4)
+    loss = backward(model, ids, targets)
+    found = compare(model, loss, ids, targets, reference)
+    assert found is None or found.passed, found.worst_first[0]
+    for name in ("norm.weight", "blocks.0.mlp.up.weight"):  # replicated over both axes; over dp, and cut over tp
+        parameter = model.get_parameter(name)
+        right = parameter.grad.clone()
+        if torch.distributed.get_rank() == world_size - 1:
+            parameter.grad.view(-1)[0] += float(right.norm()) + 0.1
+        found = compare(model, loss, ids, targets, reference)
+        assert found is None or {row.name for row in found.rows if not row.ratio <= BOUND} == {name}
+        parameter.grad.copy_(right)

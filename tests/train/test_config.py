@@ -93,7 +93,7 @@ def test_all_problems_at_once(file: Path) -> None:
 
 def test_a_key_far_from_all_gets_the_list(file: Path) -> None:
     (line,) = refusal(file, "qqqqq.zzzzz=1")[1:]
-    assert line.startswith("  qqqqq is no key; the keys are run.dir, run.seed, mesh.tp,")
+    assert line.startswith("  qqqqq is no key; the keys are run.dir, run.resume, run.seed,")
 
 
 def test_missing_keys(file: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plain import whole
-from tiny import BATCH, SEQUENCE, SIZES, gpt, reference, tokens
+from tiny import BATCH, SEQUENCE, SIZES, VOCAB, gpt, reference, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
@@ -77,7 +77,7 @@ def test_every_byte_was_predicted(world_size: int, dtype: torch.dtype) -> None:
     for _ in range(2):  # in the first pass, ranks also compare what they see for the first time
         with sg.trace() as traced:
             model.loss(ids, targets).backward()
-    predicted = step_collectives(model, BATCH, SEQUENCE, dtype)
+    predicted = step_collectives(model, BATCH, SEQUENCE)
     assert totals(predicted) == traced.totals()
     assert sorted(c.bytes for c in predicted) == sorted(event.bytes for event in traced)
     assert bool(predicted) == (world_size > 1)
@@ -89,7 +89,7 @@ def test_initial_values_are_those_of_one_rank(world_size: int) -> None:
     made = {}
     for axis in ("tp", "alone"):
         torch.manual_seed(4)
-        made[axis] = GPT(**SIZES, mesh=mesh, axis=axis)
+        made[axis] = GPT(**SIZES, vocab=VOCAB, mesh=mesh, axis=axis)
     for (name, parameter, stored), alone in zip(
         sg.stored_parameters(made["tp"]), made["alone"].parameters(), strict=True
     ):
@@ -105,12 +105,12 @@ def test_sample_is_that_of_one_rank(world_size: int) -> None:
     made = {}
     for axis in ("tp", "alone"):
         torch.manual_seed(4)
-        made[axis] = GPT(**SIZES, mesh=mesh, axis=axis, dtype=torch.float64)
-    texts = [generate(model, bytes([3, 1]), 20, temperature=0.01, seed=5) for model in made.values()]
+        made[axis] = GPT(**SIZES, vocab=VOCAB, mesh=mesh, axis=axis, dtype=torch.float64)
+    texts = [generate(model, [3, 1], 20, temperature=0.01, seed=5) for model in made.values()]
     assert texts[0] == texts[1]
     assert len(texts[0]) == 22
-    assert texts[0][:2] == bytes([3, 1])
-    assert max(texts[0]) < SIZES["vocab"]
+    assert texts[0][:2] == [3, 1]
+    assert max(texts[0]) < VOCAB
 
 
 @distributed(world_size=[2])

@@ -20,7 +20,7 @@ LAUNCH = ROOT / "launch" / "train.py"
 CONFIG = """
 model: {layers: 1, heads: 3, d_model: 12, seq_len: 9}
 train: {steps: 5, batch: 3, lr: 0.01, warmup: 2, log_every: 2, eval_every: 3}
-sample: {prompt: "a b", bytes: 4}
+sample: {prompt: "a b", tokens: 4}
 """
 
 
@@ -51,7 +51,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
     done = start(LAUNCH, config, "run.seed=3", ranks=2)
     assert done.returncode == 0, done.stderr
     for told in (
-        r"mesh: tp = 2 \(cpu\)",
+        r"mesh: dp = 1, tp = 2 \(cpu\)",
         r"blocks\.\*\.attention\.query_weight +│ Wq\[h/tp,k,d\] +│ 3×4×12 +│ 2×4×12",
         r"X\[b,s/tp,d\] W\[m/tp,d\] -> Y\[b,s,m/tp\] \+ B\[m/tp\]",
         r"every rank sends [\d,]+(?: to [\d,]+)? bytes a step, predicted and traced alike",
@@ -64,34 +64,36 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
         assert len(re.findall(told, done.stdout)) == 1, f"{told}\n{done.stdout}"
     folder = tmp_path / "runs" / "tiny-2"
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint",
+        "checkpoints",
         "config.yaml",
-        "loss.png",
         "metrics.jsonl",
+        "report.html",
+        "run.json",
         "sample.txt",
     }
     assert list((tmp_path / "runs" / "tiny").iterdir()) == []
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == [
-        *("bytes", "comparison", "train", "train", "held_out", "train", "train", "held_out", "end")
+        *("start", "bytes", "comparison", "train", "train", "held_out", "train", "train", "held_out", "end")
     ]
-    assert lines[0]["by_rank"][0]["predicted"] == lines[0]["by_rank"][0]["traced"] > 0
-    assert lines[1]["passed"] is True
-    assert [line["step"] for line in lines[2:]] == [1, 2, 3, 4, 5, 5, 5]
+    assert lines[1]["by_rank"][0]["predicted"] == lines[1]["by_rank"][0]["traced"] > 0
+    assert lines[2]["passed"] is True
+    assert [line["step"] for line in lines] == [0, 0, 0, 1, 2, 3, 4, 5, 5, 5]
     assert load(folder / "config.yaml").mesh.tp == 2
     assert load(folder / "config.yaml").run.seed == 3
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert load_file(folder / "checkpoint" / "model.safetensors")["blocks.0.attention.query_weight"].shape == (3, 4, 12)
+    assert load_file(folder / "checkpoints" / "step-00000005" / "model.safetensors")[
+        "blocks.0.attention.query_weight"
+    ].shape == (3, 4, 12)
     assert "Warning" not in done.stderr
 
 
 def test_without_torchrun(config: Path, tmp_path: Path) -> None:
-    done = start(LAUNCH, config, "sample.bytes=0", ranks=None)
+    done = start(LAUNCH, config, "sample.tokens=0", ranks=None)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "mesh: tp = 1 (cpu)" in done.stdout
+    assert "mesh: dp = 1, tp = 1 (cpu)" in done.stdout
     assert "every rank sends 0 bytes a step, predicted and traced alike" in done.stdout
-    assert (tmp_path / "runs" / "tiny" / "checkpoint" / "state.json").exists()
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000005" / "state.json").exists()
 
 
 def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     script.write_text(
         "import sys, shardgrad.nn.norm as norm\n"
         "from shardgrad.train import main\n"
-        "norm.replicate = lambda x, mesh, axis: x\n"
+        "norm.replicate_together = lambda parameters, mesh, axis: parameters\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = start(script, config, ranks=2)
@@ -108,7 +110,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     assert done.stderr.count("the first step differs from one device: not training on wrong gradients") == 1
     assert re.search(r"6 of the loss and 21 gradients differ from one device: by up to [\d.]+e\+0\d times", done.stdout)
     assert "rank 0: predicted" in done.stdout
-    assert {p.name for p in (tmp_path / "runs" / "tiny").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {p.name for p in (tmp_path / "runs" / "tiny").iterdir()} == {"config.yaml", "metrics.jsonl", "run.json"}
 
 
 def test_a_bad_key_is_told_once_on_two_ranks(config: Path, tmp_path: Path) -> None:
@@ -128,6 +130,8 @@ def test_a_bad_key_is_told_once_on_two_ranks(config: Path, tmp_path: Path) -> No
         ("model.seq_len=100", "leaves 88 for the held-out part; one sequence needs model.seq_len + 1 = 101"),
         ("run.dir=/proc/run", "run.dir: cannot make the folder /proc/run: "),
         ("mesh.device=cuda", "mesh.device = cuda, but there are 0 GPUs for local rank 0"),
+        ("run.resume=/no/run", "run.resume: /no/run is neither a checkpoint (with a state.json) nor"),
+        ("data.tokens=/no/ids", "data.files and data.tokens are both given"),
         ("--steps=3", "unrecognized arguments: --steps=3"),
     ],
 )
@@ -139,6 +143,30 @@ def test_what_cannot_be_used(
     printed = capsys.readouterr()
     assert told in printed.err
     assert printed.out == ""
+
+
+def test_nothing_is_left_where_the_data_is_wrong(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.bin").write_bytes(bytes(998) + b"\x0a\x00")
+    (tmp_path / "text.txt").write_text("too little")
+    for overrides, told in (
+        (["data.files=[]", f"data.tokens={tmp_path / 'ids.bin'}", "data.vocab=10"], "holds the id 10 at position 499"),
+        (["data.tokenizer=bpe", "data.vocab=260"], "too little text: of 10 tokens"),
+        (["data.tokenizer=bpe", "data.vocab=256"], "data.vocab = 256 must be more than the 256 bytes"),
+        ([f"data.tokenizer={tmp_path / 'text.txt'}"], "is no file of the tokenizers library"),
+    ):
+        assert main([str(config), *overrides]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tensorboard_that_is_not_installed(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([str(config), "run.tensorboard=true"]) == 2
+    assert "install it with  pip install 'shardgrad[tensorboard]'" in capsys.readouterr().err
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

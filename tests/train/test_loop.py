@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 import shardgrad as sg
 from shardgrad.testing import distributed
 from shardgrad.train import data
+from shardgrad.train.build import build
 from shardgrad.train.config import Config, Model, Train
-from shardgrad.train.loop import TrainingError, held_out_loss, learning_rate, make_optimizer, train
+from shardgrad.train.loop import TrainingError, held_out_loss, train
 from shardgrad.train.metrics import Metrics
-from shardgrad.train.model import GPT
+from shardgrad.train.optimizer import learning_rate, make_optimizer
 from shardgrad.train.report import Report
 
 SIZES = Model(layers=1, heads=3, d_model=12, seq_len=5)
@@ -35,7 +36,7 @@ def test_learning_rate_rises_and_falls() -> None:
 
 @distributed(world_size=[2])
 def test_matrices_alone_decay(world_size: int) -> None:
-    model = GPT(**SIZES.model_dump(), vocab=7, mesh=init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))
+    model = build(CONFIG, 7, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")))
     decayed, plain = make_optimizer(model, CONFIG.train).param_groups
     assert decayed["weight_decay"] == 0.1
     assert plain["weight_decay"] == 0.0
@@ -48,11 +49,14 @@ def test_matrices_alone_decay(world_size: int) -> None:
 
 @distributed(world_size=[2, 3, 4])
 def test_trains_as_one_rank_does(world_size: int) -> None:
-    mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("tp", "alone"))
+    meshes = {
+        "tp": init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")),
+        "alone": init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("replica", "tp")),
+    }
     models, histories = {}, {}
-    for axis in ("tp", "alone"):
+    for axis, mesh in meshes.items():
         torch.manual_seed(4)
-        model = models[axis] = GPT(**SIZES.model_dump(), vocab=256, mesh=mesh, axis=axis, dtype=torch.float64)
+        model = models[axis] = build(CONFIG, 256, mesh, torch.float64)
         optimizer = make_optimizer(model, CONFIG.train)
         histories[axis] = train(model, optimizer, CONFIG, TEXT, Report(shown=False), Metrics(None))
     together, alone = histories["tp"], histories["alone"]
@@ -72,7 +76,7 @@ def test_trains_as_one_rank_does(world_size: int) -> None:
 
 @distributed(world_size=[1, 2])
 def test_a_loss_that_is_not_finite_stops(world_size: int, tmp_path: Path) -> None:
-    model = GPT(**SIZES.model_dump(), vocab=256, mesh=init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))
+    model = build(CONFIG, 256, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")))
     torch.nn.init.constant_(model.norm.weight, torch.nan)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 1: try a lower train.lr \(now 0.01\)"):
         train(model, make_optimizer(model, CONFIG.train), CONFIG, TEXT, Report(shown=False), Metrics(None))

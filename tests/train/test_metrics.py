@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""What a run writes down, and how a run that goes on writes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardgrad.train.metrics import Metrics, draw
+from shardgrad.train.metrics import Metrics, read
 
 
 def test_every_line_is_there_at_once(tmp_path: Path) -> None:
@@ -18,6 +18,7 @@ def test_every_line_is_there_at_once(tmp_path: Path) -> None:
     assert lines == [{"kind": "train", "step": 1, "loss": 5.5}, {"kind": "end", "step": 2}]
     with Metrics(None) as silent:
         silent.write("train", step=1)
+        assert not silent.writes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -29,6 +30,32 @@ def test_a_full_disk_is_told_by_name() -> None:
         metrics.write("train", step=1)
 
 
-def test_a_picture(tmp_path: Path) -> None:
-    draw(tmp_path / "loss.png", [(1, 5.5), (20, 3.0)], [(20, 3.1)])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_going_on_cuts_off_what_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with Metrics(path) as metrics:
+        for step in range(4):
+            metrics.write("train", step=step, loss=0.1 + step)
+        metrics.write("held_out", step=2, loss=1 / 3)
+        metrics.write("end", step=2)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')  # a killed process wrote no more
+    with Metrics(path, begun=2) as metrics:
+        metrics.write("train", step=3, loss=7.0)
+    assert [(line["kind"], line["step"], line.get("loss")) for line in read(path)] == [
+        *(("train", 0, 0.1), ("train", 1, 1.1), ("train", 2, 2.1), ("held_out", 2, 1 / 3), ("train", 3, 7.0)),
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begun, losses in ((0, {1: 5.0, 2: 4.0, 3: 9.0}), (2, {3: 3.0})):
+        with Metrics(tmp_path / "m.jsonl", begun, tmp_path / "board") as metrics:
+            for step, loss in losses.items():
+                metrics.write("train", step=step, loss=loss, lr=0.5)
+            metrics.write("start", step=begun, mesh={})  # no curve
+    shown = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert shown.Tags()["scalars"] == ["train/loss", "train/lr"]
+    assert [(one.step, one.value) for one in shown.Scalars("train/loss")] == [(1, 5.0), (2, 4.0), (3, 3.0)]

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.train.build import build_reference
+from shardgrad.train.config import Model
 from shardgrad.train.model import GPT
-from shardgrad.train.reference import ReferenceGPT
 
 SIZES = {"layers": 2, "heads": 3, "d_model": 24, "seq_len": 12, "vocab": 61}
 
@@ -34,7 +35,7 @@ def main(dtype: torch.dtype, seeds: int) -> None:
         batch = tuple(torch.randint(0, SIZES["vocab"], (3, 11)) for _ in range(2))
         report = sg.verify(
             model,
-            ReferenceGPT(**SIZES),
+            build_reference(Model(**{k: n for k, n in SIZES.items() if k != "vocab"}), SIZES["vocab"]),
             batch,
             mesh,
             loss=lambda m, *b: m.loss(*b),

@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 import shardgrad as sg
 from shardgrad.testing import distributed
 from shardgrad.train import data
+from shardgrad.train.build import build
 from shardgrad.train.config import Config, Model, Train
-from shardgrad.train.loop import make_optimizer, train
+from shardgrad.train.loop import train
 from shardgrad.train.metrics import Metrics
-from shardgrad.train.model import GPT
+from shardgrad.train.optimizer import make_optimizer
 from shardgrad.train.report import Report
 
 
@@ -82,7 +83,7 @@ def test_training_checks_every_so_many_steps(world_size: int, rank: int) -> None
     def run(check_every: int) -> None:
         settings = Train(steps=3, batch=3, lr=0.01, log_every=9, eval_every=9, check_every=check_every)
         torch.manual_seed(4)
-        model = GPT(**sizes.model_dump(), vocab=256, mesh=mesh)
+        model = build(Config(model=sizes, train=settings), 256, mesh)
         model.norm.weight.register_hook(lambda grad: grad * (1 + rank))  # ranks take steps of their own
         optimizer = make_optimizer(model, settings)
         train(model, optimizer, Config(model=sizes, train=settings), text, Report(shown=False), Metrics(None))

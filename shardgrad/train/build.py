@@ -1,0 +1,75 @@
+"""From a configuration to what it names: the mesh's part in a model, the model, and the same on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.mesh import view
+from shardgrad.layout.data import DataParallel
+from shardgrad.train.config import Config, Model
+from shardgrad.train.decoder import Decoder
+from shardgrad.train.grid import AXES, Grid
+from shardgrad.train.llama import Llama, hidden_features
+from shardgrad.train.model import GPT, MLP_RATIO
+from shardgrad.train.reference import Reference
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def mesh_shape(config: Config) -> dict[str, int]:
+    """The axes of the mesh, major first, of a configuration whose ranks are resolved."""
+    if config.mesh.grid is not None:
+        return dict(zip(AXES, config.mesh.grid))
+    assert config.mesh.dp is not None
+    assert config.mesh.tp is not None
+    return {"dp": config.mesh.dp, "tp": config.mesh.tp}
+
+
+def data_parallel(config: Config, ranks: int) -> DataParallel | None:
+    """How layers take part in data parallelism over so many ranks.
+
+    With micro-batches, what is replicated over dp is left partial (`{dp}`) and summed after the last of them; with one
+    batch, each layer's backward sums it, under the products of the layers before.
+    """
+    if ranks == 1:
+        return None
+    return DataParallel("dp", sharded=config.mesh.fully_sharded, deferred=config.train.accumulate > 1)
+
+
+def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Decoder:
+    """The sharded model on a mesh of `mesh_shape`; values by torch.manual_seed.
+
+    dtype: of the parameters, float32 if None.
+    """
+    settings: dict[str, Any] = config.model.model_dump(exclude={"kind"})
+    compute = _DTYPES[config.train.dtype]
+    more: dict[str, Any] = {
+        "vocab": vocab,
+        "mesh": mesh,
+        "data": data_parallel(config, view(mesh).shape.get("dp", 1)),
+        "compute_dtype": None if compute == torch.float32 else compute,
+        "reduce_dtype": None if config.train.reduce_dtype is None else _DTYPES[config.train.reduce_dtype],
+        "recompute": config.train.recompute,
+        "dtype": dtype,
+    }
+    if config.mesh.grid is not None:
+        for key in ("kv_heads", "tied"):
+            settings.pop(key)
+        more.pop("data")
+        return Grid(**settings, **more)
+    if config.model.kind == "llama":
+        return Llama(**settings, **more)
+    settings.pop("rope_theta")
+    return GPT(**settings, **more)
+
+
+def build_reference(model: Model, vocab: int) -> Reference:
+    """The same model on one device, in plain torch, with any values."""
+    settings: dict[str, Any] = model.model_dump()
+    if settings["d_ff"] is None:
+        gpt = model.kind == "gpt"
+        settings["d_ff"] = MLP_RATIO * model.d_model if gpt else hidden_features(model.d_model)
+    return Reference(**settings, vocab=vocab)

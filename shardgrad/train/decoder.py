@@ -1,0 +1,134 @@
+"""What decoders have in common: the way from ids to the loss, in shards along sequence, batch and vocabulary."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from shardgrad.errors import ShapeError
+from shardgrad.layout.data import DataParallel
+from shardgrad.nn import init
+from shardgrad.nn.loss import vocab_parallel_cross_entropy
+from shardgrad.nn.module import ShardedModule
+
+Recompute = Literal["none", "full", "attention"]
+
+
+class Block(nn.Module):
+    """X + Attention(norm(X)), then X + MLP(norm(X)); X is [b/dp, s/tp, d] throughout."""
+
+    def __init__(self, attention_norm: nn.Module, attention: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def forward(self, x: Tensor, sequence: int, recompute: Recompute = "none") -> Tensor:
+        normed = self.attention_norm(x)
+        if recompute == "attention" and torch.is_grad_enabled():
+            x = x + checkpoint(self.attention, normed, sequence, use_reentrant=False)
+        else:
+            x = x + self.attention(normed, sequence)
+        return x + self.mlp(self.mlp_norm(x), sequence)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, head and loss. Subclasses make the parts.
+
+    Args:
+        seq_len: the longest sequence.
+        vocab: the number of token ids.
+        mesh, axis: the axis of the mesh that cuts vocabulary, heads, hidden features, and between the products the
+            sequence.
+        data: the axis that cuts the batch, and how parameters are stored over it; None without data parallelism.
+        compute_dtype: of products and activations, by torch.autocast; None: that of the parameters. In bfloat16 the
+            parameters, their gradients and so the optimizer's state stay float32: these are the master weights.
+        recompute: what backward computes again rather than keeps: "full", each block but its input; "attention", the
+            attention layers, whose queries, keys and values are much of what a block keeps.
+        width: of the residual stream.
+    """
+
+    embedding: nn.Module
+    positions: nn.Module | None
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+
+    def __init__(
+        self,
+        seq_len: int,
+        vocab: int,
+        mesh: DeviceMesh,
+        axis: str,
+        data: DataParallel | None,
+        compute_dtype: torch.dtype | None,
+        recompute: Recompute,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.seq_len, self.vocab, self.mesh, self.axis, self.data = seq_len, vocab, mesh, axis, data
+        self.compute_dtype, self.recompute = compute_dtype, recompute
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the next token: ids [b/dp, s], alike on every rank of the axis → [b/dp, s, v/tp].
+
+        Raises:
+            ShapeError: ids are not [b, s] with s of at most seq_len.
+        """
+        if ids.dim() != 2 or ids.shape[1] > self.seq_len:
+            raise ShapeError(
+                f"ids must be [b, s] with at most {self.seq_len} positions (seq_len), got {tuple(ids.shape)}"
+            )
+        sequence = ids.shape[1]
+        with torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+            x = self.embedding(ids)
+            if self.positions is not None:
+                x = x + self.positions(sequence).to(x.dtype)
+            for block in self.blocks:
+                if self.recompute == "full" and torch.is_grad_enabled():
+                    x = checkpoint(block, x, sequence, use_reentrant=False)
+                else:
+                    x = block(x, sequence, self.recompute)
+            return self.head(self.norm(x), sequence)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a token over the whole batch, alike on every rank. ids, targets: [b/dp, s]."""
+        return vocab_parallel_cross_entropy(
+            self(ids),
+            targets,
+            vocab_size=self.vocab,
+            mesh=self.mesh,
+            axis=self.axis,
+            token_axes=self.token_axes,
+        )
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes over which ranks hold different tokens."""
+        return () if self.data is None else (self.data.axis,)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's initial values: normal, 0.02; the projections into the residual stream divided by √(2·layers); biases
+        zero. Norms keep their ones and zeros."""
+        residual = 0.02 / sqrt(2 * len(self.blocks))
+        filled: set[int] = set()
+        for path, owner in self.named_modules():
+            if not isinstance(owner, ShardedModule) or path.endswith("norm"):
+                continue
+            for name in owner.stored():
+                parameter = owner.get_parameter(name)
+                if id(parameter) in filled:  # tied to another, which has drawn its values
+                    continue
+                filled.add(id(parameter))
+                if name.endswith("bias"):
+                    with torch.no_grad():
+                        parameter.zero_()
+                else:
+                    into_residual = f"{path}.{name}".replace("_", ".").endswith(("output.weight", "down.weight"))
+                    owner.fill(name, partial(init.normal, residual if into_residual else 0.02), generator)

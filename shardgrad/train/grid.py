@@ -1,0 +1,199 @@
+"""A Llama style decoder in a 3D layout: every product is cut over three axes of the mesh, and no weight is replicated.
+
+The axes are called as AxoNN calls them: z cuts the batch and stores weights, x cuts the features of the residual
+stream, y cuts heads and hidden features. Between products the residual stream is X[b/z,s/y,d/x], one part a rank
+(scatter: reduce-scatter):
+
+    query, key, value   X[b/z,s/y,d/x] W[h/y,k,d/x/z] -> Q[b/z,s,h/y/x,k]    gather X on y, W on z; scatter Q on x
+    output              A[b/z,s,h/y/x,k] W[m/x/z,h/y,k] -> Y[b/z,s/y,m/x]    gather A on x, W on z; scatter Y on y
+    gate, up            X[b/z,s/y,d/x] W[f/y,d/x/z] -> G[b/z,s/x,f/y]        as query
+    down                H[b/z,s/x,f/y] W[m/x/z,f/y] -> Y[b/z,s/y,m/x]        as output
+    head                X[b/z,s/y,d/x] W[v/y,d/x/z] -> L[b/z,s,v/y]          gather X on y, W on z; all-reduce L on x
+
+Two borders are no 3D products: the embedding looks up whole rows (its table is cut over y and z, replicated over x) of
+which each rank keeps its features, and a norm sums squares over x.
+
+Source: Agarwal et al. 1995 (the 3D product); Singh et al. 2024, arXiv 2305.13525 (AxoNN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.adjoint import all_reduce, replicate, split
+from shardgrad.comm.mesh import view
+from shardgrad.layout.cost import Collective, itemsize, moved
+from shardgrad.layout.data import DataParallel
+from shardgrad.layout.notation import parse_tensor
+from shardgrad.layout.plan import route
+from shardgrad.layout.sizes import Sizes, chunk
+from shardgrad.nn.by_layout import Linear
+from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.rotary import Rotary
+from shardgrad.nn.rows import for_rows, for_rows_collectives, one
+from shardgrad.train.decoder import Block, Decoder, Recompute
+from shardgrad.train.llama import hidden_features
+
+AXES = ("z", "x", "y")
+_STREAM = "X[b/z,s/y,d/x]"
+
+
+class Grid(Decoder):
+    """`shardgrad.train.llama.Llama`, every head with keys and values of its own, on a mesh with the axes z, x and y.
+
+    Arguments as of `Llama`.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        d_model: int,
+        seq_len: int,
+        vocab: int,
+        mesh: DeviceMesh,
+        d_ff: int | None = None,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        compute_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        recompute: Recompute = "none",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        data = DataParallel("z", sharded=True)
+        super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model)
+        linear = partial(Linear, bias=False, mesh=mesh, reduce_dtype=reduce_dtype, dtype=dtype)
+        hidden = hidden_features(d_model) if d_ff is None else d_ff
+        norm = partial(FeatureNorm, d_model, norm_eps, mesh=mesh, dtype=dtype)
+        rotary = Rotary(d_model // heads, rope_theta)
+
+        def block() -> Block:
+            return Block(
+                norm(), GridAttention(d_model, heads, rotary, linear), norm(), GridMLP(d_model, hidden, linear)
+            )
+
+        where: dict[str, Any] = {"mesh": mesh, "axis": "y", "sequence_dim": 1, "data": data, "dtype": dtype}
+        self.embedding = FeatureEmbedding(vocab, d_model, **where)
+        self.positions = None
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
+        self.norm = norm()
+        self.head = GridHead(d_model, vocab, linear)
+        self.reset_parameters()
+
+
+class GridAttention(nn.Module):
+    """Causal self-attention, each rank with its own heads, cut over y and then x: x and y are X[b/z,s/y,d/x]."""
+
+    def __init__(self, d_model: int, heads: int, rotary: Rotary, linear: partial[Linear]) -> None:
+        super().__init__()
+        self.rotary = rotary
+        sizes = {"h": heads, "k": d_model // heads}
+        for name in ("query", "key", "value"):
+            layout = f"{_STREAM} W[h/y,k,d/x/z] -> Q[b/z,s,h/y/x,k]"
+            self.add_module(name, linear(d_model, d_model, layout=layout, sizes=sizes))
+        self.output = linear(d_model, d_model, layout="A[b/z,s,h/y/x,k] W[m/x/z,h/y,k] -> Y[b/z,s/y,m/x]", sizes=sizes)
+
+    def forward(self, x: Tensor, sequence: int) -> Tensor:
+        q, k, v = (self.get_submodule(name)(x, {"s": sequence}) for name in ("query", "key", "value"))
+        positions = torch.arange(sequence, device=x.device)
+        q, k = self.rotary(q, positions), self.rotary(k, positions)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(a.transpose(1, 2), {"s": sequence})
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
+        """Every collective of this rank's forward and backward for x of a global shape."""
+        return _of_linears(self, shape, dtype)
+
+
+class GridMLP(nn.Module):
+    """SwiGLU: x and y are X[b/z,s/y,d/x]."""
+
+    def __init__(self, d_model: int, hidden: int, linear: partial[Linear]) -> None:
+        super().__init__()
+        self.gate = linear(d_model, hidden, layout=f"{_STREAM} W[f/y,d/x/z] -> G[b/z,s/x,f/y]")
+        self.up = linear(d_model, hidden, layout=f"{_STREAM} W[f/y,d/x/z] -> U[b/z,s/x,f/y]")
+        self.down = linear(hidden, d_model, layout="H[b/z,s/x,f/y] W[m/x/z,f/y] -> Y[b/z,s/y,m/x]")
+
+    def forward(self, x: Tensor, sequence: int) -> Tensor:
+        known = {"s": sequence}
+        return self.down(F.silu(self.gate(x, known)) * self.up(x, known), known)
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
+        """Every collective of this rank's forward and backward for x of a global shape."""
+        return _of_linears(self, shape, dtype)
+
+
+class GridHead(Linear):
+    """X[b/z,s/y,d/x] → the logits [b/z,s,v/y], alike on every rank of x."""
+
+    def __init__(self, d_model: int, vocab: int, linear: partial[Linear]) -> None:
+        layout = f"{_STREAM} W[v/y,d/x/z] -> L[b/z,s,v/y]"
+        super().__init__(d_model, vocab, layout=layout, **linear.keywords)
+
+    def forward(self, x: Tensor, sequence: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x, {"s": sequence})
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:  # type: ignore[override]
+        return super().collectives({"b": shape[0], "s": shape[1]}, dtype)
+
+
+class FeatureEmbedding(VocabParallelEmbedding):
+    """The lookup [b/z,s/y,m], of which each rank of x keeps its features: → [b/z,s/y,m/x]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return split(super().forward(ids), self.mesh, "x", 2)
+
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
+        mesh_view, width = view(self.mesh), itemsize(dtype)
+        sizes = dict(zip("bsm", (*shape, self.embedding_dim)))
+        known = Sizes(mesh_view.shape, mesh_view.coordinate, {(letter, ()): n for letter, n in sizes.items()})
+        cut, whole = parse_tensor("Y[b/z,s/y,m/x]").dims, parse_tensor("Y[b/z,s/y,m]").dims
+        return [*super().collectives(shape, dtype), *moved("dW", "dY", route(cut, whole), known, width, width)]
+
+
+class FeatureNorm(ShardedModule):
+    """RMSNorm of X[b/z,s/y,d/x] with a weight W[d/x]: the squares of a row are summed over x, and so is the gradient of
+    that sum, which each rank uses for its own features."""
+
+    weight: Tensor
+
+    def __init__(self, features: int, eps: float, *, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+        super().__init__(mesh, AXES)
+        self.features, self.eps = features, eps
+        self.declare("weight", "W[d/x]", {"d": features}, None, dtype)
+        with torch.no_grad():
+            self.weight.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = for_rows(self.weight, self._stored["weight"], ("y", "z"))
+        wide = x.to(weight.dtype)
+        squares = all_reduce(wide.square().sum(-1, keepdim=True), self.mesh, "x")
+        mean = replicate(squares, self.mesh, "x") / self.features
+        return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
+
+    def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
+        stored, coordinate = self._stored["weight"], view(self.mesh)
+        own: Any = self.weight.dtype
+        rows = 1
+        for size, axis in zip(shape, ("z", "y")):
+            rows *= chunk(size, coordinate.shape[axis], coordinate.coordinate[axis])[1]
+        return [
+            *for_rows_collectives(stored, ("y", "z"), own),
+            *one(stored, "forward", "all-reduce", "squares", "x", rows, own),
+            *one(stored, "dX", "all-reduce", "d squares", "x", rows, own),
+        ]
+
+
+def _of_linears(module: nn.Module, shape: Sequence[int], dtype: Any) -> list[Collective]:
+    rows = {"b": shape[0], "s": shape[1]}
+    return [row for layer in module.modules() if isinstance(layer, Linear) for row in layer.collectives(rows, dtype)]

@@ -1,0 +1,80 @@
+"""A Llama style decoder: RMSNorm, rotary positions, KV heads shared by query heads, SwiGLU, no biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.layout.data import DataParallel
+from shardgrad.nn.attention import Attention
+from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.linear import ColumnParallelLinear
+from shardgrad.nn.mlp import SwiGLU
+from shardgrad.nn.norm import RMSNorm
+from shardgrad.nn.rotary import Rotary
+from shardgrad.train.decoder import Block, Decoder, Recompute
+
+
+def hidden_features(d_model: int) -> int:
+    """8/3 d_model, up to a multiple of 64 (of 8, if it is small): as many parameters as a GELU block of 4 d_model."""
+    grain = 64 if d_model >= 192 else 8
+    return grain * -(-8 * d_model // (3 * grain))
+
+
+class Llama(Decoder):
+    """A Llama style decoder, its vocabulary, heads and hidden features cut over an axis.
+
+    Args:
+        d_ff: hidden features of the feed-forward block; None: `hidden_features(d_model)`.
+        rope_theta: the base of the rotary frequencies.
+        others: as of `GPT`. There is no table of positions; seq_len only bounds the ids.
+
+    Source: Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; the cuts: Korthikanti et al. 2022, arXiv 2205.05198.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        d_model: int,
+        seq_len: int,
+        vocab: int,
+        mesh: DeviceMesh,
+        axis: str = "tp",
+        kv_heads: int | None = None,
+        d_ff: int | None = None,
+        tied: bool = False,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        data: DataParallel | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        recompute: Recompute = "none",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model)
+        where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
+        sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
+        rotary = Rotary(d_model // heads, rope_theta)
+        hidden = hidden_features(d_model) if d_ff is None else d_ff
+
+        def block() -> Block:
+            return Block(
+                RMSNorm(d_model, norm_eps, **where),
+                Attention(d_model, heads, num_kv_heads=kv_heads, bias=False, rotary=rotary, **where, **sums),
+                RMSNorm(d_model, norm_eps, **where),
+                SwiGLU(d_model, hidden, **where, **sums),
+            )
+
+        self.embedding = VocabParallelEmbedding(vocab, d_model, **where)
+        self.positions = None
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
+        self.norm = RMSNorm(d_model, norm_eps, **where)
+        self.head = ColumnParallelLinear(d_model, vocab, bias=False, **where, **sums)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()

@@ -1,0 +1,180 @@
+"""Going on where a run ended, with the same bits: which checkpoint, whether the configuration fits, what is restored.
+
+Of a run, a checkpoint holds the parameters and the optimizer's moments (`shardgrad.checkpoint`), and in `state.json`
+the step, torch's random state, what has been measured so far and the configuration. Batches are a function of seed and
+step, the learning rate one of step: they need nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad import checkpoint
+from shardgrad.train import folder
+from shardgrad.train.config import Config, ConfigError
+from shardgrad.train.history import History
+from shardgrad.train.metrics import Metrics
+from shardgrad.train.signals import Stop
+
+_MAY_DIFFER = ("run.dir", "run.resume", "run.tensorboard", "run.check", "mesh.", "sample.")
+_MAY_DIFFER_TOO = ("train.log_every", "train.eval_every", "train.eval_batches", "train.save_every", "train.keep")
+
+
+def start_from(run: Path | None, resume: str | None) -> Path | None:
+    """The checkpoint to begin with: the newest of the run that goes on, or of `run.resume`'s path; None: no one.
+
+    Raises:
+        ConfigError: run.resume is a path without a checkpoint.
+    """
+    if run is not None and (own := folder.checkpoints(run)):
+        return own[-1][1]
+    if resume in (None, "auto"):
+        return None
+    path = Path(resume)
+    if (path / checkpoint.STATE).is_file():
+        return path
+    found = folder.checkpoints(path)
+    if not found:
+        raise ConfigError(
+            f"run.resume: {path} is neither a checkpoint (with a {checkpoint.STATE}) nor the folder of a run with a "
+            f"whole checkpoint in {folder.CHECKPOINTS}/; the values are auto, a path, or null"
+        )
+    return found[-1][1]
+
+
+def check_config(config: Config, start: Path) -> list[str]:
+    """Compare with the configuration that saved a checkpoint.
+
+    Returns:
+        The keys that changed the run's course: what it goes on with is neither the old run nor the new one.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read, or is one of another model.
+    """
+    try:
+        about = json.loads((start / checkpoint.STATE).read_text(encoding="utf-8"))
+        saved = _flat(about["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the checkpoint {start} cannot be read ({type(error).__name__}: {error}): delete it to go on from the one "
+            "before it"
+        ) from None
+    differ = {
+        key: (saved.get(key), value) for key, value in _flat(config.model_dump()).items() if saved.get(key) != value
+    }
+    another = [_told(key, was, now) for key, (was, now) in differ.items() if key.startswith("model.")]
+    another += [_told(key, *differ[key]) for key in ("data.tokenizer", "data.vocab") if key in differ]
+    if another:
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"{start} is a checkpoint of another model:",
+                    *(f"  {line}" for line in another),
+                    "set them as they were, or begin another run: run.resume=null, or another run.dir",
+                ]
+            )
+        )
+    return [
+        _told(key, was, now)
+        for key, (was, now) in differ.items()
+        if not key.startswith(_MAY_DIFFER) and key not in _MAY_DIFFER_TOO
+    ]
+
+
+def _told(key: str, was: object, now: object) -> str:
+    return f"{key} was {was!r}, and is {now!r} now"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, inner in values.items() for key, value in inner.items()}
+
+
+def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> dict[str, Any]:
+    """Fill all of them from a checkpoint; on every rank, which all read it.
+
+    Returns:
+        What its `state.json` holds.
+
+    Raises:
+        OSError, ValueError: as `checkpoint.load`.
+    """
+    about = checkpoint.load(start, model, optimizer)
+    history.restore(about["history"])
+    _set_random(about["random"])
+    return about
+
+
+class Keeper:
+    """Saves a run while it trains; one on every rank.
+
+    run: the folder. stop: asked after every step whether it was the last.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        digest: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: DeviceMesh,
+        metrics: Metrics,
+        stop: Stop,
+    ) -> None:
+        self._run, self._config, self._digest, self._mesh = run, config, digest, mesh
+        self._model, self._optimizer, self._metrics, self._stop = model, optimizer, metrics, stop
+        self.stopped: str | None = None
+
+    def after_step(self, history: History) -> bool:
+        """Save if it is time to; returns whether training ends here, alike on all ranks.
+
+        Raises:
+            OSError: on every rank, if the checkpoint cannot be written; those before it are whole.
+        """
+        settings = self._config.train
+        last = history.step >= settings.steps
+        if not last:
+            self.stopped = self._stop.agreed(history.step)
+        if last or self.stopped or history.step % settings.save_every == 0:
+            self._save(history)
+        return self.stopped is not None
+
+    def _save(self, history: History) -> None:
+        self._metrics.to_disk()
+        where = folder.checkpoint(self._run, history.step)
+        state = {
+            "step": history.step,
+            "history": history.state(),
+            "random": _random(),
+            "text": self._digest,
+            "config": self._config.model_dump(),
+        }
+        checkpoint.save(where, self._model, self._optimizer, mesh=self._mesh, state=state)
+        if self._metrics.writes:
+            folder.prune(self._run, self._config.train.keep)
+
+
+def _random() -> dict[str, str]:
+    """torch's random state, alike on all ranks (they are seeded alike and draw alike): the first rank's is saved."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def _set_random(states: Mapping[str, str]) -> None:
+    for device, text in states.items():
+        state = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state)

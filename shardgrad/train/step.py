@@ -1,0 +1,57 @@
+"""One optimizer step: micro-batches, whose gradients add up; what is left partial, summed once; clipping; AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardgrad.comm.collectives import cut
+from shardgrad.comm.mesh import view
+from shardgrad.nn.deferred import reduce_gradients_
+from shardgrad.nn.whole import clip_grad_norm_
+from shardgrad.train.config import Train
+from shardgrad.train.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step tells. loss: of the whole batch, in nats a token; norm: of the gradients before clipping, if any."""
+
+    loss: Tensor
+    norm: Tensor | None
+
+
+def micro_batches(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of each micro-batch: ids and targets [b, s], alike on every rank → [b / accumulate / dp, s]."""
+    for some, following in zip(ids.chunk(accumulate), targets.chunk(accumulate)):
+        for name in model.token_axes:
+            axis = view(model.mesh).axis(name)
+            some, following = cut(some, axis, 0), cut(following, axis, 0)
+        yield some, following
+
+
+def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) -> Tensor:
+    """Add the gradients of the mean loss over a batch, complete on every rank; returns this loss, alike on every rank.
+
+    What each micro-batch reduces and what waits for the last of them is written in how the parameters are stored: see
+    `sg.DataParallel`. With one micro-batch nothing waits.
+    """
+    total = torch.zeros((), device=ids.device)
+    for some, following in micro_batches(model, ids, targets, accumulate):
+        loss = model.loss(some, following) / accumulate
+        loss.backward()
+        total = total + loss.detach()
+    reduce_gradients_(model)
+    return total
+
+
+def train_step(model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, config: Train) -> Done:
+    """Forward, backward and update; ids and targets [b, s] are the whole batch, alike on every rank."""
+    optimizer.zero_grad()
+    loss = backward(model, ids, targets, config.accumulate)
+    norm = None if config.clip is None else clip_grad_norm_(model, config.clip)
+    optimizer.step()
+    return Done(loss, norm)
