@@ -62,7 +62,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.kill(ranks[-1], signal.SIGKILL)
         told, _ = job.communicate(timeout=150)
     finally:
-        job.kill()
+        for process in [job.pid, *children(job.pid)] if job.poll() is None else []:
+            os.kill(process, signal.SIGKILL)
     assert job.returncode == 0, told
     assert "going on after step" in told
     return where
