@@ -69,6 +69,7 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     made_up(run, 9, 100, 20)
     (run / "checkpoints" / ".step-00000101.77.partial").mkdir()
     (run / "checkpoints" / ".step-00000004.old").mkdir()
+    (run / "checkpoints" / "step-00000200-copy").mkdir()  # the user's own
     assert resume.start_from(run, "auto") == folder.checkpoint(run, 100)
     assert resume.start_from(run, None) == folder.checkpoint(run, 100)  # a restart
     assert resume.start_from(None, str(run)) == folder.checkpoint(run, 100)
@@ -79,7 +80,9 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     folder.prune(run, 2)
     assert [step for step, _ in folder.checkpoints(run)] == [20, 100]
     folder.sweep(run)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000020", "step-00000100"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        *("step-00000020", "step-00000100", "step-00000200-copy"),
+    ]
 
 
 def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_nothing_is_left_where_the_data_is_wrong(
     (tmp_path / "text.txt").write_text("too little")
     for overrides, told in (
         (["data.files=[]", f"data.tokens={tmp_path / 'ids.bin'}", "data.vocab=10"], "holds the id 10 at position 499"),
-        (["data.tokenizer=bpe", "data.vocab=260"], "too little text: of 10 tokens"),
+        (["data.tokenizer=bpe", "data.vocab=260"], "too little text: of 6 tokens"),
         (["data.tokenizer=bpe", "data.vocab=256"], "data.vocab = 256 must be more than the 256 bytes"),
         ([f"data.tokenizer={tmp_path / 'text.txt'}"], "is no file of the tokenizers library"),
     ):
