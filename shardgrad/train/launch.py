@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad.checkpoint import save
 from shardgrad.comm.agree import agree
+from shardgrad.comm.backend import choose
 from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.stored import stored_parameters
@@ -122,7 +123,7 @@ def _check_device(config: Config) -> None:
 
 def _meet(config: Config) -> DeviceMesh:
     """Start the process group and the mesh. Without torchrun's environment: a group of this process alone."""
-    backend = "nccl" if config.mesh.device == "cuda" else "gloo"
+    backend = choose(config.mesh.device)
     timeout = timedelta(seconds=config.mesh.timeout_s)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
