@@ -23,7 +23,6 @@ from shardgrad.comm.shm.register import register
 from shardgrad.errors import CollectiveError, ShapeError
 from shardgrad.layout.sizes import chunk
 
-
 register()
 
 

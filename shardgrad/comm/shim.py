@@ -50,14 +50,14 @@ def unheard() -> Any:
 class Announcer(dist.ProcessGroup):
     """Speaks to PyTorch's dispatcher for a group that is written in Python.
 
-    A group of the usual backends is called through the dispatcher, where modes can listen; the methods of a Python group
-    are called directly. So the group has the same call made on this one, whose backend sends nothing.
+    A group of the usual backends is called through the dispatcher, where modes can listen; the methods of a Python
+    group are called directly. So the group has the same call made on this one, whose backend sends nothing.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group.rank(), group.size())
+        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
         self.speaks_for = weakref.ref(group)
-        fake = torch._C._distributed_c10d.FakeProcessGroup._create_internal(group.rank(), group.size())  # type: ignore[arg-type]
+        fake = torch._C._distributed_c10d.FakeProcessGroup._create_internal(group.rank(), group.size())
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, fake)
 
 

@@ -25,8 +25,8 @@ from shardgrad.comm.shm.work import ShmWork
 
 
 def _told(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
-    """Tell PyTorch's dispatcher of the call, if somebody listens there (sg.trace(), CommDebugMode), and hide from it the
-    copies and sums that the call is made of, as other backends do."""
+    """Tell PyTorch's dispatcher of the call, if somebody listens there (sg.trace(), CommDebugMode), and hide from it
+    the copies and sums that the call is made of, as other backends do."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -55,7 +55,7 @@ class ShmGroup(dist.ProcessGroup):
     def __init__(self, store: Any, rank: int, size: int, timeout: float, names: list[int], group_id: str) -> None:
         if why := unsupported():
             raise ShmError(f"the shm backend cannot be used: {why}. Use the gloo backend")
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank, self._size, self._timeout = rank, size, timeout
         self._group_name = group_id
         self._store = store
@@ -208,7 +208,7 @@ class ShmGroup(dist.ProcessGroup):
 
     @_told
     def allgather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
-        opts = opts or dist.AllgatherOptions()
+        opts = opts or _gather_options()
         pairs = list(zip(outs, ins, strict=True))
         return self._work([self._all_gather_list(out, one, opts) for out, one in pairs], opts)
 
@@ -216,12 +216,12 @@ class ShmGroup(dist.ProcessGroup):
 
     @_told
     def _allgather_base(self, out: Tensor, one: Tensor, opts: Any = None) -> ShmWork:
-        opts = opts or dist.AllgatherOptions()
+        opts = opts or _gather_options()
         return self._work([self._all_gather(out, one, opts)], opts)
 
     @_told
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
-        opts = opts or dist.AllgatherOptions()
+        opts = opts or _gather_options()
         return self._work([self._all_gather(out, one, opts) for out, one in zip(outs, ins, strict=True)], opts)
 
     def _all_gather_list(self, outs: Sequence[Tensor], one: Tensor, opts: Any) -> Ticket:
@@ -429,8 +429,8 @@ def _input(tensor: Tensor) -> Tensor:
     """The tensor's elements, flat; a copy only if they are not contiguous."""
     if not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
         raise ShmError(
-            f"the shm backend moves dense CPU tensors, not one of {tensor.layout} on {tensor.device}: use nccl for CUDA "
-            "tensors, gloo for sparse ones"
+            f"the shm backend moves dense CPU tensors, not one of {tensor.layout} on {tensor.device}: use nccl for "
+            "CUDA tensors, gloo for sparse ones"
         )
     # .data: like other backends, no part in autograd and no new version of the tensor.
     data = tensor.data.resolve_conj() if tensor.is_complex() else tensor.data
@@ -446,6 +446,10 @@ def _output(tensor: Tensor, outputs: list[tuple[Tensor, Tensor]], filled: bool =
     flat = _input(tensor) if filled else torch.empty_like(_input(tensor))
     outputs.append((tensor.data, flat))
     return flat
+
+
+def _gather_options() -> Any:
+    return dist.distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
 
 
 def _check(what: str, a: Tensor, b: Tensor) -> None:

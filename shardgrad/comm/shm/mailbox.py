@@ -1,7 +1,8 @@
 """Rounds: write your slot, publish, wait until everyone has published, read their slots.
 
 A rank has two slots and uses them in turn. That needs no acknowledgement: a rank publishes round k+1 only when it has
-read round k, and everyone waits for everyone in each round, so when round k+1 is complete nobody reads round k any more.
+read round k, and everyone waits for everyone in each round, so when round k+1 is complete nobody reads round k any
+more.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def meet(store: Any, rank: int, size: int, timeout: float, names: list[int]) -> 
         ShmError: a rank did not come in time, died, or is where this memory cannot be reached.
     """
     deadline = time.monotonic() + timeout
-    # A store may outlive a group and see the next one of the same name: the n-th time of one rank meets the n-th of all.
+    # A store may outlive a group and see the next one of the same name: everyone's n-th time is one meeting.
     time_of_joining = store.add(f"joins/{rank}", 1)
 
     def key(what: object) -> str:
@@ -78,8 +78,8 @@ def _wait(missing: Callable[[], list[int]], peers: Peers, deadline: float, timeo
         if time.monotonic() > deadline:
             peers.close()
             raise ShmError(
-                f"rank {peers.names[peers.rank]}: {_ranks([peers.names[r] for r in late])} did not map the memory of the "
-                f"shm group within {timeout:g} s"
+                f"rank {peers.names[peers.rank]}: {_ranks([peers.names[r] for r in late])} did not map the memory of "
+                f"the shm group within {timeout:g} s"
             )
         time.sleep(_STEP_S)
 

@@ -184,8 +184,8 @@ class Pairs:
         if (sent, message.dtype) != (want.target.numel(), want.dtype):
             name = self.names
             raise ShmError(
-                f"rank {name[message.source]} sent {sent} bytes of {_text(message.dtype)} with tag {message.tag} to rank "
-                f"{name[self.box.rank]}, which receives {want.target.numel()} bytes of {_text(want.dtype)} there"
+                f"rank {name[message.source]} sent {sent} bytes of {_text(message.dtype)} with tag {message.tag} to "
+                f"rank {name[self.box.rank]}, which receives {want.target.numel()} bytes of {_text(want.dtype)} there"
             )
 
     def _deliver(self, message: _Message) -> None:

@@ -70,7 +70,7 @@ class Progress:
             free = [queue for queue in busy if not queue.waiters]
             if not free:
                 time.sleep(_PAUSE_S)
-            elif any([queue.poll() for queue in free]):
+            elif sum(queue.poll() for queue in free):
                 idle = Idle(0.0)
             elif idle.enough():
                 for queue in free:

@@ -1,8 +1,8 @@
 """The operations of a group on their way, and how to wait for one.
 
 Collectives move on one after another, in the order in which they were started, which is the same on all ranks; messages
-between two ranks move on independently. Whoever waits moves things on itself: a small all-reduce is then a few stores and
-loads in the calling thread. Operations that nobody waits for are moved on by the thread of `progress`.
+between two ranks move on independently. Whoever waits moves things on itself: a small all-reduce is then a few stores
+and loads in the calling thread. Operations that nobody waits for are moved on by the thread of `progress`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,8 +201,8 @@ class Queue:
     def _disagreement(self, rank: int, does: str, ticket: Ticket) -> str:
         return (
             f"rank {self._me}: the ranks of {self.label} disagree: rank {self._me} does {ticket.what}, "
-            f"rank {self.peers.names[rank]} does {does}. All ranks must call the same collectives in the same order, with the "
-            "same dtype and as many elements"
+            f"rank {self.peers.names[rank]} does {does}. All ranks must call the same collectives in the same order, "
+            "with the same dtype and as many elements"
         )
 
     # Failing
@@ -213,8 +212,8 @@ class Queue:
         if isinstance(error, WrongSplit):
             names = self.peers.names
             text = (
-                f"rank {self._me}: in an all-to-all over {self.label} rank {names[error.sender]} sends {error.sent} elements "
-                f"to rank {self._me}, which expects {error.expected}"
+                f"rank {self._me}: in an all-to-all over {self.label} rank {names[error.sender]} sends {error.sent} "
+                f"elements to rank {self._me}, which expects {error.expected}"
             )
         elif isinstance(error, ShmError):
             text = str(error)

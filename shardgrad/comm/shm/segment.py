@@ -93,7 +93,7 @@ def create(plan: Plan) -> int:
     except OSError as error:
         os.close(descriptor)
         raise ShmError(
-            f"no memory for a shm group of {plan.ranks} ranks: {plan.size / 2**20:.1f} MiB of shared memory were refused "
-            f"({error.strerror}). Free memory, raise the limit of the container, or use the gloo backend"
+            f"no memory for a shm group of {plan.ranks} ranks: {plan.size / 2**20:.1f} MiB of shared memory were "
+            f"refused ({error.strerror}). Free memory, raise the limit of the container, or use the gloo backend"
         ) from None
     return descriptor
