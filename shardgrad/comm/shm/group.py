@@ -342,7 +342,7 @@ class ShmGroup(dist.ProcessGroup):
         data = _input(tensors[0])
         ticket = self._ticket(f"send of {data.numel()} {_name(data.dtype)} to rank {target} of the group (tag {tag})")
         queue = self._alive()
-        queue.send(ticket, target, data.view(torch.uint8), tag, _name(data.dtype).encode().ljust(32, b"\0"))
+        queue.send(ticket, target, _bytes(data), tag, _name(data.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_told
@@ -357,7 +357,7 @@ class ShmGroup(dist.ProcessGroup):
         outputs: list[tuple[Tensor, Tensor]] = []
         flat = _output(tensor, outputs)
         ticket = self._ticket(f"receive of {flat.numel()} {_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs)
-        self._alive().receive(ticket, source, flat.view(torch.uint8), tag, _name(flat.dtype).encode().ljust(32, b"\0"))
+        self._alive().receive(ticket, source, _bytes(flat), tag, _name(flat.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_told
@@ -446,6 +446,11 @@ def _output(tensor: Tensor, outputs: list[tuple[Tensor, Tensor]], filled: bool =
     flat = _input(tensor) if filled else torch.empty_like(_input(tensor))
     outputs.append((tensor.data, flat))
     return flat
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    # Of an empty tensor any stride is contiguous, but not to view().
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _gather_options() -> Any:

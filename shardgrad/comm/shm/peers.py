@@ -6,7 +6,7 @@ import os
 import select
 import time
 
-from shardgrad.comm.shm.segment import FAILED, LEFT, TEXT, Segment
+from shardgrad.comm.shm.segment import BROKEN, FAILED, LEFT, TEXT, Segment
 
 
 class Peers:
@@ -17,6 +17,7 @@ class Peers:
 
     def __init__(self, segment: Segment, rank: int, pids: list[int], names: list[int]) -> None:
         self.segment, self.rank, self.pids, self.names = segment, rank, pids, names
+        self.broken = segment.plan.word(0, BROKEN)  # the word that says whether any rank failed
         self._watch = select.poll()
         self._rank_of: dict[int, int] = {}
         self._dead: set[int] = set()
@@ -62,6 +63,7 @@ class Peers:
         self.segment.raw[start + 8 : start + 8 + len(raw)] = raw
         words[start // 8] = len(raw)
         words[plan.word(self.rank, FAILED)] = time.monotonic_ns()  # one clock for all processes of a host
+        words[self.broken] = 1
 
     def failure(self) -> str:
         """What the rank that failed first said, or an empty text."""

@@ -113,6 +113,8 @@ class Queue:
         self.poll()
 
     def _refuse_if_broken(self, ticket: Ticket) -> None:
+        if not self.broken and self.box.words[self.peers.broken]:
+            self.broken = self.peers.failure()
         if self.broken:
             raise ShmError(f"rank {self._me}: {ticket.what} is refused, for {self.label} is broken: {self.broken}")
 

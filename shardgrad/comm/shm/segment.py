@@ -22,7 +22,7 @@ HEADER = 512  # bytes of text that say what operation this is
 TEXT = 1024  # bytes of text that say why a rank failed
 
 # Words of 8 bytes in a rank's own block; what others poll has a cache line of its own.
-POSTED, BELL, SLEEPING, LEFT, ATTACHED, FAILED = 0, 8, 9, 10, 11, 12
+POSTED, BELL, SLEEPING, LEFT, ATTACHED, FAILED, BROKEN = 0, 8, 9, 10, 11, 12, 13
 _BLOCK = 16
 
 
