@@ -129,14 +129,11 @@ def test_functional_collectives(rank: int, world_size: int) -> None:
     assert torch.equal(functional.wait_tensor(functional.all_reduce(x, "sum", group)), total)
     assert torch.equal(functional.wait_tensor(functional.broadcast(x, 1, group)), torch.arange(6.0) + 1)
     whole = torch.cat([torch.arange(6.0) + r for r in range(world_size)])
-    gathered, scattered = (
-        torch.ops._c10d_functional.all_gather_into_tensor,
-        torch.ops._c10d_functional.reduce_scatter_tensor,
-    )
-    wait = torch.ops._c10d_functional.wait_tensor
-    assert torch.equal(wait(gathered(x, world_size, group.group_name)), whole)
+    ops = torch.ops._c10d_functional
+    wait = ops.wait_tensor
+    assert torch.equal(wait(ops.all_gather_into_tensor(x, world_size, group.group_name)), whole)
     pieces = torch.cat([x * r for r in range(world_size)])
-    assert torch.equal(wait(scattered(pieces, "sum", world_size, group.group_name)), total * rank)
+    assert torch.equal(wait(ops.reduce_scatter_tensor(pieces, "sum", world_size, group.group_name)), total * rank)
     swapped = functional.all_to_all_single(pieces, None, None, group)
     want = torch.cat([(torch.arange(6.0) + r) * rank for r in range(world_size)])
     assert torch.equal(functional.wait_tensor(swapped), want)
