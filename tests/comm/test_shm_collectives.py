@@ -19,7 +19,7 @@ DTYPES = [
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 ]
 # Nothing, one element, fewer than ranks, one round, several rounds with a last one that is not full.
-SIZES = [0, 1, 3, 1000, 301_007]
+SIZES = [0, 1, 3, 1000, 601_007]
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "SUM": torch.add,
     "PRODUCT": torch.mul,

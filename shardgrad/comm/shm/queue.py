@@ -7,7 +7,6 @@ and loads in the calling thread. Operations that nobody waits for are moved on b
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -145,13 +144,13 @@ class Queue:
         try:
             while self._tickets:
                 ticket = self._tickets[0]
-                assert ticket.steps is not None
-                with torch.inference_mode() if ticket.inference else contextlib.nullcontext():
-                    stuck = next(ticket.steps, self) is not self
-                    if stuck:
-                        break
-                    for output, stand_in in ticket.outputs:
-                        output.copy_(stand_in.view(output.shape))
+                if ticket.inference:
+                    with torch.inference_mode():
+                        ended = self._step(ticket)
+                else:
+                    ended = self._step(ticket)
+                if not ended:
+                    break
                 self._tickets.popleft()
                 ticket.done = True
                 finished.append(ticket)
@@ -163,6 +162,15 @@ class Queue:
             finished += self._fail(error)
             if not isinstance(error, Exception):
                 raise
+
+    def _step(self, ticket: Ticket) -> bool:
+        """Move a collective on; whether it has ended."""
+        assert ticket.steps is not None
+        if next(ticket.steps, self) is not self:
+            return False
+        for output, stand_in in ticket.outputs:
+            output.copy_(stand_in.view(output.shape))
+        return True
 
     def _finish(self, messages: list[Ticket]) -> None:
         for ticket in messages:

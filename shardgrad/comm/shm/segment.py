@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardgrad.comm.shm.errors import ShmError
 
-SLOT = 512 * 1024  # bytes that a rank publishes in one round; two such slots a rank
+SLOT = 1024 * 1024  # bytes that a rank publishes in one round; two such slots a rank
 RING = 4  # records in the ring of a pair of ranks
 RECORD = 32 * 1024  # bytes of data in a record
 HEADER = 512  # bytes of text that say what operation this is
