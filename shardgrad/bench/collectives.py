@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardgrad.comm import shim
+from shardgrad.comm.shm.register import register
 
 BACKENDS = ("gloo", "shm")
 _TURN_S = 0.01  # about how long one backend is measured before the other has its turn
@@ -54,6 +55,7 @@ def measure(operations: Sequence[str], sizes: Sequence[int], turns: int, say: Ca
 
     sizes: in bytes, of float32, rounded up to a multiple of the ranks. say: gets each row once it is there.
     """
+    register()
     groups = {backend: dist.new_group(backend=backend) for backend in BACKENDS}
     ranks = dist.get_world_size()
     rows = []
