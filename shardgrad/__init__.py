@@ -152,6 +152,4 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:  # else `import torch` does it, or shardgrad.comm: see shardgrad/comm/shm/register.py
-    from shardgrad.comm.shm.register import autoload
-
-    autoload()
+    import_module("shardgrad.comm.shm.register").autoload()
