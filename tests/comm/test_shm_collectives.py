@@ -166,7 +166,7 @@ def test_shards_of_different_sizes(rank: int, world_size: int) -> None:
         dist.reduce_scatter(out, [made(sizes[r], rank, salt=r) for r in everyone])
         assert torch.equal(out, reduced("SUM", [made(sizes[rank], r, salt=rank) for r in everyone]))
 
-        # Rank a sends (a + 2b) % 3 times a large number of rows to rank b if b is odd, else none: others need more rounds.
+        # Rank a sends (a + 2b) % 3 times many rows to rank b if b is odd, else none: some need more rounds.
         rows = [[(a + 2 * b) % 3 * (b % 2) * (sizes[2] // 3) for b in everyone] for a in everyone]
         sent = [
             torch.stack([made(rows[a][b], a, salt=b), made(rows[a][b], b, salt=a)], 1) for a in [rank] for b in everyone
