@@ -3,6 +3,7 @@
 Names are imported when first used: every pytest run loads the plugin, and need not import torch for it.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -152,3 +153,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+if "torch" in sys.modules:  # else `import torch` does it, or shardgrad.comm: see shardgrad/comm/shm/register.py
+    import_module("shardgrad.comm.shm.register").autoload()

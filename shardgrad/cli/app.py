@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import explain, trace, verify
+from shardgrad.cli import bench, explain, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
 app.command(name="verify")(verify.verify)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -19,8 +19,11 @@ from torch.profiler import record_function
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.rollcall import roll_call
+from shardgrad.comm.shm.register import register
 from shardgrad.errors import CollectiveError, ShapeError
 from shardgrad.layout.sizes import chunk
+
+register()
 
 
 class Pending:

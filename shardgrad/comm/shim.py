@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any
 
 import torch
@@ -21,10 +23,52 @@ def store() -> Any:
 def process_group(argument: Any) -> dist.ProcessGroup | None:
     """The process group inside an argument of a c10d operator, or None if it holds something else."""
     if isinstance(argument, dist.ProcessGroup):
-        return argument
+        return _named(argument)
     if isinstance(argument, torch.ScriptObject):
         try:
-            return dist.ProcessGroup.unbox(argument)
+            return _named(dist.ProcessGroup.unbox(argument))
         except RuntimeError:
             return None
     return None
+
+
+def _named(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group itself, where an announcer speaks for it."""
+    return group.speaks_for() or group if isinstance(group, Announcer) else group
+
+
+def dispatch_is_listened_to() -> bool:
+    """Whether a TorchDispatchMode is active in this thread."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def unheard() -> Any:
+    """A block whose operations no TorchDispatchMode sees."""
+    return torch._C._DisableTorchDispatch()
+
+
+class Announcer(dist.ProcessGroup):
+    """Speaks to PyTorch's dispatcher for a group that is written in Python.
+
+    A group of the usual backends is called through the dispatcher, where modes can listen; the methods of a Python
+    group are called directly. So the group has the same call made on this one, whose backend sends nothing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
+        self.speaks_for = weakref.ref(group)
+        fake = torch._C._distributed_c10d.FakeProcessGroup._create_internal(group.rank(), group.size())
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, fake)
+
+
+_announcers: weakref.WeakKeyDictionary[dist.ProcessGroup, Announcer] = weakref.WeakKeyDictionary()
+
+
+def announce(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> None:
+    """Make a call of a Python group known to the TorchDispatchModes that are active."""
+    speaker = _announcers.get(group)
+    if speaker is None:
+        speaker = _announcers[group] = Announcer(group)
+    # The fake backend may refuse what the real one does (shards of different sizes); listeners have heard it by then.
+    with contextlib.suppress(RuntimeError):
+        getattr(speaker, name)(*args, **kwargs)

@@ -26,6 +26,9 @@ class Membership:
         self.leave()
         import torch.distributed as dist
 
+        from shardgrad.comm.shm.register import register
+
+        register()  # also where torch was told not to load installed backends
         dist.init_process_group(
             group.backend, init_method=f"file://{group.store}", rank=self.rank, world_size=group.world_size
         )

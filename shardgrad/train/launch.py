@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad.comm.agree import agree, text_of_first
+from shardgrad.comm.backend import choose
+from shardgrad.comm.meet import start_process_group
 from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.stored import stored_parameters
@@ -132,12 +134,8 @@ def _check_device(config: Config) -> None:
 
 def _meet(config: Config) -> DeviceMesh:
     """Start the process group and the mesh. Without torchrun's environment: a group of this process alone."""
-    backend = "nccl" if config.mesh.device == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.mesh.timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    backend = choose(config.mesh.device)
+    start_process_group(backend, timedelta(seconds=config.mesh.timeout_s))
     shape = mesh_shape(config)
     return init_device_mesh(config.mesh.device, tuple(shape.values()), mesh_dim_names=tuple(shape))
 

@@ -1,0 +1,24 @@
+"""Which torch.distributed backend a program's ranks should use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from shardgrad.comm.shm.platform import unsupported
+from shardgrad.comm.shm.register import register
+
+
+def choose(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """ "nccl" for CUDA ranks; "shm" for CPU ranks that all run on this host, where it works; else "gloo".
+
+    torchrun tells in LOCAL_WORLD_SIZE and WORLD_SIZE how many ranks run here and in all. Without either, a process is
+    alone; where only the second is set, nobody knows where the others are.
+    """
+    if device == "cuda":
+        return "nccl"
+    ranks, here = (environment.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks != here or unsupported():
+        return "gloo"
+    register()
+    return "shm"

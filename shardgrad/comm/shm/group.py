@@ -1,0 +1,481 @@
+"""Torch's names for it: the process group that `init_process_group("shm")` makes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardgrad.comm import shim
+from shardgrad.comm.shm import collectives as c
+from shardgrad.comm.shm.errors import ShmError
+from shardgrad.comm.shm.mailbox import Mailbox
+from shardgrad.comm.shm.meeting import meet
+from shardgrad.comm.shm.pairs import ANY
+from shardgrad.comm.shm.platform import unsupported
+from shardgrad.comm.shm.progress import progress
+from shardgrad.comm.shm.queue import Queue, Ticket
+from shardgrad.comm.shm.reduce import Reduction, reduction
+from shardgrad.comm.shm.work import ShmWork
+
+
+def _told(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
+    """Tell PyTorch's dispatcher of the call, if somebody listens there (sg.trace(), CommDebugMode), and hide from it
+    the copies and sums that the call is made of, as other backends do."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: ShmGroup, *args: Any, **kwargs: Any) -> ShmWork:
+        if not shim.dispatch_is_listened_to():
+            return method(self, *args, **kwargs)
+        shim.announce(self, name, *args, **kwargs)
+        with shim.unheard():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class ShmGroup(dist.ProcessGroup):
+    """Ranks of one host that communicate through shared memory.
+
+    Args:
+        store: where the ranks meet; torch gives each group one of its own.
+        names: the ranks as the program numbers them, in the group's order.
+        timeout: seconds that an operation may take.
+
+    Raises:
+        ShmError: on a machine where this cannot work, or if the ranks do not meet.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, names: list[int], group_id: str) -> None:
+        if why := unsupported():
+            raise ShmError(f"the shm backend cannot be used: {why}. Use the gloo backend")
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._group_name = group_id
+        self._store = store
+        segment, peers = meet(store, rank, size, timeout, names)
+        label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
+        self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label)
+        self._label = label
+        self._reductions: dict[Any, Reduction] = {}
+        self._together: list[Ticket] | None = None
+
+    # What torch asks a group about itself
+
+    def getBackendName(self) -> str:
+        return "shm"
+
+    def getRank(self) -> int:
+        return self._rank
+
+    def getSize(self) -> int:
+        return self._size
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return self._group_name
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: torch.device) -> ShmGroup:  # type: ignore[override]
+        if torch.device(device).type != "cpu":
+            raise RuntimeError(f"the shm backend moves CPU tensors only, not those of {device}")
+        return self
+
+    supports_coalescing = False
+    supports_splitting = False
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout.total_seconds()
+
+    _set_default_timeout = set_timeout
+
+    def _set_sequence_number_for_group(self) -> None:
+        pass  # rounds are numbered anyway
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def _wait_for_pending_works(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        """Leave the group and free its memory; ranks that still wait for this one are told."""
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            queue.close()
+
+    abort = shutdown
+
+    def __del__(self) -> None:
+        if getattr(self, "_queue", None) is not None:
+            self.shutdown()
+
+    # Reductions
+
+    @_told
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
+        opts = opts or dist.AllreduceOptions()
+        op = opts.reduceOp.op
+        return self._work([self._all_reduce(tensor, op, opts) for tensor in tensors], opts)
+
+    @_told
+    def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
+        opts = opts or dist.AllreduceCoalescedOptions()
+        op = opts.reduceOp.op
+        return self._work([self._all_reduce(tensor, op, opts) for tensor in tensors], opts)
+
+    def _all_reduce(self, tensor: Tensor, op: Any, opts: Any) -> Ticket:
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flat = _output(tensor, outputs, filled=True)
+        by = self._by(op, flat.dtype)
+        text = _text("all-reduce", by.name, flat.numel(), flat.dtype)
+        return self._start(text, c.all_reduce(text, flat, by, self._size), opts, [tensor], outputs)
+
+    @_told
+    def reduce(self, tensors: Sequence[Tensor], opts: Any) -> ShmWork:
+        op, root, tickets = opts.reduceOp.op, opts.rootRank, []
+        for tensor in tensors:
+            outputs: list[tuple[Tensor, Tensor]] = []
+            flat = _output(tensor, outputs, filled=True)
+            by = self._by(op, flat.dtype)
+            text = _text("reduce", by.name, flat.numel(), flat.dtype, f" to rank {root} of the group")
+            operation = c.Reduce(text, flat, root, by)
+            tickets.append(self._start(text, operation, opts, [tensor], outputs if root == self._rank else []))
+        return self._work(tickets, opts)
+
+    @_told
+    def reduce_scatter(self, outs: Sequence[Tensor], ins: Sequence[Sequence[Tensor]], opts: Any = None) -> ShmWork:
+        opts = opts or dist.ReduceScatterOptions()
+        op = opts.reduceOp.op
+        pairs = zip(outs, ins, strict=True)
+        return self._work([self._reduce_scatter(o, [_input(t) for t in i], op, opts) for o, i in pairs], opts)
+
+    @_told
+    def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> ShmWork:
+        opts = opts or dist.ReduceScatterOptions()
+        pieces = self._equal(_input(whole), out, "reduce-scatter")
+        return self._work([self._reduce_scatter(out, pieces, opts.reduceOp.op, opts)], opts)
+
+    @_told
+    def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
+        opts = opts or dist.ReduceScatterOptions()
+        op, tickets = opts.reduceOp.op, []
+        for out, whole in zip(outs, ins, strict=True):
+            pieces = self._equal(_input(whole), out, "reduce-scatter")
+            tickets.append(self._reduce_scatter(out, pieces, op, opts))
+        return self._work(tickets, opts)
+
+    def _reduce_scatter(self, out: Tensor, pieces: Sequence[Tensor], op: Any, opts: Any) -> Ticket:
+        self._check_count(pieces, "reduce-scatter: input tensors")
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flat = _output(out, outputs)
+        by = self._by(op, flat.dtype)
+        sizes = [piece.numel() for piece in pieces]
+        _check("reduce-scatter", flat, pieces[self._rank])
+        _same_dtype("reduce-scatter", flat.dtype, pieces)
+        text = _text("reduce-scatter", by.name, _sizes(sizes), flat.dtype)
+        return self._start(text, c.ReduceScatter(text, pieces, flat, by), opts, [out], outputs)
+
+    # Copies of what one rank has
+
+    @_told
+    def broadcast(self, tensors: Sequence[Tensor], opts: Any) -> ShmWork:
+        root, tickets = opts.rootRank, []
+        for tensor in tensors:
+            outputs: list[tuple[Tensor, Tensor]] = []
+            mine = root == self._rank
+            flat = _input(tensor) if mine else _output(tensor, outputs)
+            n = flat.numel()
+            text = _text("broadcast", "", n, flat.dtype, f" from rank {root} of the group")
+            spread = c.Spread(text, flat if mine else None, {} if mine else {root: flat}, n, flat.element_size())
+            tickets.append(self._start(text, spread, opts, [tensor], outputs))
+        return self._work(tickets, opts)
+
+    @_told
+    def allgather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
+        opts = opts or _gather_options()
+        pairs = list(zip(outs, ins, strict=True))
+        return self._work([self._all_gather_list(out, one, opts) for out, one in pairs], opts)
+
+    allgather_coalesced = allgather
+
+    @_told
+    def _allgather_base(self, out: Tensor, one: Tensor, opts: Any = None) -> ShmWork:
+        opts = opts or _gather_options()
+        return self._work([self._all_gather(out, one, opts)], opts)
+
+    @_told
+    def allgather_into_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
+        opts = opts or _gather_options()
+        return self._work([self._all_gather(out, one, opts) for out, one in zip(outs, ins, strict=True)], opts)
+
+    def _all_gather_list(self, outs: Sequence[Tensor], one: Tensor, opts: Any) -> Ticket:
+        self._check_count(outs, "all-gather: output tensors")
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flats = [_output(out, outputs) for out in outs]
+        return self._gather_all(flats, _input(one), opts, list(outs), outputs)
+
+    def _all_gather(self, out: Tensor, one: Tensor, opts: Any) -> Ticket:
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flats = self._equal(_output(out, outputs), one, "all-gather")
+        return self._gather_all(flats, _input(one), opts, [out], outputs)
+
+    def _gather_all(
+        self,
+        flats: Sequence[Tensor],
+        one: Tensor,
+        opts: Any,
+        results: list[Tensor],
+        outputs: list[tuple[Tensor, Tensor]],
+    ) -> Ticket:
+        sizes = [flat.numel() for flat in flats]
+        _check("all-gather", flats[self._rank], one)
+        _same_dtype("all-gather", one.dtype, flats)
+        text = _text("all-gather", "", _sizes(sizes), one.dtype)
+        spread = c.Spread(text, one, dict(enumerate(flats)), max(sizes), one.element_size())
+        return self._start(text, spread, opts, results, outputs)
+
+    @_told
+    def gather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any) -> ShmWork:
+        root, one = opts.rootRank, _input(ins[0])
+        outputs: list[tuple[Tensor, Tensor]] = []
+        targets = {}
+        if root == self._rank:
+            self._check_count(outs[0], "gather: output tensors")
+            targets = {r: _output(out, outputs) for r, out in enumerate(outs[0])}
+            _same_dtype("gather", one.dtype, list(targets.values()))
+            for target in targets.values():
+                _check("gather", target, one)
+        text = _text("gather", "", one.numel(), one.dtype, f" to rank {root} of the group")
+        source = one if root != self._rank or self._size == 1 else None
+        if source is None:
+            targets.pop(root).copy_(one)
+        spread = c.Spread(text, source, targets, one.numel(), one.element_size())
+        return self._work([self._start(text, spread, opts, [o for out in outs for o in out], outputs)], opts)
+
+    # A tensor for each rank
+
+    @_told
+    def scatter(self, outs: Sequence[Tensor], ins: Sequence[Sequence[Tensor]], opts: Any) -> ShmWork:
+        root = opts.rootRank
+        outputs: list[tuple[Tensor, Tensor]] = []
+        out = _output(outs[0], outputs)
+        sources = {}
+        if root == self._rank:
+            self._check_count(ins[0], "scatter: input tensors")
+            sources = {r: _input(one) for r, one in enumerate(ins[0])}
+            _same_dtype("scatter", out.dtype, list(sources.values()))
+            for source in sources.values():
+                _check("scatter", out, source)
+        n, size = out.numel(), out.element_size()
+        text = _text("scatter", "", n, out.dtype, f" from rank {root} of the group")
+        parcels = c.Parcels(text, sources, {root: out}, n, size, self._size)
+        return self._work([self._start(text, parcels, opts, list(outs), outputs)], opts)
+
+    @_told
+    def alltoall(self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
+        self._check_count(outs, "all-to-all: output tensors")
+        self._check_count(ins, "all-to-all: input tensors")
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flats = [_output(out, outputs) for out in outs]
+        return self._all_to_all(flats, [_input(one) for one in ins], opts, list(outs), outputs)
+
+    @_told
+    def alltoall_base(
+        self, out: Tensor, whole: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
+    ) -> ShmWork:
+        outputs: list[tuple[Tensor, Tensor]] = []
+        targets = self._split(_output(out, outputs), out, out_splits, "output")
+        sources = self._split(_input(whole), whole, in_splits, "input")
+        return self._all_to_all(targets, sources, opts, [out], outputs)
+
+    def _all_to_all(
+        self,
+        targets: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        opts: Any,
+        results: list[Tensor],
+        outputs: list[tuple[Tensor, Tensor]],
+    ) -> ShmWork:
+        opts = opts or dist.AllToAllOptions()
+        dtype, me = targets[0].dtype, self._rank
+        _same_dtype("all-to-all", dtype, [*targets, *sources])
+        _check("all-to-all", targets[me], sources[me])
+        text = f"all-to-all of {_name(dtype)}"
+        parcels = c.Parcels(text, dict(enumerate(sources)), dict(enumerate(targets)), None, dtype.itemsize, self._size)
+        return self._work([self._start(text, parcels, opts, results, outputs)], opts)
+
+    def _split(self, flat: Tensor, shaped: Tensor, splits: Sequence[int], which: str) -> list[Tensor]:
+        rows = shaped.shape[0] if shaped.dim() else 1
+        if not splits:
+            if rows % self._size:
+                raise ShmError(
+                    f"all-to-all: dim 0 of the {which}, {rows}, does not divide by {self._size} ranks; give splits"
+                )
+            splits = [rows // self._size] * self._size
+        if len(splits) != self._size or sum(splits) != rows or min(splits) < 0:
+            raise ShmError(
+                f"all-to-all: {which} splits {list(splits)} do not cut dim 0, {rows}, for {self._size} ranks"
+            )
+        each = flat.numel() // rows if rows else 0
+        return list(flat.split([each * split for split in splits]))
+
+    # Messages and barriers
+
+    @_told
+    def send(self, tensors: Sequence[Tensor], target: int, tag: int) -> ShmWork:
+        data = _input(tensors[0])
+        ticket = self._ticket(f"send of {data.numel()} {_name(data.dtype)} to rank {target} of the group (tag {tag})")
+        queue = self._alive()
+        queue.send(ticket, target, _bytes(data), tag, _name(data.dtype).encode().ljust(32, b"\0"))
+        return self._work([ticket])
+
+    @_told
+    def recv(self, tensors: Sequence[Tensor], source: int, tag: int) -> ShmWork:
+        return self._receive(tensors[0], source, tag, f"from rank {source} of the group")
+
+    @_told
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int) -> ShmWork:
+        return self._receive(tensors[0], ANY, tag, "from any rank")
+
+    def _receive(self, tensor: Tensor, source: int, tag: int, whom: str) -> ShmWork:
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flat = _output(tensor, outputs)
+        ticket = self._ticket(f"receive of {flat.numel()} {_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs)
+        self._alive().receive(ticket, source, _bytes(flat), tag, _name(flat.dtype).encode().ljust(32, b"\0"))
+        return self._work([ticket])
+
+    @_told
+    def barrier(self, opts: Any = None) -> ShmWork:
+        opts = opts or dist.BarrierOptions()
+        return self._work([self._start("barrier", c.Meeting("barrier"), opts, [], [])], opts)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._together = []
+
+    def _end_coalescing(self, device: torch.device) -> ShmWork:
+        tickets, self._together = self._together or [], None
+        return ShmWork(self._alive(), tickets)
+
+    # torch 2.13 renamed these; 2.11 calls them by the old names.
+    all_gather_single = _allgather_base
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    reduce_scatter_single = _reduce_scatter_base
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+    all_to_all_single = alltoall_base
+
+    # Helpers
+
+    def _alive(self) -> Queue:
+        if self._queue is None:
+            raise ShmError(f"{self._label} was destroyed (destroy_process_group)")
+        return self._queue
+
+    def _ticket(
+        self, text: str, results: Sequence[Tensor] = (), outputs: Sequence[tuple[Tensor, Tensor]] = (), opts: Any = None
+    ) -> Ticket:
+        own = opts.timeout.total_seconds() if opts is not None else 0.0
+        return Ticket(text, own if own > 0 else self._timeout, list(results), list(outputs))
+
+    def _start(
+        self, text: str, operation: c.Meeting, opts: Any, results: list[Tensor], outputs: list[tuple[Tensor, Tensor]]
+    ) -> Ticket:
+        ticket = self._ticket(text, results, outputs, opts)
+        self._alive().start(ticket, operation)
+        return ticket
+
+    def _work(self, tickets: list[Ticket], opts: Any = None) -> ShmWork:
+        queue = self._alive()
+        if self._together is not None:
+            self._together += tickets
+        if (opts is None or opts.asyncOp) and tickets and not tickets[-1].done:
+            progress.watch(queue)
+        return ShmWork(queue, tickets)
+
+    def _by(self, op: Any, dtype: torch.dtype) -> Reduction:
+        by = self._reductions.get((op, dtype))
+        if by is None:
+            by = self._reductions[op, dtype] = reduction(op, dtype, self._size)
+        return by
+
+    def _equal(self, whole: Tensor, one: Tensor, what: str) -> list[Tensor]:
+        """The whole, flat, in as many pieces as there are ranks, each with as many elements as `one`."""
+        n = one.numel()
+        if whole.numel() != n * self._size:
+            raise ShmError(f"{what}: {whole.numel()} elements for {self._size} ranks, but {n} elements for one")
+        return [whole[r * n : (r + 1) * n] for r in range(self._size)] if self._size > 1 else [whole]
+
+    def _check_count(self, tensors: Sequence[Tensor], what: str) -> None:
+        if len(tensors) != self._size:
+            raise ShmError(f"{what}: {len(tensors)} for {self._size} ranks")
+
+
+def _input(tensor: Tensor) -> Tensor:
+    """The tensor's elements, flat; a copy only if they are not contiguous."""
+    if not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ShmError(
+            f"the shm backend moves dense CPU tensors, not one of {tensor.layout} on {tensor.device}: use nccl for "
+            "CUDA tensors, gloo for sparse ones"
+        )
+    # .data: like other backends, no part in autograd and no new version of the tensor.
+    data = tensor.data.resolve_conj() if tensor.is_complex() else tensor.data
+    if not data.is_contiguous():
+        data = data.contiguous()
+    return data if data.dim() == 1 else data.view(-1)
+
+
+def _output(tensor: Tensor, outputs: list[tuple[Tensor, Tensor]], filled: bool = False) -> Tensor:
+    """The same for a tensor to be written; of one that is not contiguous, a stand-in, noted in `outputs`."""
+    if tensor.is_contiguous() and not (tensor.is_complex() and tensor.is_conj()):
+        return _input(tensor)
+    flat = _input(tensor) if filled else torch.empty_like(_input(tensor))
+    outputs.append((tensor.data, flat))
+    return flat
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    # Of an empty tensor any stride is contiguous, but not to view().
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _gather_options() -> Any:
+    return dist.distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
+
+
+def _check(what: str, a: Tensor, b: Tensor) -> None:
+    if a.numel() != b.numel():
+        raise ShmError(f"{what}: this rank's input has {b.numel()} elements, its place in the output {a.numel()}")
+
+
+def _same_dtype(what: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            raise ShmError(f"{what}: tensors of {_name(dtype)} and of {_name(tensor.dtype)} in one call")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(sizes: Sequence[int]) -> int | tuple[int, ...]:
+    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text(what: str, how: str, count: object, dtype: torch.dtype, whom: str = "") -> str:
+    return f"{what}{f' ({how})' if how else ''} of {count} {_name(dtype)}{whom}"

@@ -1,0 +1,88 @@
+"""A thread that moves asynchronous operations on while nobody waits for them.
+
+Collectives that the program waits for at once never need it: the calling thread does all the work. It is there for
+asynchronous ones, so that they go on while the program computes (torch's kernels release the interpreter lock), so that
+a future is fulfilled, and so that ranks that wait for several groups in different orders do not wait for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+
+from shardgrad.comm.shm.queue import Idle, Queue
+
+_PAUSE_S = 0.0005  # between looks, while a program that waits moves things on itself
+_NAP_S = 0.001  # the longest sleep while there is something under way
+_LINGER_S = 0.02  # how long to look on after the last operation, before the next one has to wake the thread
+
+
+class Progress:
+    """One for a process; the thread starts with the first asynchronous operation that could not end at once."""
+
+    def __init__(self) -> None:
+        self._queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stop = False
+
+    def watch(self, queue: Queue) -> None:
+        """Move this queue on, until it is empty."""
+        if queue.watched and self._wake.is_set():
+            return
+        with self._lock:
+            queue.watched = True
+            self._queues.add(queue)
+            self._wake.set()
+            # After a fork the thread of the parent is not alive here.
+            if self._thread is None or not self._thread.is_alive():
+                self._stop = False
+                self._thread = threading.Thread(target=self._run, name="shardgrad-shm", daemon=True)
+                self._thread.start()
+
+    def end(self) -> None:
+        """Before the interpreter ends: it must not pull the lock away from under a thread that is inside of torch."""
+        self._stop = True
+        self._wake.set()
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while not self._stop:
+            self._wake.wait()
+            self._work()
+
+    def _work(self) -> None:
+        rest = time.monotonic() + _LINGER_S
+        idle = Idle(0.0)
+        while not self._stop:
+            with self._lock:
+                busy = [queue for queue in self._queues if queue.busy()]
+                if not busy and time.monotonic() > rest:
+                    for queue in self._queues:
+                        queue.watched = False
+                    self._queues.clear()
+                    self._wake.clear()
+                    return
+            free = [queue for queue in busy if not queue.waiters]
+            if not free:
+                time.sleep(_PAUSE_S)
+            elif sum(queue.poll() for queue in free):
+                idle = Idle(0.0)
+            elif idle.enough():
+                for queue in free:
+                    queue.look()
+                if len(free) == 1:
+                    free[0].nap(_NAP_S)
+                else:
+                    time.sleep(_PAUSE_S)
+            if busy:
+                rest = time.monotonic() + _LINGER_S
+            del busy, free
+
+
+progress = Progress()
+atexit.register(progress.end)

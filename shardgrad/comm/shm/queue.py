@@ -1,0 +1,367 @@
+"""The operations of a group on their way, and how to wait for one.
+
+Collectives move on one after another, in the order in which they were started, which is the same on all ranks; messages
+between two ranks move on independently. Whoever waits moves things on itself: a small all-reduce is then a few stores
+and loads in the calling thread. Operations that nobody waits for are moved on by the thread of `progress`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from shardgrad.comm import shim
+from shardgrad.comm.shm.collectives import Meeting, WrongSplit
+from shardgrad.comm.shm.errors import ShmError
+from shardgrad.comm.shm.mailbox import Mailbox
+from shardgrad.comm.shm.pairs import Pairs, Receiving, Sending
+from shardgrad.comm.shm.peers import Peers
+
+_SPIN_S = 100e-6  # how long a rank that has a core of its own looks without pause
+_YIELDS = 4  # then how often it lets others run
+_NAP_S = (0.001, 0.02)  # then how long it sleeps at a time, unless woken
+_LOOK_S = 0.1  # how often it looks whether the others live
+
+
+class Ticket:
+    """One operation on its way.
+
+    what: in words. deadline: on the monotonic clock. results: torch's result of the work. outputs: tensors that are not
+    contiguous, with the contiguous ones that stand in for them. source: of a message received, its sender.
+    """
+
+    __slots__ = (
+        "callbacks",
+        "deadline",
+        "done",
+        "error",
+        "inference",
+        "outputs",
+        "results",
+        "source",
+        "steps",
+        "timeout",
+        "what",
+    )
+
+    def __init__(self, what: str, timeout: float, results: list[Tensor], outputs: list[tuple[Tensor, Tensor]]) -> None:
+        self.what, self.timeout, self.results, self.outputs = what, timeout, results, outputs
+        self.deadline = time.monotonic() + timeout
+        self.steps: Iterator[None] | None = None
+        self.done = False
+        self.error: BaseException | None = None
+        self.callbacks: list[Callable[[], None]] = []
+        self.source = -1
+        self.inference = any(t.is_inference() for t in results)
+
+
+class Queue:
+    """What one rank has under way in one group."""
+
+    def __init__(self, box: Mailbox, peers: Peers, label: str) -> None:
+        self.box, self.peers, self.label = box, peers, label
+        self.pairs = Pairs(box, peers.names)
+        self.watched = False  # by the progress thread
+        self.waiters = 0  # threads that are waiting and so moving things on themselves
+        self.broken = ""
+        self._me = peers.names[peers.rank]
+        self._tickets: deque[Ticket] = deque()
+        self._messages: set[Ticket] = set()
+        self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self.settling = threading.RLock()  # of futures; their callbacks run inside
+        self._looked = 0.0
+        crowded = len(os.sched_getaffinity(0)) < box.ranks
+        self._spin = 0.0 if crowded else _SPIN_S
+
+    # Starting
+
+    def start(self, ticket: Ticket, operation: Meeting) -> None:
+        """Begin a collective, and move on what can be moved on at once."""
+        ticket.steps = self._steps(operation, ticket)
+        with self._lock:
+            self._refuse_if_broken(ticket)
+            self._tickets.append(ticket)
+        self.poll()
+
+    def send(self, ticket: Ticket, target: int, data: Tensor, tag: int, dtype: bytes) -> None:
+        with self._lock:
+            self._refuse_if_broken(ticket)
+            self._messages.add(ticket)
+            self.pairs.send(target, Sending(ticket, data, tag, dtype))
+        self.poll()
+
+    def receive(self, ticket: Ticket, source: int, target: Tensor, tag: int, dtype: bytes) -> None:
+        with self._lock:
+            self._refuse_if_broken(ticket)
+            self._messages.add(ticket)
+            try:
+                there = self.pairs.receive(Receiving(ticket, target, source, tag, dtype))
+            except ShmError as error:
+                self._fail(error)
+                raise
+            finished = [ticket] if there else []
+            self._finish(finished)
+        self._call_back(finished)
+        self.poll()
+
+    def _refuse_if_broken(self, ticket: Ticket) -> None:
+        if not self.broken and self.box.words[self.peers.broken]:
+            self.broken = self.peers.failure()
+        if self.broken:
+            raise ShmError(f"rank {self._me}: {ticket.what} is refused, for {self.label} is broken: {self.broken}")
+
+    # Moving on
+
+    def busy(self) -> bool:
+        return bool(self._tickets or self._messages)
+
+    def poll(self) -> bool:
+        """Move on whatever can be moved on without waiting; whether anything was."""
+        if not self._lock.acquire(False):
+            return False  # another thread is at it
+        finished: list[Ticket] = []
+        before = self.box.moves
+        try:
+            if shim.dispatch_is_listened_to():
+                with shim.unheard():
+                    self._move(finished)
+            else:
+                self._move(finished)
+        finally:
+            self._lock.release()
+        if finished:
+            self._call_back(finished)
+        return self.box.moves != before
+
+    def _move(self, finished: list[Ticket]) -> None:
+        try:
+            while self._tickets:
+                ticket = self._tickets[0]
+                if ticket.inference:
+                    with torch.inference_mode():
+                        ended = self._step(ticket)
+                else:
+                    ended = self._step(ticket)
+                if not ended:
+                    break
+                self._tickets.popleft()
+                ticket.done = True
+                finished.append(ticket)
+            if self._messages:
+                done = self.pairs.move()
+                self._finish(done)
+                finished += done
+        except BaseException as error:
+            finished += self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _step(self, ticket: Ticket) -> bool:
+        """Move a collective on; whether it has ended."""
+        assert ticket.steps is not None
+        if next(ticket.steps, self) is not self:
+            return False
+        for output, stand_in in ticket.outputs:
+            output.copy_(stand_in.view(output.shape))
+        return True
+
+    def _finish(self, messages: list[Ticket]) -> None:
+        for ticket in messages:
+            for output, stand_in in ticket.outputs:
+                output.copy_(stand_in.view(torch.uint8).view(output.dtype).view(output.shape))
+            self._messages.discard(ticket)
+            ticket.done = True
+
+    def _call_back(self, finished: list[Ticket]) -> None:
+        """Outside of the lock: a callback may start the next operation."""
+        for ticket in finished:
+            callbacks, ticket.callbacks = ticket.callbacks, []
+            for callback in callbacks:
+                callback()
+
+    def _steps(self, operation: Meeting, ticket: Ticket) -> Iterator[None]:
+        """A collective, round by round; yields wherever it has to wait for another rank."""
+        box, i = self.box, 0
+        words, posted = box.words, box.posted
+        while True:
+            operation.write(i, box)
+            if i == 0:
+                box.say(operation.header)
+            box.publish()
+            current = box.round
+            for word in posted:
+                while words[word] <= current:
+                    yield
+            if i == 0 and (odd := box.odd_one(operation.header)) is not None:
+                raise ShmError(self._disagreement(*odd, ticket))
+            operation.read(i, box)
+            box.round += 1
+            box.moves += 1
+            i += 1
+            if i >= operation.rounds:
+                return
+
+    def _disagreement(self, rank: int, does: str, ticket: Ticket) -> str:
+        return (
+            f"rank {self._me}: the ranks of {self.label} disagree: rank {self._me} does {ticket.what}, "
+            f"rank {self.peers.names[rank]} does {does}. All ranks must call the same collectives in the same order, "
+            "with the same dtype and as many elements"
+        )
+
+    # Failing
+
+    def _fail(self, error: BaseException) -> list[Ticket]:
+        """Break the group: every operation under way ends with the error, here and on the other ranks."""
+        if isinstance(error, WrongSplit):
+            names = self.peers.names
+            text = (
+                f"rank {self._me}: in an all-to-all over {self.label} rank {names[error.sender]} sends {error.sent} "
+                f"elements to rank {self._me}, which expects {error.expected}"
+            )
+        elif isinstance(error, ShmError):
+            text = str(error)
+        else:
+            text = f"rank {self._me}: {type(error).__name__}: {error}"
+        self.broken = text
+        self.peers.fail(text)
+        tickets = [*self._tickets, *self._messages]
+        self._tickets.clear()
+        self._messages.clear()
+        self.pairs.clear()
+        for ticket in tickets:
+            ticket.error = error if isinstance(error, ShmError) else ShmError(text)
+            ticket.steps = None
+        for bell in (bell for _, bell in self.box.bells):
+            self.box.wake(bell)
+        return tickets
+
+    def fail(self, text: str) -> None:
+        with self._lock:
+            tickets = self._fail(ShmError(text))
+        self._call_back(tickets)
+
+    def close(self) -> None:
+        """End: what is still under way fails here; ranks that wait for this one are told."""
+        self.peers.leave()
+        with self._lock:
+            tickets = [*self._tickets, *self._messages]
+            self._tickets.clear()
+            self._messages.clear()
+            self.pairs.clear()
+            self.broken = "it was destroyed (destroy_process_group)"
+            for ticket in tickets:
+                ticket.error = ShmError(
+                    f"rank {self._me}: {ticket.what} was not finished when {self.label} was destroyed"
+                )
+        for bell in (bell for _, bell in self.box.bells):
+            self.box.wake(bell)
+        self._call_back(tickets)
+        self.peers.close()
+
+    # Waiting
+
+    def wait(self, ticket: Ticket, timeout: float | None = None) -> None:
+        """Until the operation is done.
+
+        Raises:
+            ShmError: it failed, or took too long.
+        """
+        if not ticket.done and ticket.error is None:
+            with self._counting:
+                self.waiters += 1
+            try:
+                self._wait(ticket, timeout)
+            finally:
+                with self._counting:
+                    self.waiters -= 1
+        if ticket.error is not None:
+            raise ShmError(str(ticket.error)) from ticket.error
+
+    def _wait(self, ticket: Ticket, timeout: float | None) -> None:
+        if timeout is not None and time.monotonic() + timeout < ticket.deadline:
+            ticket.deadline, ticket.timeout = time.monotonic() + timeout, timeout
+        idle = Idle(self._spin)
+        while not ticket.done and ticket.error is None:
+            if self.poll():
+                idle = Idle(self._spin)
+            elif idle.enough():
+                self.look()
+                self.nap(idle.nap())
+
+    def nap(self, seconds: float) -> None:
+        """Sleep until another rank has done something, if there is nothing to do now."""
+        self.box.sleep(seconds, lambda: self.busy() and not self.poll() and self.busy())
+
+    def look(self) -> None:
+        """Has an operation taken too long, or will it never end? Fails the group if so."""
+        if failure := self.peers.failure():
+            return self._fail_for(lambda: failure)
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            with self._lock:
+                missing = self._missing()
+            if self.peers.gone(missing):
+                # Once more: it may have done its part before it went.
+                self.poll()
+                self._fail_for(self._why_gone)
+        if any(now > ticket.deadline for ticket in (*tuple(self._tickets), *tuple(self._messages))):
+            self._fail_for(self._why_late)
+
+    def _fail_for(self, why: Callable[[], str]) -> None:
+        with self._lock:
+            text = why() if self._tickets or self._messages else ""
+            tickets = self._fail(ShmError(text)) if text else []
+        self._call_back(tickets)
+
+    def _current(self) -> list[tuple[Ticket, list[int]]]:
+        """What is under way, with the ranks that each waits for."""
+        first = [(ticket, self.box.late()) for ticket in tuple(self._tickets)[:1]]
+        return first + [(ticket, self.pairs.missing(ticket)) for ticket in tuple(self._messages)]
+
+    def _missing(self) -> list[int]:
+        return sorted({rank for _, ranks in self._current() for rank in ranks})
+
+    def _why_gone(self) -> str:
+        for ticket, ranks in self._current():
+            if gone := self.peers.gone(ranks):
+                return f"rank {self._me}: {ticket.what} over {self.label} cannot end: {gone}"
+        return ""
+
+    def _why_late(self) -> str:
+        now = time.monotonic()
+        for ticket, ranks in self._current():
+            if now > ticket.deadline or ticket.steps is not None:
+                late = ", ".join(str(self.peers.names[rank]) for rank in ranks)
+                who = f"rank {late} did not come" if late else "it was not finished"
+                return f"rank {self._me}: {ticket.what} over {self.label} took more than {ticket.timeout:g} s: {who}"
+        return ""
+
+
+class Idle:
+    """How long to do nothing, and in which way: look again at once, let others run, sleep."""
+
+    def __init__(self, spin: float) -> None:
+        self._until = time.perf_counter() + spin
+        self._yields = 0
+        self._nap = _NAP_S[0]
+
+    def enough(self) -> bool:
+        """Whether it is time to sleep."""
+        if self._yields >= _YIELDS:
+            return True
+        if time.perf_counter() > self._until:
+            self._yields += 1
+            os.sched_yield()
+        return False
+
+    def nap(self) -> float:
+        now, self._nap = self._nap, min(2 * self._nap, _NAP_S[1])
+        return now
