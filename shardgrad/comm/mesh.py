@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.errors import MeshError
 
 
@@ -28,11 +30,12 @@ class Axis:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MeshView:
     """A mesh as this rank sees it.
 
     shape, coordinate: ranks along each axis, and this rank's index.
+    handle: a name by which compiled graphs, which hold no objects, refer to the mesh; one for each view.
     compiled: what other rooms keep for this mesh, and lose with it.
     agreed: per axis, the descriptions on which its ranks have agreed (see `agree`).
     """
@@ -41,6 +44,7 @@ class MeshView:
     device: torch.device
     shape: dict[str, int]
     coordinate: dict[str, int]
+    handle: str = ""
     compiled: dict[Any, Any] = field(default_factory=dict)
     agreed: dict[str, set[int]] = field(default_factory=dict)
 
@@ -67,8 +71,11 @@ class MeshView:
 
 # By identity: equal meshes may hold different process groups (after destroy_process_group and a new start).
 _views: dict[int, tuple[weakref.ref[DeviceMesh], MeshView]] = {}
+_by_handle: weakref.WeakValueDictionary[str, MeshView] = weakref.WeakValueDictionary()
+_numbers = count()
 
 
+@torch.compiler.assume_constant_result
 def view(mesh: DeviceMesh) -> MeshView:
     """The mesh's view, made at first use and dropped with the mesh.
 
@@ -78,7 +85,10 @@ def view(mesh: DeviceMesh) -> MeshView:
     found = _views.get(id(mesh))
     if found is not None and found[0]() is mesh:
         return found[1]
+    if shim.real_mesh(mesh) is not mesh:
+        return view(shim.real_mesh(mesh))
     made = _view(mesh)
+    _by_handle[made.handle] = made
     key = id(mesh)
     _views[key] = (weakref.ref(mesh, lambda _: _views.pop(key, None)), made)
     return made
@@ -119,8 +129,21 @@ def _view(mesh: DeviceMesh) -> MeshView:
         device,
         shape={name: axis.size for name, axis in axes.items()},
         coordinate={name: axis.index for name, axis in axes.items()},
+        handle=f"{','.join(f'{name}={axis.index}/{axis.size}' for name, axis in axes.items())} #{next(_numbers)}",
         agreed={name: set() for name in axes},
     )
+
+
+def axis_of(handle: str, name: str) -> Axis:
+    """One axis of the mesh that a compiled graph refers to.
+
+    Raises:
+        MeshError: the mesh that the graph was compiled for is gone.
+    """
+    found = _by_handle.get(handle)
+    if found is None:
+        raise MeshError(f"this graph was compiled for a mesh that is gone ({handle}): torch.compiler.reset()")
+    return found.axes[name]
 
 
 _axis_names: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()

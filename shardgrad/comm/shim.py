@@ -72,3 +72,15 @@ def announce(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> 
     # The fake backend may refuse what the real one does (shards of different sizes); listeners have heard it by then.
     with contextlib.suppress(RuntimeError):
         getattr(speaker, name)(*args, **kwargs)
+
+
+def ordered(operator: Any) -> None:
+    """Keep the calls of custom operators in the order of the program, whatever a compiler would rather do first."""
+    from torch._library.effects import EffectType
+
+    operator.register_effect(EffectType.ORDERED)
+
+
+def real_mesh(mesh: Any) -> Any:
+    """The mesh itself, where torch.compile shows a stand-in for it."""
+    return getattr(mesh, "real_obj", mesh)

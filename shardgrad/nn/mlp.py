@@ -29,6 +29,7 @@ from shardgrad.nn.linear import (
 )
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 
 class MLP(nn.Module):
@@ -199,10 +200,12 @@ class SwiGLU(ShardedModule):
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         dims = x.dim()
-        if dims not in self._products:
-            gate, up, down = self.layouts(dims)
-            self._products[dims] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)
-            self._products[dims, "down"] = bind((down,), (self.bias,), self.mesh, (), self.reduce_dtype)
+        if torch.compiler.is_compiling():
+            depends_on = self.axis, self.sequence_dim, self.reduce, self.bias, str(self.data), self.reduce_dtype, self.mesh
+            ins, out = self._bound((dims, "in"), *depends_on), self._bound((dims, "out"), *depends_on)
+        else:
+            ins = self._products.get((dims, "in")) or self._bind((dims, "in"))
+            out = self._products[dims, "out"]
         known: dict[str, int] = {}
         if sequence_size is not None and self.sequence_dim is not None:
             letter = cut_rows(dims, self.sequence_dim, self.axis, self.data, "SwiGLU")[2]
@@ -210,11 +213,18 @@ class SwiGLU(ShardedModule):
         weights = [self.get_parameter("gate_weight"), self.get_parameter("up_weight")]
         biases = [self.get_parameter("gate_bias"), self.get_parameter("up_bias")] if self.bias else []
         sizes = {"d": self.embed_dim, "f": self.hidden_dim}
-        g, u = run(self._products[dims], x, weights, biases, {**sizes, **known})
+        g, u = run(ins, x, weights, biases, {**sizes, **known})
         hidden = F.silu(g) * u
         down_bias = [] if self.down_bias is None else [self.down_bias]
         sizes = {"f": self.hidden_dim, "m": self.embed_dim}
-        return run(self._products[dims, "down"], hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
+        return run(out, hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
+
+    def _bind(self, key: tuple[int, str]) -> Product:
+        dims = key[0]
+        gate, up, down = self.layouts(dims)
+        self._products[dims, "in"] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)
+        self._products[dims, "out"] = bind((down,), (self.bias,), self.mesh, (), self.reduce_dtype)
+        return self._products[key]
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""

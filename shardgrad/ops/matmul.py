@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
+from shardgrad.ops import compiled
 from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.product import Product
 from shardgrad.ops.program import Key
@@ -152,7 +153,11 @@ def run(
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
         with torch.autocast(device, enabled=False):
+            if torch.compiler.is_compiling():
+                return compiled.run(product, tensors, sizes)
             return product.program(tensors, sizes)(*tensors)
+    if torch.compiler.is_compiling():
+        return compiled.run(product, tensors, sizes)
     return product.program(tensors, sizes)(*tensors)
 
 
