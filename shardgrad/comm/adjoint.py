@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
-from shardgrad.comm.mesh import Axis, axis_of, view
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
 
@@ -200,12 +200,12 @@ def _own_part(mesh: str, axis: str, size: int) -> tuple[int, int]:
     return chunk(size, over.size, over.index)
 
 
-def _apply(name: str, x: Tensor, at: _Where, mesh: DeviceMesh) -> Tensor:
+def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
     if at.axis.size == 1:
         return x
     if torch.compiler.is_compiling():
         numbers = (at.dim, at.whole, at.other, at.other_whole)
-        return _CompiledPair.apply(name, x, view(mesh).handle, at.axis.name, numbers, at.send, at.receive)
+        return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, numbers, at.send, at.receive)
     return _Pair.apply(name, x, at)
 
 
@@ -215,13 +215,13 @@ def _dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, device: torch.device) -> int:
+def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: DeviceMesh) -> int:
     """The size of a sharded dim over all ranks: as given (and checked), else exchanged."""
     local = x.shape[dim]
     if size is None:
         if torch.compiler.is_compiling():
             raise ShapeError(f"under torch.compile, say how large dim {dim} is over {axis.name!r}: size=…")
-        rows = raw.gather_ints([local], axis, device, "exchange of sizes")
+        rows = raw.gather_ints([local], axis, view(mesh).device, "exchange of sizes")
         size = raw.whole_size([row[0] for row in rows], axis, f"dim {dim}")
     expected = chunk(size, axis.size, axis.index)[1]
     if local != expected:
@@ -239,7 +239,7 @@ def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     rows): each rank's gradient is one term of the whole. A parameter that is replicated under sequence parallelism
     passes through here. Megatron: copy_to_tensor_model_parallel_region.
     """
-    return _apply("replicate", x, _Where(view(mesh).axis(axis)), mesh)
+    return _apply("replicate", x, _Where(axis_on(mesh, axis)))
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
@@ -248,7 +248,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     Assumes that every rank goes on to compute the same with the sum, so that its gradient is alike on all (and not one
     term of it). Megatron: reduce_from_tensor_model_parallel_region.
     """
-    return _apply("all_reduce", x, _Where(view(mesh).axis(axis)), mesh)
+    return _apply("all_reduce", x, _Where(axis_on(mesh, axis)))
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None) -> Tensor:
@@ -279,10 +279,9 @@ def gather_replicated(
 
 
 def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, size: int | None) -> Tensor:
-    mesh_view = view(mesh)
-    axis, dim = mesh_view.axis(axis_name), _dim(x, dim)
-    whole = _whole(x, axis, dim, size, mesh_view.device) if axis.size > 1 else 0
-    return _apply(name, x, _Where(axis, dim, whole), mesh)
+    axis, dim = axis_on(mesh, axis_name), _dim(x, dim)
+    whole = _whole(x, axis, dim, size, mesh) if axis.size > 1 else 0
+    return _apply(name, x, _Where(axis, dim, whole))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
@@ -291,7 +290,7 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) 
     Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine (torch.chunk).
     """
     dim = _dim(x, dim)
-    return _apply("reduce_scatter", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]), mesh)
+    return _apply("reduce_scatter", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
 def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
@@ -301,7 +300,7 @@ def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor
     Megatron: scatter_to_tensor_model_parallel_region.
     """
     dim = _dim(x, dim)
-    return _apply("split", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]), mesh)
+    return _apply("split", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
 def all_to_all(
@@ -316,15 +315,14 @@ def all_to_all(
     Raises:
         ShapeError: both dims are the same, or the shards are not cut as torch.chunk cuts.
     """
-    mesh_view = view(mesh)
-    over = mesh_view.axis(axis)
+    over = axis_on(mesh, axis)
     split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)
     if split_dim == concat_dim:
         raise ShapeError(f"all_to_all splits and concatenates dim {split_dim}: the dims must differ")
     if over.size == 1:
         return x
-    whole = _whole(x, over, concat_dim, size, mesh_view.device)
-    return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole), mesh)
+    whole = _whole(x, over, concat_dim, size, mesh)
+    return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole))
 
 
 def all_to_all_rows(
@@ -343,7 +341,7 @@ def all_to_all_rows(
     Raises:
         ShapeError: not one number for each rank, or x does not have as many rows as are sent.
     """
-    over = view(mesh).axis(axis)
+    over = axis_on(mesh, axis)
     for name, counts in (("send", send), ("receive", receive)):
         if len(counts) != over.size or any(count < 0 for count in counts):
             raise ShapeError(
@@ -353,4 +351,4 @@ def all_to_all_rows(
         raise ShapeError(f"x of shape {tuple(x.shape)} does not have the {sum(send)} rows that are sent: {list(send)}")
     if send[over.index] != receive[over.index]:
         raise ShapeError(f"rank {over.index} sends itself {send[over.index]} rows, but receives {receive[over.index]}")
-    return _apply("all_to_all_rows", x, _Where(over, send=tuple(send), receive=tuple(receive)), mesh)
+    return _apply("all_to_all_rows", x, _Where(over, send=tuple(send), receive=tuple(receive)))

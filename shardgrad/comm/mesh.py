@@ -18,13 +18,17 @@ from shardgrad.errors import MeshError
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them."""
+    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them.
+
+    mesh: the handle of the mesh's view.
+    """
 
     name: str
     size: int
     index: int
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
+    mesh: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
@@ -108,6 +112,8 @@ def _view(mesh: DeviceMesh) -> MeshView:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise MeshError(f"rank {dist.get_rank()} is not part of the mesh {mesh}")
+    places = ",".join(f"{name}={coordinate[dim]}/{mesh.size(dim)}" for dim, name in enumerate(names))
+    handle = f"{places} #{next(_numbers)}"
     axes = {}
     for dim, name in enumerate(names):
         group = mesh.get_group(name)
@@ -118,7 +124,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
                 f"rank {dist.get_rank()}, at place {coordinate[dim]} of the mesh, would get another rank's shard. Let "
                 "ranks ascend along every axis"
             )
-        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle)
         _axis_names[group] = name
     kind = mesh.device_type
     device = (
@@ -129,9 +135,15 @@ def _view(mesh: DeviceMesh) -> MeshView:
         device,
         shape={name: axis.size for name, axis in axes.items()},
         coordinate={name: axis.index for name, axis in axes.items()},
-        handle=f"{','.join(f'{name}={axis.index}/{axis.size}' for name, axis in axes.items())} #{next(_numbers)}",
+        handle=handle,
         agreed={name: set() for name in axes},
     )
+
+
+@torch.compiler.assume_constant_result
+def axis_on(mesh: DeviceMesh, name: str, user: object = None) -> Axis:
+    """One axis of a mesh, as `MeshView.axis`, which torch.compile does not look into."""
+    return view(mesh).axis(name, user)
 
 
 def axis_of(handle: str, name: str) -> Axis:
