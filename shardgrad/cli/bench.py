@@ -69,6 +69,63 @@ def collectives(
     Console().print(table)
 
 
+@app.command()
+def memory(
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="s, b, h and a of a block, as s=128,b=2,h=256,a=4; may stand several times")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="how many tensor parallel ranks, separated by commas")] = "1,2,4,8",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Count what a transformer block keeps for backward on one rank, in bfloat16, beside published formulas.
+
+    One process: nothing is communicated. Example: `shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4`
+    """
+    from dataclasses import asdict
+
+    from shardgrad.bench import memory as bench
+    from shardgrad.cli import style
+
+    example = "s=128,b=2,h=256,a=4"
+    wanted = []
+    for text in sizes or [example]:
+        pairs = style.read_pairs(text, example)
+        if set(pairs) != set("sbha") or not all(pairs.values()):
+            raise typer.BadParameter(f"{text!r} does not give s, b, h and a, as {example}", param_hint="--sizes")
+        for count in ranks.split(","):
+            if not count.strip().isdecimal() or not int(count):
+                raise typer.BadParameter(f"{count!r} is no number of ranks", param_hint="--ranks")
+            x = bench.Sizes(**pairs, t=int(count))
+            if x.h % x.a or x.a % x.t or x.s % x.t:
+                raise typer.BadParameter(f"the formulas are of sizes that divide: {text}, {x.t} ranks", param_hint="--sizes")
+            wanted.append(x)
+    rows = bench.measure(wanted)
+    if as_json:
+        listed = [asdict(row) for row in rows]
+        style.print_json([{**row.pop("sizes"), **row} for row in listed])
+        return
+    numbers = ("counted", "expected", "paper", "counted / paper")
+    style.table(
+        ("s, b, h, a", "t", "cut", "computed again", *numbers),
+        [
+            (
+                f"{x.s}, {x.b}, {x.h}, {x.a}",
+                str(x.t),
+                row.scheme,
+                row.recompute,
+                f"{row.counted:,}",
+                f"{row.expected:,.0f}",
+                f"{row.paper:,.0f}",
+                f"{row.counted / row.paper:.3f}",
+            )
+            for row in rows
+            for x in (row.sizes,)
+        ],
+        title="bytes that one rank keeps for the backward of a block",
+        numbers=("t", *numbers),
+    )
+
+
 def _size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in _UNITS:

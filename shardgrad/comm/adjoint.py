@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
+from shardgrad.comm.trace import heard
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
 
@@ -110,7 +111,13 @@ class _Pair(torch.autograd.Function):
         return None, _PAIRS[ctx.name][1](grad, ctx.at), None
 
 
-@torch.library.custom_op("shardgrad::collective", mutates_args=())
+@torch.library.custom_op(
+    "shardgrad::collective",
+    mutates_args=(),
+    schema="(Tensor x, str pair, bool back, str mesh, str axis, SymInt[] numbers, SymInt[] send, SymInt[] receive)"
+    " -> Tensor",
+)
+@heard
 def _collective(
     x: Tensor,
     pair: str,

@@ -15,6 +15,7 @@ from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.mesh import Axis, axis_of, axis_on
+from shardgrad.comm.trace import heard
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
@@ -228,6 +229,7 @@ def _gradient(
     schema="(Tensor logits, Tensor target, SymInt vocab_size, str mesh, str axis, SymInt ignore_index, float smoothing)"
     " -> Tensor[]",
 )
+@heard
 def _compiled_losses(
     logits: Tensor, target: Tensor, vocab_size: int, mesh: str, axis: str, ignore_index: int, smoothing: float
 ) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
@@ -105,6 +106,21 @@ class MLP(nn.Module):
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
         hidden = *shape[:-1], self.down.in_features
         return [*self.up.collectives(shape, dtype), *self.down.collectives(hidden, dtype)]
+
+
+class _Gated(torch.autograd.Function):
+    """silu(G) * U, of which backward keeps G and U; autograd's own would keep silu(G) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dh * u, g), F.silu(g).mul_(dh)
 
 
 class SwiGLU(ShardedModule):
@@ -214,7 +230,7 @@ class SwiGLU(ShardedModule):
         biases = [self.get_parameter("gate_bias"), self.get_parameter("up_bias")] if self.bias else []
         sizes = {"d": self.embed_dim, "f": self.hidden_dim}
         g, u = run(ins, x, weights, biases, {**sizes, **known})
-        hidden = F.silu(g) * u
+        hidden = F.silu(g) * u if torch.compiler.is_compiling() else _Gated.apply(g, u)
         down_bias = [] if self.down_bias is None else [self.down_bias]
         sizes = {"f": self.hidden_dim, "m": self.embed_dim}
         return run(out, hidden, [self.down_weight], down_bias, {**sizes, **known})[0]

@@ -105,7 +105,15 @@ def matmul(
 def _as_layout(layout: object) -> Layout:
     if isinstance(layout, Layout):
         return layout
+    if torch.compiler.is_compiling():
+        return _read(layout)
     return _layout(layout) if isinstance(layout, str) else Layout(layout)  # type: ignore[arg-type]  # which says so
+
+
+@torch.compiler.assume_constant_result
+def _read(layout: Any) -> Layout:
+    """A layout's text, read where torch.compile does not look."""
+    return _layout(layout)
 
 
 def multiply(
@@ -119,7 +127,11 @@ def multiply(
     """`matmul` of several weights, its arguments in one form."""
     layouts = tuple([layout for _, layout, _ in weights])
     biases = [bias for _, _, bias in weights]
-    product = bind(layouts, tuple([bias is not None for bias in biases]), mesh, keep, reduce_dtype)
+    biased = tuple([bias is not None for bias in biases])
+    if torch.compiler.is_compiling():
+        product = _bind_texts([layout.text for layout in layouts], biased, mesh, tuple(keep), reduce_dtype)
+    else:
+        product = bind(layouts, biased, mesh, keep, reduce_dtype)
     return run(product, x, [w for w, _, _ in weights], [bias for bias in biases if bias is not None], sizes)
 
 
@@ -140,6 +152,18 @@ def bind(
         product = Product(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype, operation)
         mesh_view.compiled[key] = product
     return product
+
+
+@torch.compiler.assume_constant_result
+def _bind_texts(
+    texts: Sequence[str],
+    biased: tuple[bool, ...],
+    mesh: DeviceMesh,
+    keep: Collection[str],
+    reduce_dtype: torch.dtype | None,
+) -> Product:
+    """`bind`, which torch.compile does not look into."""
+    return bind(tuple([_layout(text) for text in texts]), biased, mesh, keep, reduce_dtype)
 
 
 def run(
