@@ -48,9 +48,10 @@ def run(call: Callable[..., Tensor], inputs: list[Tensor], parameters: list[Tens
 def assert_same(call: Callable[..., Tensor], inputs: list[Tensor], module: nn.Module, backend: str) -> None:
     parameters = list(module.parameters())
     compiled = torch.compile(call, backend=backend, fullgraph=True)
+    list(run(call, inputs, parameters))  # compares layouts between the ranks
     with sg.trace() as plain:
         expected = list(run(call, inputs, parameters))
-    list(run(compiled, inputs, parameters))  # compiles, and compares layouts between the ranks
+    list(run(compiled, inputs, parameters))
     with sg.trace() as traced:
         found = list(run(compiled, inputs, parameters))
     assert len(found) == len(expected) > 1
@@ -91,7 +92,7 @@ def test_layers(world_size: int) -> None:
     assert_same(free, [wide], free, "aot_eager")
 
 
-@distributed(world_size=[2, 3], timeout=200)
+@distributed(world_size=3, timeout=200)
 def test_a_parallel_block_of_shared_heads(world_size: int) -> None:
     mesh = tp(world_size)
     kind: dict[str, Any] = {"mesh": mesh, "dtype": D, "reduce": False}
@@ -106,7 +107,8 @@ def test_a_whole_model_and_its_loss(world_size: int) -> None:
     model = GPT(layers=1, heads=3, d_model=12, seq_len=S, vocab=11, tied=True, mesh=tp(world_size), dtype=D)
     ids, targets = (torch.randint(0, 11, (2, S), generator=torch.Generator().manual_seed(n)) for n in (1, 2))
     assert_same(model.loss, [ids, targets], model, "aot_eager")
-    assert_same(model.loss, [ids[:, :5].clone(), targets[:, :5].clone()], model, "aot_eager")  # another shape
+    if world_size == 2:  # another shape
+        assert_same(model.loss, [ids[:, :5].clone(), targets[:, :5].clone()], model, "aot_eager")
 
 
 @distributed(world_size=2, timeout=200)
@@ -164,9 +166,11 @@ def test_a_product_that_the_loss_does_not_use(world_size: int) -> None:
         list(run(one, [x, w, v], [])) for one in (call, torch.compile(call, backend="aot_eager", fullgraph=True))
     ]
     for eager, compiled in zip(*made):
-        eager = torch.zeros(()) if eager is None else eager
-        compiled = torch.zeros(()) if compiled is None else compiled
-        torch.testing.assert_close(compiled.abs().sum(), eager.abs().sum().to(compiled.dtype), rtol=1e-12, atol=0)
+        # What autograd leaves None, a graph may give as zeros.
+        right = torch.zeros(()) if eager is None else eager
+        found = torch.zeros_like(right) if compiled is None else compiled
+        torch.testing.assert_close(found, right.expand_as(found).to(found.dtype), rtol=1e-12, atol=1e-12)
+    assert made[0][1] is not None
 
 
 @distributed(world_size=2)
