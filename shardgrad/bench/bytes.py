@@ -81,13 +81,15 @@ def draw(rows: Iterable[Row], path: str) -> None:
     axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for panel, (n, d, m) in zip(axes, sizes):
         here = [one for one in listed if (one.n, one.d, one.m) == (n, d, m) and one.least]
-        for name in dict.fromkeys(one.layout for one in here):
+        for at, name in enumerate(dict.fromkeys(one.layout for one in here)):
             points = [(one.ranks, sum(one.words.values()) / (3 * one.least), one) for one in here if one.layout == name]
             replicates = any(one.ratios is None for *_, one in points)
             panel.plot(
                 [x for x, _, _ in points],
                 [y for _, y, _ in points],
-                marker="o",
+                marker="osv^Dx"[at],
+                markersize=9 - at,
+                markerfacecolor="none",
                 linestyle=":" if replicates else "-",
                 label=f"{name} (replicates)" if replicates else name,
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+from shardgrad.comm import shim
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.mlp import MLP
 from shardgrad.nn.norm import LayerNorm
@@ -113,7 +114,7 @@ class _Block(nn.Module):
 
 
 def counted(x: Sizes, scheme: str, recompute: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes that the first of t ranks keeps for one block's backward. Needs a process group of t ranks (`one_rank_of`)."""
+    """Bytes that the first of t ranks keeps for one block's backward, inside `one_rank_of(t)`."""
     mesh = init_device_mesh("cpu", (x.t,), mesh_dim_names=("tp",))
     block = _Block(x, scheme, recompute, {"mesh": mesh, "dtype": dtype})
     rows = x.s // x.t if scheme == "tp+sp" else x.s
@@ -125,7 +126,7 @@ def counted(x: Sizes, scheme: str, recompute: str, dtype: torch.dtype = torch.bf
 @contextmanager
 def one_rank_of(ranks: int) -> Iterator[None]:
     """The first of so many ranks, of which there is no other: collectives return at once, with values of no meaning."""
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=shim.lone_store(), rank=0, world_size=ranks)
     try:
         yield
     finally:

@@ -93,11 +93,11 @@ def memory(
         if set(pairs) != set("sbha") or not all(pairs.values()):
             raise typer.BadParameter(f"{text!r} does not give s, b, h and a, as {example}", param_hint="--sizes")
         for count in ranks.split(","):
-            if not count.strip().isdecimal() or not int(count):
-                raise typer.BadParameter(f"{count!r} is no number of ranks", param_hint="--ranks")
-            x = bench.Sizes(**pairs, t=int(count))
+            x = bench.Sizes(**pairs, t=_count(count))
             if x.h % x.a or x.a % x.t or x.s % x.t:
-                raise typer.BadParameter(f"the formulas are of sizes that divide: {text}, {x.t} ranks", param_hint="--sizes")
+                raise typer.BadParameter(
+                    f"the formulas are of sizes that divide: {text}, {x.t} ranks", param_hint="--sizes"
+                )
             wanted.append(x)
     rows = bench.measure(wanted)
     if as_json:
@@ -124,6 +124,65 @@ def memory(
         title="bytes that one rank keeps for the backward of a block",
         numbers=("t", *numbers),
     )
+
+
+@app.command(name="bytes")
+def bytes_sent(
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="n, d and m of a product, as n=4096,d=1024,m=1024; may stand several times")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    picture: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
+) -> None:
+    """Compare what layouts send for Y, dX and dW with the least that any can send who stores one P-th of each tensor.
+
+    Nothing is run: the layouts say it. Example: `shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64`
+    """
+    from dataclasses import asdict
+
+    from shardgrad.bench import bytes as bench
+    from shardgrad.cli import style
+
+    example = "n=4096,d=1024,m=1024"
+    wanted = []
+    for text in sizes or ["n=4096,d=4096,m=4096", "n=65536,d=1024,m=4096"]:
+        pairs = style.read_pairs(text, example)
+        if set(pairs) != set("ndm") or not all(pairs.values()):
+            raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
+        wanted.append((pairs["n"], pairs["d"], pairs["m"]))
+    rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
+    if picture is not None:
+        bench.draw(rows, str(picture))
+    if as_json:
+        style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
+        return
+    numbers = ("P", "Y", "dX", "dW", "bound", "stored × P")
+    style.table(
+        ("layout", "n, d, m", "grid", *numbers, "over the bound"),
+        [
+            (
+                row.layout,
+                f"{row.n}, {row.d}, {row.m}",
+                "×".join(map(str, row.grid.values())),
+                str(row.ranks),
+                *(f"{row.words[phase]:,}" for phase in bench.PHASES),
+                f"{row.least:,.0f}",
+                f"{row.stored:.2f}",
+                " ".join(f"{ratio:.2f}" for ratio in row.ratios.values()) if row.ratios else "replicates",
+            )
+            for row in rows
+        ],
+        title="elements that one rank sends; over the bound: Y, dX, dW",
+        numbers=numbers,
+        on=style.console(140),
+    )
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise typer.BadParameter(f"{text!r} is no number of ranks", param_hint="--ranks")
+    return int(text)
 
 
 def _size(text: str) -> int:

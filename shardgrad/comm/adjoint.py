@@ -129,7 +129,8 @@ def _collective(
     receive: Sequence[int],
 ) -> Tensor:
     """One half of a pair, as an operator that torch.compile does not look into. numbers: of `_Where`, in its order."""
-    at = _Where(axis_of(mesh, axis), *numbers, tuple(send), tuple(receive))
+    dim, whole, other, other_whole = numbers
+    at = _Where(axis_of(mesh, axis), dim, whole, other, other_whole, tuple(send), tuple(receive))
     return _PAIRS[pair][back](x, at).contiguous()
 
 
@@ -171,16 +172,17 @@ class _CompiledPair(torch.autograd.Function):
         x: Tensor,
         mesh: str,
         axis: str,
+        place: tuple[int, int],
         numbers: tuple[int, ...],
         send: tuple[int, ...],
         receive: tuple[int, ...],
     ) -> Tensor:
-        ctx.pair, ctx.rest = pair, (mesh, axis, numbers, send, receive)
+        ctx.pair, ctx.rest = pair, (mesh, axis, place, numbers, send, receive)
         return _half(x, pair, False, *ctx.rest)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, _half(grad, ctx.pair, True, *ctx.rest), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _half(grad, ctx.pair, True, *ctx.rest), *(None,) * 6
 
 
 def _half(
@@ -189,6 +191,7 @@ def _half(
     back: bool,
     mesh: str,
     axis: str,
+    place: tuple[int, int],
     numbers: tuple[int, ...],
     send: tuple[int, ...],
     receive: tuple[int, ...],
@@ -196,15 +199,9 @@ def _half(
     if (pair, back) in (("replicate", False), ("all_reduce", True)):
         return x.view_as(x)
     if (pair, back) in (("split", False), ("gather_replicated", True)):
-        start, length = _own_part(mesh, axis, x.shape[numbers[0]])
+        start, length = chunk(x.shape[numbers[0]], *place)
         return x.narrow(numbers[0], start, length).contiguous()
     return _collective(x, pair, back, mesh, axis, numbers, send, receive)
-
-
-@torch.compiler.assume_constant_result
-def _own_part(mesh: str, axis: str, size: int) -> tuple[int, int]:
-    over = axis_of(mesh, axis)
-    return chunk(size, over.size, over.index)
 
 
 def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
@@ -212,7 +209,8 @@ def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
         return x
     if torch.compiler.is_compiling():
         numbers = (at.dim, at.whole, at.other, at.other_whole)
-        return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, numbers, at.send, at.receive)
+        place = at.axis.size, at.axis.index
+        return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, place, numbers, at.send, at.receive)
     return _Pair.apply(name, x, at)
 
 

@@ -79,7 +79,7 @@ _by_handle: weakref.WeakValueDictionary[str, MeshView] = weakref.WeakValueDictio
 _numbers = count()
 
 
-@torch.compiler.assume_constant_result
+@shim.constant
 def view(mesh: DeviceMesh) -> MeshView:
     """The mesh's view, made at first use and dropped with the mesh.
 
@@ -140,7 +140,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
     )
 
 
-@torch.compiler.assume_constant_result
+@shim.constant
 def axis_on(mesh: DeviceMesh, name: str, user: object = None) -> Axis:
     """One axis of a mesh, as `MeshView.axis`, which torch.compile does not look into."""
     return view(mesh).axis(name, user)

@@ -1,6 +1,6 @@
 """The least that a product can send: Al Daas, Ballard, Grigori, Kumar and Rouse 2022, arXiv 2205.13407, theorem 3.
 
-A rank of P that begins and ends with one P-th of the operands and the product, and does one P-th of the multiplications,
+A rank of P that begins and ends with one P-th of operands and product, and does one P-th of the multiplications,
 moves at least so many words. A 3D layout on the right grid moves just as many, where sizes divide.
 """
 

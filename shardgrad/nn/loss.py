@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
-from shardgrad.comm.mesh import Axis, axis_of, axis_on
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.trace import heard
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
@@ -167,7 +167,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(grad, *ctx.saved_tensors, ctx.vocab_size, ctx.smoothing), None, None, None, None, None
+        return _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing), None, None, None, None, None
 
 
 def _losses(
@@ -199,17 +199,9 @@ def _losses(
     return losses.masked_fill(ignored, 0), log_sum, local, mine, ignored
 
 
-def _gradient(
-    grad: Tensor,
-    logits: Tensor,
-    log_sum: Tensor,
-    local: Tensor,
-    mine: Tensor,
-    ignored: Tensor,
-    vocab_size: int,
-    smoothing: float,
-) -> Tensor:
-    """The logits' gradient. Nothing is communicated."""
+def _gradient(grad: Tensor, saved: Sequence[Tensor], vocab_size: int, smoothing: float) -> Tensor:
+    """The logits' gradient, of what was saved: the logits, and `_losses` but the losses. Nothing is communicated."""
+    logits, log_sum, local, mine, ignored = saved
     wide = logits.float() if logits.element_size() < 4 else logits
     grad = grad.masked_fill(ignored, 0).unsqueeze(-1)
     d = (wide - log_sum.unsqueeze(-1)).exp_()
@@ -254,7 +246,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _compiled_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    made = None if grads[0] is None else _gradient(grads[0], *ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
+    made = None if grads[0] is None else _gradient(grads[0], ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
     return made, *(None,) * 6
 
 

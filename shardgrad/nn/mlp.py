@@ -217,7 +217,15 @@ class SwiGLU(ShardedModule):
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         dims = x.dim()
         if torch.compiler.is_compiling():
-            depends_on = self.axis, self.sequence_dim, self.reduce, self.bias, str(self.data), self.reduce_dtype, self.mesh
+            depends_on = (
+                self.axis,
+                self.sequence_dim,
+                self.reduce,
+                self.bias,
+                str(self.data),
+                self.reduce_dtype,
+                self.mesh,
+            )
             ins, out = self._bound((dims, "in"), *depends_on), self._bound((dims, "out"), *depends_on)
         else:
             ins = self._products.get((dims, "in")) or self._bind((dims, "in"))

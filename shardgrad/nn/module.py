@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import TensorSpec, parse_tensor
@@ -74,7 +75,7 @@ class ShardedModule(nn.Module):
         """The bound product that this layer tells apart by a key."""
         raise NotImplementedError
 
-    @torch.compiler.assume_constant_result
+    @shim.constant
     def _bound(self, key: Any, *depends_on: object) -> Product:
         """`_bind(key)` while torch.compile traces, which does not look into it.
 

@@ -28,7 +28,7 @@ _numbers = count()
 
 
 def name(product: Product, text: str) -> str:
-    """A handle for a product. `text` tells what it is and where: a graph that another rank cached is not taken for it."""
+    """A handle for a product. `text` tells what it is and where, so that no cached graph of another rank is taken."""
     handle = f"{text} #{next(_numbers)}"
     _products[handle] = product
     return handle
@@ -48,7 +48,9 @@ def _find(
 ) -> Program:
     product = _products.get(handle)
     if product is None:
-        raise MeshError(f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()")
+        raise MeshError(
+            f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
+        )
     given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
     return product.program_of(like, given, tuple(needs), traced=traced)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
@@ -110,7 +111,7 @@ def _as_layout(layout: object) -> Layout:
     return _layout(layout) if isinstance(layout, str) else Layout(layout)  # type: ignore[arg-type]  # which says so
 
 
-@torch.compiler.assume_constant_result
+@shim.constant
 def _read(layout: Any) -> Layout:
     """A layout's text, read where torch.compile does not look."""
     return _layout(layout)
@@ -154,7 +155,7 @@ def bind(
     return product
 
 
-@torch.compiler.assume_constant_result
+@shim.constant
 def _bind_texts(
     texts: Sequence[str],
     biased: tuple[bool, ...],

@@ -54,7 +54,9 @@ class Product:
         self.count = len(layouts)
         self._programs: dict[object, Program] = {}
         self._traced: dict[object, Program] = {}  # of which nothing has been compared between ranks
-        self.handle = compiled.name(self, f"{self.name} on {view.handle}, {biased}, {sorted(keep)}, {reduce_dtype}, {operation}")
+        self.handle = compiled.name(
+            self, f"{self.name} on {view.handle}, {biased}, {sorted(keep)}, {reduce_dtype}, {operation}"
+        )
 
     def __deepcopy__(self, memo: object) -> Product:
         return self  # bound to process groups, and never changed by a call
@@ -97,8 +99,8 @@ class Product:
             if missing:
                 letters = sorted({letter for letter, _ in missing})
                 raise ShapeError(
-                    f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must know: pass "
-                    f"sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
+                    f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
+                    f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
                 )
             found = self._traced[key] = self._make(tensors, sizes, needs)
         return found

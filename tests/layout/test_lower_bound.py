@@ -55,7 +55,9 @@ def test_the_two_formulas_agree_at_a_border() -> None:
         (256, 256, 64, 16, (4, 4, 1)),
     ],
 )
-def test_the_best_grid_attains_it_and_so_does_the_layout(n: int, d: int, m: int, ranks: int, grid: tuple[int, int, int]) -> None:
+def test_the_best_grid_attains_it_and_so_does_the_layout(
+    n: int, d: int, m: int, ranks: int, grid: tuple[int, int, int]
+) -> None:
     least = least_words(n, d, m, ranks)
     assert best_grid(n, d, m, ranks) == grid
     assert grid_words(n, d, m, grid) == pytest.approx(least)

@@ -162,9 +162,7 @@ def test_a_product_that_the_loss_does_not_use(world_size: int) -> None:
     def call(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return sg.matmul(x, [(w, layouts[0]), (v, layouts[1])], mesh, sizes={"n": 5})[1].square()
 
-    made = [
-        list(run(one, [x, w, v], [])) for one in (call, torch.compile(call, backend="aot_eager", fullgraph=True))
-    ]
+    made = [list(run(one, [x, w, v], [])) for one in (call, torch.compile(call, backend="aot_eager", fullgraph=True))]
     for eager, compiled in zip(*made):
         # What autograd leaves None, a graph may give as zeros.
         right = torch.zeros(()) if eager is None else eager
