@@ -69,6 +69,122 @@ def collectives(
     Console().print(table)
 
 
+@app.command()
+def memory(
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="s, b, h and a of a block, as s=128,b=2,h=256,a=4; may stand several times")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="how many tensor parallel ranks, separated by commas")] = "1,2,4,8",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Count what a transformer block keeps for backward on one rank, in bfloat16, beside published formulas.
+
+    One process: nothing is communicated. Example: `shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4`
+    """
+    from dataclasses import asdict
+
+    from shardgrad.bench import memory as bench
+    from shardgrad.cli import style
+
+    example = "s=128,b=2,h=256,a=4"
+    wanted = []
+    for text in sizes or [example]:
+        pairs = style.read_pairs(text, example)
+        if set(pairs) != set("sbha") or not all(pairs.values()):
+            raise typer.BadParameter(f"{text!r} does not give s, b, h and a, as {example}", param_hint="--sizes")
+        for count in ranks.split(","):
+            x = bench.Sizes(**pairs, t=_count(count))
+            if x.h % x.a or x.a % x.t or x.s % x.t:
+                raise typer.BadParameter(
+                    f"the formulas are of sizes that divide: {text}, {x.t} ranks", param_hint="--sizes"
+                )
+            wanted.append(x)
+    rows = bench.measure(wanted)
+    if as_json:
+        listed = [asdict(row) for row in rows]
+        style.print_json([{**row.pop("sizes"), **row} for row in listed])
+        return
+    numbers = ("counted", "expected", "paper", "counted / paper")
+    style.table(
+        ("s, b, h, a", "t", "cut", "computed again", *numbers),
+        [
+            (
+                f"{x.s}, {x.b}, {x.h}, {x.a}",
+                str(x.t),
+                row.scheme,
+                row.recompute,
+                f"{row.counted:,}",
+                f"{row.expected:,.0f}",
+                f"{row.paper:,.0f}",
+                f"{row.counted / row.paper:.3f}",
+            )
+            for row in rows
+            for x in (row.sizes,)
+        ],
+        title="bytes that one rank keeps for the backward of a block",
+        numbers=("t", *numbers),
+    )
+
+
+@app.command(name="bytes")
+def bytes_sent(
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="n, d and m of a product, as n=4096,d=1024,m=1024; may stand several times")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    picture: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
+) -> None:
+    """Compare what layouts send for Y, dX and dW with the least that any can send who stores one P-th of each tensor.
+
+    Nothing is run: the layouts say it. Example: `shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64`
+    """
+    from dataclasses import asdict
+
+    from shardgrad.bench import bytes as bench
+    from shardgrad.cli import style
+
+    example = "n=4096,d=1024,m=1024"
+    wanted = []
+    for text in sizes or ["n=4096,d=4096,m=4096", "n=65536,d=1024,m=4096"]:
+        pairs = style.read_pairs(text, example)
+        if set(pairs) != set("ndm") or not all(pairs.values()):
+            raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
+        wanted.append((pairs["n"], pairs["d"], pairs["m"]))
+    rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
+    if picture is not None:
+        bench.draw(rows, str(picture))
+    if as_json:
+        style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
+        return
+    numbers = ("P", "Y", "dX", "dW", "bound", "stored × P")
+    style.table(
+        ("layout", "n, d, m", "grid", *numbers, "over the bound"),
+        [
+            (
+                row.layout,
+                f"{row.n}, {row.d}, {row.m}",
+                "×".join(map(str, row.grid.values())),
+                str(row.ranks),
+                *(f"{row.words[phase]:,}" for phase in bench.PHASES),
+                f"{row.least:,.0f}",
+                f"{row.stored:.2f}",
+                " ".join(f"{ratio:.2f}" for ratio in row.ratios.values()) if row.ratios else "replicates",
+            )
+            for row in rows
+        ],
+        title="elements that one rank sends; over the bound: Y, dX, dW",
+        numbers=numbers,
+        on=style.console(140),
+    )
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise typer.BadParameter(f"{text!r} is no number of ranks", param_hint="--ranks")
+    return int(text)
+
+
 def _size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in _UNITS:

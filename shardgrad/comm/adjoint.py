@@ -29,7 +29,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
-from shardgrad.comm.mesh import Axis, view
+from shardgrad.comm import shim
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
+from shardgrad.comm.trace import heard
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
 
@@ -109,8 +111,107 @@ class _Pair(torch.autograd.Function):
         return None, _PAIRS[ctx.name][1](grad, ctx.at), None
 
 
+@torch.library.custom_op(
+    "shardgrad::collective",
+    mutates_args=(),
+    schema="(Tensor x, str pair, bool back, str mesh, str axis, SymInt[] numbers, SymInt[] send, SymInt[] receive)"
+    " -> Tensor",
+)
+@heard
+def _collective(
+    x: Tensor,
+    pair: str,
+    back: bool,
+    mesh: str,
+    axis: str,
+    numbers: Sequence[int],
+    send: Sequence[int],
+    receive: Sequence[int],
+) -> Tensor:
+    """One half of a pair, as an operator that torch.compile does not look into. numbers: of `_Where`, in its order."""
+    dim, whole, other, other_whole = numbers
+    at = _Where(axis_of(mesh, axis), dim, whole, other, other_whole, tuple(send), tuple(receive))
+    return _PAIRS[pair][back](x, at).contiguous()
+
+
+@_collective.register_fake
+def _(
+    x: Tensor,
+    pair: str,
+    back: bool,
+    mesh: str,
+    axis: str,
+    numbers: Sequence[int],
+    send: Sequence[int],
+    receive: Sequence[int],
+) -> Tensor:
+    over, (dim, whole, other, other_whole) = axis_of(mesh, axis), numbers
+    local, shape = _PAIRS[pair][back], list(x.shape)
+    if local is _all_gather:
+        shape[dim] = whole
+    elif local is _reduce_scatter:
+        shape[dim] = chunk(shape[dim], over.size, over.index)[1]
+    elif local in (_to_split, _to_concat):
+        gathered, cut, size = (other, dim, other_whole) if local is _to_split else (dim, other, whole)
+        shape[gathered], shape[cut] = size, chunk(shape[cut], over.size, over.index)[1]
+    elif local in (_rows_out, _rows_back):
+        shape[0] = sum(receive if local is _rows_out else send)
+    return x.new_empty(shape)
+
+
+shim.ordered(_collective)
+
+
+class _CompiledPair(torch.autograd.Function):
+    """`_Pair` in terms that torch.compile can follow. What a rank does alone stays in the open."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pair: str,
+        x: Tensor,
+        mesh: str,
+        axis: str,
+        place: tuple[int, int],
+        numbers: tuple[int, ...],
+        send: tuple[int, ...],
+        receive: tuple[int, ...],
+    ) -> Tensor:
+        ctx.pair, ctx.rest = pair, (mesh, axis, place, numbers, send, receive)
+        return _half(x, pair, False, *ctx.rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _half(grad, ctx.pair, True, *ctx.rest), *(None,) * 6
+
+
+def _half(
+    x: Tensor,
+    pair: str,
+    back: bool,
+    mesh: str,
+    axis: str,
+    place: tuple[int, int],
+    numbers: tuple[int, ...],
+    send: tuple[int, ...],
+    receive: tuple[int, ...],
+) -> Tensor:
+    if (pair, back) in (("replicate", False), ("all_reduce", True)):
+        return x.view_as(x)
+    if (pair, back) in (("split", False), ("gather_replicated", True)):
+        start, length = chunk(x.shape[numbers[0]], *place)
+        return x.narrow(numbers[0], start, length).contiguous()
+    return _collective(x, pair, back, mesh, axis, numbers, send, receive)
+
+
 def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
-    return x if at.axis.size == 1 else _Pair.apply(name, x, at)
+    if at.axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        numbers = (at.dim, at.whole, at.other, at.other_whole)
+        place = at.axis.size, at.axis.index
+        return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, place, numbers, at.send, at.receive)
+    return _Pair.apply(name, x, at)
 
 
 def _dim(x: Tensor, dim: int) -> int:
@@ -119,11 +220,13 @@ def _dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, device: torch.device) -> int:
+def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: DeviceMesh) -> int:
     """The size of a sharded dim over all ranks: as given (and checked), else exchanged."""
     local = x.shape[dim]
     if size is None:
-        rows = raw.gather_ints([local], axis, device, "exchange of sizes")
+        if torch.compiler.is_compiling():
+            raise ShapeError(f"under torch.compile, say how large dim {dim} is over {axis.name!r}: size=…")
+        rows = raw.gather_ints([local], axis, view(mesh).device, "exchange of sizes")
         size = raw.whole_size([row[0] for row in rows], axis, f"dim {dim}")
     expected = chunk(size, axis.size, axis.index)[1]
     if local != expected:
@@ -141,7 +244,7 @@ def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     rows): each rank's gradient is one term of the whole. A parameter that is replicated under sequence parallelism
     passes through here. Megatron: copy_to_tensor_model_parallel_region.
     """
-    return _apply("replicate", x, _Where(view(mesh).axis(axis)))
+    return _apply("replicate", x, _Where(axis_on(mesh, axis)))
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
@@ -150,7 +253,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     Assumes that every rank goes on to compute the same with the sum, so that its gradient is alike on all (and not one
     term of it). Megatron: reduce_from_tensor_model_parallel_region.
     """
-    return _apply("all_reduce", x, _Where(view(mesh).axis(axis)))
+    return _apply("all_reduce", x, _Where(axis_on(mesh, axis)))
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None) -> Tensor:
@@ -181,9 +284,9 @@ def gather_replicated(
 
 
 def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, size: int | None) -> Tensor:
-    mesh_view = view(mesh)
-    axis, dim = mesh_view.axis(axis_name), _dim(x, dim)
-    return _apply(name, x, _Where(axis, dim, _whole(x, axis, dim, size, mesh_view.device) if axis.size > 1 else 0))
+    axis, dim = axis_on(mesh, axis_name), _dim(x, dim)
+    whole = _whole(x, axis, dim, size, mesh) if axis.size > 1 else 0
+    return _apply(name, x, _Where(axis, dim, whole))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
@@ -192,7 +295,7 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) 
     Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine (torch.chunk).
     """
     dim = _dim(x, dim)
-    return _apply("reduce_scatter", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]))
+    return _apply("reduce_scatter", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
 def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
@@ -202,7 +305,7 @@ def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor
     Megatron: scatter_to_tensor_model_parallel_region.
     """
     dim = _dim(x, dim)
-    return _apply("split", x, _Where(view(mesh).axis(axis), dim, x.shape[dim]))
+    return _apply("split", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
 def all_to_all(
@@ -217,14 +320,13 @@ def all_to_all(
     Raises:
         ShapeError: both dims are the same, or the shards are not cut as torch.chunk cuts.
     """
-    mesh_view = view(mesh)
-    over = mesh_view.axis(axis)
+    over = axis_on(mesh, axis)
     split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)
     if split_dim == concat_dim:
         raise ShapeError(f"all_to_all splits and concatenates dim {split_dim}: the dims must differ")
     if over.size == 1:
         return x
-    whole = _whole(x, over, concat_dim, size, mesh_view.device)
+    whole = _whole(x, over, concat_dim, size, mesh)
     return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole))
 
 
@@ -244,7 +346,7 @@ def all_to_all_rows(
     Raises:
         ShapeError: not one number for each rank, or x does not have as many rows as are sent.
     """
-    over = view(mesh).axis(axis)
+    over = axis_on(mesh, axis)
     for name, counts in (("send", send), ("receive", receive)):
         if len(counts) != over.size or any(count < 0 for count in counts):
             raise ShapeError(

@@ -5,34 +5,41 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.errors import MeshError
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them."""
+    """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them.
+
+    mesh: the handle of the mesh's view.
+    """
 
     name: str
     size: int
     index: int
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
+    mesh: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MeshView:
     """A mesh as this rank sees it.
 
     shape, coordinate: ranks along each axis, and this rank's index.
+    handle: a name by which compiled graphs, which hold no objects, refer to the mesh; one for each view.
     compiled: what other rooms keep for this mesh, and lose with it.
     agreed: per axis, the descriptions on which its ranks have agreed (see `agree`).
     """
@@ -41,6 +48,7 @@ class MeshView:
     device: torch.device
     shape: dict[str, int]
     coordinate: dict[str, int]
+    handle: str = ""
     compiled: dict[Any, Any] = field(default_factory=dict)
     agreed: dict[str, set[int]] = field(default_factory=dict)
 
@@ -67,8 +75,11 @@ class MeshView:
 
 # By identity: equal meshes may hold different process groups (after destroy_process_group and a new start).
 _views: dict[int, tuple[weakref.ref[DeviceMesh], MeshView]] = {}
+_by_handle: weakref.WeakValueDictionary[str, MeshView] = weakref.WeakValueDictionary()
+_numbers = count()
 
 
+@shim.constant
 def view(mesh: DeviceMesh) -> MeshView:
     """The mesh's view, made at first use and dropped with the mesh.
 
@@ -78,7 +89,10 @@ def view(mesh: DeviceMesh) -> MeshView:
     found = _views.get(id(mesh))
     if found is not None and found[0]() is mesh:
         return found[1]
+    if shim.real_mesh(mesh) is not mesh:
+        return view(shim.real_mesh(mesh))
     made = _view(mesh)
+    _by_handle[made.handle] = made
     key = id(mesh)
     _views[key] = (weakref.ref(mesh, lambda _: _views.pop(key, None)), made)
     return made
@@ -98,6 +112,8 @@ def _view(mesh: DeviceMesh) -> MeshView:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise MeshError(f"rank {dist.get_rank()} is not part of the mesh {mesh}")
+    places = ",".join(f"{name}={coordinate[dim]}/{mesh.size(dim)}" for dim, name in enumerate(names))
+    handle = f"{places} #{next(_numbers)}"
     axes = {}
     for dim, name in enumerate(names):
         group = mesh.get_group(name)
@@ -108,7 +124,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
                 f"rank {dist.get_rank()}, at place {coordinate[dim]} of the mesh, would get another rank's shard. Let "
                 "ranks ascend along every axis"
             )
-        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks)
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle)
         _axis_names[group] = name
     kind = mesh.device_type
     device = (
@@ -119,8 +135,27 @@ def _view(mesh: DeviceMesh) -> MeshView:
         device,
         shape={name: axis.size for name, axis in axes.items()},
         coordinate={name: axis.index for name, axis in axes.items()},
+        handle=handle,
         agreed={name: set() for name in axes},
     )
+
+
+@shim.constant
+def axis_on(mesh: DeviceMesh, name: str, user: object = None) -> Axis:
+    """One axis of a mesh, as `MeshView.axis`, which torch.compile does not look into."""
+    return view(mesh).axis(name, user)
+
+
+def axis_of(handle: str, name: str) -> Axis:
+    """One axis of the mesh that a compiled graph refers to.
+
+    Raises:
+        MeshError: the mesh that the graph was compiled for is gone.
+    """
+    found = _by_handle.get(handle)
+    if found is None:
+        raise MeshError(f"this graph was compiled for a mesh that is gone ({handle}): torch.compiler.reset()")
+    return found.axes[name]
 
 
 _axis_names: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()

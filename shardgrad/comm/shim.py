@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,11 @@ reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dis
 def store() -> Any:
     """The key-value store of the default process group: the one channel left when a collective has failed."""
     return dist.distributed_c10d._get_default_store()
+
+
+def lone_store() -> Any:
+    """A key-value store of this process alone."""
+    return torch._C._distributed_c10d.HashStore()
 
 
 def process_group(argument: Any) -> dist.ProcessGroup | None:
@@ -72,3 +78,23 @@ def announce(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> 
     # The fake backend may refuse what the real one does (shards of different sizes); listeners have heard it by then.
     with contextlib.suppress(RuntimeError):
         getattr(speaker, name)(*args, **kwargs)
+
+
+def ordered(operator: Any) -> None:
+    """Keep the calls of custom operators in the order of the program, whatever a compiler would rather do first."""
+    from torch._library.effects import EffectType
+
+    operator.register_effect(EffectType.ORDERED)
+
+
+def real_mesh(mesh: Any) -> Any:
+    """The mesh itself, where torch.compile shows a stand-in for it."""
+    return getattr(mesh, "real_obj", mesh)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
+    return cast(F, torch.compiler.assume_constant_result(function))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -32,6 +33,10 @@ _OPERATORS = {
     "scatter_": ("scatter", 1),
     "send": ("send", 0),
 }
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,25 @@ class Trace:
         return iter(self.events)
 
 
+_paused: list[_Listener] = []
+
+
+def heard(operator: Callable[P, R]) -> Callable[P, R]:
+    """Let traces listen to what runs inside one of shardgrad's own operators, of which torch tells them the whole."""
+
+    @functools.wraps(operator)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for listener in reversed(_paused[:]):
+                stack.enter_context(listener)
+            return operator(*args, **kwargs)
+
+    return call
+
+
 class _Listener(shim.TorchDispatchMode):
+    supports_higher_order_operators = True  # in compiled graphs: those that keep shardgrad's operators in order
+
     def __init__(self, events: list[Event]) -> None:
         super().__init__()
         self.events = events
@@ -85,7 +108,18 @@ class _Listener(shim.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._note(func.name().removeprefix("c10d::"), args)
-        return func(*args, **(kwargs or {}))
+        if func.namespace not in ("shardgrad", "higher_order"):
+            return func(*args, **(kwargs or {}))
+        _paused.append(self)  # as torch does with a mode while it handles an operator
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            _paused.remove(self)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether compiled code may run as such under this mode: operators of c10d are what they were."""
+        return True
 
     def _note(self, operator: str, args: Any) -> None:
         if operator not in _OPERATORS:

@@ -184,7 +184,12 @@ class Attention(ShardedModule):
             ShapeError: x, mask or positions do not fit.
         """
         known = {} if sequence_size is None or self.sequence_dim is None else {"s": sequence_size}
-        inputs, output = self._bound()
+        if torch.compiler.is_compiling():
+            texts = [layout.text for layout in (*self.input_layouts, self.output_layout)]
+            inputs, output = (self._bound(key, *texts, self.reduce_dtype, self.mesh) for key in ("inputs", "output"))
+        else:
+            inputs = self._products.get("inputs") or self._bind("inputs")
+            output = self._products["output"]
         weights, biases = self._operands()
         q, k, v = run(inputs, x, weights, biases, {**self._input_sizes, **known})
         if self.rotary is not None:
@@ -194,12 +199,11 @@ class Attention(ShardedModule):
         bias = [] if self.output_bias is None else [self.output_bias]
         return run(output, a, [self.output_weight], bias, {**self._output_sizes, **known})[0]
 
-    def _bound(self) -> tuple[Product, Product]:
-        if not self._products:
-            biased = self.output_bias is not None
-            self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh, (), self.reduce_dtype)
-            self._products["output"] = bind((self.output_layout,), (biased,), self.mesh, (), self.reduce_dtype)
-        return self._products["inputs"], self._products["output"]
+    def _bind(self, key: str) -> Product:
+        biased = self.output_bias is not None
+        self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh, (), self.reduce_dtype)
+        self._products["output"] = bind((self.output_layout,), (biased,), self.mesh, (), self.reduce_dtype)
+        return self._products[key]
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of query, key and value as this rank's query heads use them."""

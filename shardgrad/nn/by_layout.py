@@ -18,6 +18,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 
 class Linear(ShardedModule):
@@ -108,12 +109,17 @@ class Linear(ShardedModule):
             x: this rank's shard, stored as `layout.first`.
             sizes: global sizes of row letters, where the shards do not tell them: the ranks otherwise exchange them.
         """
-        product = self._products.get(None)
-        if product is None:
-            product = bind((self.layout,), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
-            self._products[None] = product
+        if torch.compiler.is_compiling():
+            product = self._bound(None, self.layout.text, self.bias is None, self.keep, self.reduce_dtype, self.mesh)
+        else:
+            product = self._products.get(None) or self._bind(None)
         known = {**self.sizes, **sizes} if sizes else self.sizes
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], known)[0]
+
+    def _bind(self, key: None) -> Product:
+        product = bind((self.layout,), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+        self._products[key] = product
+        return product
 
     def collectives(self, sizes: Mapping[str, int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward, given the sizes of the row letters."""

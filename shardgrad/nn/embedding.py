@@ -25,6 +25,7 @@ from shardgrad.nn.linear import check_sequence_dim, cut_rows, row_letters, seque
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.rows import for_rows, for_rows_collectives
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -117,15 +118,18 @@ class VocabParallelEmbedding(ShardedModule):
         Shapes: x [..., embedding_dim] → [..., num_embeddings / ranks].
         """
         dims = x.dim()
-        product = self._products.get(dims)
-        if product is None:
-            product = self._products[dims] = bind(
-                (self.logits_layout(dims),), (False,), self.mesh, (), self.reduce_dtype
-            )
+        if torch.compiler.is_compiling():
+            product = self._bound(dims, self.axis, self.sequence_dim, str(self.data), self.reduce_dtype, self.mesh)
+        else:
+            product = self._products.get(dims) or self._bind(dims)
         sizes = {"v": self.num_embeddings, "m": self.embedding_dim}
         if sequence_size is not None and self.sequence_dim is not None:
             sizes[row_letters(dims - 1)[self.sequence_dim % dims]] = sequence_size
         return run(product, x, [self.weight], [], sizes)[0]
+
+    def _bind(self, key: int) -> Product:
+        product = self._products[key] = bind((self.logits_layout(key),), (False,), self.mesh, (), self.reduce_dtype)
+        return product
 
     def logits_layout(self, dims: int) -> Layout:
         """The layout of `logits` for x of so many dims."""
@@ -158,7 +162,8 @@ class VocabParallelEmbedding(ShardedModule):
         weight = self.weight if self.data is None else for_rows(self.weight, self._stored["weight"], (self.data.axis,))
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
-        if ids.device.type == "cpu" and ids.numel():
+        # In a compiled graph the lookup itself refuses such ids.
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise IndexError(

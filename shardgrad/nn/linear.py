@@ -22,6 +22,7 @@ from shardgrad.layout.plan import route
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 _ROWS = {0: (), 1: ("n",), 2: ("b", "s"), 3: ("a", "b", "s")}
 
@@ -168,17 +169,23 @@ class _ParallelLinear(ShardedModule):
             ShapeError: x does not fit; see `matmul` for the rest.
         """
         key = x.dim(), self.bias is None
-        product = self._products.get(key)
-        if product is None:
-            if x.dim() == 0:
-                raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
-            layouts = (self.layout(x.dim()),)
-            product = bind(layouts, (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
-            self._products[key] = product
+        if torch.compiler.is_compiling():
+            depends_on = self.axis, self.sequence_dim, self.reduce, self.keep
+            product = self._bound(key, *depends_on, str(self.data), self.reduce_dtype, self.mesh)
+        else:
+            product = self._products.get(key) or self._bind(key)
         sizes = self._sizes
         if sequence_size is not None and self.sequence_dim is not None:
             sizes = {**sizes, self._letters(x.dim())[2]: sequence_size}  # type: ignore[dict-item]
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], sizes)[0]
+
+    def _bind(self, key: tuple[int, bool]) -> Product:
+        dims, _ = key
+        if dims == 0:
+            raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
+        product = bind((self.layout(dims),), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+        self._products[key] = product
+        return product
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward, as `Layout.collectives`.

@@ -12,8 +12,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
+from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
-from shardgrad.comm.mesh import Axis, view
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
+from shardgrad.comm.trace import heard
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
@@ -52,15 +54,18 @@ def vocab_parallel_cross_entropy(
     Source: Shoeybi et al. 2019, arXiv 1909.08053, section 3.
     """
     token_axes = (token_axes,) if isinstance(token_axes, str) else token_axes
-    mesh_view = view(mesh)
-    over = mesh_view.axis(axis, "vocab_parallel_cross_entropy")
-    tokens_over = [mesh_view.axis(name, "vocab_parallel_cross_entropy") for name in token_axes]
+    over = axis_on(mesh, axis, "vocab_parallel_cross_entropy")
+    tokens_over = [axis_on(mesh, name, "vocab_parallel_cross_entropy") for name in token_axes]
     if over in tokens_over:
         raise ShapeError(
             f"axis {axis!r} cuts the vocabulary; it cannot be one of token_axes={tuple(token_axes)} as well"
         )
     _check(logits, target, vocab_size, over, ignore_index, label_smoothing, reduction)
-    losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing)
+    if torch.compiler.is_compiling():
+        arguments = vocab_size, over.mesh, axis, ignore_index, float(label_smoothing)
+        losses = torch.ops.shardgrad.vocab_cross_entropy(logits, target, *arguments)[0]
+    else:
+        losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing)
     if reduction == "none":
         return losses
     total = losses.sum()
@@ -69,8 +74,10 @@ def vocab_parallel_cross_entropy(
     if reduction == "sum":
         return total
     count = (target != ignore_index).sum().to(losses.dtype)
-    for token_axis in tokens_over:
-        if token_axis.size > 1:
+    for name, token_axis in zip(token_axes, tokens_over):
+        if torch.compiler.is_compiling():
+            count = all_reduce(count, mesh, name)
+        elif token_axis.size > 1:
             count = raw.all_reduce(count, token_axis, "all-reduce of the number of tokens").wait()
     return total / count
 
@@ -133,6 +140,11 @@ def _check(
         )
     if target.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"target must hold integer ids, got {target.dtype}")
+    if not torch.compiler.is_compiling():  # the compiled graph's operator looks at each call's
+        _check_ids(target, vocab_size, ignore_index)
+
+
+def _check_ids(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     if target.device.type == "cpu":
         wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
         if bool(wrong.any()):
@@ -147,44 +159,96 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
     ) -> Tensor:
-        wide = logits.float() if logits.element_size() < 4 else logits
-        start, here = chunk(vocab_size, over.size, over.index)
-        ignored = target == ignore_index
-        local = target - start
-        mine = (local >= 0) & (local < here) & ~ignored
-        local = local.masked_fill(~mine, 0).long()
-        if here:
-            top = wide.amax(-1)
-            top = top if over.size == 1 else raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
-            summed = (wide - top.unsqueeze(-1)).exp_().sum(-1)
-            picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0)
-        else:  # this rank holds no part of the vocabulary
-            top = wide.new_full(target.shape, -torch.inf)
-            top = raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
-            summed, picked = torch.zeros_like(top), torch.zeros_like(top)
-        parts = [summed, picked] if smoothing == 0 else [summed, picked, wide.sum(-1)]
-        sums = torch.stack(parts)
-        sums = sums if over.size == 1 else raw.all_reduce(sums, over, "all-reduce of exponentials and targets").wait()
-        log_sum = sums[0].log() + top
-        losses = log_sum - sums[1]
-        if smoothing:
-            losses = (1 - smoothing) * losses + smoothing * (log_sum - sums[2] / vocab_size)
-        ctx.save_for_backward(logits, log_sum, local, mine, ignored)
+        losses, *rest = _losses(logits, target, vocab_size, over, ignore_index, smoothing)
+        ctx.save_for_backward(logits, *rest)
         ctx.vocab_size, ctx.smoothing = vocab_size, smoothing
-        return losses.masked_fill(ignored, 0)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_sum, local, mine, ignored = ctx.saved_tensors
-        wide = logits.float() if logits.element_size() < 4 else logits
-        grad = grad.masked_fill(ignored, 0).unsqueeze(-1)
-        d = (wide - log_sum.unsqueeze(-1)).exp_()
-        if ctx.smoothing:
-            d -= ctx.smoothing / ctx.vocab_size
-        if logits.shape[-1]:
-            hit = mine.unsqueeze(-1).to(d.dtype) * (ctx.smoothing - 1)
-            d.scatter_add_(-1, local.unsqueeze(-1), hit)
-        # Where nothing flows back (an ignored token), nothing does, even from logits that are not finite.
-        d = (d * grad).masked_fill_(ignored.unsqueeze(-1), 0)
-        return d.to(logits.dtype), None, None, None, None, None
+        return _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing), None, None, None, None, None
+
+
+def _losses(
+    logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
+) -> tuple[Tensor, ...]:
+    """Per-token losses, and what the gradient needs beside the logits."""
+    wide = logits.float() if logits.element_size() < 4 else logits
+    start, here = chunk(vocab_size, over.size, over.index)
+    ignored = target == ignore_index
+    local = target - start
+    mine = (local >= 0) & (local < here) & ~ignored
+    local = local.masked_fill(~mine, 0).long()
+    if here:
+        top = wide.amax(-1)
+        top = top if over.size == 1 else raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+        summed = (wide - top.unsqueeze(-1)).exp_().sum(-1)
+        picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0)
+    else:  # this rank holds no part of the vocabulary
+        top = wide.new_full(target.shape, -torch.inf)
+        top = raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+        summed, picked = torch.zeros_like(top), torch.zeros_like(top)
+    parts = [summed, picked] if smoothing == 0 else [summed, picked, wide.sum(-1)]
+    sums = torch.stack(parts)
+    sums = sums if over.size == 1 else raw.all_reduce(sums, over, "all-reduce of exponentials and targets").wait()
+    log_sum = sums[0].log() + top
+    losses = log_sum - sums[1]
+    if smoothing:
+        losses = (1 - smoothing) * losses + smoothing * (log_sum - sums[2] / vocab_size)
+    return losses.masked_fill(ignored, 0), log_sum, local, mine, ignored
+
+
+def _gradient(grad: Tensor, saved: Sequence[Tensor], vocab_size: int, smoothing: float) -> Tensor:
+    """The logits' gradient, of what was saved: the logits, and `_losses` but the losses. Nothing is communicated."""
+    logits, log_sum, local, mine, ignored = saved
+    wide = logits.float() if logits.element_size() < 4 else logits
+    grad = grad.masked_fill(ignored, 0).unsqueeze(-1)
+    d = (wide - log_sum.unsqueeze(-1)).exp_()
+    if smoothing:
+        d -= smoothing / vocab_size
+    if logits.shape[-1]:
+        hit = mine.unsqueeze(-1).to(d.dtype) * (smoothing - 1)
+        d.scatter_add_(-1, local.unsqueeze(-1), hit)
+    # Where nothing flows back (an ignored token), nothing does, even from logits that are not finite.
+    d = (d * grad).masked_fill_(ignored.unsqueeze(-1), 0)
+    return d.to(logits.dtype)
+
+
+@torch.library.custom_op(
+    "shardgrad::vocab_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor target, SymInt vocab_size, str mesh, str axis, SymInt ignore_index, float smoothing)"
+    " -> Tensor[]",
+)
+@heard
+def _compiled_losses(
+    logits: Tensor, target: Tensor, vocab_size: int, mesh: str, axis: str, ignore_index: int, smoothing: float
+) -> list[Tensor]:
+    """`_losses` as an operator that torch.compile does not look into."""
+    _check_ids(target, vocab_size, ignore_index)
+    return list(_losses(logits, target, vocab_size, axis_of(mesh, axis), ignore_index, smoothing))
+
+
+@_compiled_losses.register_fake
+def _(
+    logits: Tensor, target: Tensor, vocab_size: int, mesh: str, axis: str, ignore_index: int, smoothing: float
+) -> list[Tensor]:
+    wide = torch.float32 if logits.element_size() < 4 else logits.dtype
+    kinds = wide, wide, torch.int64, torch.bool, torch.bool
+    return [target.new_empty(target.shape, dtype=kind) for kind in kinds]
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    logits, _, ctx.vocab_size, *_, ctx.smoothing = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, *output[1:])
+
+
+def _compiled_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    made = None if grads[0] is None else _gradient(grads[0], ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
+    return made, *(None,) * 6
+
+
+_compiled_losses.register_autograd(_compiled_gradient, setup_context=_set_up)
+shim.ordered(_compiled_losses)

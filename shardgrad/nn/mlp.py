@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
@@ -29,6 +30,7 @@ from shardgrad.nn.linear import (
 )
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.product import Product
 
 
 class MLP(nn.Module):
@@ -104,6 +106,21 @@ class MLP(nn.Module):
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
         hidden = *shape[:-1], self.down.in_features
         return [*self.up.collectives(shape, dtype), *self.down.collectives(hidden, dtype)]
+
+
+class _Gated(torch.autograd.Function):
+    """silu(G) * U, of which backward keeps G and U; autograd's own would keep silu(G) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dh * u, g), F.silu(g).mul_(dh)
 
 
 class SwiGLU(ShardedModule):
@@ -199,10 +216,20 @@ class SwiGLU(ShardedModule):
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         dims = x.dim()
-        if dims not in self._products:
-            gate, up, down = self.layouts(dims)
-            self._products[dims] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)
-            self._products[dims, "down"] = bind((down,), (self.bias,), self.mesh, (), self.reduce_dtype)
+        if torch.compiler.is_compiling():
+            depends_on = (
+                self.axis,
+                self.sequence_dim,
+                self.reduce,
+                self.bias,
+                str(self.data),
+                self.reduce_dtype,
+                self.mesh,
+            )
+            ins, out = self._bound((dims, "in"), *depends_on), self._bound((dims, "out"), *depends_on)
+        else:
+            ins = self._products.get((dims, "in")) or self._bind((dims, "in"))
+            out = self._products[dims, "out"]
         known: dict[str, int] = {}
         if sequence_size is not None and self.sequence_dim is not None:
             letter = cut_rows(dims, self.sequence_dim, self.axis, self.data, "SwiGLU")[2]
@@ -210,11 +237,18 @@ class SwiGLU(ShardedModule):
         weights = [self.get_parameter("gate_weight"), self.get_parameter("up_weight")]
         biases = [self.get_parameter("gate_bias"), self.get_parameter("up_bias")] if self.bias else []
         sizes = {"d": self.embed_dim, "f": self.hidden_dim}
-        g, u = run(self._products[dims], x, weights, biases, {**sizes, **known})
-        hidden = F.silu(g) * u
+        g, u = run(ins, x, weights, biases, {**sizes, **known})
+        hidden = F.silu(g) * u if torch.compiler.is_compiling() else _Gated.apply(g, u)
         down_bias = [] if self.down_bias is None else [self.down_bias]
         sizes = {"f": self.hidden_dim, "m": self.embed_dim}
-        return run(self._products[dims, "down"], hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
+        return run(out, hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
+
+    def _bind(self, key: tuple[int, str]) -> Product:
+        dims = key[0]
+        gate, up, down = self.layouts(dims)
+        self._products[dims, "in"] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)
+        self._products[dims, "out"] = bind((down,), (self.bias,), self.mesh, (), self.reduce_dtype)
+        return self._products[key]
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import TensorSpec, parse_tensor
@@ -69,6 +70,18 @@ class ShardedModule(nn.Module):
     @property
     def mesh(self) -> DeviceMesh:
         return self._mesh.mesh
+
+    def _bind(self, key: Any) -> Product:
+        """The bound product that this layer tells apart by a key."""
+        raise NotImplementedError
+
+    @shim.constant
+    def _bound(self, key: Any, *depends_on: object) -> Product:
+        """`_bind(key)` while torch.compile traces, which does not look into it.
+
+        depends_on: all that the product depends on, so that a graph made for one layer is not used for another one.
+        """
+        return self._bind(key)
 
     def stored(self) -> dict[str, Stored]:
         """How each parameter of this module itself is stored, by its local name."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import collectives as raw
 from shardgrad.comm.adjoint import replicate
-from shardgrad.comm.mesh import view
+from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.layout import cost
 
 
@@ -22,9 +24,30 @@ def replicate_together(parameters: Sequence[Tensor], mesh: DeviceMesh, axis: str
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if len(trained) < 2:
         return [replicate(p, mesh, axis) if trained and p is trained[0] else p for p in parameters]
-    flat = replicate(torch.cat([p.reshape(-1) for p in trained]), mesh, axis)
-    parts = iter(flat.split([p.numel() for p in trained]))
-    return [next(parts).view(p.shape) if p.requires_grad else p for p in parameters]
+    if torch.compiler.is_compiling():
+        flat = replicate(torch.cat([p.reshape(-1) for p in trained]), mesh, axis)
+        parts = iter([part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in trained]), trained)])
+    else:
+        over = axis_on(mesh, axis)
+        if over.size == 1:
+            return list(parameters)
+        parts = iter(_Together.apply(over, *trained))
+    return [next(parts) if p.requires_grad else p for p in parameters]
+
+
+class _Together(torch.autograd.Function):
+    """The tensors themselves, of which backward keeps no copy; their gradients side by side in one all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, over: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.over = over
+        return tuple([tensor.view_as(tensor) for tensor in tensors])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat = raw.all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), ctx.over, "all-reduce").wait()
+        return None, *(part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in grads]), grads))
 
 
 def summed_together(

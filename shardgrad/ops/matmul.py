@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
+from shardgrad.ops import compiled
 from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.product import Product
 from shardgrad.ops.program import Key
@@ -104,7 +106,15 @@ def matmul(
 def _as_layout(layout: object) -> Layout:
     if isinstance(layout, Layout):
         return layout
+    if torch.compiler.is_compiling():
+        return _read(layout)
     return _layout(layout) if isinstance(layout, str) else Layout(layout)  # type: ignore[arg-type]  # which says so
+
+
+@shim.constant
+def _read(layout: Any) -> Layout:
+    """A layout's text, read where torch.compile does not look."""
+    return _layout(layout)
 
 
 def multiply(
@@ -118,7 +128,11 @@ def multiply(
     """`matmul` of several weights, its arguments in one form."""
     layouts = tuple([layout for _, layout, _ in weights])
     biases = [bias for _, _, bias in weights]
-    product = bind(layouts, tuple([bias is not None for bias in biases]), mesh, keep, reduce_dtype)
+    biased = tuple([bias is not None for bias in biases])
+    if torch.compiler.is_compiling():
+        product = _bind_texts([layout.text for layout in layouts], biased, mesh, tuple(keep), reduce_dtype)
+    else:
+        product = bind(layouts, biased, mesh, keep, reduce_dtype)
     return run(product, x, [w for w, _, _ in weights], [bias for bias in biases if bias is not None], sizes)
 
 
@@ -141,6 +155,18 @@ def bind(
     return product
 
 
+@shim.constant
+def _bind_texts(
+    texts: Sequence[str],
+    biased: tuple[bool, ...],
+    mesh: DeviceMesh,
+    keep: Collection[str],
+    reduce_dtype: torch.dtype | None,
+) -> Product:
+    """`bind`, which torch.compile does not look into."""
+    return bind(tuple([_layout(text) for text in texts]), biased, mesh, keep, reduce_dtype)
+
+
 def run(
     product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], sizes: Mapping[str, int] | None
 ) -> tuple[Tensor, ...]:
@@ -152,7 +178,11 @@ def run(
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
         with torch.autocast(device, enabled=False):
+            if torch.compiler.is_compiling():
+                return compiled.run(product, tensors, sizes)
             return product.program(tensors, sizes)(*tensors)
+    if torch.compiler.is_compiling():
+        return compiled.run(product, tensors, sizes)
     return product.program(tensors, sizes)(*tensors)
 
 

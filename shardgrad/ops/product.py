@@ -13,8 +13,8 @@ from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
-from shardgrad.layout.sizes import Sizes
-from shardgrad.ops import sizing
+from shardgrad.layout.sizes import Level, Sizes
+from shardgrad.ops import compiled, sizing
 from shardgrad.ops.bilinear import Operation
 from shardgrad.ops.program import Key, Program
 
@@ -51,7 +51,12 @@ class Product:
         # Sizes that follow from others, and that no operand tells.
         self._derived = {x for lay in layouts for x in lay.product.letters[len(lay.product.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
+        self.count = len(layouts)
         self._programs: dict[object, Program] = {}
+        self._traced: dict[object, Program] = {}  # of which nothing has been compared between ranks
+        self.handle = compiled.name(
+            self, f"{self.name} on {view.handle}, {biased}, {sorted(keep)}, {reduce_dtype}, {operation}"
+        )
 
     def __deepcopy__(self, memo: object) -> Product:
         return self  # bound to process groups, and never changed by a call
@@ -69,35 +74,85 @@ class Product:
         found = self._programs.get(key)
         if found is not None and not checking_every_call():
             return found
-        sizes, exchanged = self._sizes(tensors, given)
+        return self._program(key, tensors, given, tuple([grad and t.requires_grad for t in tensors]))
+
+    def program_of(
+        self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...], *, traced: bool
+    ) -> Program:
+        """`program` for a call in a compiled graph, which says itself what needs a gradient.
+
+        traced: only to learn shapes from: nothing is compared between ranks.
+
+        Raises:
+            ShapeError: a size would have to be exchanged; a graph must know it.
+        """
+        key = (
+            tuple([(tuple(map(int, t.shape)), t.dtype, need) for t, need in zip(tensors, needs)]),
+            tuple(given.items()) if given else None,
+        )
+        if not traced:
+            found = self._programs.get(key)
+            return found if found and not checking_every_call() else self._program(key, tensors, given, needs)
+        found = self._traced.get(key)
+        if found is None:
+            sizes, missing = self._learn(tensors, given)
+            if missing:
+                letters = sorted({letter for letter, _ in missing})
+                raise ShapeError(
+                    f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
+                    f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
+                )
+            found = self._traced[key] = self._make(tensors, sizes, needs)
+        return found
+
+    def _program(
+        self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
+    ) -> Program:
+        sizes, exchanged = self._sizes(tensors, given, needs)
         # Where sizes are exchanged, the local shapes do not tell them; they are asked for at every call.
         where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
         found = self._programs.get(where)
         if found is None:
             if len(self._programs) >= _MOST_SHAPES:
                 self._programs.clear()
-            dtype = tensors[0].dtype
-            needs = tuple([grad and t.requires_grad for t in tensors])
-            found = Program(
-                self.layouts,
-                self.biased,
-                self.keep,
-                self.view,
-                sizes,
-                self.reduce_dtype,
-                dtype,
-                needs,
-                self._check_backward,
-                self.operation,
-            )
-            self._programs[where] = found
+            found = self._programs[where] = self._make(tensors, sizes, needs)
         return found
+
+    def _make(self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...]) -> Program:
+        return Program(
+            self.layouts,
+            self.biased,
+            self.keep,
+            self.view,
+            sizes,
+            self.reduce_dtype,
+            tensors[0].dtype,
+            needs,
+            self._check_backward,
+            self.operation,
+        )
 
     def forget_programs(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
         self._programs.clear()
+        self._traced.clear()
 
-    def _sizes(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> tuple[Sizes, bool]:
+    def _sizes(
+        self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
+    ) -> tuple[Sizes, bool]:
+        sizes, missing = self._learn(tensors, given, needs)
+        if missing:
+            sizing.exchange(missing, sizes, self.view, self.name)
+            self._derive(sizes)
+        return sizes, bool(missing)
+
+    def _learn(
+        self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...] | None = None
+    ) -> tuple[Sizes, list[Level]]:
+        """What the local shapes and `given` tell, and the levels that they do not tell.
+
+        needs: of each tensor, whether it needs a gradient: compared with the other ranks. None: nothing is.
+        """
         count = len(self.layouts)
         weights, biases = tensors[1 : count + 1], iter(tensors[count + 1 :])
         specs, values = [self.layouts[0].first], [tensors[0]]
@@ -112,13 +167,11 @@ class Product:
         sizes = sizing.learn(specs, values, told, self.view, self.name)
         sizes.known.update(((x, ()), size) for x, size in (given or {}).items() if x in self._derived)
         self._derive(sizes)
-        for name, letters in self._moved(tensors).items():
-            agree(self.view, self.view.axes[name], partial(self._described, name, letters, sizes, tensors), "a product")
+        for name, letters in (self._moved(any(needs)) if needs is not None else {}).items():
+            describe = partial(self._described, name, letters, sizes, tensors[0].dtype, needs or ())
+            agree(self.view, self.view.axes[name], describe, "a product")
         missing = [level for level in sizing.unknown(self._gathering(), sizes) if level[0] not in self._derived]
-        if missing:
-            sizing.exchange(missing, sizes, self.view, self.name)
-            self._derive(sizes)
-        return sizes, bool(missing)
+        return sizes, missing
 
     def _derive(self, sizes: Sizes) -> None:
         for layout in self.layouts:
@@ -154,12 +207,11 @@ class Product:
         if first.dtype.is_complex:
             raise ShapeError(f"{names[0]} is {first.dtype}: complex products are not supported (in {self.name})")
 
-    def _moved(self, tensors: Sequence[Tensor]) -> dict[str, set[str]]:
+    def _moved(self, wanted: bool) -> dict[str, set[str]]:
         """For each axis that this call, or a backward of it, communicates along: the letters of what moves there.
 
         A backward counts with every gradient if any is wanted: ranks that want different ones are to be told so.
         """
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         every: set[Role] = {"first", "second", "bias"}
         needs = [every if wanted and biased else every - {"bias"} if wanted else set() for biased in self.biased]
         moved: dict[str, set[str]] = {}
@@ -169,14 +221,16 @@ class Product:
                     moved.setdefault(move.axis, set()).update(dim.letter for dim in move.before)
         return {axis: moved[axis] for axis in self.axes if axis in moved}
 
-    def _described(self, axis: str, letters: set[str], sizes: Sizes, tensors: Sequence[Tensor]) -> str:
+    def _described(
+        self, axis: str, letters: set[str], sizes: Sizes, dtype: torch.dtype, needs: tuple[bool, ...]
+    ) -> str:
         """What the ranks of an axis must agree on; of sizes, those of what moves along it, uncut by the axis itself."""
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
         lines.append(str(self.operation))
-        lines += [f"dtype {tensors[0].dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
+        lines += [f"dtype {dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
         names = [self.layouts[0].first.name, *(layout.second.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
-        wanted = [name for name, tensor in zip(names, tensors) if torch.is_grad_enabled() and tensor.requires_grad]
+        wanted = [name for name, need in zip(names, needs) if need]
         lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
         for (letter, axes), size in sorted(sizes.known.items()):
             if axis not in axes and letter in letters:

@@ -113,7 +113,7 @@ class Program:
         operation: Operation,
     ) -> None:
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
-        self._needs, self._check = needs, check
+        self._needs, self.check = needs, check
         self._layouts = layouts
         self._plans = [layout.plan for layout in layouts]
         self._terms = [Terms(layout, view, operation.local(layout, sizes)) for layout in layouts]
@@ -132,6 +132,8 @@ class Program:
         self._saved = self._slots_for_backward()
         # Backward, by which dYs there are, whether the weights' gradients are put off, and which go to a main_grad.
         self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
+        self._biased = biased
+        self._apart: Callable[..., tuple[Tensor, ...]] | None = None
         self._call = self._build(biased)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -391,7 +393,7 @@ class Program:
     def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of X, each weight and each bias; None where none is needed, or where it goes another way."""
         if checking_every_call():
-            self._check(dys)
+            self.check(dys)
         there = tuple([dy is not None for dy in dys])
         if self.count > 1 and not all(there):
             dys = self._with_zeros(dys)
@@ -413,10 +415,67 @@ class Program:
         like = next((dy for dy in dys if dy is not None), None)
         if like is None:
             return tuple(dys)
-        used = {self._share[at] for at, dy in enumerate(dys) if dy is not None}
+        wanted = self._computed([dy is not None for dy in dys])
         full = []
         for at, dy in enumerate(dys):
-            shape = self._sizes.shape_of(self._plans[at].product_dims)
-            absent = dy is None and (self._talks[at] or self._share[at] not in used)
-            full.append(like.new_zeros(shape) if absent else dy)
+            absent = dy is None and wanted[at]
+            full.append(like.new_zeros(self._sizes.shape_of(self._plans[at].product_dims)) if absent else dy)
         return tuple(full)
+
+    def _computed(self, there: Sequence[bool]) -> tuple[bool, ...]:
+        """Which products have a backward, given the dYs that there are: theirs, and those where all must take part."""
+        used = {self._share[at] for at in range(self.count) if there[at]}
+        if self.count == 1 or not used:
+            return tuple(there)
+        return tuple([there[at] or self._talks[at] or self._share[at] not in used for at in range(self.count)])
+
+    # Forward and backward apart, with what backward needs in the hands of the caller: torch.compile's.
+
+    def forward_apart(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Every Y, and then the operands that backward reads as gathered."""
+        if self._apart is None:
+            keep = {self._slot[key] for key in self._keep}
+            self._apart = source.forward(
+                *self._forward(self._biased),
+                self._names(),
+                self._inputs,
+                self._given,
+                self._saved,
+                keep,
+                in_autograd=False,
+                with_kept=True,
+            )
+        return self._apart(*tensors)
+
+    def _kept_slots(self) -> list[int]:
+        keep = {self._slot[key] for key in self._keep}
+        return [slot for slot in self._saved if slot in keep]
+
+    def shapes_apart(self) -> list[tuple[int, ...]]:
+        """The shapes of what `forward_apart` returns."""
+        kept = [key for slot in self._kept_slots() if (key := self._slot_role(slot)) is not None]
+        made = [self._sizes.shape_of(plan.product_dims) for plan in self._plans]
+        return [*made, *(self._used_shape(at, role) for role, at in kept)]
+
+    def saved_apart(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
+        """What backward reads, of the inputs of `forward_apart` and of what it returned."""
+        kept = dict(zip(self._kept_slots(), returned[self.count :]))
+        inputs = {slot: tensors[max(0, slot - self._inputs + 1)] for slot in self._saved}
+        return [kept.get(slot, inputs[slot]) for slot in self._saved]
+
+    def gradients_apart(self, there: Sequence[bool]) -> list[bool]:
+        """For X, each weight and each bias, whether backward makes a gradient, given the dYs that there are."""
+        computed = self._computed(there)
+        at = [*range(self.count), *self._biases]
+        made = [any(computed), *(computed[index] for index in at)]
+        return [need and is_made for need, is_made in zip(self._needs, made)]
+
+    def backward_apart(self, saved: Sequence[Tensor], dys: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients that there are."""
+        dys = self._with_zeros(dys)
+        there = tuple([dy is not None for dy in dys])
+        key = there, False, ()
+        body = self._bodies.get(key)
+        if body is None:
+            body = self._bodies[key] = self._body(*key)
+        return [grad for grad in body(tuple(saved), *dys) if grad is not None]

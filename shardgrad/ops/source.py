@@ -113,12 +113,14 @@ def forward(
     keep: Collection[int],
     *,
     in_autograd: bool,
+    with_kept: bool = False,
 ) -> Callable[..., Any]:
     """Y of every product (a tensor if there is one), of X, the weights and the biases that are there.
 
     names: of the slots, of which the first `inputs` are all X, and the first `given` are there before the call.
     saved: the slots that are saved for backward, as they came or, for those in `keep`, as they were gathered.
     in_autograd: whether to write `Function.forward`, which is also given a context.
+    with_kept: whether to return the saved slots in `keep` after the Ys, always in a tuple.
     """
     writer = _Writer(names)
     came = {slot: "x" if slot < inputs else names[slot] for slot in range(given)}
@@ -165,7 +167,9 @@ def forward(
         kept = [writer.here[slot] if slot in keep else came[slot] for slot in saved]
         writer.say(f"ctx.save_for_backward({', '.join(kept)})")
         writer.say("ctx.set_materialize_grads(False)")
-    writer.say(f"return {', '.join(outs)}")
+    if with_kept:
+        outs = [*outs, *(writer.here[slot] for slot in saved if slot in keep)]
+    writer.say(f"return {', '.join(outs)}{',' * with_kept}")
     arguments = ["x", *names[inputs:given]]
     return writer.function(f"forward({', '.join(['ctx', *arguments] if in_autograd else arguments)})")
 

@@ -1,0 +1,104 @@
+"""What layouts send, over the least that any could send with one P-th of every tensor on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.lower_bound import best_grid, least_words
+from shardgrad.layout.presets import PRESETS
+
+PHASES = ("forward", "dX", "dW")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One layout on one grid, for one set of sizes n, d, m.
+
+    words: elements that the first rank sends for Y, dX and dW. stored: elements of X, W and Y that it holds, over one
+    P-th of all. least: the bound on what each of the three products sends.
+    """
+
+    layout: str
+    n: int
+    d: int
+    m: int
+    ranks: int
+    grid: dict[str, int]
+    words: dict[str, int]
+    stored: float
+    least: float
+
+    @property
+    def ratios(self) -> dict[str, float] | None:
+        """Words over the bound; None where the layout stores more than one P-th, of which the bound does not speak."""
+        if self.stored > 1 + 1e-9 or not self.least:
+            return None
+        return {phase: self.words[phase] / self.least for phase in PHASES}
+
+
+def row(name: str, sizes: tuple[int, int, int], grid: dict[str, int]) -> Row:
+    """What a preset sends, on the grid of its axes."""
+    layout: Layout = PRESETS[name]
+    known = dict(zip(("n", "d", "m"), sizes))
+    words = dict.fromkeys(PHASES, 0)
+    for one in layout.collectives(known, grid, "float32"):
+        words[one.phase] += one.bytes // 4
+    ranks = prod(grid.values())
+    held = total = 0
+    resolved = layout.resolve(known, grid, dict.fromkeys(grid, 0))
+    for spec in (layout.first, layout.second, layout.product):
+        held += prod(resolved.shape_of(spec.dims))
+        total += prod(known[letter] for letter in spec.letters)
+    n, d, m = sizes
+    return Row(name, n, d, m, ranks, grid, words, held * ranks / total, least_words(n, d, m, ranks))
+
+
+def rows(sizes: Iterable[tuple[int, int, int]], ranks: Iterable[int]) -> list[Row]:
+    """One-dimensional presets, the 2D one on a square grid where there is one, and the 3D one on its best grid."""
+    made = []
+    counts = list(ranks)
+    for at in sizes:
+        for count in counts:
+            for name in ("column", "row", "data", "fully_sharded"):
+                made.append(row(name, at, {PRESETS[name].axes[0]: count}))
+            side = round(count**0.5)
+            if side * side == count:
+                made.append(row("2d", at, {"r": side, "c": side}))
+            made.append(row("3d", at, dict(zip("abc", best_grid(*at, count)))))
+    return made
+
+
+def draw(rows: Iterable[Row], path: str) -> None:
+    """Y, dX and dW together over three times the bound, by the number of ranks: a panel for each set of sizes."""
+    from matplotlib.figure import Figure
+
+    listed = list(rows)
+    sizes = list(dict.fromkeys((one.n, one.d, one.m) for one in listed))
+    figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for panel, (n, d, m) in zip(axes, sizes):
+        here = [one for one in listed if (one.n, one.d, one.m) == (n, d, m) and one.least]
+        for at, name in enumerate(dict.fromkeys(one.layout for one in here)):
+            points = [(one.ranks, sum(one.words.values()) / (3 * one.least), one) for one in here if one.layout == name]
+            replicates = any(one.ratios is None for *_, one in points)
+            panel.plot(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                marker="osv^Dx"[at],
+                markersize=9 - at,
+                markerfacecolor="none",
+                linestyle=":" if replicates else "-",
+                label=f"{name} (replicates)" if replicates else name,
+            )
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set(xscale="log", yscale="log", xlabel="ranks", title=f"n = {n}, d = {d}, m = {m}")
+        ticks = sorted({one.ranks for one in here})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
+    axes[0].set_ylabel("words of Y, dX, dW over 3 × bound")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(path)

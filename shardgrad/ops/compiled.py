@@ -1,0 +1,172 @@
+"""Products as torch.compile sees them: one operator for forward and one for backward, opaque, and kept in order.
+
+A compiled graph holds tensors, numbers and strings; it names a product by its handle.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shardgrad.comm import shim
+from shardgrad.comm.agree import checking_every_call
+from shardgrad.comm.trace import heard
+from shardgrad.errors import MeshError
+from shardgrad.ops.deferred import deferring
+
+if TYPE_CHECKING:
+    from shardgrad.ops.product import Product
+    from shardgrad.ops.program import Program
+
+_products: weakref.WeakValueDictionary[str, Product] = weakref.WeakValueDictionary()
+_numbers = count()
+
+
+def name(product: Product, text: str) -> str:
+    """A handle for a product. `text` tells what it is and where, so that no cached graph of another rank is taken."""
+    handle = f"{text} #{next(_numbers)}"
+    _products[handle] = product
+    return handle
+
+
+def run(product: Product, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
+    """`product.program(tensors, sizes)(*tensors)` in a graph. Called where torch.compile traces."""
+    grad = torch.is_grad_enabled()
+    needs = [grad and tensor.requires_grad for tensor in tensors]
+    known = dict(sizes or {})
+    made = torch.ops.shardgrad.product(product.handle, tensors, needs, ",".join(known), list(known.values()))
+    return tuple(made[: product.count])
+
+
+def _find(
+    handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
+) -> Program:
+    product = _products.get(handle)
+    if product is None:
+        raise MeshError(
+            f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
+        )
+    given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
+    return product.program_of(like, given, tuple(needs), traced=traced)
+
+
+def _own(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """The results as operators must give them: contiguous, and none in memory of an input or of another."""
+    taken = {t.untyped_storage().data_ptr() for t in inputs if t is not None and t.numel()}
+    made = []
+    for result in results:
+        own = result.contiguous()
+        where = own.untyped_storage().data_ptr()
+        if own.numel() and where in taken:
+            own = own.clone()
+        taken.add(where)
+        made.append(own)
+    return made
+
+
+@torch.library.custom_op(
+    "shardgrad::product",
+    mutates_args=(),
+    schema="(str handle, Tensor[] tensors, bool[] needs, str letters, SymInt[] sizes) -> Tensor[]",
+)
+@heard
+def product_forward(
+    handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
+) -> list[Tensor]:
+    """Every Y, and then the operands that are kept as gathered."""
+    program = _find(handle, tensors, needs, letters, sizes, False)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return _own(program.forward_apart(*tensors), tensors)
+
+
+@product_forward.register_fake
+def _(
+    handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
+) -> list[Tensor]:
+    program = _find(handle, tensors, needs, letters, sizes, True)
+    return [tensors[0].new_empty(shape) for shape in program.shapes_apart()]
+
+
+@torch.library.custom_op(
+    "shardgrad::product_backward",
+    mutates_args=(),
+    schema="(str handle, Tensor[] saved, Tensor?[] dys, SymInt[] shapes, bool[] needs, str letters, SymInt[] sizes)"
+    " -> Tensor[]",
+)
+@heard
+def product_backward(
+    handle: str,
+    saved: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
+    shapes: Sequence[int],
+    needs: Sequence[bool],
+    letters: str,
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """The gradients that there are, of X, each weight and each bias."""
+    if deferring():
+        raise RuntimeError(
+            "weight gradients of a compiled product cannot be put off: its backward is one operator. Leave out "
+            "sg.defer_weight_grads(), or torch.compile"
+        )
+    like = _like(handle, dys, shapes, needs)
+    program = _find(handle, like, needs, letters, sizes, False)
+    if checking_every_call():
+        program.check(dys)
+    with torch.autocast(like[0].device.type, enabled=False):
+        return _own(program.backward_apart(saved, dys), (*saved, *dys))
+
+
+@product_backward.register_fake
+def _(
+    handle: str,
+    saved: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
+    shapes: Sequence[int],
+    needs: Sequence[bool],
+    letters: str,
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    like = _like(handle, dys, shapes, needs)
+    there = _find(handle, like, needs, letters, sizes, True).gradients_apart([dy is not None for dy in dys])
+    return [torch.empty_like(tensor) for tensor, is_there in zip(like, there) if is_there]
+
+
+def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], needs: Sequence[bool]) -> list[Tensor]:
+    """Tensors as the call of forward was given them, without values: backward's program is found by their shapes."""
+    dy = next(dy for dy in dys if dy is not None)
+    rest: Iterator[int] = iter(map(int, shapes))
+    # Each shape is its number of dims, and then its sizes.
+    return [dy.new_empty([next(rest) for _ in range(next(rest))]) for _ in needs]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    handle, tensors, needs, letters, sizes = inputs
+    program = _find(handle, tensors, needs, letters, sizes, True)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*program.saved_apart(tensors, output))
+    shapes = [number for tensor in tensors for number in (tensor.dim(), *tensor.shape)]
+    ctx.rest = shapes, list(needs), letters, list(sizes)
+    ctx.handle, ctx.count = handle, program.count
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    dys = grads[: ctx.count]
+    shapes, needs, letters, sizes = ctx.rest
+    if all(dy is None for dy in dys):
+        return None, [None] * len(needs), None, None, None
+    like = _like(ctx.handle, dys, shapes, needs)
+    program = _find(ctx.handle, like, needs, letters, sizes, True)
+    made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
+    there = program.gradients_apart([dy is not None for dy in dys])
+    return None, [next(made) if is_there else None for is_there in there], None, None, None
+
+
+product_forward.register_autograd(_backward, setup_context=_setup)
+for _operator in (product_forward, product_backward):
+    shim.ordered(_operator)
