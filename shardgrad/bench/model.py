@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import os
+import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import ProfilerActivity, profile
 
 from shardgrad.bench.timing import Spread, in_turns, ratio, slowest_rank
 from shardgrad.comm.shm.register import register
@@ -40,8 +42,9 @@ class Shape:
 class Row:
     """One part of the model on so many ranks.
 
-    rate: tokens a second. speedup: over one rank. peak: bytes of resident memory at the height of a step that were not
-    there before the model was made, of the rank with most; None where the system does not tell.
+    rate: tokens a second. speedup: over one rank. peak: bytes of tensors at the height of a step, parameters, gradients
+    and the optimizer's state included, of the rank with most: what torch's allocator was asked for, not what process
+    groups map for themselves.
     """
 
     part: str
@@ -49,7 +52,7 @@ class Row:
     time: Spread
     rate: Spread
     speedup: Spread
-    peak: int | None
+    peak: int
 
 
 def measure(shape: Shape, backend: str, rounds: int) -> list[Row]:
@@ -60,23 +63,17 @@ def measure(shape: Shape, backend: str, rounds: int) -> list[Row]:
     if ranks > 1:
         groups[ranks] = dist.new_group(range(ranks), backend=backend)
     steps: dict[tuple[str, int], Callable[[], None]] = {}
-    peaks: dict[tuple[str, int], int | None] = {}
-    for count in sorted(groups, reverse=True):  # the smaller one first, so that it cannot hide in what the other freed
+    peaks: dict[tuple[str, int], int] = {}
+    for count in sorted(groups):
         taking_part = first or count > 1
         mesh = DeviceMesh.from_group(groups[count], "cpu", mesh_dim_names=("tp",)) if taking_part else None
         for part in PARTS:
             dist.barrier()
-            peak = None
-            if mesh is None:
-                steps[part, count] = _idle
-            else:
-                before = _resident()
-                steps[part, count] = _MAKERS[part](shape, mesh)
-                for _ in range(2):  # gradients and the optimizer's state are there from the first on
-                    _forget_peak()
-                    steps[part, count]()
-                peak = None if before is None else (_peak() or before) - before
-            peaks[part, count] = round(slowest_rank([float(peak or 0)])[0]) or None
+            peak = 0
+            steps[part, count] = _idle
+            if mesh is not None:
+                steps[part, count], peak = _made_and_weighed(_MAKERS[part], shape, mesh)
+            peaks[part, count] = round(slowest_rank([float(peak)])[0])
     times = {
         key: found[0]
         for key, found in in_turns(steps, rounds, turn=0.1, meet=dist.barrier, slowest=slowest_rank).items()
@@ -108,7 +105,7 @@ def _model(shape: Shape, mesh: DeviceMesh) -> GPT:
 
 def _block(shape: Shape, mesh: DeviceMesh) -> Callable[[], None]:
     """Forward and backward of one block: norms, attention, feed-forward; the stream is cut along the sequence."""
-    block = _model(shape, mesh).blocks[0]
+    block = _model(replace(shape, layers=1), mesh).blocks[0]
     part = len(range(shape.seq_len)[mesh.get_local_rank() :: mesh.size()])  # seq_len divides: checked by the command
     x = torch.randn(shape.batch, part, shape.d_model, dtype=shape.dtype).requires_grad_()
     dy = torch.randn_like(x)
@@ -142,28 +139,29 @@ _MAKERS: dict[str, Callable[[Shape, DeviceMesh], Callable[[], None]]] = {
 }
 
 
-def _status(name: str) -> int | None:
-    """A line of Linux's /proc/self/status, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
+def _made_and_weighed(
+    make: Callable[[Shape, DeviceMesh], Callable[[], None]], shape: Shape, mesh: DeviceMesh
+) -> tuple[Callable[[], None], int]:
+    """A step, and the most bytes that torch had allocated at once for it: making the model and two steps, since
+    gradients and the optimizer's state are there from the first on."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step = make(shape, mesh)
+        for _ in range(2):
+            step()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return step, _most([event for event in events if event.get("name") == "[memory]"])
 
 
-def _resident() -> int | None:
-    gc.collect()
-    return _status("VmRSS:")
-
-
-def _forget_peak() -> None:
-    """Let Linux count the peak of resident memory anew."""
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int | None:
-    return _status("VmHWM:")
+def _most(events: list[dict[str, Any]]) -> int:
+    """The largest sum of allocations less frees, in the order of time."""
+    total = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        total += event["args"]["Bytes"]
+        most = max(most, total)
+    return most
 
 
 def as_json(rows: list[Row]) -> list[dict[str, object]]:

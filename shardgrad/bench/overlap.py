@@ -37,8 +37,8 @@ class Row:
 
     products, communication: each alone. could: the product behind which the communication could run; what could be
     hidden is the shorter of it and the communication. together: the call that does both. hidden: the share of what
-    could be hidden that was: (products + communication - together) / min(could, communication). It is lessened by what the
-    call does beside both.
+    could be hidden that was: (products + communication - together) / min(could, communication). What the
+    call does beside both lessens it.
     """
 
     case: str
@@ -184,14 +184,14 @@ def _reducing(like: Tensor, axis: Axis) -> Call:
 
 def _forward(layer: nn.Module, x: Tensor, *more: int) -> Call:
     leaf = x.detach().requires_grad_()
-    return lambda: layer(leaf, *more)
+    return lambda: peers.arrive(layer(leaf, *more))
 
 
 def _backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
     leaf = x.detach().requires_grad_()
     y = layer(leaf)
     wanted = [leaf, *layer.parameters()]
-    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    return lambda: peers.arrive(*torch.autograd.grad(y, wanted, dy, retain_graph=True))
 
 
 def as_json(rows: Sequence[Row], costs: sg.Costs) -> dict[str, object]:

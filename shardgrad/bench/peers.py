@@ -231,11 +231,16 @@ def step_of(name: str, d: int, m: int, dtype: torch.dtype, mesh: DeviceMesh, tok
             leaf.grad = None
         y = block(x)
         y.backward(dy)
-        for made in (y, x.grad):
-            if hasattr(made, "wait"):
-                made.wait()
+        arrive(y, x.grad)
 
     return lazy_step if PEERS[name].lazy else step
+
+
+def arrive(*tensors: Any) -> None:
+    """Wait for those that are still under way: DTensor's functional collectives return such."""
+    for tensor in tensors:
+        if hasattr(tensor, "wait"):
+            tensor.wait()
 
 
 def forget_groups() -> None:

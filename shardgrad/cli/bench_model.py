@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +31,8 @@ def model(
     ] = None,
 ) -> None:
     """Time a block (forward + backward) and a training step (and AdamW) of a GPT, tensor and sequence parallel, on one
-    rank and on several, in turns; and the memory of each: resident memory at the height of a step (Linux's VmHWM,
-    counted anew for it) less what was resident before the model was made.
+    rank and on several, in turns; and the bytes of tensors at the height of a step (torch's allocator, by its profiler:
+    parameters, gradients and the optimizer's state included, buffers of process groups not).
     """
     kind = bench_options.read_dtypes(dtype)[0]
     (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
@@ -40,6 +41,7 @@ def model(
     if seq_len % ranks:
         raise style.refuse(f"seq-len {seq_len} is no multiple of {ranks} ranks")
     bench_options.check_picture(picture)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of its own beginning and end otherwise
     processes.start(ranks)
     import torch.distributed as dist
 
@@ -67,7 +69,7 @@ def model(
             row.time.text(1),
             row.rate.text(),
             row.speedup.text(2),
-            "–" if row.peak is None else f"{row.peak / 2**20:,.1f}",
+            f"{row.peak / 2**20:,.1f}",
         )
         for row in rows
     ]

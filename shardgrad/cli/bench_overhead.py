@@ -17,8 +17,8 @@ def overhead(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, …")] = "fp32",
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Time forward + backward of Linear–GELU–Linear at [8, 64, 256] as the first of two ranks on the `fake` backend, which
-    sends nothing and waits for nobody: products and host work alone.
+    """Time forward + backward of Linear–GELU–Linear at [8, 64, 256] as the first of two ranks on the `fake` backend,
+    which sends nothing and waits for nobody: products and host work alone.
 
     Ratios are of the thread's processor time, round by round, so that other programs' load hardly touches them.
     """

@@ -79,6 +79,7 @@ def overlap(
     for axis, link in costs.links.items():
         style.say(
             f"measured of {axis}: {1e6 * link.latency:,.0f} µs for the smallest all-reduce, "
-            f"{1e-6 / link.seconds_per_byte:,.0f} MB/s of what a rank sends, {link.hidden:.0%} vanishes beside a product"
+            f"{1e-6 / link.seconds_per_byte:,.0f} MB/s of what a rank sends, "
+            f"{link.hidden:.0%} vanishes beside a product"
         )
     style.say(bench_options.told_machine(machine))

@@ -167,18 +167,18 @@ class _ParallelLinear(ShardedModule):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        key = x.dim(), self.bias is None
+        bias, dims = self.bias, x.dim()  # once: a module looks for a parameter in vain before it finds it
+        key = dims, bias is None
         product = self._products.get(key)
         if product is None:
-            if x.dim() == 0:
+            if dims == 0:
                 raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
-            layouts = (self.layout(x.dim()),)
-            product = bind(layouts, (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+            product = bind((self.layout(dims),), (bias is not None,), self.mesh, self.keep, self.reduce_dtype)
             self._products[key] = product
         sizes = self._sizes
         if sequence_size is not None and self.sequence_dim is not None:
-            sizes = {**sizes, self._letters(x.dim())[2]: sequence_size}  # type: ignore[dict-item]
-        return run(product, x, [self.weight], [] if self.bias is None else [self.bias], sizes)[0]
+            sizes = {**sizes, self._letters(dims)[2]: sequence_size}  # type: ignore[dict-item]
+        return run(product, x, (self.weight,), () if bias is None else (bias,), sizes)[0]
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward, as `Layout.collectives`.
