@@ -110,6 +110,7 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
         (event.operation, event.axis, event.bytes) for event in traced
     )
 
+
 @distributed(world_size=[2, 4])
 @pytest.mark.parametrize("sequence_dim", [None, 1])
 def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, sequence_dim: int | None) -> None:
