@@ -77,7 +77,7 @@ def _orders(
     for step in (step for step in (*range(1, 9), *range(-8, 0)) if 2 * abs(step) <= length):
         says = f"{where} dim {dim} everything is {abs(step)} {'later' if step < 0 else 'earlier'} than it should be"
         remedy = "look for an offset that is off by so many: the start of a slice, a shift, a roll"
-        yield made(lambda t, by=step: t.roll(-by), "shifted", says, remedy, 2)  # type: ignore[misc]
+        yield made(lambda t, by=step: t.roll(-by), "shifted", says, remedy, 2 - (abs(step) == 1))  # type: ignore[misc]
     remedy = "look for a flip, or for ranks counted from the end"
     yield made(lambda t: t.flip(0), "reversed", f"{where} dim {dim} is in reverse order", remedy, 1)
     for parts in range(2, length):
@@ -143,7 +143,7 @@ def _blocks(seen: Seen, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[
             remedy = f"gather in the order of the ranks of {ranks[parts]}, and along dim {dim}"
             yield _taken(seen, dim, pools, rows, "gathered in the wrong order", says, remedy, cost=1)
         remedy = "look at fused parts (q, k, v; gate, up), heads or halves: the order in which they are cut and joined"
-        yield _taken(seen, dim, pools, rows, "blocks interchanged", says, remedy, cost=1)
+        yield _taken(seen, dim, pools, rows, "blocks interchanged", says, remedy, cost=1 + (len(own[0]) % parts > 0))
 
 
 def _nearest(held: Tensor, pieces: list[tuple[Tensor, Tensor]], names: list[int]) -> int:

@@ -57,7 +57,7 @@ def _(model: Model) -> None:
     model.head.enter = model.tp.same
 
 
-@bug("dX of one of two products of an input is not summed", TP, "", _7452)
+@bug("dX of one of two products of an input is not summed", TP, "sum over tp missing", _7452)
 def _(model: Model) -> None:
     model.gate.enter = model.tp.same
 
@@ -232,10 +232,6 @@ def _(model: Model) -> None:
     on_gradient(model, "up.weight", torch.zeros_like)
 
 
-def _uphill(parameters: object) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, maximize=True, foreach=False)  # type: ignore[arg-type]
-
-
 @bug("one rank scales its gradient", TP, "scaled by a constant")
 def _(model: Model) -> None:
     on_gradient(model, "up.weight", lambda g: g * (1.1 if model.tp.index == model.tp.size - 1 else 1.0))
@@ -289,7 +285,7 @@ def _own_clip(program: Program) -> None:
 
 def _forgetful(program: Program) -> None:
     up = program.parallel.up.bias  # type: ignore[union-attr]
-    program.optimizer = lambda ps: torch.optim.SGD([p for p in ps if p is not up], lr=0.1, foreach=False)
+    program.optimizer = lambda ps: torch.optim.SGD([p for p in ps if p is not up], lr=0.05, foreach=False)
 
 
 in_program(

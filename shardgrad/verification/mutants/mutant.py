@@ -21,6 +21,8 @@ class Program:
     load: `load(single)` gives the parallel model one device's values.
     share: what a rank multiplies its squared gradients of a parameter with so that the sum over ranks is the norm's
         square: 1 for a shard, 1/p for a replica.
+    reduce: what is done to each parameter's gradient as it arrives, where the program does it so.
+    around: what a bug patches while the program runs.
     """
 
     parallel: nn.Module
@@ -35,6 +37,7 @@ class Program:
     clip: Clip | None = None
     optimizer: Optimizer | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
+    reduce: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
