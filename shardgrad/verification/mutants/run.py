@@ -163,5 +163,6 @@ def _checked(make: Callable[[], Program], mutant: Mutant | None, steps: int) -> 
     if mutant is not None:
         mutant.plant(program)
     checks = usual(program, steps)
-    return {**asdict(checks), "loss_agrees": checks.loss_agrees, "norm_agrees": checks.norm_agrees,
+    measured = {key: value if isfinite(value) else None for key, value in asdict(checks).items()}
+    return {**measured, "loss_agrees": checks.loss_agrees, "norm_agrees": checks.norm_agrees,
             "passes": checks.passes}  # fmt: skip
