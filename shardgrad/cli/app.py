@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench, explain, trace, verify
+from shardgrad.cli import bench, explain, mutants, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
 app.command(name="verify")(verify.verify)
+app.command(name="mutants")(mutants.mutants)
 app.add_typer(bench.app, name="bench")
 
 

@@ -14,9 +14,17 @@ import typer
 _STATUS = "SHARDGRAD_STATUS_FILE"
 
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def inside() -> bool:
-    """Whether this process is one of several that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether this process is one of several that torchrun, or another launcher, started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or all(name in os.environ for name in _LAUNCHED)
+
+
+def count() -> int | None:
+    """How many ranks the launcher started; None outside."""
+    return int(os.environ["WORLD_SIZE"]) if inside() else None
 
 
 def start(ranks: int) -> None:

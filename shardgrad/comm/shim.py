@@ -26,6 +26,13 @@ def lone_store() -> Any:
     return torch._C._distributed_c10d.HashStore()
 
 
+def fake_store() -> Any:
+    """The store that the backend "fake" is started with: one process as one rank of many, which sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
 def process_group(argument: Any) -> dist.ProcessGroup | None:
     """The process group inside an argument of a c10d operator, or None if it holds something else."""
     if isinstance(argument, dist.ProcessGroup):

@@ -168,7 +168,8 @@ class _ParallelLinear(ShardedModule):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        key = x.dim(), self.bias is None
+        bias, dims = self.bias, x.dim()  # once: a module looks for a parameter in vain before it finds it
+        key = dims, bias is None
         if torch.compiler.is_compiling():
             depends_on = self.axis, self.sequence_dim, self.reduce, self.keep
             product = self._bound(key, *depends_on, str(self.data), self.reduce_dtype, self.mesh)
@@ -176,8 +177,8 @@ class _ParallelLinear(ShardedModule):
             product = self._products.get(key) or self._bind(key)
         sizes = self._sizes
         if sequence_size is not None and self.sequence_dim is not None:
-            sizes = {**sizes, self._letters(x.dim())[2]: sequence_size}  # type: ignore[dict-item]
-        return run(product, x, [self.weight], [] if self.bias is None else [self.bias], sizes)[0]
+            sizes = {**sizes, self._letters(dims)[2]: sequence_size}  # type: ignore[dict-item]
+        return run(product, x, (self.weight,), () if bias is None else (bias,), sizes)[0]
 
     def _bind(self, key: tuple[int, bool]) -> Product:
         dims, _ = key

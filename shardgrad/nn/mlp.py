@@ -66,7 +66,7 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.axis, self.reduce = axis, reduce
+        self.axis, self.reduce, self.data = axis, reduce, data
         self.up = ColumnParallelLinear(
             embed_dim,
             hidden_dim,

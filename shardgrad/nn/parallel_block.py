@@ -10,10 +10,11 @@ from shardgrad.comm.adjoint import all_gather, all_reduce, reduce_scatter, repli
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.notation import Dim
+from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import Sizes
 from shardgrad.nn.attention import Attention
+from shardgrad.nn.linear import cut_rows
 from shardgrad.nn.mlp import MLP, SwiGLU
 from shardgrad.nn.norm import LayerNorm, RMSNorm
 
@@ -30,10 +31,10 @@ class ParallelBlock(nn.Module):
 
     Args:
         norm: of X; its sequence_dim, 1 or None, says whether X and Y are cut along the sequence.
-        attention, mlp: with reduce=False, over the norm's axis.
+        attention, mlp: with reduce=False, over the norm's axis and with its `data`.
 
     Raises:
-        LayoutError: one of them reduces by itself, or the three are over different axes.
+        LayoutError: one of them reduces by itself, or the three are over different axes, of the mesh or of the data.
         ShapeError: sequence_dim is neither None nor 1.
     Source: Wang & Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022, arXiv 2204.02311.
     """
@@ -45,6 +46,8 @@ class ParallelBlock(nn.Module):
                 raise LayoutError(f"ParallelBlock reduces once for both: build {name} with reduce=False")
             if view(layer.mesh).axes.get(layer.axis) != view(norm.mesh).axis(norm.axis):
                 raise LayoutError(f"ParallelBlock: norm is over axis {norm.axis!r}, {name} over {layer.axis!r}")
+            if layer.data != norm.data:
+                raise LayoutError(f"ParallelBlock: norm has data={norm.data}, {name} data={layer.data}: give them one")
         if norm.sequence_dim not in (None, 1):
             raise ShapeError(
                 f"ParallelBlock: x is [b, s, d], so sequence_dim of its norm is 1 or None, not {norm.sequence_dim}"
@@ -71,10 +74,9 @@ class ParallelBlock(nn.Module):
         mesh_view, width = view(self.norm.mesh), cost.itemsize(dtype)
         shape = batch, sequence, self.attention.embed_dim
         sizes = Sizes(mesh_view.shape, mesh_view.coordinate, {(x, ()): n for x, n in zip("bsd", shape)})
-        whole = Dim("b"), Dim("s"), Dim("d")
-        axis = self.norm.axis
-        stored = whole if self.norm.sequence_dim is None else (Dim("b"), Dim("s", (axis,)), Dim("d"))
-        gather, reduce = route(stored, whole), route(whole, stored, (axis,))
+        rows, cut, _ = cut_rows(3, self.norm.sequence_dim, self.norm.axis, self.norm.data, "ParallelBlock")
+        whole, stored = parse_tensor(f"N[{rows}d]").dims, parse_tensor(f"N[{cut}d]").dims
+        gather, reduce = route(stored, whole), route(whole, stored, (self.norm.axis,))
         return [
             *cost.moved("forward", "N", gather, sizes, width, width),
             *cost.moved("forward", "Y", reduce, sizes, width, width),

@@ -6,7 +6,7 @@ What a call has to decide is decided while writing, so that running costs no mor
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.ops.bilinear import Map
 from shardgrad.ops.route import Transit
-
-if TYPE_CHECKING:
-    from shardgrad.ops.program import Forward, Piecewise, Route, Stage, Start
+from shardgrad.ops.stages import Forward, Piecewise, Route, Stage, Start
 
 
 class _Writer:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.whole import clip_grad_norm_
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exchange import coordinates
+from shardgrad.verification.guess import Known
 from shardgrad.verification.observed import Split
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
@@ -74,15 +75,45 @@ class Attempt:
         for run in range(RUNS):
             for key, tensor in self._one_run(values, update, seed, run, places).items():
                 spreads[key].add(tensor)
-        order = {key: at for at, key in enumerate(parallel.tensors)}
-        measured = [
+        order = {key: 2 * at for at, key in enumerate(parallel.tensors)}
+        last = min((at for (kind, _), at in order.items() if kind in ("norm", "step")), default=2 * len(order))
+        found = [
             measure(
-                key, place.split, place.shape, parallel.tensors.get(key), spreads.get(key), order.get(key, len(order)),
+                key, place.split, place.shape, parallel.tensors.get(key), spreads.get(key), order.get(key, last - 1),
                 self.mesh,
             )
             for key, place in places.items()
         ]  # fmt: skip
-        return measured
+        singles = [(place.single, exact.tensors.get(place.single)) for place in places.values()]
+        return [
+            replace(one, single=key, real=None if tensor is None else tuple(tensor.shape))
+            for one, (key, tensor) in zip(found, singles)
+        ]
+
+    def known(self, measured: Sequence[Measured], seed: int, *, constants: bool) -> Known:
+        """What explanations may use of an attempt, which was not nudged."""
+        values = self._perturbed(seed, constants, False)
+        by_key = {one.key: one for one in measured}
+
+        def again(key: Key, changes: Mapping[str, Tensor], backward: bool) -> Tensor | None:
+            one = by_key[key]
+            in_forward = {} if backward else changes
+            changed = [in_forward.get(pair.name, value) for pair, value in zip(self.pairs, values)]
+            model = self._one_device(changed, torch.float64)
+            if backward:
+                for pair in self.pairs:
+                    if pair.name in changes:
+                        _change_backward(model, pair.single_name, pair.to_single(changes[pair.name]))
+            recording = _step(Side(model, _cast(self.single.batch), self.single.loss), _gradient(seed))
+            tensor = None if one.single is None else recording.tensors.get(one.single)
+            return None if tensor is None else fit(tensor, one.shape)
+
+        return Known(
+            exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
+            before={one.name: (value.double(), one.split) for one, value in zip(self.pairs, values)},
+            real={one.key: one.real for one in measured if one.real is not None},
+            again=again,
+        )
 
     def _perturbed(self, seed: int, constants: bool, nudge: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -172,6 +203,25 @@ class Attempt:
         if not any(one.unsummed for one in self.pairs):  # else somebody must sum the gradients first
             Update(self.clip, update.optimizer, update.max_norm).run(self.parallel.model, parameters, recording)
         return recording
+
+
+def _change_backward(model: nn.Module, name: str, value: Tensor) -> None:
+    """Let the module that owns a parameter compute its output with it, and the gradients with another value."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+
+    def other(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        if not isinstance(output, Tensor):
+            return output
+        own = module._parameters[leaf]
+        module._parameters[leaf] = value.to(output)  # type: ignore[assignment]
+        try:
+            made = module.forward(*args, **kwargs)
+        finally:
+            module._parameters[leaf] = own
+        return output.detach() + (made - made.detach())
+
+    module.register_forward_hook(other, with_kwargs=True)
 
 
 def clip_of(model: nn.Module) -> Clip | None:

@@ -27,6 +27,7 @@ class Measured:
 
     local, exact, scale: this rank's tensor; the global one and the size of rounding, float64; None where there is none.
     numbers: verdict, error, yardstick, ratio, allowed, worst element, allowed, where it is (flat), order.
+    single, real: its key and its shape on one device.
     """
 
     key: Key
@@ -36,6 +37,8 @@ class Measured:
     exact: Tensor | None
     scale: Tensor | None
     numbers: tuple[float, ...]
+    single: Key | None = None
+    real: tuple[int, ...] | None = None
 
 
 def measure(
@@ -88,7 +91,7 @@ def measure(
     at = int(far.argmax())
     length, rounding = float(error.norm()), float(yard.norm())
     ratio = 0.0 if length == 0 else length / rounding if rounding > 0 else inf
-    ratio, element = (inf if isnan(x) else x for x in (ratio, float(far.view(-1)[at])))
+    ratio, element = (inf if isnan(x) else x for x in (ratio, float(far.reshape(-1)[at])))
     finite = bool(error.isfinite().all() and yard[wanted.isfinite()].isfinite().all())
     verdict: Verdict = "rounding"
     if not finite:

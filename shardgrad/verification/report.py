@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
+from shardgrad.verification.diagnose import Diagnosis
 from shardgrad.verification.observed import Kind, Observed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Report:
 
     rows: every tensor that was compared, worst first.
     findings: all that is known of each tensor that is wrong, in the order of execution.
+    diagnoses: explanations of the first of them, and of those after it until one is explained.
     skipped: modules' outputs that were not compared, with the reason.
     mesh_shape, dtype, runs: the mesh, the working precision, how many runs of one device the yardstick is made of.
     """
@@ -75,6 +77,7 @@ class Report:
     mesh_shape: Mapping[str, int]
     dtype: str
     runs: int
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -104,6 +107,9 @@ class Report:
                 "runs": self.runs,
                 "first": None if first is None else {"kind": first.kind, "name": first.name},
                 "rows": [_plain({**asdict(row), "ok": row.ok, "score": row.score}) for row in self.rows],
+                "diagnoses": [
+                    {**_plain(asdict(one)), "fits": [_plain(asdict(fit)) for fit in one.fits]} for one in self.diagnoses
+                ],
                 "skipped": dict(self.skipped),
             },
             indent=indent,
@@ -163,6 +169,8 @@ class Report:
         if self.skipped:
             console.print(f"not compared: {len(self.skipped)} outputs, such as {_first_of(self.skipped)}", style="dim")
         console.print(Text(self.summary(), style="green" if self.ok else "bold red"))
+        for diagnosis in self.diagnoses:
+            console.print(Text(str(diagnosis)))
 
 
 def _first_of(skipped: Mapping[str, str]) -> str:

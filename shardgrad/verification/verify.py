@@ -14,6 +14,8 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import RUNS, Attempt, Clip, Optimizer, Side, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
+from shardgrad.verification.diagnose import diagnose
+from shardgrad.verification.guess import Known
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
@@ -104,9 +106,12 @@ def verify(
             rows.update({(row.kind, row.name): row for row in again if row.ok and (row.kind, row.name) in rows})
     given.check_used(placer.names)
     wrong = sorted((one for one in measured if not rows[one.key].ok), key=lambda one: rows[one.key].order)
+    findings = tuple(observe(one, mesh_view) for one in wrong)
+    known = attempt.known(measured, seed, constants=perturb) if findings else Known()
     return Report(
         rows=tuple(sorted((rows[one.key] for one in measured), key=lambda row: (row.ok, -row.score, row.order))),
-        findings=tuple(observe(one, mesh_view) for one in wrong),
+        findings=findings,
+        diagnoses=diagnose(findings, known),
         skipped=placer.skipped,
         mesh_shape=dict(mesh_view.shape),
         dtype=", ".join(dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in values)),

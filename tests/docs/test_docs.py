@@ -2,7 +2,7 @@
 
 =======================  =================================================================================
 ```python                in this process, a page's blocks one after another in one namespace
-```python ranks=2        a program of its own, on that many ranks under torchrun
+```python ranks=2        a program of its own, on that many ranks, which see what torchrun would tell them
 ```sh                    under bash -euo pipefail from the repository's root; of README's first two, which
                          are the main job and the test command, only the syntax is checked
 ```yaml, ```json         parsed
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch.distributed as dist
 import yaml
@@ -113,8 +114,11 @@ class Page:
     def _run_ranks(self, block: Block, ranks: int) -> None:
         program = self.directory / f"{self.path.stem}_line_{block.line}.py"
         program.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        self._run_command(block, [sys.executable, *torchrun, str(program)], self.directory)
+        status, output = forked.run(program, ranks, self.timeout)
+        if status is None:
+            pytest.fail(f"{self._place(block)}: still running after {self.timeout} s\n{output}")
+        if status:
+            pytest.fail(f"{self._place(block)}: exit status {status}\n{output}")
 
     def _run_shell(self, index: int) -> None:
         block = self.blocks[index]

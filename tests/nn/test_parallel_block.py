@@ -18,11 +18,13 @@ D = torch.float64
 BATCH, SEQUENCE, WIDTH = 2, 5, 12
 
 
-def gptj(mesh: DeviceMesh, sequence_dim: int | None, reduce: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
+def gptj(
+    mesh: DeviceMesh, sequence_dim: int | None, reduce: bool = False, data: sg.DataParallel | None = None
+) -> tuple[nn.Module, nn.Module, nn.Module]:
     return (
-        sg.LayerNorm(WIDTH, mesh=mesh, sequence_dim=sequence_dim, dtype=D),
-        sg.Attention(WIDTH, 3, mesh=mesh, reduce=reduce, dtype=D),
-        sg.MLP(WIDTH, 7, mesh=mesh, reduce=reduce, dtype=D),
+        sg.LayerNorm(WIDTH, mesh=mesh, sequence_dim=sequence_dim, data=data, dtype=D),
+        sg.Attention(WIDTH, 3, mesh=mesh, reduce=reduce, data=data, dtype=D),
+        sg.MLP(WIDTH, 7, mesh=mesh, reduce=reduce, data=data, dtype=D),
     )
 
 
@@ -107,6 +109,37 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
     assert sorted((c.operation, c.axis, c.bytes) for c in predicted) == sorted(
         (event.operation, event.axis, event.bytes) for event in traced
     )
+
+
+@distributed(world_size=[2, 4])
+@pytest.mark.parametrize("sequence_dim", [None, 1])
+def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, sequence_dim: int | None) -> None:
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
+    data = sg.DataParallel("dp")
+    block = randomized(sg.ParallelBlock(*gptj(mesh, sequence_dim, data=data)))
+    s = "s/tp" if sequence_dim else "s"
+    stored = sg.Layout(f"X[b/dp,{s},d] W[d,m] -> Y[b/dp,{s},m]")["X"]
+    x, dy = randn(3, SEQUENCE, WIDTH, seed=1), randn(3, SEQUENCE, WIDTH, seed=2)
+    for _ in range(2):  # in the first call, ranks also compare what they see for the first time
+        block.zero_grad()
+        with sg.trace() as traced:
+            y = block(sg.shard(x, stored, mesh).requires_grad_(), SEQUENCE)
+            y.backward(sg.shard(dy, stored, mesh))
+    params = {name: whole(p, how).requires_grad_() for name, p, how in sg.stored_parameters(block)}
+    expected = by_torch(x, params, "gptj")
+    expected.backward(dy)
+    torch.testing.assert_close(sg.unshard(y.detach(), stored, mesh), expected.detach(), rtol=1e-12, atol=1e-13)
+    largest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
+    for name, parameter, how in sg.stored_parameters(block):
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(whole(parameter.grad, how), params[name].grad, rtol=1e-11, atol=1e-13 * largest)
+    predicted = block.collectives(3, SEQUENCE, D)  # 2 sequences here, 1 there
+    assert sorted((c.operation, c.axis, c.bytes) for c in predicted if c.bytes) == sorted(
+        (event.operation, event.axis, event.bytes) for event in traced if event.bytes
+    )
+    _, attention, mlp = gptj(mesh, sequence_dim, data=data)
+    with pytest.raises(sg.LayoutError, match=r"norm has data=None, attention data=DataParallel"):
+        sg.ParallelBlock(gptj(mesh, sequence_dim)[0], attention, mlp)
 
 
 @distributed(world_size=[2, 3])

@@ -1,0 +1,226 @@
+"""How much communication hides behind products: each alone, both in one call, with and without pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import shardgrad as sg
+from shardgrad.bench import peers
+from shardgrad.bench.timing import Spread, in_turns, slowest_rank
+from shardgrad.comm import collectives as raw
+from shardgrad.comm.mesh import Axis, view
+from shardgrad.comm.shm.register import register
+
+Size = tuple[int, int, int]
+Call = Callable[[], object]
+WHOLE, PIECES = "shardgrad", "shardgrad, sg.overlap"
+CASES = (
+    "column, backward",
+    "row, forward",
+    "column + sequence, forward",
+    "row + sequence, forward",
+    "row + sequence, backward",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case, done by one contender, at one size [tokens, d, hidden] and dtype. Times in microseconds.
+
+    products, communication: each alone. could: the product behind which the communication could run; what could be
+    hidden is the shorter of it and the communication. together: the call that does both. hidden: the share of what
+    could be hidden that was: (products + communication - together) / min(could, communication). What the
+    call does beside both lessens it.
+    """
+
+    case: str
+    dtype: str
+    size: Size
+    name: str
+    products: Spread
+    communication: Spread
+    could: Spread
+    together: Spread
+    hidden: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """products: all of them; could: those that the communication can run behind; how: each contender's call of both."""
+
+    products: Call
+    could: Call
+    communication: Call
+    together: dict[str, Call]
+
+
+def measure(
+    sizes: Sequence[Size], dtypes: Sequence[torch.dtype], rounds: int, backend: str = "gloo", turn: float = 0.05
+) -> tuple[list[Row], sg.Costs]:
+    """Measure on the ranks of the default group. Returns the rows, and what links and multipliers were measured to do.
+
+    tokens must be a multiple of the ranks, and so must the hidden features.
+    """
+    register()
+    peers.warnings_off()
+    group = dist.new_group(range(dist.get_world_size()), backend=backend)
+    # Two meshes on one group: what `sg.overlap` decides is decided for a mesh.
+    whole, pieces = (DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)) for _ in range(2))
+    costs = sg.measure_costs(pieces, tuple(dtypes))
+    sg.overlap(pieces, costs)
+    rows = []
+    for dtype in dtypes:
+        for size in sizes:
+            for name, case in _cases(size, dtype, {WHOLE: whole, PIECES: pieces}):
+                rows += _rows(name, str(dtype).removeprefix("torch."), size, case, rounds, turn)
+    peers.forget_groups()
+    return rows, costs
+
+
+def _rows(name: str, dtype: str, size: Size, case: _Case, rounds: int, turn: float) -> list[Row]:
+    alone = {"products": case.products, "could": case.could, "communication": case.communication}
+    calls = alone | {f"together {who}": call for who, call in case.together.items()}
+    found = in_turns(calls, rounds, turn=turn, meet=dist.barrier, slowest=slowest_rank)
+    times = {key: values[0] for key, values in found.items()}
+    products, could, talk = (times[key] for key in alone)
+    rows = []
+    for who in case.together:
+        both = times[f"together {who}"]
+        hidden = [(p + t - b) / min(c, t) for p, c, t, b in zip(products, could, talk, both)]
+        spreads = [Spread.of(values).scaled(1e6) for values in (products, talk, could, both)]
+        rows.append(Row(name, dtype, size, who, *spreads, Spread.of(hidden)))
+    return rows
+
+
+def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Iterator[tuple[str, _Case]]:
+    tokens, d, m = size
+    axis = next(iter(view(meshes[WHOLE]).axes.values()))
+    part, own = m // axis.size, tokens // axis.size
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype) / shape[-1] ** 0.5
+
+    x, x_own, h, dy = random(tokens, d), random(own, d), random(tokens, part), random(tokens, d)
+    up, down, dh, y_own = random(part, d), random(d, part), random(tokens, part), random(own, d)
+    others = [name for name in ("DTensor", "fairscale", "Megatron-core") if peers.missing(name) is None]
+    blocks = {name: peers.PEERS[name].make(d, m, dtype, meshes[WHOLE]) for name in others}
+
+    def columns(**options: Any) -> dict[str, nn.Module]:
+        return {
+            who: sg.ColumnParallelLinear(d, m, bias=False, mesh=mesh, dtype=dtype, **options)
+            for who, mesh in meshes.items()
+        }
+
+    def rows(**options: Any) -> dict[str, nn.Module]:
+        return {
+            who: sg.RowParallelLinear(m, d, bias=False, mesh=mesh, dtype=dtype, **options)
+            for who, mesh in meshes.items()
+        }
+
+    yield (
+        CASES[0],
+        _Case(
+            lambda: (dh.mm(up), dh.t().mm(x)),
+            lambda: dh.t().mm(x),
+            _reducing(x, axis),
+            {who: _backward(one, x, dh) for who, one in {**columns(), **_halves(blocks, "up")}.items()},
+        ),
+    )
+    yield (
+        CASES[1],
+        _Case(
+            lambda: F.linear(h, down),
+            lambda: F.linear(h, down),
+            _reducing(dy, axis),
+            {who: _forward(one, h) for who, one in {**rows(), **_halves(blocks, "down")}.items()},
+        ),
+    )
+    yield (
+        CASES[2],
+        _Case(
+            lambda: F.linear(x, up),
+            lambda: F.linear(x, up),
+            lambda: raw.all_gather(x_own, axis, 0, tokens).wait(),
+            {who: _forward(one, x_own, tokens) for who, one in columns(sequence_dim=0).items()},
+        ),
+    )
+    yield (
+        CASES[3],
+        _Case(
+            lambda: F.linear(h, down),
+            lambda: F.linear(h, down),
+            lambda: raw.reduce_scatter(dy, axis, 0).wait(),
+            {who: _forward(one, h) for who, one in rows(sequence_dim=0).items()},
+        ),
+    )
+    yield (
+        CASES[4],
+        _Case(
+            lambda: (dy.mm(down), dy.t().mm(h)),
+            lambda: (dy.mm(down), dy.t().mm(h)),
+            lambda: raw.all_gather(y_own, axis, 0, tokens).wait(),
+            {who: _backward(one, h, y_own) for who, one in rows(sequence_dim=0).items()},
+        ),
+    )
+
+
+def _halves(blocks: dict[str, nn.Module], half: str) -> dict[str, nn.Module]:
+    return {name: getattr(block, half) for name, block in blocks.items()}
+
+
+def _reducing(like: Tensor, axis: Axis) -> Call:
+    """An all-reduce, of zeros, which stay zeros however often they are summed."""
+    summed = torch.zeros_like(like)
+    return lambda: raw.all_reduce(summed, axis).wait()
+
+
+def _forward(layer: nn.Module, x: Tensor, *more: int) -> Call:
+    leaf = x.detach().requires_grad_()
+    return lambda: peers.arrive(layer(leaf, *more))
+
+
+def _backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    wanted = [leaf, *layer.parameters()]
+    return lambda: peers.arrive(*torch.autograd.grad(y, wanted, dy, retain_graph=True))
+
+
+def as_json(rows: Sequence[Row], costs: sg.Costs) -> dict[str, object]:
+    rates = {str(dtype).removeprefix("torch."): 1 / seconds for dtype, seconds in costs.seconds_per_flop.items()}
+    links = {axis: asdict(link) for axis, link in costs.links.items()}
+    return {"unit": "µs", "links": links, "FLOP/s": rates, "rows": [asdict(row) for row in rows]}
+
+
+def draw(rows: Sequence[Row], path: str) -> None:
+    """The share of what could be hidden that was, a panel for each size and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row.dtype, row.size) for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3 * len(panels)), sharex=True, squeeze=False)
+    for axis, (dtype, size) in zip(axes[:, 0], panels):
+        for at, name in enumerate(names):
+            these = [r for r in rows if (r.dtype, r.size, r.name) == (dtype, size, name)]
+            places = [CASES.index(row.case) + 0.15 * (at - len(names) / 2) for row in these]
+            errors = [[r.hidden.median - r.hidden.low for r in these], [r.hidden.high - r.hidden.median for r in these]]
+            axis.errorbar(places, [r.hidden.median for r in these], errors, fmt="o", capsize=2, label=name)
+        axis.set(title=f"{dtype} {list(size)}", ylabel="share hidden")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.grid(axis="y", alpha=0.3)
+    axes[-1, 0].set_xticks(range(len(CASES)), [case.replace(", ", ",\n") for case in CASES], fontsize=8)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""What the commands of `shardgrad bench` read alike: sizes, dtypes, and where a picture goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardgrad.cli import style
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp16": "float16"}
+
+
+def read_sizes(text: str, divisor: int, *, tokens_too: bool = False) -> list[tuple[int, int, int]]:
+    """`8x64x256,64x256x1024`, each tokens × features × hidden features.
+
+    divisor: what the hidden features must be a multiple of (and the tokens, with tokens_too).
+
+    Raises:
+        typer.BadParameter: it does not read so.
+    """
+    found = []
+    for part in text.split(","):
+        pieces = part.strip().split("x")
+        if len(pieces) != 3 or not all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
+            raise style.refuse(f"{part!r} is no size: write tokens×features×hidden features as 64x256x1024")
+        tokens, d, m = map(int, pieces)
+        if m % divisor or (tokens_too and tokens % divisor):
+            what = "tokens and hidden features" if tokens_too else "hidden features"
+            raise style.refuse(f"{part.strip()}: {what} must be a multiple of {divisor}, the ranks; peers need it")
+        found.append((tokens, d, m))
+    return found
+
+
+def read_dtypes(text: str) -> list[torch.dtype]:
+    """`fp32,bf16`.
+
+    Raises:
+        typer.BadParameter: one is not known.
+    """
+    import torch
+
+    names = [_SHORT.get(part.strip(), part.strip()) for part in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            raise style.refuse(f"{name!r} is not one of {', '.join((*_SHORT, *DTYPES))}")
+    return [getattr(torch, name) for name in names]
+
+
+def read_choice(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    """Names separated by commas, of those that are known.
+
+    Raises:
+        typer.BadParameter: one is not.
+    """
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise style.refuse(f"{name!r} is not one of the {what} {', '.join(known)}")
+    return names
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse a picture that could not be written, before anything is measured.
+
+    Raises:
+        typer.BadParameter: there is no such folder, or matplotlib does not know the ending.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise style.refuse(f"a picture ends in .png, .svg or .pdf, not {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise style.refuse(f"there is no folder {path.absolute().parent}")
+
+
+def machine() -> dict[str, Any]:
+    """What numbers are to be read with: the processor, its cores, torch, and how busy the machine was."""
+    import os
+    import platform
+
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
+        model = next(named, model)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load before": None if load is None else round(load, 1),
+    }
+
+
+def told_machine(found: dict[str, Any]) -> str:
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    return (
+        f"{found['processor']}, {found['cores']} cores, {threads} a rank, torch {found['torch']}; load average before: "
+        f"{found['load before']}"
+    )

@@ -1,0 +1,85 @@
+"""`shardgrad bench overlap`: how much communication hides behind products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardgrad.cli import bench_options, style
+from shardgrad.cli import ranks as processes
+
+EPILOG = style.examples(
+    "shardgrad bench overlap", "shardgrad bench overlap --sizes 512x1024x4096 --dtypes fp32 --rounds 21"
+)
+
+
+def overlap(
+    sizes: Annotated[str, typer.Option(help="tokens × features × hidden features, separated by commas")] = (
+        "256x512x2048,512x1024x4096"
+    ),
+    dtypes: Annotated[str, typer.Option(help="fp32, bf16, …, separated by commas")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 11,
+    ranks: Annotated[
+        int, typer.Option(min=2, help="processes of this machine; ignored where a launcher set WORLD_SIZE")
+    ] = 2,
+    backend: Annotated[str, typer.Option(help="gloo or shm")] = "gloo",
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also draw the shares", show_default=False)
+    ] = None,
+) -> None:
+    """Time products alone, communication alone, and both in one call; the share of what could be hidden that was. With
+    whole products, with `sg.overlap(mesh, sg.measure_costs(mesh))`, and in DTensor, fairscale and Megatron-core.
+
+    Under a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, on other hosts too, it runs as that rank.
+    """
+    ranks = processes.count() or ranks
+    parsed = bench_options.read_sizes(sizes, ranks, tokens_too=True)
+    kinds = bench_options.read_dtypes(dtypes)
+    (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
+    bench_options.check_picture(picture)
+    processes.start(ranks)
+    import torch.distributed as dist
+
+    from shardgrad.bench import overlap as bench
+
+    machine = bench_options.machine()
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
+    try:
+        rows, costs = bench.measure(parsed, kinds, rounds, how)
+    finally:
+        dist.destroy_process_group()
+    if not first:
+        return
+    if picture is not None:
+        bench.draw(rows, str(picture))
+    if json:
+        style.print_json({"machine": machine, "backend": how, **bench.as_json(rows, costs)})
+        return
+    columns = ("case", "contender", "products", "of these to hide", "talk", "together", "share hidden")
+    for dtype, size in dict.fromkeys((row.dtype, row.size) for row in rows):
+        table = [
+            (
+                row.case,
+                row.name,
+                f"{row.products.median:,.0f}",
+                f"{row.could.median:,.0f}",
+                f"{row.communication.median:,.0f}",
+                f"{row.together.median:,.0f}",
+                f"{row.hidden.median:.0%} [{row.hidden.low:.0%}, {row.hidden.high:.0%}]",
+            )
+            for row in rows
+            if (row.dtype, row.size) == (dtype, size)
+        ]
+        title = f"{dtype} {list(size)}, {ranks} ranks, {how}, medians in µs"
+        style.table(columns, table, title=title, numbers=columns[2:], on=style.console(130))
+    for axis, link in costs.links.items():
+        style.say(
+            f"measured of {axis}: {1e6 * link.latency:,.0f} µs for the smallest all-reduce, "
+            f"{1e-6 / link.seconds_per_byte:,.0f} MB/s of what a rank sends, "
+            f"{link.hidden:.0%} vanishes beside a product"
+        )
+    style.say(bench_options.told_machine(machine))

@@ -1,0 +1,86 @@
+"""`shardgrad bench step`: one step of Linear–GELU–Linear, beside the hand-written one and other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shardgrad.cli import bench_options, style
+from shardgrad.cli import ranks as processes
+
+if TYPE_CHECKING:
+    from shardgrad.bench.step import Found
+
+EPILOG = style.examples(
+    "shardgrad bench step",
+    "shardgrad bench step --sizes 8x64x256,64x256x1024 --dtypes bf16 --rounds 41 --picture step.png",
+)
+
+
+def step(
+    sizes: Annotated[str, typer.Option(help="tokens × features × hidden features, separated by commas")] = (
+        "8x64x256,64x256x1024,256x512x2048,512x1024x4096,2048x1024x4096"
+    ),
+    dtypes: Annotated[str, typer.Option(help="fp32, bf16, …, separated by commas")] = "fp32,bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 11,
+    ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
+    backends: Annotated[str, typer.Option(help="gloo, shm")] = "gloo,shm",
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)
+    ] = None,
+) -> None:
+    """Time forward + backward of Linear–GELU–Linear, tensor parallel: shardgrad, autograd Functions by hand, DTensor,
+    fairscale, Megatron-core, and the local products alone.
+
+    All in the same processes, in turns. Brackets are 95 % confidence intervals of medians.
+    """
+    parsed = bench_options.read_sizes(sizes, ranks)
+    kinds = bench_options.read_dtypes(dtypes)
+    wanted = bench_options.read_choice(backends, ("gloo", "shm"), "backends")
+    bench_options.check_picture(picture)
+    processes.start(ranks)
+    import torch.distributed as dist
+
+    from shardgrad.bench import step as bench
+
+    machine = bench_options.machine()
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
+    try:
+        found = bench.measure(parsed, kinds, rounds, wanted)
+    finally:
+        dist.destroy_process_group()
+    if not first:
+        return
+    if picture is not None:
+        bench.draw(found, str(picture))
+    if json:
+        style.print_json({"machine": machine, "ranks": ranks, "rounds": rounds, **found.as_json()})
+        return
+    _print(found, ranks, bench_options.told_machine(machine))
+
+
+def _print(found: Found, ranks: int, machine: str) -> None:
+    columns = ("contender", "backend", "µs", "/ hand-written", "products' share", "/ shardgrad")
+    for dtype, size in dict.fromkeys((row.dtype, row.size) for row in found.rows):
+        rows = [
+            (
+                row.name,
+                row.backend or "–",
+                row.time.text(),
+                row.to_hand.text(2) if row.to_hand else "–",
+                f"{row.share.median:.0%}" if row.share else "–",
+                f"{row.to_ours.median:.2f}" if row.to_ours else "–",
+            )
+            for row in found.rows
+            if (row.dtype, row.size) == (dtype, size)
+        ]
+        style.table(columns, rows, title=f"{dtype} {list(size)}, {ranks} ranks", numbers=columns[2:])
+    against = [(name, backend, f"{ratio:.2f}") for (name, backend), ratio in found.against().items()]
+    title = "time / shardgrad's, geometric mean"
+    style.table(("contender", "backend", "ratio"), against, title=title, numbers=("ratio",))
+    for text in (*found.left_out, machine):
+        style.say(text)

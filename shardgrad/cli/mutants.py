@@ -1,0 +1,87 @@
+"""`shardgrad mutants`: bugs planted into working programs; which of them verification finds and names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from shardgrad.cli import ranks as started
+from shardgrad.cli import style
+
+
+def mutants(
+    only: Annotated[str, typer.Argument(help="those alone whose name or program contains this")] = "",
+    ranks: Annotated[int, typer.Option(min=2, max=4, help="processes")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for the usual checks")] = 30,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print a table for docs/mutants.md")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Plant known bugs into working programs, one at a time, and see whether `sg.verify` finds and names them.
+
+    Beside it stands which of the usual checks each passes. The last rows are the programs without a bug, which must not
+    be accused. Ends with status 0 if every bug is caught and named as it should be, and no program accused.
+
+    Example: `shardgrad mutants "by hand" --ranks 3`
+    """
+    started.start(ranks)
+
+    import torch.distributed as dist
+
+    from shardgrad.verification.mutants import run
+
+    dist.init_process_group("gloo")
+    programs = run.programs(dist.get_world_size())
+    chosen = [one for one in run.mutants() if only in one.name or only in one.program]
+    found = [run.try_one(one, programs[one.program], steps) for one in chosen]
+    found += [run.control(name, programs[name], steps) for name in dict.fromkeys(one.program for one in chosen)]
+    if dist.get_rank() == 0:
+        if json:
+            from dataclasses import asdict
+
+            style.print_json([asdict(one) for one in found])
+        elif markdown:
+            typer.echo(_markdown(found))
+        else:
+            _table(found)
+    dist.destroy_process_group()
+    bad = [one for one in found if not one.named or one.caught != (one.name != "(none)")]
+    started.end(1 if bad else 0)
+
+
+def _row(one: Any) -> list[str]:
+    verdict = "passes" if not one.caught else "caught"
+    told = ", ".join(one.found) if one.found else ("" if not one.caught else "no explanation fits")
+    checks = [one.usual["falls"], one.usual["loss_agrees"], one.usual["norm_agrees"]]
+    return [one.name, one.program, f"{verdict}: {one.first}" if one.first else verdict, told,
+            *("passes" if check else "fails" for check in checks)]  # fmt: skip
+
+
+_COLUMNS = ("planted", "program", "verify", "explanations that fit", "loss falls", "loss within 1 %", "norm within 5 %")
+
+
+def _table(found: list[Any]) -> None:
+    style.table(_COLUMNS, [_row(one) for one in found])
+    style.say(_summary(found))
+
+
+def _summary(found: list[Any]) -> str:
+    planted = [one for one in found if one.name != "(none)"]
+    right = [one for one in found if one.name == "(none)"]
+    unknown = sum(not one.expected and one.named for one in planted)
+    named = sum(one.named for one in planted) - unknown
+    usual = sum(one.usual["passes"] for one in planted)
+    return (
+        f"{len(planted)} bugs: {sum(one.caught for one in planted)} caught, {named} of them explained, "
+        f"{unknown} found to fit no explanation, as foreseen. {usual} pass all three usual checks. Of {len(right)} "
+        f"programs without a bug, {sum(one.caught for one in right)} are accused."
+    )
+
+
+def _markdown(found: list[Any]) -> str:
+    columns = (*_COLUMNS[:1], "from", *_COLUMNS[1:])
+    lines = [_summary(found), "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for one in found:
+        first, *rest = _row(one)
+        lines.append("| " + " | ".join([first, one.origin, *rest]) + " |")
+    return "\n".join(lines)

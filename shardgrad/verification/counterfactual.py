@@ -1,0 +1,151 @@
+"""Explanations by one device: what would a module's output be if one of its parameters had been other than it was?
+
+Or a gradient, if a parameter had been other in backward alone?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.observed import Split
+
+_RUNS = 64
+"""Steps of one device at most."""
+
+
+def _parameters(seen: Seen, known: Known) -> list[tuple[str, Tensor, Split]]:
+    """Those of the module whose output it is; of the whole model, all."""
+    if seen.kind != "output" or not seen.fits:
+        return []
+    at = min((seen.name.find(mark) for mark in "#[" if mark in seen.name), default=len(seen.name))
+    prefix = seen.name[:at] + "."
+    own = [(name, *rest) for name, rest in known.before.items() if name.startswith(prefix) or prefix == "(model)."]
+    return own if len(own) <= 8 else []
+
+
+def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Each rank has what its own shard of a parameter gives, or all have what one rank's shard is missing from.
+
+    In backward too: there a gradient of what a cut parameter is multiplied with is a sum over its shards.
+    """
+    backward = seen.kind in ("output gradient", "input gradient", "gradient")
+    parameters = list(known.before.items()) if backward and seen.fits else []
+    candidates = [(name, *rest) for name, rest in parameters] or _parameters(seen, known)
+    runs = 0
+    for name, value, split in candidates:
+        axes = [axis for dim in split.spec.dims for axis in dim.axes if seen.mesh[axis] > 1]
+        if not axes or (backward and name == seen.name):
+            continue
+        alone, without = [], []
+        for at in seen.found.coordinates:
+            mask = _mask(value, split.indices(value.shape, seen.mesh, at))
+            for made, kept in ((alone, mask), (without, 1 - mask)):
+                if made is without and backward:
+                    continue
+                full = known.again((seen.kind, seen.name), {name: value * kept}, backward)
+                runs += 1
+                if full is None or runs > _RUNS:
+                    return
+                made.append(full)
+        over = list_of(axes)
+        parts = [seen.split.cut(full, seen.mesh, at) for full, at in zip(alone, seen.found.coordinates)]
+        remedy = f"add the terms of {name}'s shards over {over}: " + (
+            "what it multiplies must pass sg.replicate (or sg.all_gather), whose backward sums"
+            if backward
+            else "all-reduce, or reduce-scatter, after the product; and use what the collective returns"
+        )
+        says = f"each rank has the term of its own shard of {name}"
+        yield Guess(f"sum over {over} missing", says, remedy, parts, seen.size, cost=1)
+        for rank, full in enumerate(without):
+            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            says, remedy = (
+                f"the term of rank {rank}'s shard of {name} is not in it",
+                "let every rank take part in the sum",
+            )
+            yield Guess("one rank's term missing", says, remedy, parts, seen.size, cost=1)
+
+
+def _mask(value: Tensor, indices: list[Tensor]) -> Tensor:
+    """One at these indices of each dim, zero elsewhere."""
+    mask = torch.ones_like(value)
+    for dim, index in enumerate(indices):
+        keep = torch.zeros(value.shape[dim], dtype=mask.dtype, device=mask.device)
+        keep[index] = 1
+        mask = mask * keep.view([-1 if d == dim else 1 for d in range(value.dim())])
+    return mask
+
+
+def other_parameters(seen: Seen, known: Known) -> Iterator[Guess]:
+    """The output that one device has with a parameter left out, counted p times, permuted, transposed, or exchanged."""
+    runs = 0
+    for name, value, split in _parameters(seen, known):
+        for made, says, remedy, changes in _changes(name, value, split, seen, known):
+            full = known.again((seen.kind, seen.name), changes, False)
+            runs += 1
+            if full is None or runs > _RUNS:
+                return
+            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            yield Guess(made, says, remedy, parts, seen.size, cost=1)
+
+
+def _changes(
+    name: str, value: Tensor, split: Split, seen: Seen, known: Known
+) -> Iterator[tuple[str, str, str, dict[str, Tensor]]]:
+    what = "bias" if "bias" in name.rsplit(".", 1)[-1] else "parameter"
+    yield f"{what} left out", f"it is what comes out without {name}", f"use {name}", {name: torch.zeros_like(value)}
+    for axes, p in seen.axes():
+        over = list_of(axes)
+        more, less = f"it is what comes out with {p} times {name}", f"it is what comes out with {name}/{p}"
+        if value.dim() == 1:
+            remedy = f"add {name} once and whole, after the reduction over {over}, not on every rank before it"
+            yield f"{what} counted by every rank of {over}", more, remedy, {name: value * p}
+            yield f"{what} divided by the ranks of {over}", less, remedy, {name: value / p}
+        else:
+            remedy = f"look at what is reduced over {over} after the product with {name}"
+            yield f"summed twice over {over}", more, remedy, {name: value * p}
+            yield f"mean over {over} where a sum belongs", less, remedy, {name: value / p}
+    yield "sign flipped", f"it is what comes out with -{name}", f"look for a minus at {name}", {name: -value}
+    for dim, cut in enumerate(split.spec.dims):
+        size = value.shape[dim]
+        counts = {seen.mesh[axis] for axis in cut.axes} | {2, 3}
+        for parts in sorted(n for n in counts if n > 1 and size % n == 0):
+            pieces = value.chunk(parts, dim)
+            cuts = parts in {seen.mesh[axis] for axis in cut.axes}
+            for order in dict.fromkeys(
+                [
+                    tuple(reversed(range(parts))),
+                    *(tuple((i + s) % parts for i in range(parts)) for s in range(1, parts)),
+                ]
+            ):
+                made = "shards permuted" if cuts else "blocks interchanged"
+                says = f"it is what comes out if the {parts} pieces of dim {dim} of {name} stand as {list(order)}"
+                remedy = f"look at the order in which {name} is cut, loaded or joined along dim {dim}"
+                yield made, says, remedy, {name: torch.cat([pieces[i] for i in order], dim)}
+        says = f"it is what comes out if dim {dim} of {name} is in reverse order"
+        if size > 3:
+            yield "reversed", says, f"look for a flip of {name}", {name: value.flip(dim)}
+            says = f"it is what comes out if dim {dim} of {name} is rolled by one"
+            yield "shifted", says, f"look for an offset that is off by one at {name}", {name: value.roll(1, dim)}
+        if cut.axes:
+            for made, how in (("reversed", lambda t, d: t.flip(d)), ("blocks interchanged", _halves)):
+                moved = value.clone()
+                for at in seen.found.coordinates:
+                    index = split.indices(value.shape, seen.mesh, at)[dim]
+                    moved.index_copy_(dim, index, how(value.index_select(dim, index), dim))
+                says = f"it is what comes out if dim {dim} of each rank's shard of {name} is {made}"
+                yield made, says, f"look at the order within a shard of {name}", {name: moved}
+    if value.dim() == 2 and value.shape[0] == value.shape[1]:
+        says = f"it is what comes out with {name} transposed"
+        yield "transposed", says, f"transpose {name}: [in, out] or [out, in]", {name: value.t().clone()}
+    for other, (its, _) in known.before.items():
+        if other != name and its.shape == value.shape:
+            says = f"it is what comes out with {other} in the place of {name}"
+            yield "another tensor", says, f"look where {name} and {other} are named or loaded", {name: its}
+
+
+def _halves(t: Tensor, dim: int) -> Tensor:
+    return torch.cat(t.chunk(2, dim)[::-1], dim)

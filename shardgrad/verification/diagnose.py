@@ -1,0 +1,171 @@
+"""Why a tensor is wrong: explanations are tried until one reproduces what every rank has.
+
+An explanation fits if what it predicts differs from what was seen by no more than verification itself allows
+(`rounding.Bounds`), and by an eighth at most of what the right tensor differs. The simplest that fits is told: for the
+whole tensor before for some ranks, that before for some elements; without a constant fitted to it before with one. What
+is as simple and fits as well is told too. A fit that could be chance is none: an explanation of some elements, or with
+numbers fitted to it, must save 20 bits for each, n log₂(error before / error left) for n elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, log2
+
+import torch
+from torch import Tensor
+
+from shardgrad.verification.explanations import guesses
+from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.observed import Kind, Observed
+
+MOST = 8
+"""Tensors to look at, from the first that is wrong, until one is explained."""
+_BITS = 20.0
+_BETTER = 8.0
+_AS_GOOD = 4.0
+_LEVELS = (0, 1, 3)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An explanation that reproduces the tensor.
+
+    name: of the explanation. says: what happened. remedy: what to do.
+    where: "" if it holds for the whole tensor, else for which ranks or elements.
+    error: what is left of the worst element, in units of rounding; allowed: how much may be left.
+    """
+
+    name: str
+    says: str
+    remedy: str
+    where: str
+    error: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is the matter with one tensor. `fits` is empty if no explanation fits; several cannot be told apart.
+
+    error: of the worst element, in units of rounding, as it was seen.
+    """
+
+    kind: Kind
+    name: str
+    error: float
+    fits: tuple[Fit, ...]
+
+    def __str__(self) -> str:
+        if not self.fits:
+            return f"the {self.kind} of {self.name}: no explanation fits"
+        lines = []
+        for at, fit in enumerate(self.fits):
+            left = f"reproduces it to {fit.error:.2g} times rounding, where {fit.allowed:.0f} are allowed"
+            left = left if fit.allowed else "is what was seen"
+            where = f" ({fit.where})" if fit.where else ""
+            start = f"the {self.kind} of {self.name}" if at == 0 else "or, which cannot be told apart"
+            lines.append(f"{start}: {fit.name}{where}. {_sentence(fit.says)}; this {left}. {_sentence(fit.remedy)}.")
+        return "\n".join(lines)
+
+
+def diagnose(found: Sequence[Observed], known: Known) -> tuple[Diagnosis, ...]:
+    """Of wrong tensors in the order of execution: the first and those after it, until one is explained.
+
+    Later ones are wrong in consequence, mostly; they are looked at only where the first tells nothing.
+    """
+    told = []
+    for one in found[:MOST]:
+        told.append(explain(one, known))
+        if told[-1].fits:
+            break
+    return tuple(told)
+
+
+def explain(found: Observed, known: Known) -> Diagnosis:
+    """Try every explanation of the table on one tensor."""
+    seen = Seen(found, known.real.get((found.kind, found.name)))
+    before = _worst(seen.held, seen.right, seen.size, None) if seen.fits else inf
+    tried = [
+        (guess, level, fit) for guess in guesses(seen, known) for level, fit in [_fit(guess, seen)] if fit is not None
+    ]
+    fits: list[Fit] = []
+    if tried:
+        least = min(left for _, _, (_, left) in tried)
+        good = [(g, level, fit) for g, level, (fit, left) in tried if left <= max(_AS_GOOD * least, 1.0)]
+        simplest = min(g.cost + _LEVELS[level] for g, level, _ in good)
+        fits = [fit for g, level, fit in good if g.cost + _LEVELS[level] == simplest]
+    unique = {fit.name: fit for fit in reversed(fits)}
+    return Diagnosis(found.kind, found.name, before, tuple(reversed(unique.values())))
+
+
+def _fit(guess: Guess, seen: Seen) -> tuple[int, tuple[Fit, float] | None]:
+    """How widely a guess fits (0: everywhere, 1: on the wrong ranks, 2: at the wrong elements), and what it leaves:
+    of its worst element, and the root mean square over all, in units of rounding."""
+    if guess.size == ():  # nothing to compare: it is so
+        return 0, (Fit(guess.name, guess.says, guess.remedy, "", 0.0, 0.0), 0.0)
+    got = seen.held if guess.got is None else guess.got
+    if any(a.shape != b.shape for a, b in zip(got, guess.wanted)):
+        return 0, None
+    everywhere = [torch.ones_like(one, dtype=torch.bool) for one in got]
+    levels = [everywhere]
+    if guess.got is None and seen.fits:
+        ranks = [one | bool(wrong.any()) for one, wrong in zip([torch.zeros_like(w) for w in everywhere], seen.wrong)]
+        levels += [ranks, seen.wrong]
+    for level, where in enumerate(levels):
+        error = _worst(got, guess.wanted, guess.size, where)
+        if error > seen.allowed:
+            continue
+        left = _mean(got, guess.wanted, guess.size, where)
+        before = _mean(seen.held, seen.right, seen.size, where) if seen.fits and guess.got is None else inf
+        if before < _BETTER * left:
+            continue
+        count = sum(int(w.sum()) for w in where)
+        bits = count * log2(min(before / max(left, 1.0), 1e30)) if before > 1 else 0.0
+        if bits < _BITS * max(guess.fitted, int(level == 2)):
+            continue
+        return level, (Fit(guess.name, guess.says, guess.remedy, _where(level, seen), error, seen.allowed), left)
+    return 0, None
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _where(level: int, seen: Seen) -> str:
+    if level == 0:
+        return ""
+    ranks = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
+    on = f"on rank{'s' if len(ranks) > 1 else ''} {list_of(ranks)} alone" if len(ranks) < len(seen.ranks) else ""
+    if level == 1:
+        return on
+    parts, whole = [], seen.right[ranks[0]].shape
+    for dim, size in enumerate(whole):
+        others = [d for d in range(len(whole)) if d != dim]
+        hit = seen.wrong[ranks[0]].sum(others).nonzero().view(-1).tolist() if others else None
+        hit = seen.wrong[ranks[0]].nonzero().view(-1).tolist() if hit is None else hit
+        if len(hit) < size:
+            span = f"{hit[0]}" if len(hit) == 1 else f"{hit[0]}…{hit[-1]}"
+            parts.append(f"indices {span} of dim {dim}")
+    count = sum(int(wrong.sum()) for wrong in seen.wrong)
+    inside = " and ".join(parts) + f" of rank {ranks[0]}'s part" if parts else f"{count} elements"
+    return f"{inside} alone" + (f", {on}" if on else "")
+
+
+def _worst(
+    got: Sequence[Tensor], wanted: Sequence[Tensor], size: Sequence[Tensor], where: Sequence[Tensor] | None
+) -> float:
+    worst = 0.0
+    for at, (a, b, s) in enumerate(zip(got, wanted, size)):
+        far = torch.where(a == b, torch.zeros_like(s), (a - b).abs() / s).nan_to_num(inf, inf)
+        far = far if where is None else far[where[at]]
+        worst = max(worst, float(far.max()) if far.numel() else 0.0)
+    return worst
+
+
+def _mean(got: Sequence[Tensor], wanted: Sequence[Tensor], size: Sequence[Tensor], where: Sequence[Tensor]) -> float:
+    """The root mean square error over that of rounding."""
+    error = sum(float((a - b)[w].square().sum()) for a, b, w in zip(got, wanted, where))
+    rounding = sum(float(s[w].square().sum()) for s, w in zip(size, where))
+    return (error / rounding) ** 0.5 if rounding > 0 else inf

@@ -1,0 +1,373 @@
+"""The table of explanations: each knows what it would have done to a tensor, and what to do about it.
+
+An explanation is a generator of guesses about one wrong tensor. A guess predicts every rank's tensor from the exact one,
+or from what else is known of the step; `diagnose` holds it against what was seen. The order is that of the table in
+docs/diagnose.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from shardgrad.verification.counterfactual import other_parameters, own_terms
+from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.observed import Split
+from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
+from shardgrad.verification.rounding import floor
+
+Explanation = Callable[[Seen, Known], Iterator[Guess]]
+
+
+def _scaled(seen: Seen, c: float) -> tuple[list[Tensor], list[Tensor]]:
+    return [c * right for right in seen.right], [abs(c) * size for size in seen.size]
+
+
+def _reduce(seen: Seen, axes: Sequence[str]) -> str:
+    """Where the reduction belongs, by what the tensor is."""
+    over = list_of(axes)
+    return {
+        "output": f"reduce the terms over {over} after the product whose summed dim is cut "
+        "(sg.all_reduce, sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
+        "output gradient": f"what comes next uses this output differently on each rank of {over}: let it pass "
+        "sg.replicate, whose backward is the all-reduce (Megatron: copy_to_tensor_model_parallel_region)",
+        "input gradient": f"let the input pass sg.replicate over {over}, whose backward is the all-reduce",
+        "gradient": f"each rank of {over} sees only its own rows, heads or features: all-reduce this gradient over "
+        f"{over} after backward, or let the parameter pass sg.replicate",
+        "loss": f"all-reduce the loss over {over}: each rank has the part of its own rows or classes",
+    }.get(seen.kind, f"all-reduce it over {over}")
+
+
+def missing(seen: Seen, known: Known) -> Iterator[Guess]:
+    """A rank has none, or one device has none."""
+    none = [rank for rank, tensor in enumerate(seen.found.locals) if tensor is None]
+    if none:
+        says = f"rank{'s' if len(none) > 1 else ''} {list_of(none)} never computed it"
+        yield Guess(
+            "never computed", says, "look for detach(), no_grad(), or a parameter that is not used there", (), ()
+        )
+    elif (seen.kind, seen.name) in known.exact and not seen.fits and seen.exact.dim():
+        whole = [seen.exact] * len(seen.ranks)
+        says = "every rank holds the whole tensor, where it should hold its part"
+        yield Guess("not cut", says, f"cut it: store it as {seen.split}", whole, [seen.scale] * len(seen.ranks))
+
+
+def not_finite(seen: Seen, known: Known) -> Iterator[Guess]:
+    bad = [rank for rank in seen.ranks if not bool(seen.held[rank].isfinite().all())]
+    if bad:
+        yield Guess(
+            "not finite",
+            f"rank{'s' if len(bad) > 1 else ''} {list_of(bad)} ha{'ve' if len(bad) > 1 else 's'} "
+            f"{sum(int((~seen.held[r].isfinite()).sum()) for r in bad)} elements that are NaN or infinite",
+            "look for what was read before it was written, divided by zero, or overflowed",
+            (),
+            (),
+        )
+
+
+def drifted(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Replicas that are not the same bits before the step."""
+    if seen.kind == "value":
+        off = [rank for rank in seen.ranks if not torch.equal(seen.held[rank], seen.right[rank])]
+        says = f"rank{'s' if len(off) > 1 else ''} {list_of(off)} hold{'s' if len(off) == 1 else ''} other values than "
+        remedy = "initialise replicas with one seed or broadcast them, and give every replica the same gradient"
+        yield Guess("replicas have drifted apart", says + "the first rank that should hold the same", remedy, (), ())
+
+
+def nothing(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Zero, or as it was before the step."""
+    zero = [torch.zeros_like(right) for right in seen.right]
+    if seen.kind == "step":
+        if seen.name in known.before:
+            value, split = known.before[seen.name]
+            at = [split.cut(value.double(), seen.mesh, c) for c in seen.found.coordinates]
+            says = "it is what it was before the step"
+            yield Guess(
+                "stale",
+                says,
+                "give the parameter to the optimizer, and step after its gradient is there",
+                at,
+                seen.size,
+            )
+    else:
+        says = "it is zero: never written, or written elsewhere"
+        remedy = {
+            "gradient": "look for a gradient that is computed but not stored, or kept under another name or replica",
+        }.get(seen.kind, "look for a buffer that was not filled, a result that was dropped, or a mask")
+        yield Guess("stale", says, remedy, zero, seen.size)
+
+
+def padding_counted(seen: Seen, known: Known) -> Iterator[Guess]:
+    """What is wrong lies beyond the tensor of one device."""
+    real = known.real.get((seen.kind, seen.name))
+    if real is None or real == tuple(seen.exact.shape) or len(real) != seen.exact.dim():
+        return
+    inside = torch.zeros(seen.exact.shape, dtype=torch.bool)
+    inside[tuple(slice(size) for size in real)] = True
+    mine = [seen.split.cut(inside, seen.mesh, c) for c in seen.found.coordinates]
+    wanted = [torch.where(m, right, held) for m, right, held in zip(mine, seen.right, seen.held)]
+    says = "it is right but for what belongs to the padding, which should be zero"
+    yield Guess(
+        "padding counted",
+        says,
+        "mask the padded classes before the loss (or the rows, in the mean)",
+        wanted,
+        seen.size,
+        cost=1,
+    )
+
+
+def sum_missing(seen: Seen, known: Known) -> Iterator[Guess]:
+    """The ranks' tensors are terms: only their sum (or mean) is right."""
+    for axes, ranks in seen.axes(cut=False):
+        alike = all(
+            bool(((seen.held[r] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[r]).all())
+            for group in seen.groups(axes)
+            for r in group
+        )
+        if alike or not seen.fits:
+            continue
+        over, total = list_of(axes), seen.summed(seen.held, axes)
+        squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
+        size = [square.sqrt() for square in seen.summed(squares, axes)]
+        says = f"the ranks of {over} hold different terms, which add up to the right tensor"
+        yield Guess(f"sum over {over} missing", says, _reduce(seen, axes), seen.right, size, total)
+        mean, part = [t / ranks for t in total], [s / ranks for s in size]
+        says = f"the ranks of {over} hold different tensors, of which the mean is right"
+        remedy = f"all-reduce it over {over} and divide by {ranks}"
+        yield Guess(f"mean over {over} missing", says, remedy, seen.right, part, mean)
+        for other, factor in seen.axes():
+            if not set(other) & set(axes):
+                wanted, scaled = _scaled(seen, factor)
+                says = f"it was summed over {list_of(other)}, but its terms lie over {over}"
+                remedy = f"reduce over {over} instead of {list_of(other)}"
+                bound = [torch.maximum(a, b) for a, b in zip(scaled, size)]
+                yield Guess(
+                    f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total, cost=1
+                )
+
+
+def factors(seen: Seen, known: Known) -> Iterator[Guess]:
+    """p times, or a p-th, of what it should be."""
+    bias = seen.exact.dim() == 1 and "bias" in seen.name.rsplit(".", 1)[-1]
+    for axes, p in seen.axes():
+        over = list_of(axes)
+        more, less = _scaled(seen, p), _scaled(seen, 1 / p)
+        yield Guess(
+            f"summed twice over {over}", f"it is {p} times what it should be: complete tensors were added up",
+            f"leave out one of the two reductions over {over}: the gradient (or term) was already complete on every rank "
+            "(sg.all_reduce's backward is nothing, sg.gather_replicated's a slice)", *more,
+        )  # fmt: skip
+        yield Guess(
+            f"sum over {over} where a mean belongs", f"it is {p} times what it should be", f"divide by {p}", *more
+        )
+        yield Guess(
+            f"mean over {over} where a sum belongs", f"it is 1/{p} of what it should be",
+            f"do not divide by {p}: the ranks' tensors are terms of one sum, or are complete already", *less,
+        )  # fmt: skip
+        if bias:
+            says = f"it is {p} times what it should be: every rank of {over} adds the bias, or its gradient"
+            remedy = f"add the bias once, after the reduction over {over}, and do not all-reduce its gradient"
+            yield Guess(f"bias counted by every rank of {over}", says, remedy, *more)
+            says = f"it is 1/{p} of what it should be: a bias divided by {p} in forward has that gradient"
+            remedy = f"add the whole bias once after the reduction over {over}, instead of bias/{p} before it"
+            yield Guess(f"bias divided by the ranks of {over}", says, remedy, *less)
+    says = "it is what it should be, but for the sign"
+    yield Guess("sign flipped", says, "look for a minus, or an update that goes uphill", *_scaled(seen, -1.0))
+
+
+def constant(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Some other constant, of the whole tensor or of each rank."""
+    if not seen.fits or seen.kind in ("loss", "norm") or seen.exact.numel() < 2:
+        return
+    pairs = list(zip(seen.held, seen.right))
+    weight = [1 / size.square() for size in seen.size]
+    over = [float((w * a * b).sum()) for w, (a, b) in zip(weight, pairs)]
+    under = [float((w * b * b).sum()) for w, (a, b) in zip(weight, pairs)]
+    wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any()) and under[rank] > 0]
+    if not wrong:
+        return
+    at_wrong = sum(over[r] for r in wrong) / sum(under[r] for r in wrong)
+    remedy = "look for a scale, a learning rate, a count of tokens or a dtype's loss scale that one device has not"
+    if at_wrong and at_wrong == at_wrong:
+        yield Guess("scaled by a constant", f"it is {_number(at_wrong, seen)} times what it should be", remedy,
+                    *_scaled(seen, at_wrong), cost=2, fitted=1)  # fmt: skip
+    own = [over[r] / under[r] if r in wrong else 1.0 for r in seen.ranks]
+    if len(wrong) > 1 and all(own):
+        says = "rank by rank it is " + list_of([f"{c:.4g}" for c in own]) + " times what it should be"
+        wanted = [c * right for c, right in zip(own, seen.right)]
+        size = [abs(c) * one for c, one in zip(own, seen.size)]
+        yield Guess("scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong))
+    for dim in range(seen.exact.dim()):
+        others = [d for d in range(seen.exact.dim()) if d != dim]
+        if not others or seen.exact.shape[dim] < 2:
+            continue
+        rates = [
+            (w * a * b).sum(others, keepdim=True) / (w * b * b).sum(others, keepdim=True).clamp(min=1e-300)
+            for w, (a, b) in zip(weight, pairs)
+        ]
+        wanted = [rate * right for rate, right in zip(rates, seen.right)]
+        size = [rate.abs() * one + one for rate, one in zip(rates, seen.size)]
+        says = f"each index of dim {dim} has another factor"
+        remedy = f"look for a weight, a mask or a normalisation along dim {dim} that is applied twice or not at all"
+        yield Guess(f"scaled along dim {dim}", says, remedy, wanted, size, cost=8, fitted=seen.exact.shape[dim])
+
+
+def _number(c: float, seen: Seen) -> str:
+    for axis, p in seen.mesh.items():
+        for power, name in ((0.5, f"√{axis}"), (-0.5, f"1/√{axis}"), (2, f"{axis}²"), (-2, f"1/{axis}²")):
+            if p > 1 and abs(c / p**power - 1) < 1e-3:
+                return f"{c:.6g} ({name}, with {axis}={p})"
+    return f"{c:.6g}"
+
+
+def summed_shards(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Shards, which are different parts, were added up or averaged as if they were terms or replicas."""
+    for axes, p in seen.axes(cut=True):
+        if not seen.fits or any(len({seen.right[r].shape for r in group}) > 1 for group in seen.groups(axes)):
+            continue
+        total = seen.summed(seen.right, axes)
+        size = [square.sqrt() for square in seen.summed([size.square() for size in seen.size], axes)]
+        over = list_of(axes)
+        remedy = f"take it out of what is reduced over {over}: {seen.split} is cut there"
+        says = f"the shards of the ranks of {over}, which are different parts of it, were added up"
+        yield Guess(f"shards summed over {over}", says, remedy, total, size)
+        says = f"the shards of the ranks of {over}, which are different parts of it, were averaged"
+        yield Guess(f"shards averaged over {over}", says, remedy, [t / p for t in total], [s / p for s in size])
+
+
+def other_tensor(seen: Seen, known: Known) -> Iterator[Guess]:
+    """It is what another tensor of the step should be."""
+    for (kind, name), (exact, split) in known.exact.items():
+        if (kind, name) == (seen.kind, seen.name) or kind in ("norm", "loss") or exact.dim() != seen.exact.dim():
+            continue
+        wanted = [split.cut(exact, seen.mesh, at) for at in seen.found.coordinates]
+        if any(a.shape != b.shape for a, b in zip(wanted, seen.right)):
+            continue
+        size = [
+            floor(one, seen.dtype, len(seen.ranks)) + one.square().mean().sqrt() * torch.finfo(seen.dtype).eps
+            for one in wanted
+        ]
+        size = [torch.maximum(a, b) for a, b in zip(size, seen.size)]
+        what = f"the {kind} of {name}" if kind != seen.kind else name
+        remedy = f"two tensors of one shape were exchanged, or one is used for both: look where {seen.name} and {name} are named"
+        yield Guess(
+            "another tensor", f"it is what {what} should be", remedy, wanted, size, cost=1 + (kind != seen.kind)
+        )
+
+
+def update(seen: Seen, known: Known) -> Iterator[Guess]:
+    """After the optimizer's step: the step itself is p times, a p-th, uphill, or another constant times what it should be."""
+    if seen.kind != "step" or seen.name not in known.before or not seen.fits:
+        return
+    value, split = known.before[seen.name]
+    before = [split.cut(value.double(), seen.mesh, at) for at in seen.found.coordinates]
+    step = [right - at for right, at in zip(seen.right, before)]
+    taken = [held - at for held, at in zip(seen.held, before)]
+    named = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
+    named += [(1 / p, f"mean over {list_of(axes)} where a sum belongs") for axes, p in seen.axes()]
+    under = sum(float(s.square().sum()) for s in step)
+    fitted = sum(float((a * b).sum()) for a, b in zip(taken, step)) / under if under else 0.0
+    for c, name, cost in [
+        *((c, n, 0) for c, n in named),
+        (-1.0, "sign flipped", 0),
+        (fitted, "scaled by a constant", 2),
+    ]:
+        if c:
+            wanted = [at + c * s for at, s in zip(before, step)]
+            says = f"the step is {c:.4g} times what it should be"
+            remedy = "look at what happens between backward and the optimizer: clipping, averaging, the learning rate"
+            yield Guess(
+                name, says, remedy, wanted, [(1 + abs(c)) * size for size in seen.size], cost=cost, fitted=cost // 2
+            )
+
+
+def norm(seen: Seen, known: Known) -> Iterator[Guess]:
+    """The norm of all gradients: which of them were counted how often."""
+    if seen.kind != "norm":
+        return
+    gradients = {name: (exact, split) for (kind, name), (exact, split) in known.exact.items() if kind == "gradient"}
+
+    for axes, p in seen.axes():
+        over = list_of(axes)
+
+        def cut_along(cutting: tuple[str, ...], axes: tuple[str, ...] = axes) -> bool:
+            return any(axis in cutting for axis in axes)
+
+        def whole(exact: Tensor) -> float:
+            return float(exact.square().sum())
+
+        once = {name: whole(exact) for name, (exact, _) in gradients.items()}
+        shared = sum(once[n] for n, (_, split) in gradients.items() if not cut_along(_axes_of(split)))
+        total = sum(once.values())
+        cut_here = [
+            sum(
+                whole(split.cut(exact, seen.mesh, seen.found.coordinates[rank]))
+                for exact, split in gradients.values()
+                if cut_along(_axes_of(split))
+            )
+            for rank in seen.ranks
+        ]
+        remedy = (
+            f"sum squares over {over} of cut gradients alone; count each replicated gradient once (sg.clip_grad_norm_)"
+        )
+        for name, says, squares in (
+            ("replicated gradients counted by every rank", f"replicated gradients were counted {p} times, once by every rank of {over}",
+             [total + (p - 1) * shared] * len(seen.ranks)),
+            (f"sum over {over} missing", f"every rank of {over} has the norm of its own part", [shared + c for c in cut_here]),
+            ("replicated gradients left out", f"gradients that are replicated over {over} were left out", [total - shared] * len(seen.ranks)),
+            ("cut gradients left out", f"gradients that are cut over {over} were left out", [shared] * len(seen.ranks)),
+        ):  # fmt: skip
+            wanted = [torch.tensor(sqrt(max(square, 0.0)), dtype=torch.float64) for square in squares]
+            yield Guess(name, says, remedy, wanted, seen.size)
+
+
+def _axes_of(split: Split) -> tuple[str, ...]:
+    return tuple(axis for dim in split.spec.dims for axis in dim.axes)
+
+
+def lower_precision(seen: Seen, known: Known) -> Iterator[Guess]:
+    """The numbers have fewer digits than the working precision."""
+    for narrow in (torch.bfloat16, torch.float16):
+        if seen.dtype.itemsize > narrow.itemsize and seen.fits:
+            if all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
+                size = [
+                    torch.maximum(
+                        floor(right, narrow, len(seen.ranks)), torch.finfo(narrow).eps * right.square().mean().sqrt()
+                    )
+                    for right in seen.right
+                ]
+                says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
+                remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
+                yield Guess("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
+
+
+EXPLANATIONS: tuple[Explanation, ...] = (
+    missing,
+    not_finite,
+    drifted,
+    nothing,
+    padding_counted,
+    sum_missing,
+    factors,
+    norm,
+    update,
+    wrong_slices,
+    rearranged,
+    transposed,
+    summed_shards,
+    other_tensor,
+    constant,
+    lower_precision,
+    own_terms,
+    other_parameters,
+)
+
+
+def guesses(seen: Seen, known: Known) -> Iterator[Guess]:
+    """Every guess of every explanation."""
+    for explanation in EXPLANATIONS:
+        yield from explanation(seen, known)

@@ -1,0 +1,138 @@
+"""What explanations are made from: a wrong tensor ready for arithmetic, and a guess of how it came about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from shardgrad.verification.observed import Observed, Split
+from shardgrad.verification.record import Key
+from shardgrad.verification.rounding import Bounds, floor
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the step besides the wrong tensor.
+
+    exact: every tensor that was compared, float64, in the shape that the parallel model stores, and how it is cut.
+    before: the parameters before the step, global, by the parallel model's names; and how they are cut.
+    real: the shape of a tensor on one device, where the stored one is larger (padded).
+    again: `again(key, {parameter: value}, backward)`: what one device would compute for a tensor, in float64, if
+        parameters had other values, in forward and backward or in backward alone; None if it cannot be told.
+    """
+
+    exact: Mapping[Key, tuple[Tensor, Split]] = field(default_factory=dict)
+    before: Mapping[str, tuple[Tensor, Split]] = field(default_factory=dict)
+    real: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
+    again: Callable[[Key, Mapping[str, Tensor], bool], Tensor | None] = lambda key, changes, backward: None
+
+
+class Seen:
+    """A wrong tensor whose terms, if it is a partial sum, have been added; every rank's part in float64.
+
+    held, right, size: for each rank what it has, what it should have, and the size of rounding of each element.
+    wrong: where they differ by more than rounding.
+    """
+
+    def __init__(self, found: Observed, real: tuple[int, ...] | None = None) -> None:
+        self.found, self.kind, self.name = found, found.kind, found.name
+        self.mesh, self.ranks = found.mesh_shape, range(len(found.coordinates))
+        self.exact, self.scale, self.split = found.exact, found.scale, found.split
+        terms = [torch.zeros(0) if t is None else t for t in found.locals]
+        self.dtype = terms[0].dtype
+        self.held = self.summed([t.double().to(found.exact.device) for t in terms], found.split.partial)
+        self.right = [found.expected(r) for r in self.ranks]
+        self.size = [
+            torch.maximum(found.scale_at(r), floor(right, self.dtype, len(self.ranks)))
+            for r, right in zip(self.ranks, self.right)
+        ]
+        self.allowed = Bounds.of(1, found.exact.numel()).element
+        self.fits = all(a.shape == b.shape for a, b in zip(self.held, self.right))
+        if self.fits and real is not None and found.kind not in ("gradient", "step", "value"):
+            self._ignore_beyond(real)
+        self.wrong = [
+            ~((a - b).abs() <= self.allowed * s) for a, b, s in zip(self.held, self.right, self.size) if self.fits
+        ]
+
+    def _ignore_beyond(self, real: tuple[int, ...]) -> None:
+        """What padding holds is no concern of verification, but of gradients of parameters."""
+        inside = torch.zeros(self.exact.shape, dtype=torch.bool, device=self.exact.device)
+        inside[tuple(slice(size) for size in real)] = True
+        for rank in self.ranks:
+            mine = self.split.cut(inside, self.mesh, self.found.coordinates[rank])
+            self.held[rank] = torch.where(mine, self.held[rank], self.right[rank])
+
+    def groups(self, axes: Sequence[str]) -> Iterator[list[int]]:
+        """Ranks that differ in their place on these axes alone."""
+        rest = [axis for axis in self.mesh if axis not in axes]
+        by_place: dict[tuple[int, ...], list[int]] = {}
+        for rank, at in enumerate(self.found.coordinates):
+            by_place.setdefault(tuple(at[axis] for axis in rest), []).append(rank)
+        yield from by_place.values()
+
+    def summed(self, tensors: Sequence[Tensor], axes: Sequence[str]) -> list[Tensor]:
+        """Every rank gets the sum over the axes."""
+        sums = list(tensors)
+        for group in self.groups(axes) if axes else ():
+            if len({tensors[r].shape for r in group}) == 1:
+                total = torch.stack([tensors[r] for r in group]).sum(0)
+                for rank in group:
+                    sums[rank] = total
+        return sums
+
+    def axes(self, *, cut: bool | None = None) -> Iterator[tuple[tuple[str, ...], int]]:
+        """Every set of axes longer than 1 and its number of ranks: those that cut the tensor, those that do not, or all.
+
+        Of sets with the same number of ranks all are told, as they cannot be told apart by a factor.
+        """
+        cutting = {axis for dim in self.split.spec.dims for axis in dim.axes}
+        fit = [a for a, n in self.mesh.items() if n > 1 and (cut is None or (a in cutting) == cut)]
+        for count in range(1, len(fit) + 1):
+            for axes in combinations(fit, count):
+                yield axes, prod(self.mesh[axis] for axis in axes)
+
+    def whole_along(self, dim: int, rank: int) -> tuple[Tensor, Tensor]:
+        """The exact tensor and rounding's size, cut as on this rank but whole along `dim`."""
+        own = self.split.indices(self.exact.shape, self.mesh, self.found.coordinates[rank])
+        exact, scale = self.exact, self.scale
+        for other, index in enumerate(own):
+            if other != dim:
+                exact, scale = exact.index_select(other, index), scale.index_select(other, index)
+        return exact, scale
+
+    def rows_of(self, rank: int, dim: int) -> Tensor:
+        """The global indices along `dim` that the rank should hold."""
+        return self.split.indices(self.exact.shape, self.mesh, self.found.coordinates[rank])[dim]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One explanation of one tensor, with what it predicts.
+
+    name: the entry of the table of explanations.
+    says, remedy: in the words of the user.
+    wanted, size: what the explanation predicts for each rank, and what rounding does to it.
+    got: what is to be compared with it: by default what every rank has; for explanations that tell the ranks' sum, it.
+    cost: the less simple, the more.
+    fitted: how many numbers of the prediction were taken from what was seen.
+    """
+
+    name: str
+    says: str
+    remedy: str
+    wanted: Sequence[Tensor]
+    size: Sequence[Tensor]
+    got: Sequence[Tensor] | None = None
+    cost: int = 0
+    fitted: int = 0
+
+
+def list_of(names: Sequence[str]) -> str:
+    """a, b and c."""
+    names = [str(name) for name in names]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

@@ -1,0 +1,1 @@
+"""Bugs planted into working programs, to show that verification finds them and says what they are."""

@@ -1,0 +1,65 @@
+"""One planted bug, one working program, and how a program is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.verification.attempt import Clip, Optimizer
+from shardgrad.verification.record import Loss
+
+
+@dataclass
+class Program:
+    """A working program over a mesh, and the same on one device; the arguments of `sg.verify`.
+
+    load: `load(single)` gives the parallel model one device's values.
+    share: what a rank multiplies its squared gradients of a parameter with so that the sum over ranks is the norm's
+        square: 1 for a shard, 1/p for a replica.
+    reduce: what is done to each parameter's gradient as it arrives, where the program does it so.
+    around: what a bug patches while the program runs.
+    """
+
+    parallel: nn.Module
+    single: nn.Module
+    batch: Sequence[Any]
+    mesh: DeviceMesh
+    load: Callable[[nn.Module], None]
+    share: Callable[[str], float]
+    loss: Loss | None = None
+    parallel_loss: Loss | None = None
+    parallel_batch: Sequence[Any] | None = None
+    clip: Clip | None = None
+    optimizer: Optimizer | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    reduce: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug.
+
+    name: one for each; program: the program into which it is planted.
+    plant: changes the program.
+    origin: where it has happened.
+    expected: the explanation that should be found; "" where the bug is caught, but no explanation of it is known.
+    ranks: as few as the bug needs.
+    """
+
+    name: str
+    program: str
+    plant: Callable[[Program], None]
+    origin: str
+    expected: str
+    ranks: int = 2
+
+
+def on_gradient(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a parameter's gradient as it arrives."""
+    model.get_parameter(name).register_hook(change)
