@@ -62,7 +62,7 @@ def rows(sizes: Iterable[tuple[int, int, int]], ranks: Iterable[int]) -> list[Ro
     counts = list(ranks)
     for at in sizes:
         for count in counts:
-            for name in ("column", "row", "data", "fully_sharded"):
+            for name in ("column", "row", "data", "column_sequence", "row_sequence", "fully_sharded"):
                 made.append(row(name, at, {PRESETS[name].axes[0]: count}))
             side = round(count**0.5)
             if side * side == count:
@@ -87,14 +87,15 @@ def draw(rows: Iterable[Row], path: str) -> None:
             panel.plot(
                 [x for x, _, _ in points],
                 [y for _, y, _ in points],
-                marker="osv^Dx"[at],
-                markersize=9 - at,
+                marker="osv<>^Dx"[at],
+                markersize=10 - at,
                 markerfacecolor="none",
                 linestyle=":" if replicates else "-",
                 label=f"{name} (replicates)" if replicates else name,
             )
         panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(xscale="log", yscale="log", xlabel="ranks", title=f"n = {n}, d = {d}, m = {m}")
+        panel.set(xscale="log", yscale="log", xlabel="ranks", )
+        panel.set_title(f"n = {n}, d = {d}, m = {m}", fontsize=10)
         ticks = sorted({one.ranks for one in here})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
