@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
@@ -101,7 +102,8 @@ def fairscale(mesh: DeviceMesh) -> Program:
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     if not state.model_parallel_is_initialized():
-        state.initialize_model_parallel(mesh.size())
+        with redirect_stdout(StringIO()):  # it prints
+            state.initialize_model_parallel(mesh.size())
     up = ColumnParallelLinear(D, M, gather_output=False)
     return _program(_FeedForward(up, RowParallelLinear(M, D, input_is_parallel=True)), mesh)
 
