@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,3 +75,35 @@ def announce(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> 
     # The fake backend may refuse what the real one does (shards of different sizes); listeners have heard it by then.
     with contextlib.suppress(RuntimeError):
         getattr(speaker, name)(*args, **kwargs)
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and a device but no values (torch's FakeTensor)."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(x, module.FakeTensor)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """A block whose new tensors have values, also inside `without_memory`."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    if module is None:
+        yield
+        return
+    with module.unset_fake_temporarily():
+        yield
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """A block in which tensors are shapes alone: nothing is allocated, nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield
+
+
+def join_imagined(rank: int, ranks: int) -> None:
+    """Start the default process group as one of so many ranks, none of which need exist: torch's `fake` backend, which
+    sends nothing and returns at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
