@@ -11,9 +11,15 @@ from pydantic import BeforeValidator, Field
 
 from shardgrad.errors import LayoutError
 from shardgrad.layout import PRESETS, Layout
-from shardgrad.scale import training
 from shardgrad.settings import ConfigError, Number, Section
 
+STEP = {
+    "layers": "model.layers",
+    "heads": "model.heads",
+    "d_model": "model.d_model",
+    "sequence": "model.seq_len",
+    "batch": "train.batch",
+}
 BLOCK = {
     "batch": "sequences",
     "sequence": "positions of a sequence",
@@ -43,7 +49,7 @@ class Cell(Section):
     sizes: dict[str, _Count] = Field(
         default={},
         description="global sizes: of a layer's letters; of a block: batch, sequence, d, heads; of a step: any of "
-        f"{', '.join(training.SIZES)}",
+        f"{', '.join(STEP)}",
     )
     grow: dict[str, Number] = Field(
         default={},
@@ -101,9 +107,17 @@ def resolve(cell: Cell) -> Cell:
         ConfigError: keys disagree, or the layout, the sizes or the training configuration cannot be used so.
     """
     layout = _layout(cell)
-    mesh = _mesh(cell, layout)
-    ranks = prod(mesh.values())
-    sizes = _grown(cell, ranks)
+    if cell.kind == "step":
+        from shardgrad.scale import training  # takes its time, and its libraries
+
+        ranks = _ranks(cell)
+        sizes = _grown(cell, ranks)
+        assert cell.train is not None
+        mesh = training.shape(training.read(cell.train, cell.set, sizes, cell.mesh, ranks, cell.dtype, cell.device))
+    else:
+        mesh = _mesh(cell, layout)
+        ranks = prod(mesh.values())
+        sizes = _grown(cell, ranks)
     backend = cell.backend or ("nccl" if cell.device == "cuda" else "gloo")
     update = {"mesh": mesh, "ranks": ranks, "sizes": sizes, "backend": backend}
     made = cell.model_copy(update=update | ({"layout": str(layout)} if layout is not None else {}))
@@ -113,8 +127,6 @@ def resolve(cell: Cell) -> Cell:
             made.product.collectives(sizes, mesh, cell.dtype, keep=cell.keep, coordinate=first)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    elif cell.kind == "step":
-        training.check(made.train, made.set, made.sizes, mesh, made.dtype, made.device)
     return made
 
 
@@ -131,6 +143,9 @@ def _layout(cell: Cell) -> Layout | None:
     if cell.kind == "block":
         return _check_block(cell)
     if cell.kind == "step":
+        for name in cell.sizes:
+            if name not in STEP:
+                raise ConfigError(f"sizes.{name} is no size of a step, which has {', '.join(STEP)}")
         return None
     if cell.layout is None:
         raise ConfigError("layout is missing: of a layer, such as column or 'X[n,d] W[d,m/tp] -> Y[n,m/tp]'")
@@ -155,19 +170,26 @@ def _check_block(cell: Cell) -> None:
         raise ConfigError(f"sizes.d = {cell.sizes['d']} does not divide by sizes.heads = {cell.sizes['heads']}")
 
 
-def _mesh(cell: Cell, layout: Layout | None) -> dict[str, int]:
-    axes = layout.axes if layout is not None else ("tp",)
+def _ranks(cell: Cell) -> int:
     if cell.mesh is None:
         if cell.ranks is None:
             raise ConfigError("ranks is missing: say ranks, or a mesh")
+        return cell.ranks
+    ranks = prod(cell.mesh.values())
+    if cell.ranks not in (None, ranks):
+        raise ConfigError(f"mesh = {cell.mesh} has {ranks} ranks, not ranks = {cell.ranks}")
+    return ranks
+
+
+def _mesh(cell: Cell, layout: Layout | None) -> dict[str, int]:
+    axes, ranks = layout.axes if layout is not None else ("tp",), _ranks(cell)
+    if cell.mesh is None:
         if len(axes) != 1:
             example = ", ".join(f"{axis}: …" for axis in axes)
-            raise ConfigError(f"{layout} has {len(axes)} axes: say mesh: {{{example}}} for {cell.ranks} ranks")
-        return {axes[0]: cell.ranks}
-    if cell.ranks is not None and cell.ranks != prod(cell.mesh.values()):
-        raise ConfigError(f"mesh = {cell.mesh} has {prod(cell.mesh.values())} ranks, not ranks = {cell.ranks}")
+            raise ConfigError(f"{layout} has {len(axes)} axes: say mesh: {{{example}}} for {ranks} ranks")
+        return {axes[0]: ranks}
     missing = [axis for axis in axes if axis not in cell.mesh]
-    if missing and cell.kind != "step":
+    if missing:
         raise ConfigError(f"mesh = {cell.mesh} lacks the axis {missing[0]!r} of {layout or 'a block'}")
     return dict(cell.mesh)
 

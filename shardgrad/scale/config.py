@@ -44,7 +44,7 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell of an experiment. label: what tells its series from others; series: all that its ranks do not change."""
+    """A cell of an experiment. label: what tells its series from others; series: all that ranks do not change."""
 
     cell: Cell
     label: str
@@ -52,7 +52,8 @@ class Planned:
 
     @property
     def name(self) -> str:
-        mesh = "·".join(f"{axis}={ranks}" for axis, ranks in (self.cell.mesh or {}).items())
+        axes = {axis: ranks for axis, ranks in self.cell.on.items() if ranks > 1}
+        mesh = "·".join(f"{axis}={ranks}" for axis, ranks in axes.items()) or "1 rank"
         return f"{self.label}, {mesh}" if self.label else mesh
 
 
@@ -135,21 +136,39 @@ def _cell(keys: Mapping[str, Any], chosen: Sequence[Any]) -> str:
     return "the cell " + ", ".join(f"{key}={value}" for key, value in zip(keys, chosen) if key not in _WHOLE)
 
 
+_LABELS = ("kind", "layout", "train", "sequence_parallel", "bias", "keep", "dtype", "overlap", "backend", "device")
+_ELSE = ("sizes", "set", "threads", "grow")  # told only where series could not be told apart without
+
+
 def _labelled(cells: Sequence[tuple[Cell, Cell]]) -> Iterator[Planned]:
-    shown = [(asked.series(), resolved) for asked, resolved in cells]
-    varied = [key for key in Cell.model_fields if len({str(series.get(key)) for series, _ in shown}) > 1]
-    for (series, resolved), (asked, _) in zip(shown, cells):
-        label = asked.label or ", ".join(text for key in varied if (text := _told(key, series[key])))
+    """Labels of what varies between series, as short as tells them apart."""
+    every = [(asked.series(), asked, resolved) for asked, resolved in cells]
+    varied = [key for key in (*_LABELS, *_ELSE) if len({str(series[key]) for series, _, _ in every}) > 1]
+    keys = [key for key in varied if key in _LABELS]
+    for more in [None, *(key for key in varied if key in _ELSE)]:
+        keys += [more] if more is not None else []
+        labels = [asked.label or ", ".join(filter(None, (_told(asked, key) for key in keys))) for _, asked, _ in every]
+        if len(set(labels)) == len({str(series) for series, _, _ in every}):
+            break
+    for label, (series, _, resolved) in zip(labels, every):
         yield Planned(resolved, label, str(series))
 
 
-def _told(key: str, value: Any) -> str:
-    """A value as a label tells it."""
+def _told(cell: Cell, key: str) -> str:
+    """A value as a label tells it; nothing where it is what one expects."""
+    value = getattr(cell, key)
+    if key == "kind":
+        return "" if value == "layer" else str(value)
+    if key == "sequence_parallel":
+        return "" if cell.kind != "block" else "sequence parallel" if value else "replicated rows"
+    if key == "bias":
+        return "bias" if value else ""
+    if key == "train":
+        return Path(value).stem if value else ""
+    if value in (None, [], {}):
+        return "no overlap" if key == "overlap" and cell.kind == "layer" else ""
     if isinstance(value, dict):
         return "·".join(f"{name}={one}" for name, one in value.items())
-    if isinstance(value, bool) or key in ("overlap", "threads"):
-        words = {"sequence_parallel": ("sequence parallel", "replicated rows"), "bias": ("bias", "no bias")}
-        if key in words:
-            return words[key][not value]
-        return f"{key} {'off' if value is None else value}"
-    return str(value) if value is not None else ""
+    if isinstance(value, list):
+        return " ".join(([key] if key == "keep" else []) + value)
+    return f"{key} {value}" if key in ("overlap", "threads") else str(value)

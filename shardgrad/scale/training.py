@@ -7,28 +7,23 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.layout.cost import Collective
 from shardgrad.nn.stored import stored_parameters
-from shardgrad.settings import ConfigError
+from shardgrad.scale.cell import STEP
+from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, check_ranks, load
-from shardgrad.train.data import VOCAB
-from shardgrad.train.loop import make_optimizer
-from shardgrad.train.model import GPT
+from shardgrad.train.data import BYTES
+from shardgrad.train.grid import AXES as GRID
+from shardgrad.train.optimizer import make_optimizer
 from shardgrad.train.predict import step_collectives
-
-SIZES = {
-    "layers": "model.layers",
-    "heads": "model.heads",
-    "d_model": "model.d_model",
-    "sequence": "model.seq_len",
-    "batch": "train.batch",
-}
-
+from shardgrad.train.step import train_step
 
 @dataclass(frozen=True)
 class TrainingStep:
+    """step: forward, backward and update; the rest as of `Work`."""
+
     step: Callable[[], None]
     predicted: list[Collective]
     flops: float
@@ -36,46 +31,52 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
 
 
-def check(
-    path: str | None, given: Sequence[str], sizes: Mapping[str, int], mesh: Mapping[str, int], dtype: str, device: str
+def read(
+    path: str,
+    given: Sequence[str],
+    sizes: Mapping[str, int],
+    mesh: Mapping[str, int] | None,
+    ranks: int,
+    dtype: str,
+    device: str,
 ) -> Config:
-    """The training configuration of a cell.
+    """The training configuration of a cell, its ranks resolved.
 
     Raises:
         ConfigError: it cannot be used, here or on such a mesh.
     """
-    assert path is not None
-    unknown = [name for name in sizes if name not in SIZES]
-    if unknown:
-        raise ConfigError(f"sizes.{unknown[0]} is no size of a step, which has {', '.join(SIZES)}")
-    overrides = [f"{SIZES[name]}={size}" for name, size in sizes.items()]
-    overrides += [f"mesh.{axis}={ranks}" for axis, ranks in mesh.items()]
-    return check_ranks(load(path, [*given, *overrides, f"mesh.device={device}"]), prod(mesh.values()))
+    overrides = [f"{STEP[name]}={size}" for name, size in sizes.items()]
+    if mesh is not None and set(mesh) == set(GRID):
+        overrides.append(f"mesh.grid={[mesh[axis] for axis in GRID]}")
+    elif mesh is not None:
+        overrides += [f"mesh.{axis}={size}" for axis, size in {"dp": 1, "tp": 1, **mesh}.items()]
+    return check_ranks(load(path, [*given, *overrides, f"mesh.device={device}", f"train.dtype={dtype}"]), ranks)
 
 
-def make_mesh(mesh: Mapping[str, int], device: str) -> DeviceMesh:
-    return init_device_mesh(device, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+def shape(config: Config) -> dict[str, int]:
+    """The mesh of a configuration whose ranks are resolved."""
+    return mesh_shape(config)
 
 
-def make(config: Config, mesh: DeviceMesh, dtype: torch.dtype, vocab: int = VOCAB) -> TrainingStep:
+def make(config: Config, mesh: DeviceMesh) -> TrainingStep:
     """Forward, backward and update of the configured model on random tokens, alike on every rank."""
-    sizes, batch = config.model, config.train.batch
-    model = GPT(**sizes.model_dump(), vocab=vocab, mesh=mesh, dtype=dtype)
-    optimizer = make_optimizer(model, config.train)
-    ids, targets = torch.randint(vocab, (2, batch, sizes.seq_len), device=mesh.device_type).unbind()
+    sizes, settings = config.model, config.train
+    vocab = config.data.vocab or BYTES
+    model = build(config, vocab, mesh)
+    optimizer = make_optimizer(model, settings)
+    ids, targets = torch.randint(vocab, (2, settings.batch, sizes.seq_len)).to(mesh.device_type).unbind()
 
     def step() -> None:
-        optimizer.zero_grad()
-        model.loss(ids, targets).backward()
-        optimizer.step()
+        train_step(model, optimizer, ids, targets, settings)
 
-    tokens = batch * sizes.seq_len
-    looked_up = ("embedding", "positions")
-    products = sum(
-        prod(stored.shape)
-        for name, _, stored in stored_parameters(model)
-        if stored is not None and name.endswith("weight") and not name.startswith(looked_up) and len(stored.shape) > 1
-    )
+    tokens = settings.batch * sizes.seq_len
+    multiplied = 0
+    for name, _, stored in stored_parameters(model):
+        looked_up = name.startswith(("embedding", "positions")) and not (sizes.tied and name.startswith("embedding"))
+        if stored is not None and len(stored.shape) > 1 and not name.endswith("bias") and not looked_up:
+            multiplied += prod(stored.shape)
     attention = 12 * sizes.layers * tokens * sizes.seq_len * sizes.d_model
-    predicted = step_collectives(model, batch, sizes.seq_len, dtype)
-    return TrainingStep(step, predicted, 6 * products * tokens + attention, tokens, optimizer)
+    predicted = step_collectives(
+        model, settings.batch, sizes.seq_len, accumulate=settings.accumulate, clip=settings.clip is not None
+    )
+    return TrainingStep(step, predicted, 6 * multiplied * tokens + attention, tokens, optimizer)

@@ -18,7 +18,6 @@ from shardgrad.layout.sizes import slab
 from shardgrad.nn import init
 from shardgrad.ops.matmul import matmul
 from shardgrad.ops.overlap import measure_costs, overlap
-from shardgrad.scale import training
 from shardgrad.scale.block import Block, flops
 from shardgrad.scale.cell import Cell
 
@@ -105,8 +104,11 @@ def _block(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
 
 
 def _step(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
-    config = training.check(cell.train, cell.set, cell.sizes, cell.on, cell.dtype, cell.device)
-    made = training.make(config, mesh, getattr(torch, cell.dtype))
+    from shardgrad.scale import training  # takes its time, and its libraries
+
+    assert cell.train is not None
+    config = training.read(cell.train, cell.set, cell.sizes, cell.on, cell.world, cell.dtype, cell.device)
+    made = training.make(config, mesh)
     stored = {
         f"{group}.{at}": parameter
         for group, one in enumerate(made.optimizer.param_groups)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from shardgrad.comm.meet import start_process_group
 from shardgrad.scale import work
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.group import end_with_parent
@@ -49,7 +50,7 @@ def _run(told: dict[str, object]) -> Measured:
     if cell.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(cell.threads)
-    dist.init_process_group(cell.backend, timeout=timedelta(seconds=float(timeout)))  # type: ignore[arg-type]
+    start_process_group(str(cell.backend), timedelta(seconds=float(timeout)))  # type: ignore[arg-type]
     mesh = work.make_mesh(cell)
     before = resident()
     built = work.make(cell, mesh, seed)  # type: ignore[arg-type]
