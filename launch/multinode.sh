@@ -24,6 +24,9 @@ if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && ! getent ahostsv4 "$(hostname)" | grep -q
   GLOO_SOCKET_IFNAME=$(ip -o -4 addr | awk -v a="$address" 'index($4, a "/") == 1 {print $2; exit}')
   export GLOO_SOCKET_IFNAME
 fi
+# With a shared store torchrun tells its address in the first round only (torch 2.13, dynamic_rendezvous.py): a machine
+# that comes back would wait for it in vain.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m torch.distributed.run \
   --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-3}" \

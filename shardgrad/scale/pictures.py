@@ -127,8 +127,10 @@ def _speed_up(title: str, rows: Sequence[Row]) -> Figure:
     efficiency.set_ylim(0, max(1.15, efficiency.get_ylim()[1]))
     efficiency.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     lines, labels = speed.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside right upper" if max(map(len, labels)) < 24 else "outside lower left",
-                  frameon=False, fontsize=8.5, ncols=1 if max(map(len, labels)) < 24 else 2)  # fmt: skip
+    if max(map(len, labels)) < 24:
+        figure.legend(lines, labels, loc="outside right upper", frameon=False, fontsize=8.5)
+    else:
+        speed.legend(lines, labels, loc="best", fontsize=8, framealpha=0.9, edgecolor=_FAINT)
     return figure
 
 

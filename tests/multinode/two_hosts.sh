@@ -63,7 +63,7 @@ kill_host 1
 ip -n "$tag-1" link del eth9
 wait $second 2>/dev/null || true
 echo "host 1 was lost at $(ls "$out/run/checkpoints" | sort | tail -n 1): its processes killed, its cable pulled"
-sleep "${AWAY:-25}" # a machine takes longer to start; torchrun takes 15 s to miss one
+sleep "${AWAY:-5}" # a machine takes longer to start
 plug
 start 1 "$out/host-1-again.log"; second=$!
 wait_for "${PATIENCE:-240}" "the end of the job" gone $first
