@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from shardgrad.ops.shard import unshard as unshard
     from shardgrad.verification.bounds import Worst as Worst
     from shardgrad.verification.bounds import within_bound as within_bound
+    from shardgrad.verification.diagnose import Diagnosis as Diagnosis
+    from shardgrad.verification.diagnose import Fit as Fit
     from shardgrad.verification.finite import check_finite as check_finite
     from shardgrad.verification.observed import Observed as Observed
     from shardgrad.verification.product import ProductCheck as ProductCheck
@@ -137,6 +139,8 @@ _HOME = {
     "ProductCheck": "shardgrad.verification.product",
     "check_product": "shardgrad.verification.product",
     "check_replicas": "shardgrad.verification.replicas",
+    "Diagnosis": "shardgrad.verification.diagnose",
+    "Fit": "shardgrad.verification.diagnose",
     "Observed": "shardgrad.verification.observed",
     "Report": "shardgrad.verification.report",
     "verify": "shardgrad.verification.verify",

@@ -13,6 +13,7 @@ import shardgrad as sg
 ROOT = Path(sg.__file__).parent
 ROOMS = {
     "errors": 0,
+    "settings": 0,
     "layout": 1,
     "comm": 2,
     "ops": 3,

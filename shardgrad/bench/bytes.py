@@ -94,7 +94,11 @@ def draw(rows: Iterable[Row], path: str) -> None:
                 label=f"{name} (replicates)" if replicates else name,
             )
         panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(xscale="log", yscale="log", xlabel="ranks", )
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="ranks",
+        )
         panel.set_title(f"n = {n}, d = {d}, m = {m}", fontsize=10)
         ticks = sorted({one.ranks for one in here})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])

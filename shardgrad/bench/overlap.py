@@ -16,6 +16,7 @@ import shardgrad as sg
 from shardgrad.bench import peers
 from shardgrad.bench.timing import Spread, in_turns, slowest_rank
 from shardgrad.comm import collectives as raw
+from shardgrad.comm.collectives import communication_clock
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.comm.shm.register import register
 
@@ -38,7 +39,9 @@ class Row:
     products, communication: each alone. could: the product behind which the communication could run; what could be
     hidden is the shorter of it and the communication. together: the call that does both. hidden: the share of what
     could be hidden that was: (products + communication - together) / min(could, communication). What the
-    call does beside both lessens it.
+    call does beside both lessens it. unwaited: the same share by another clock, (communication - the time that the call
+    spent starting collectives and blocked on them) / min(could, communication), which other load disturbs less; of
+    shardgrad's own calls.
     """
 
     case: str
@@ -50,16 +53,18 @@ class Row:
     could: Spread
     together: Spread
     hidden: Spread
+    unwaited: Spread | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """products: all of them; could: those that the communication can run behind; how: each contender's call of both."""
+    """products: all of them; could: those that the communication can run behind, if not all; together: each
+    contender's call of both."""
 
     products: Call
-    could: Call
     communication: Call
     together: dict[str, Call]
+    could: Call | None = None
 
 
 def measure(
@@ -86,18 +91,40 @@ def measure(
 
 
 def _rows(name: str, dtype: str, size: Size, case: _Case, rounds: int, turn: float) -> list[Row]:
-    alone = {"products": case.products, "could": case.could, "communication": case.communication}
+    alone = {"products": case.products, "communication": case.communication}
+    if case.could is not None:
+        alone["could"] = case.could
     calls = alone | {f"together {who}": call for who, call in case.together.items()}
     found = in_turns(calls, rounds, turn=turn, meet=dist.barrier, slowest=slowest_rank)
     times = {key: values[0] for key, values in found.items()}
-    products, could, talk = (times[key] for key in alone)
+    products, talk = times["products"], times["communication"]
+    could = times.get("could", products)
+    behind = [min(c, t) for c, t in zip(could, talk)]
     rows = []
-    for who in case.together:
+    for who, call in case.together.items():
         both = times[f"together {who}"]
-        hidden = [(p + t - b) / min(c, t) for p, c, t, b in zip(products, could, talk, both)]
-        spreads = [Spread.of(values).scaled(1e6) for values in (products, talk, could, both)]
-        rows.append(Row(name, dtype, size, who, *spreads, Spread.of(hidden)))
+        hidden = Spread.of([(p + t - b) / m for p, t, b, m in zip(products, talk, both, behind)])
+        unwaited = None
+        if who in (WHOLE, PIECES):
+            unwaited = Spread.of([(t - w) / m for t, w, m in zip(talk, _waited(call, rounds), behind)])
+        micro = _micro(products), _micro(talk), _micro(could), _micro(both)
+        rows.append(Row(name, dtype, size, who, *micro, hidden, unwaited))
     return rows
+
+
+def _micro(seconds: list[float]) -> Spread:
+    return Spread.of(seconds).scaled(1e6)
+
+
+def _waited(call: Call, rounds: int) -> list[float]:
+    """Seconds of each of some calls that the slowest rank spent starting collectives and blocked on them."""
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        with communication_clock() as clock:
+            call()
+        seconds.append(clock.seconds)
+    return slowest_rank(seconds)
 
 
 def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Iterator[tuple[str, _Case]]:
@@ -129,15 +156,14 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[0],
         _Case(
             lambda: (dh.mm(up), dh.t().mm(x)),
-            lambda: dh.t().mm(x),
             _reducing(x, axis),
             {who: _backward(one, x, dh) for who, one in {**columns(), **_halves(blocks, "up")}.items()},
+            lambda: dh.t().mm(x),
         ),
     )
     yield (
         CASES[1],
         _Case(
-            lambda: F.linear(h, down),
             lambda: F.linear(h, down),
             _reducing(dy, axis),
             {who: _forward(one, h) for who, one in {**rows(), **_halves(blocks, "down")}.items()},
@@ -147,7 +173,6 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[2],
         _Case(
             lambda: F.linear(x, up),
-            lambda: F.linear(x, up),
             lambda: raw.all_gather(x_own, axis, 0, tokens).wait(),
             {who: _forward(one, x_own, tokens) for who, one in columns(sequence_dim=0).items()},
         ),
@@ -156,7 +181,6 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[3],
         _Case(
             lambda: F.linear(h, down),
-            lambda: F.linear(h, down),
             lambda: raw.reduce_scatter(dy, axis, 0).wait(),
             {who: _forward(one, h) for who, one in rows(sequence_dim=0).items()},
         ),
@@ -164,7 +188,6 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
     yield (
         CASES[4],
         _Case(
-            lambda: (dy.mm(down), dy.t().mm(h)),
             lambda: (dy.mm(down), dy.t().mm(h)),
             lambda: raw.all_gather(y_own, axis, 0, tokens).wait(),
             {who: _backward(one, h, y_own) for who, one in rows(sequence_dim=0).items()},

@@ -123,7 +123,7 @@ class _FairscaleBlock(_Block):
 
 
 def fairscale(d: int, m: int, dtype: torch.dtype, mesh: DeviceMesh) -> nn.Module:
-    state = import_module("fairscale.nn.model_parallel.initialize")
+    state: Any = import_module("fairscale.nn.model_parallel.initialize")
     layers = import_module("fairscale.nn.model_parallel.layers")
     state._MODEL_PARALLEL_GROUP = mesh.get_group()
     block = _FairscaleBlock(

@@ -46,11 +46,8 @@ def _outside(count: int) -> int:
 
     The number of values below the true median is binomial with p = 1/2 (Conover, Practical Nonparametric Statistics).
     """
-    tail, skip = 0.0, 0
-    while skip < (count - 1) // 2:
-        tail += math.comb(count, skip) / 2**count
-        if tail > 0.025:
-            break
+    tail, skip = 2.0**-count, 0  # of at most `skip` values below the true median
+    while (tail := tail + math.comb(count, skip + 1) / 2**count) <= 0.025:
         skip += 1
     return skip
 

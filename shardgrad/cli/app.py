@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench, explain, mutants, trace, verify
+from shardgrad.cli import bench, explain, mutants, scale, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
+app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
 app.command(name="verify")(verify.verify)
 app.command(name="mutants")(mutants.mutants)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardgrad.cli import bench_options, style
 from shardgrad.cli import ranks as processes
+
+if TYPE_CHECKING:
+    from shardgrad.bench.timing import Spread
 
 EPILOG = style.examples(
     "shardgrad bench overlap", "shardgrad bench overlap --sizes 512x1024x4096 --dtypes fp32 --rounds 21"
@@ -59,7 +62,16 @@ def overlap(
     if json:
         style.print_json({"machine": machine, "backend": how, **bench.as_json(rows, costs)})
         return
-    columns = ("case", "contender", "products", "of these to hide", "talk", "together", "share hidden")
+    columns = (
+        "case",
+        "contender",
+        "products",
+        "of these to hide",
+        "talk",
+        "together",
+        "share hidden",
+        "not waited for",
+    )
     for dtype, size in dict.fromkeys((row.dtype, row.size) for row in rows):
         table = [
             (
@@ -69,13 +81,15 @@ def overlap(
                 f"{row.could.median:,.0f}",
                 f"{row.communication.median:,.0f}",
                 f"{row.together.median:,.0f}",
-                f"{row.hidden.median:.0%} [{row.hidden.low:.0%}, {row.hidden.high:.0%}]",
+                _share(row.hidden),
+                _share(row.unwaited),
             )
             for row in rows
             if (row.dtype, row.size) == (dtype, size)
         ]
         title = f"{dtype} {list(size)}, {ranks} ranks, {how}, medians in µs"
-        style.table(columns, table, title=title, numbers=columns[2:], on=style.console(130))
+        style.table(columns, table, title=title, numbers=columns[2:], on=style.console(140))
+    style.say("not waited for: the same share, by the time that the calls were blocked (shardgrad's own calls only)")
     for axis, link in costs.links.items():
         style.say(
             f"measured of {axis}: {1e6 * link.latency:,.0f} µs for the smallest all-reduce, "
@@ -83,3 +97,7 @@ def overlap(
             f"{link.hidden:.0%} vanishes beside a product"
         )
     style.say(bench_options.told_machine(machine))
+
+
+def _share(spread: Spread | None) -> str:
+    return "–" if spread is None else f"{spread.median:.0%} [{spread.low:.0%}, {spread.high:.0%}]"

@@ -61,7 +61,12 @@ _COLUMNS = ("planted", "program", "verify", "explanations that fit", "loss falls
 
 
 def _table(found: list[Any]) -> None:
-    style.table(_COLUMNS, [_row(one) for one in found])
+    rows = []
+    for one in found:
+        name, program, verdict, told, *checks = _row(one)
+        failed = [column for column, check in zip(("falls", "loss", "norm"), checks) if check == "fails"]
+        rows.append([f"{name} ({program})", verdict, told, ", ".join(failed) + " fail" if failed else "all pass"])
+    style.table(("planted", "verify", "explanations that fit", "usual checks"), rows)
     style.say(_summary(found))
 
 

@@ -242,14 +242,17 @@ def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 def gather_ints(values: list[int], axis: Axis, device: torch.device, what: str) -> list[list[int]]:
     """Every rank's integers (as many on each), in the order of the axis."""
-    mine = torch.tensor([values] * axis.size, dtype=torch.int64, device=device)
-    everyones = torch.empty_like(mine)
-    # All-to-all, so that a rank that is elsewhere cannot take these for the data of an all-gather, or the reverse.
-    work = _start(
-        lambda: dist.all_to_all_single(everyones.view(-1), mine.view(-1), group=axis.group, async_op=True), what, axis
-    )
-    _timed(work.wait, what, axis)
-    return everyones.tolist()
+    with shim.real_tensors():
+        mine = torch.tensor([values] * axis.size, dtype=torch.int64, device=device)
+        everyones = torch.empty_like(mine)
+        # All-to-all, so that a rank that is elsewhere cannot take these for the data of an all-gather, or the reverse.
+        work = _start(
+            lambda: dist.all_to_all_single(everyones.view(-1), mine.view(-1), group=axis.group, async_op=True),
+            what,
+            axis,
+        )
+        _timed(work.wait, what, axis)
+        return everyones.tolist()
 
 
 def whole_size(parts: Sequence[int], axis: Axis, what: str) -> int:

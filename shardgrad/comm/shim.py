@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -105,3 +107,40 @@ F = TypeVar("F", bound=Callable[..., Any])
 def constant(function: F) -> F:
     """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
     return cast(F, torch.compiler.assume_constant_result(function))
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and a device but no values (torch's FakeTensor)."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(x, module.FakeTensor)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """A block whose new tensors have values, also inside `without_memory`."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    if module is None:
+        yield
+        return
+    with module.unset_fake_temporarily():
+        yield
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """A block in which tensors are shapes alone: nothing is allocated, nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield
+
+
+def join_imagined(rank: int, ranks: int) -> None:
+    """Start the default process group as one of so many ranks, none of which need exist: torch's `fake` backend, which
+    sends nothing and returns at once."""
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=ranks)
+
+
+def storage_number(x: torch.Tensor) -> int:
+    """The same for tensors that share memory, also where they have none and so no address."""
+    return int(x.untyped_storage()._cdata)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, reduce_scatter
 from shardgrad.comm.mesh import view
+from shardgrad.comm.shim import is_fake
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
 from shardgrad.layout.data import DataParallel, stored_over
@@ -163,7 +164,8 @@ class VocabParallelEmbedding(ShardedModule):
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
         # In a compiled graph the lookup itself refuses such ids.
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        looks = not torch.compiler.is_compiling() and not is_fake(ids)
+        if looks and ids.device.type == "cpu" and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise IndexError(

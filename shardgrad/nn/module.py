@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
+from shardgrad.comm.shim import is_fake
 from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.init import draw_seed
@@ -119,6 +120,8 @@ class ShardedModule(nn.Module):
             DisagreementError: the ranks build different layers.
         """
         parameter = self.get_parameter(name)
+        if is_fake(parameter):
+            return  # it has no values
         seed = draw_seed(generator)
         if parameter.is_meta:
             return

@@ -40,7 +40,8 @@ def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
         axes = [axis for dim in split.spec.dims for axis in dim.axes if seen.mesh[axis] > 1]
         if not axes or (backward and name == seen.name):
             continue
-        alone, without = [], []
+        alone: list[Tensor] = []
+        without: list[Tensor] = []
         for at in seen.found.coordinates:
             mask = _mask(value, split.indices(value.shape, seen.mesh, at))
             for made, kept in ((alone, mask), (without, 1 - mask)):

@@ -1,8 +1,7 @@
 """The table of explanations: each knows what it would have done to a tensor, and what to do about it.
 
-An explanation is a generator of guesses about one wrong tensor. A guess predicts every rank's tensor from the exact one,
-or from what else is known of the step; `diagnose` holds it against what was seen. The order is that of the table in
-docs/diagnose.md.
+An explanation is a generator of guesses about one wrong tensor. A guess predicts every rank's tensor from the exact
+one, or from what else is known of the step; `diagnose` holds it against what was seen.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ def _reduce(seen: Seen, axes: Sequence[str]) -> str:
     """Where the reduction belongs, by what the tensor is."""
     over = list_of(axes)
     return {
-        "output": f"reduce the terms over {over} after the product whose summed dim is cut "
-        "(sg.all_reduce, sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
+        "output": f"reduce the terms over {over} after the product whose summed dim is cut (sg.all_reduce, "
+        "sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
         "output gradient": f"what comes next uses this output differently on each rank of {over}: let it pass "
         "sg.replicate, whose backward is the all-reduce (Megatron: copy_to_tensor_model_parallel_region)",
         "input gradient": f"let the input pass sg.replicate over {over}, whose backward is the all-reduce",
@@ -122,13 +121,13 @@ def padding_counted(seen: Seen, known: Known) -> Iterator[Guess]:
 
 def sum_missing(seen: Seen, known: Known) -> Iterator[Guess]:
     """The ranks' tensors are terms: only their sum (or mean) is right."""
-    for axes, ranks in seen.axes(cut=False):
+    for axes, ranks in seen.axes(cut=False) if seen.fits else ():
         alike = all(
             bool(((seen.held[r] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[r]).all())
             for group in seen.groups(axes)
             for r in group
         )
-        if alike or not seen.fits:
+        if alike:
             continue
         over, total = list_of(axes), seen.summed(seen.held, axes)
         squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
@@ -158,7 +157,7 @@ def factors(seen: Seen, known: Known) -> Iterator[Guess]:
         more, less = _scaled(seen, p), _scaled(seen, 1 / p)
         yield Guess(
             f"summed twice over {over}", f"it is {p} times what it should be: complete tensors were added up",
-            f"leave out one of the two reductions over {over}: the gradient (or term) was already complete on every rank "
+            f"leave out one of the two reductions over {over}: the tensor was already complete on every rank "
             "(sg.all_reduce's backward is nothing, sg.gather_replicated's a slice)", *more,
         )  # fmt: skip
         yield Guess(
@@ -253,21 +252,21 @@ def other_tensor(seen: Seen, known: Known) -> Iterator[Guess]:
         ]
         size = [torch.maximum(a, b) for a, b in zip(size, seen.size)]
         what = f"the {kind} of {name}" if kind != seen.kind else name
-        remedy = f"two tensors of one shape were exchanged, or one is used for both: look where {seen.name} and {name} are named"
+        remedy = f"two tensors were exchanged, or one is used for both: look where {seen.name} and {name} are named"
         yield Guess(
             "another tensor", f"it is what {what} should be", remedy, wanted, size, cost=1 + (kind != seen.kind)
         )
 
 
 def update(seen: Seen, known: Known) -> Iterator[Guess]:
-    """After the optimizer's step: the step itself is p times, a p-th, uphill, or another constant times what it should be."""
+    """After the optimizer: the step is p times, a p-th, uphill, or another constant times what it should be."""
     if seen.kind != "step" or seen.name not in known.before or not seen.fits:
         return
     value, split = known.before[seen.name]
     before = [split.cut(value.double(), seen.mesh, at) for at in seen.found.coordinates]
     step = [right - at for right, at in zip(seen.right, before)]
     taken = [held - at for held, at in zip(seen.held, before)]
-    named = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
+    named: list[tuple[float, str]] = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
     named += [(1 / p, f"mean over {list_of(axes)} where a sum belongs") for axes, p in seen.axes()]
     under = sum(float(s.square().sum()) for s in step)
     fitted = sum(float((a * b).sum()) for a, b in zip(taken, step)) / under if under else 0.0
@@ -314,13 +313,15 @@ def norm(seen: Seen, known: Known) -> Iterator[Guess]:
         remedy = (
             f"sum squares over {over} of cut gradients alone; count each replicated gradient once (sg.clip_grad_norm_)"
         )
-        for name, says, squares in (
-            ("replicated gradients counted by every rank", f"replicated gradients were counted {p} times, once by every rank of {over}",
-             [total + (p - 1) * shared] * len(seen.ranks)),
-            (f"sum over {over} missing", f"every rank of {over} has the norm of its own part", [shared + c for c in cut_here]),
-            ("replicated gradients left out", f"gradients that are replicated over {over} were left out", [total - shared] * len(seen.ranks)),
-            ("cut gradients left out", f"gradients that are cut over {over} were left out", [shared] * len(seen.ranks)),
-        ):  # fmt: skip
+        every = len(seen.ranks)
+        counted = f"replicated gradients were counted {p} times, once by every rank of {over}"
+        possible: tuple[tuple[str, str, list[float]], ...] = (
+            ("replicated gradients counted by every rank", counted, [total + (p - 1) * shared] * every),
+            (f"sum over {over} missing", "every rank has the norm of its own part", [shared + c for c in cut_here]),
+            ("replicated gradients left out", f"those replicated over {over} were left out", [total - shared] * every),
+            ("cut gradients left out", f"gradients that are cut over {over} were left out", [shared] * every),
+        )
+        for name, says, squares in possible:
             wanted = [torch.tensor(sqrt(max(square, 0.0)), dtype=torch.float64) for square in squares]
             yield Guess(name, says, remedy, wanted, seen.size)
 
@@ -332,17 +333,17 @@ def _axes_of(split: Split) -> tuple[str, ...]:
 def lower_precision(seen: Seen, known: Known) -> Iterator[Guess]:
     """The numbers have fewer digits than the working precision."""
     for narrow in (torch.bfloat16, torch.float16):
-        if seen.dtype.itemsize > narrow.itemsize and seen.fits:
-            if all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
-                size = [
-                    torch.maximum(
-                        floor(right, narrow, len(seen.ranks)), torch.finfo(narrow).eps * right.square().mean().sqrt()
-                    )
-                    for right in seen.right
-                ]
-                says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
-                remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
-                yield Guess("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
+        narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
+        if narrower and all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
+            size = [
+                torch.maximum(
+                    floor(right, narrow, len(seen.ranks)), torch.finfo(narrow).eps * right.square().mean().sqrt()
+                )
+                for right in seen.right
+            ]
+            says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
+            remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
+            yield Guess("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
 
 
 EXPLANATIONS: tuple[Explanation, ...] = (

@@ -86,7 +86,7 @@ class Seen:
         return sums
 
     def axes(self, *, cut: bool | None = None) -> Iterator[tuple[tuple[str, ...], int]]:
-        """Every set of axes longer than 1 and its number of ranks: those that cut the tensor, those that do not, or all.
+        """Every set of axes longer than 1, and its number of ranks: of those that cut the tensor, that do not, or all.
 
         Of sets with the same number of ranks all are told, as they cannot be told apart by a factor.
         """
@@ -132,7 +132,7 @@ class Guess:
     fitted: int = 0
 
 
-def list_of(names: Sequence[str]) -> str:
+def list_of(names: Sequence[object]) -> str:
     """a, b and c."""
-    names = [str(name) for name in names]
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    *first, last = [str(name) for name in names]
+    return f"{', '.join(first)} and {last}" if first else last

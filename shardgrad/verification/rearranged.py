@@ -1,8 +1,9 @@
-"""Explanations in which the right numbers are in the wrong places: other shards, other blocks, other rows, transposed."""
+"""Explanations in which right numbers are in wrong places: other shards, other blocks, other rows, transposed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -19,27 +20,31 @@ def wrong_slices(seen: Seen, known: Known) -> Iterator[Guess]:
     """Every rank has some rank's part."""
     if not seen.fits or not seen.exact.dim():
         return
-    source = []
+    source: list[int] = []
     for rank in seen.ranks:
         own, size = seen.held[rank], seen.size[rank]
         far = [
             float(((own - right) / size).square().sum()) if right.shape == own.shape else float("inf")
             for right in seen.right
         ]
-        best = min(far)
-        source.append(rank if far[rank] == best else far.index(best))
+        # Of replicas, the one that is nearest on the mesh.
+        here = seen.found.coordinates[rank]
+        apart = [sum(here[axis] != at[axis] for axis in here) for at in seen.found.coordinates]
+        source.append(min(seen.ranks, key=list(zip(far, apart)).__getitem__))
     if source == list(seen.ranks):
         return
     wanted = [seen.right[at] for at in source]
-    size = [seen.size[at] for at in source]
+    rounding = [seen.size[at] for at in source]
     moved = [f"rank {rank} has rank {at}'s" for rank, at in enumerate(source) if rank != at]
     says = ", ".join(moved)
     if sorted(source) == list(seen.ranks):
-        remedy = "look at the order of ranks when the tensor is cut or loaded: torch.chunk's piece i belongs to rank i of the axis"
-        yield Guess("shards permuted", says, remedy, wanted, size, cost=1)
+        remedy = (
+            "look at the order of ranks where the tensor is cut or loaded: rank i of the axis has torch.chunk's piece i"
+        )
+        yield Guess("shards permuted", says, remedy, wanted, rounding, cost=1)
     else:
         remedy = "let each rank cut by its own index on the axis (mesh.get_local_rank), not by 0 or by the global rank"
-        yield Guess("another rank's shard", says, remedy, wanted, size, cost=1)
+        yield Guess("another rank's shard", says, remedy, wanted, rounding, cost=1)
 
 
 def rearranged(seen: Seen, known: Known) -> Iterator[Guess]:
@@ -77,20 +82,18 @@ def _orders(
     for step in (step for step in (*range(1, 9), *range(-8, 0)) if 2 * abs(step) <= length):
         says = f"{where} dim {dim} everything is {abs(step)} {'later' if step < 0 else 'earlier'} than it should be"
         remedy = "look for an offset that is off by so many: the start of a slice, a shift, a roll"
-        yield made(lambda t, by=step: t.roll(-by), "shifted", says, remedy, 2 - (abs(step) == 1))  # type: ignore[misc]
+        yield made(partial(torch.roll, shifts=-step), "shifted", says, remedy, 2 - (abs(step) == 1))
     remedy = "look for a flip, or for ranks counted from the end"
     yield made(lambda t: t.flip(0), "reversed", f"{where} dim {dim} is in reverse order", remedy, 1)
     for parts in range(2, length):
         if all(len(whole) % parts == 0 for whole in wholes):
             says = f"{where} dim {dim}, {parts} parts are interleaved, which should follow one another, or the reverse"
             remedy = f"a view [{length // parts}, {parts}] is read as [{parts}, {length // parts}]: transpose it first"
-            yield made(
-                lambda t, n=parts: t.view(n, -1).t().reshape(-1),
-                "interleaved",
-                says,
-                remedy,
-                1,  # type: ignore[misc]
-            )
+            yield made(partial(_interleaved, parts), "interleaved", says, remedy, 1)
+
+
+def _interleaved(parts: int, index: Tensor) -> Tensor:
+    return index.view(parts, -1).t().reshape(-1)
 
 
 def _taken(

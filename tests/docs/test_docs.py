@@ -114,7 +114,7 @@ class Page:
     def _run_ranks(self, block: Block, ranks: int) -> None:
         program = self.directory / f"{self.path.stem}_line_{block.line}.py"
         program.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
-        status, output = forked.run(program, ranks, self.timeout)
+        status, output = forked.run(program, ranks, self.timeout, directory=self.directory)
         if status is None:
             pytest.fail(f"{self._place(block)}: still running after {self.timeout} s\n{output}")
         if status:

@@ -1,4 +1,4 @@
-"""What needs a GPU: NCCL on one rank, several ranks on one GPU over gloo, gradients summed in float32 by the multiplier.
+"""What needs a GPU: NCCL on one rank, several ranks on one GPU over gloo, gradients that leave products in float32.
 
 Skipped without CUDA; `launch/gpu_check.sh` runs it.
 """

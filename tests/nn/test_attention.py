@@ -302,9 +302,10 @@ def test_swiglu_by_its_formula_sends_what_it_predicts(world_size: int, sequence_
 
 
 def test_rotary_turns_by_the_position_itself() -> None:
-    """As complex numbers (Su et al., eq. 34): attention only sees differences of positions, so this must look itself."""
+    """As complex numbers (Su et al., eq. 34): attention only sees differences of positions."""
     x, positions = randn(2, 3, 4, 6, seed=1), torch.tensor([0, 1, 7])
-    turns = torch.polar(torch.ones(3, 3, dtype=D), positions.to(D)[:, None] * 500.0 ** (-torch.arange(3, dtype=D) / 3))
+    angles = positions.to(D)[:, None] * 500.0 ** (-torch.arange(3, dtype=D) / 3)
+    turns = torch.polar(torch.ones_like(angles), angles)
     right = torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns[:, None])
     turned = sg.Rotary(6, base=500.0)(x, positions)
     torch.testing.assert_close(turned, torch.cat(right.unbind(-1), -1), rtol=1e-13, atol=1e-13)

@@ -6,8 +6,9 @@ import json
 from math import prod
 from pathlib import Path
 
+import forked
 import pytest
-from test_launch import LAUNCH, ROOT, start
+from test_launch import LAUNCH, ROOT
 
 from shardgrad.train.build import mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, load
@@ -37,8 +38,9 @@ def test_a_small_run(name: str, more: list[str], ranks: int, tmp_path: Path) -> 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
     where = [f"run.dir={tmp_path / 'run'}", f"data.files=[{text}]"]
-    done = start(LAUNCH, ROOT / "configs" / f"{name}.yaml", *SMALL, *SIZES, *more, *where, ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    config = ROOT / "configs" / f"{name}.yaml"
+    status, told = forked.run(LAUNCH, ranks, 120, [config, *SMALL, *SIZES, *more, *where])
+    assert status == 0, told
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["kind"]: line for line in lines}
     assert found["comparison"]["passed"] is True

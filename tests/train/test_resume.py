@@ -31,7 +31,9 @@ STEPS = 7
 
 def configured(where: Path, **changed: Any) -> Config:
     """Odd sizes; what is measured, evaluated and saved falls on different steps."""
-    (where / "text.txt").write_text(TEXT)
+    own = where / f"text.{os.getpid()}"
+    own.write_text(TEXT)
+    own.replace(where / "text.txt")  # at once: another rank may be reading it
     sections: dict[str, Any] = {
         "run": Run(dir=str(where / "run"), resume="auto", seed=3),
         "model": Model(layers=1, heads=3, d_model=12, seq_len=5),

@@ -1,4 +1,4 @@
-"""A transformer block sharded by hand, as Megatron-LM does it: tensor parallel, and with its rows (the sequence) cut too.
+"""A transformer block sharded by hand, as Megatron-LM does it: tensor parallel, also with its rows (the sequence) cut.
 
 Every layer holds the collectives that it uses as attributes, so that a bug can be planted into one place.
 """
@@ -78,6 +78,8 @@ class Shard(nn.Module):
     """Something with parameters that lie on the ranks of a group; `cut` says along which dim, None for replicas."""
 
     cut: dict[str, int | None]
+    weight: Tensor
+    bias: Tensor
 
     def hold(self, tp: Group, **parameters: tuple[tuple[int, ...], int | None]) -> None:
         self.tp, self.cut = tp, {}
@@ -175,6 +177,8 @@ class CrossEntropy(nn.Module):
 class Model(nn.Module):
     """Embedding, one block, norm, head; cut over `tp`, or whole where tp is None."""
 
+    tp: Any
+
     def __init__(self, tp: Group | None, sp: bool = False) -> None:
         super().__init__()
         self.tp, width = tp, HEADS * HEAD_DIM
@@ -208,14 +212,14 @@ def cuts(model: nn.Module) -> dict[str, int | None]:
     }
 
 
-def clip(model: nn.Module, max_norm: float, *, times: int = 1) -> Tensor:
+def clip(model: Any, max_norm: float, *, times: int = 1) -> Tensor:
     """By the norm of all gradients. `times`: how often replicated ones are counted."""
     tp, dims = model.tp, cuts(model)
     squares = {cut: torch.zeros((), dtype=torch.float64) for cut in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             squares[dims[name] is not None] += parameter.grad.double().square().sum()
-    norm = (tp.sum(squares[True]) + times * squares[False]).sqrt().to(torch.float32)  # type: ignore[union-attr]
+    norm = (tp.sum(squares[True]) + times * squares[False]).sqrt().to(torch.float32)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
@@ -100,7 +102,8 @@ def fairscale(mesh: DeviceMesh) -> Program:
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     if not state.model_parallel_is_initialized():
-        state.initialize_model_parallel(mesh.size())
+        with redirect_stdout(StringIO()):  # it prints
+            state.initialize_model_parallel(mesh.size())
     up = ColumnParallelLinear(D, M, gather_output=False)
     return _program(_FeedForward(up, RowParallelLinear(M, D, input_is_parallel=True)), mesh)
 
@@ -116,7 +119,7 @@ def data_parallel(mesh: DeviceMesh) -> Program:
     def total(tensor: Tensor) -> Tensor:
         return raw.all_reduce(tensor.contiguous().clone(), axis, "all-reduce").wait()
 
-    reduce = {name: total for name, _ in parallel.named_parameters()}
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {name: total for name, _ in parallel.named_parameters()}
     for name, parameter in parallel.named_parameters():
         parameter.register_hook(lambda g, name=name: reduce[name](g))
 
@@ -176,7 +179,16 @@ def _not_summed(program: Program) -> None:
 
 def _averaged(program: Program) -> None:
     for name, total in list(program.reduce.items()):
-        program.reduce[name] = lambda gradient, total=total: total(gradient) / program.mesh.size()
+        program.reduce[name] = partial(_mean, total, program.mesh.size())
+
+
+def _mean(total: Callable[[Tensor], Tensor], ranks: int, gradient: Tensor) -> Tensor:
+    return total(gradient) / ranks
+
+
+def _of_the_next_rank(gradient: Tensor, program: Program) -> Tensor:
+    axis = view(program.mesh).axis("tp")
+    return raw.all_gather(gradient, axis, 0, M).wait().chunk(axis.size)[(axis.index + 1) % axis.size]
 
 
 def _identity(_: Any) -> Any:
@@ -192,14 +204,58 @@ def _twice(collective: Any) -> Any:
 
 
 MUTANTS = [
-    Mutant("all-reduce returns its input", SHARDGRAD, _patched(raw.AllReduce, "start", _returns_its_input), _RETURN, "sum over tp missing"),
-    Mutant("the row layer's bias gradient is summed", SHARDGRAD, _hooked("down.bias", lambda g, p: g * p.mesh.size()), "torchtitan #4245", "bias counted by every rank of tp"),
-    Mutant("the next rank's gradient", SHARDGRAD, _hooked("up.weight", lambda g, p: raw.all_gather(g, view(p.mesh).axis("tp"), 0, M).wait().chunk(p.mesh.size())[(p.mesh.get_local_rank() + 1) % p.mesh.size()]), _SELF, "shards permuted"),
-    Mutant("a DTensor's gradient has the wrong sign", DTENSOR, _hooked("up.weight", lambda g, p: -g), _SELF, "sign flipped"),
-    Mutant("a DTensor's gradient is divided by the ranks", DTENSOR, _hooked("down.bias", lambda g, p: g / p.mesh.size()), "torchtitan #4332", "bias divided by the ranks of tp"),
+    Mutant(
+        "all-reduce returns its input",
+        SHARDGRAD,
+        _patched(raw.AllReduce, "start", _returns_its_input),
+        _RETURN,
+        "sum over tp missing",
+    ),
+    Mutant(
+        "the row layer's bias gradient is summed",
+        SHARDGRAD,
+        _hooked("down.bias", lambda g, p: g * p.mesh.size()),
+        "torchtitan #4245",
+        "bias counted by every rank of tp",
+    ),
+    Mutant("the next rank's gradient", SHARDGRAD, _hooked("up.weight", _of_the_next_rank), _SELF, "shards permuted"),
+    Mutant(
+        "a DTensor's gradient has the wrong sign", DTENSOR, _hooked("up.weight", lambda g, p: -g), _SELF, "sign flipped"
+    ),
+    Mutant(
+        "a DTensor's gradient is divided by the ranks",
+        DTENSOR,
+        _hooked("down.bias", lambda g, p: g / p.mesh.size()),
+        "torchtitan #4332",
+        "bias divided by the ranks of tp",
+    ),
     Mutant("one bias's gradient is not summed", DP, _not_summed, "bigcode Megatron-LM #11 asks", "sum over tp missing"),
-    Mutant("gradients are averaged, not summed", DP, _averaged, "compare torchtune #2240", "mean over tp where a sum belongs"),
-    Mutant("Megatron-core's reduction does nothing", MEGATRON, _patched_path("megatron.core.tensor_parallel.mappings", "_reduce", _identity), _SELF, "sum over tp missing"),
-    Mutant("fairscale's reduction does nothing", FAIRSCALE, _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _identity), _SELF, "sum over tp missing"),
-    Mutant("fairscale reduces twice", FAIRSCALE, _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _twice), _SELF, "summed twice over tp"),
-]  # fmt: skip
+    Mutant(
+        "gradients are averaged, not summed",
+        DP,
+        _averaged,
+        "compare torchtune #2240",
+        "mean over tp where a sum belongs",
+    ),
+    Mutant(
+        "Megatron-core's reduction does nothing",
+        MEGATRON,
+        _patched_path("megatron.core.tensor_parallel.mappings", "_reduce", _identity),
+        _SELF,
+        "sum over tp missing",
+    ),
+    Mutant(
+        "fairscale's reduction does nothing",
+        FAIRSCALE,
+        _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _identity),
+        _SELF,
+        "sum over tp missing",
+    ),
+    Mutant(
+        "fairscale reduces twice",
+        FAIRSCALE,
+        _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _twice),
+        _SELF,
+        "summed twice over tp",
+    ),
+]

@@ -20,8 +20,8 @@ from shardgrad.verification.verify import verify
 
 STEPS, RATE = 30, 0.05
 LOSS_WITHIN, NORM_WITHIN = 0.01, 0.05
-"""The usual checks: the loss falls; after so many steps it is within 1 % of one device's; the first step's gradient norm
-is within 5 %."""
+"""The usual checks: the loss falls; after so many steps it is within 1 % of one device's; the first step's gradient
+norm is within 5 %."""
 
 
 def programs(ranks: int) -> dict[str, Callable[[], Program]]:
@@ -98,7 +98,7 @@ def _train(
     for step in range(steps + 1):
         optimizer.zero_grad()
         value = model(*batch) if loss is None else loss(model, *batch)  # type: ignore[misc]
-        losses.append(float(value))
+        losses.append(float(value.detach()))
         if step == steps:
             break
         value.backward()

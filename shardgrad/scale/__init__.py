@@ -1,0 +1,1 @@
+"""Scaling experiments: a matrix of cells, each run on ranks of its own, and what they show side by side."""

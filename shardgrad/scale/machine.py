@@ -1,0 +1,80 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shardgrad
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores that this process may use, the memory and the GPUs."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.release()}",
+        "host": platform.node(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "shardgrad": _version("shardgrad"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the code that runs, with a + where files were changed since; None outside a checkout."""
+    root = str(Path(shardgrad.__file__).parents[1])
+    found = _git(root, "rev-parse", "HEAD")
+    if found is None:
+        return None
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "shardgrad")
+    return found + ("+" if changed else "")
+
+
+def told(facts: dict[str, Any]) -> str:
+    """The machine in a line."""
+    gpus = facts["gpus"]
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]}; {facts['cores']} cores of {facts['cpu']}"
+    memory = facts["memory_bytes"] / 2**30
+    return f"{facts['cores']} core{'s' if facts['cores'] != 1 else ''} of {facts['cpu']}, {memory:.0f} GiB"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(root: str, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,87 @@
+"""Every planted bug is caught and named as it should be; the programs without one are not accused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardgrad.testing import distributed
+from shardgrad.verification.mutants import by_hand, hand_planted, layers_planted
+from shardgrad.verification.mutants.run import mutants, programs, verified
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [hand_planted.TP, hand_planted.SP, *layers_planted.PROGRAMS]
+FEW = (
+    "the sum of a row-parallel product is dropped",
+    "dX of one of two products of an input is not summed",
+    "every rank adds the bias",
+    "rows are cut without being summed",
+    "each rank keeps the next rank's rows",
+    "the norm counts replicas p times",
+)
+
+
+def problems(names: list[str], program: str, ranks: int) -> list[str]:
+    """Those of these bugs that are missed, or named otherwise than they should be."""
+    make, found = programs(ranks)[program], []
+    for one in mutants():
+        if one.program != program or (names and one.name not in names):
+            continue
+        planted = make()
+        one.plant(planted)
+        report = verified(planted)
+        fits = [fit.name for diagnosis in report.diagnoses for fit in diagnosis.fits]
+        if report.ok or (one.expected not in fits if one.expected else fits):
+            found.append(f"{one.name}: {'missed' if report.ok else fits}, expected {one.expected!r}")
+    return found
+
+
+def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
+    every = [*hand_planted.MUTANTS, *layers_planted.MUTANTS]
+    assert len({one.name for one in every}) == len(every) >= 50
+    assert all(one.origin for one in every)
+
+
+@distributed(world_size=[2], timeout=240.0)
+@pytest.mark.parametrize("program", NAMES)
+def test_every_bug_is_caught_and_named(world_size: int, program: str) -> None:
+    assert verified(programs(world_size)[program]()).ok
+    assert problems([], program, world_size) == []
+
+
+@distributed(world_size=[3, 4], timeout=120.0)
+@pytest.mark.parametrize("program", NAMES[:2])
+def test_some_on_more_ranks(world_size: int, program: str) -> None:
+    assert verified(programs(world_size)[program]()).ok
+    assert problems(list(FEW), program, world_size) == []
+
+
+@distributed(world_size=[1, 2], timeout=120.0)
+def test_the_programs_are_not_accused_in_bfloat16(world_size: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    for sp in (False, True):
+        report = verified(by_hand.program(mesh, sp=sp, dtype=torch.bfloat16), seed=3)
+        assert report.ok, report.table()
+
+
+def test_the_command_tells_what_passes_the_usual_checks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shardgrad.cli", "mutants", "one rank scales", "--json", "--steps", "10"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    planted, control = json.loads(done.stdout)
+    assert planted["caught"]
+    assert planted["found"] == ["scaled by a constant"]
+    assert planted["usual"]["passes"], "a gradient that is 10 % off trains as well"
+    assert not control["caught"]
+    assert control["usual"]["loss"] == pytest.approx(control["usual"]["loss_single"], rel=1e-4)
