@@ -61,6 +61,21 @@ def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
         )
         says = f"each rank has the term of its own shard of {name}"
         yield Guess(f"sum over {over} missing", says, remedy, parts, seen.size, cost=1)
+        for each, p in seen.axes() if backward else ():
+            for made_so, by in (
+                (f"summed twice over {list_of(each)}", p),
+                (f"mean over {list_of(each)} where a sum belongs", 1 / p),
+            ):
+                full = known.again((seen.kind, seen.name), {name: value * by}, True)
+                runs += 1
+                if full is None or runs > _RUNS:
+                    return
+                parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+                says, remedy = (
+                    f"what comes back through {name} is {by:.4g} times what it should be",
+                    "look at what reduces it",
+                )
+                yield Guess(made_so, says, f"{remedy} over {list_of(each)} in backward", parts, seen.size, cost=1)
         for rank, full in enumerate(without):
             parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
             says, remedy = (

@@ -75,8 +75,10 @@ def diagnose(found: Sequence[Observed], known: Known) -> tuple[Diagnosis, ...]:
 
     Later ones are wrong in consequence, mostly; they are looked at only where the first tells nothing.
     """
+    after = ("norm", "step")  # where a gradient is wrong, these are wrong in consequence alone
+    looked_at = [one for one in found if one.kind not in after or found[0].kind in after]
     told = []
-    for one in found[:MOST]:
+    for one in looked_at[:MOST]:
         told.append(explain(one, known))
         if told[-1].fits:
             break
