@@ -145,7 +145,8 @@ def _layout(cell: Cell) -> Layout | None:
     if cell.kind == "step" and cell.train is None:
         raise ConfigError("train is missing: a step needs a training configuration, such as configs/quickstart.yaml")
     if cell.kind == "block":
-        return _check_block(cell)
+        _check_block(cell)
+        return None
     if cell.kind == "step":
         for name in cell.sizes:
             if name not in STEP:

@@ -157,8 +157,8 @@ def _stoppable() -> Iterator[None]:
         raise Stopped(signal.Signals(number).name)
 
     before: dict[int, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, stop)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        before[int(one)] = signal.signal(one, stop)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,8 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # then what was needed to build counts too
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then what was needed to build counts too
 
 
 def _peak(device: torch.device, before: int | None) -> int | None:

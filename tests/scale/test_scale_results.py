@@ -90,10 +90,21 @@ def test_speed_up_counts_work_so_that_it_holds_where_sizes_grow(tmp_path: Path) 
 
 
 def test_two_results_compare_by_cell() -> None:
-    a = [line("same", 1.0, 1.0), line("slower", 1.0, 1.0), line("gone", 1.0, 1.0), {"key": "bad", "status": "failed"}]
-    b = [line("slower", 9.0, 1.0), line("slower", 1.5, 1.0), line("same", 1.1, 1.0), line("new", 1.0, 1.0)]
+    a = [
+        line("same", 1.0, 1.0),
+        line("slower", 1.0, 1.0),
+        line("faster", 1.0, 1.0),
+        line("gone", 1.0, 1.0),
+        {"key": "bad", "status": "failed"},
+    ]
+    b = [line("slower", 9.0, 1.0), line("slower", 1.5, 1.0), line("same", 1.1, 1.0), line("faster", 0.5, 1.0)]
+    b.append(line("new", 1.0, 1.0))
     both, only_a, only_b = compare.pairs(a, b)
-    assert [(pair.name, pair.verdict) for pair in both] == [("same", "within the spread"), ("slower", "slower")]
+    assert [(pair.name, pair.verdict) for pair in both] == [
+        ("same", "within the spread"),
+        ("slower", "slower"),
+        ("faster", "faster"),
+    ]
     assert both[1].ratio == pytest.approx(1.5)  # of the last result
     assert [one["key"] for one in only_a] == ["gone"]
     assert [one["key"] for one in only_b] == ["new"]
