@@ -40,7 +40,7 @@ def overhead(
     table = [
         (r.name, r.wall.text(1), r.cpu.text(1), f"{r.least:.1f}", r.to_plain.text(3), r.to_hand.text(3)) for r in rows
     ]
-    style.table(columns, table, title="µs a step, host alone", numbers=columns[1:], on=style.console(120))
+    style.table(columns, table, title="µs a step, host alone", numbers=columns[1:], on=style.console(150))
     style.say(
         "plain: the local products as two nn.Linear. Medians of rounds [95 % confidence]; least: of processor time."
     )
