@@ -56,7 +56,8 @@ def test_blocks_of_a_decoder(t: int) -> None:
         assert of(sg.Attention(H, 4, **where), x, S) == (5 * SB * H + SB * 4) // t
         # X, and of each row its mean and deviation: no copy of weight and bias.
         assert of(sg.LayerNorm(H, **where), x) == (SB * H + 2 * SB) // t
-        assert of(sg.RMSNorm(H, **where), x) == (SB * H + SB) // t
+        # On CPUs torch also keeps the rows as they are before the weight.
+        assert of(sg.RMSNorm(H, **where), x) == (2 * SB * H + SB) // t
 
 
 @pytest.mark.parametrize("t", [1, 2, 4])
