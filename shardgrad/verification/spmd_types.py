@@ -21,7 +21,7 @@ from shardgrad.comm import adjoint, agree, collectives
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
-from shardgrad.nn import loss
+from shardgrad.nn import loss, shared
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops import shard
 from shardgrad.ops.product import Product
@@ -109,7 +109,11 @@ def _set(x: Tensor, types: Mapping[str, Any], mesh_view: MeshView) -> None:
 def _register() -> None:
     """Tell spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
     sizes and texts, and the cutting of tensors that get their type afterwards."""
-    rules: tuple[tuple[Any, Any], ...] = ((adjoint._Pair, _pair), (loss._CrossEntropy, _cross_entropy))
+    rules: tuple[tuple[Any, Any], ...] = (
+        (adjoint._Pair, _pair),
+        (shared._Together, _together),
+        (loss._CrossEntropy, _cross_entropy),
+    )
     for function, rule in rules:
         function.spmd_typecheck = staticmethod(rule)
     for bookkeeping in (collectives.gather_ints, agree.gather_texts, shard.shard, shard.unshard):
@@ -120,6 +124,13 @@ def _pair(out: Tensor, *, name: str, x: Tensor, at: Any) -> None:
     before, after = _PAIRS[name]
     _expect(x, at.axis, before, f"sg.{name}")
     spmd.assert_type_like(out, x, {at.axis.group: after})
+
+
+def _together(outs: tuple[Tensor, ...], *, over: Axis, tensors: Sequence[Tensor]) -> None:
+    """`replicate` of several tensors, whose gradients are summed in one go."""
+    for out, x in zip(outs, tensors):
+        _expect(x, over, (I,), "replicate_together")
+        spmd.assert_type_like(out, x, {over.group: R})
 
 
 def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -> None:
