@@ -101,7 +101,7 @@ def test_renaming_changes_nothing_but_rounding(kind: str, measured: Measured) ->
     assert measured.spreads[kind].distance(reference_curve(initial(kind), batches, changed)) > 10 * ALLOWED
 
 
-@distributed(world_size=[1, 2, 4], timeout=300)
+@distributed(world_size=[1, 2, 4], timeout=300, backend="shm")
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_curve_is_that_of_one_device(world_size: int, kind: str, measured: Measured) -> None:
     ways: dict[int, list[tuple[tuple[int, int], bool, int]]] = {

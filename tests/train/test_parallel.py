@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[dict[str, bool], int, str, dict[str, Any]]] = {
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2), (4, 1), (1, 4)]}
 
 
-@distributed(world_size=[1, 2, 3, 4], timeout=120)
+@distributed(world_size=[1, 2, 3, 4], timeout=120, backend="shm")
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_gradients_and_bytes(world_size: int, way: str) -> None:
     switches, accumulate, recompute, keys = WAYS[way]
@@ -44,7 +44,7 @@ def test_loss_gradients_and_bytes(world_size: int, way: str) -> None:
         check(model, reference(values, **keys), accumulate)
 
 
-@distributed(world_size=[1, 2, 4, 8], timeout=120)
+@distributed(world_size=[1, 2, 4, 8], timeout=120, backend="shm")
 def test_three_axes(world_size: int) -> None:
     """Each axis of the 3D layout alone, in pairs, and all three; sizes that divide by none."""
     ways = {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(1, 2, 2), (2, 1, 2)], 8: [(2, 2, 2)]}
