@@ -72,6 +72,15 @@ def attempt(call: Callable[[], object]) -> list[object]:
     return ["nothing", "", time.monotonic() - start]
 
 
+def tell(rank: int) -> None:
+    """Let the others go on that wait for this rank, by the store and not by the clock."""
+    dist.distributed_c10d._get_default_store().set(f"told by {rank}", "")
+
+
+def hear(*ranks: int) -> None:
+    dist.distributed_c10d._get_default_store().wait([f"told by {rank}" for rank in ranks])
+
+
 def never_comes(rank: int, size: int) -> object:
     return "met"
 
@@ -85,8 +94,10 @@ def dies(rank: int, size: int) -> object:
 
 def dies_while_others_hold_futures(rank: int, size: int) -> object:
     if rank == 1:
+        hear(0, 2)
         os.kill(os.getpid(), signal.SIGKILL)
     future = dist.all_reduce(torch.ones(400_000), async_op=True).get_future()
+    tell(rank)
     return attempt(future.wait)
 
 
@@ -112,40 +123,47 @@ def dies_at_a_random_moment(rank: int, size: int) -> object:
 
 def late(rank: int, size: int) -> object:
     if rank == 1:
-        time.sleep(1.2)
+        hear(0, 2)
         return attempt(lambda: dist.all_reduce(torch.ones(5)))
-    return [attempt(lambda: dist.all_reduce(torch.ones(5))), attempt(lambda: dist.all_reduce(torch.ones(5)))]
+    errors = [attempt(lambda: dist.all_reduce(torch.ones(5))) for _ in range(2)]
+    tell(rank)
+    return errors
 
 
 def shorter_wait(rank: int, size: int) -> object:
     if rank == 1:
-        time.sleep(0.6)
-        return "slept"
+        hear(0)
+        return "stayed away"
     work = dist.all_reduce(torch.ones(5), async_op=True)
-    return attempt(lambda: work.wait(timedelta(seconds=0.2)))
+    error = attempt(lambda: work.wait(timedelta(seconds=0.2)))
+    tell(rank)
+    return error
 
 
 def nobody_sends(rank: int, size: int) -> object:
     if rank == 1:
-        time.sleep(1.2)
-        return "slept"
-    return attempt(lambda: dist.recv(torch.ones(5), 1, tag=6))
+        hear(0)
+        return "stayed away"
+    error = attempt(lambda: dist.recv(torch.ones(5), 1, tag=6))
+    tell(rank)
+    return error
 
 
 def leaves(rank: int, size: int) -> object:
     dist.barrier()
     if rank == 1:
         dist.destroy_process_group()
-        time.sleep(0.5)
+        time.sleep(0.5)  # left, but alive
         return "left"
     return attempt(lambda: dist.all_reduce(torch.ones(5)))
 
 
 def own_work_is_lost(rank: int, size: int) -> object:
     if rank == 1:
-        time.sleep(0.3)
-        return "slept"
+        hear(0)
+        return "stayed away"
     work = dist.all_reduce(torch.ones(5), async_op=True)
+    tell(rank)
     dist.destroy_process_group()
     return attempt(work.wait)
 
@@ -240,7 +258,7 @@ def main() -> None:
         "other_processor": ranks(other_processor, 1),
     }
     for name, scene in DISAGREE.items():
-        found[name] = ranks(scene, 2, timeout=10.0)
+        found[name] = ranks(scene, 2)
     found["random"] = [ranks(dies_at_a_random_moment, 3) for _ in range(6)]
     found["left in /dev/shm"] = sorted(set(os.listdir("/dev/shm")) - set(before))
     json.dump(found, sys.stdout)
