@@ -14,7 +14,6 @@ from shardgrad.bench.timing import Spread, in_turns, mean_ratio, ratio, slowest_
 from shardgrad.comm.shm.register import register
 
 BACKENDS = ("gloo", "shm")
-SIZES = ((8, 64, 256), (64, 256, 1024), (256, 512, 2048), (512, 1024, 4096), (2048, 1024, 4096))
 Size = tuple[int, int, int]
 
 

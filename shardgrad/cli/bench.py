@@ -46,18 +46,13 @@ def collectives(
     parsed = [_size(text) for text in sizes.split(",")]
     _check_operations(wanted)
     start_ranks.start(ranks)
-    import torch.distributed as dist
     from rich.console import Console
     from rich.table import Table
 
     from shardgrad.bench import collectives as bench
 
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
+    with start_ranks.joined() as first:
         rows = bench.measure(wanted, parsed, turns, lambda row: None)
-    finally:
-        dist.destroy_process_group()
     if not first:
         return
     if picture is not None:

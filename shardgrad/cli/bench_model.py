@@ -43,17 +43,12 @@ def model(
     bench_options.check_picture(picture)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of its own beginning and end otherwise
     processes.start(ranks)
-    import torch.distributed as dist
 
     from shardgrad.bench import model as bench
 
     machine = bench_options.machine()
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
+    with processes.joined() as first:
         rows = bench.measure(bench.Shape(layers, d_model, heads, seq_len, batch, vocab, kind), how, rounds)
-    finally:
-        dist.destroy_process_group()
     if not first:
         return
     if picture is not None:

@@ -44,17 +44,12 @@ def overlap(
     (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
     bench_options.check_picture(picture)
     processes.start(ranks)
-    import torch.distributed as dist
 
     from shardgrad.bench import overlap as bench
 
     machine = bench_options.machine()
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
+    with processes.joined() as first:
         rows, costs = bench.measure(parsed, kinds, rounds, how)
-    finally:
-        dist.destroy_process_group()
     if not first:
         return
     if picture is not None:

@@ -42,17 +42,12 @@ def step(
     wanted = bench_options.read_choice(backends, ("gloo", "shm"), "backends")
     bench_options.check_picture(picture)
     processes.start(ranks)
-    import torch.distributed as dist
 
     from shardgrad.bench import step as bench
 
     machine = bench_options.machine()
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
+    with processes.joined() as first:
         found = bench.measure(parsed, kinds, rounds, wanted)
-    finally:
-        dist.destroy_process_group()
     if not first:
         return
     if picture is not None:

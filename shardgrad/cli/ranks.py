@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -41,6 +43,18 @@ def start(ranks: int) -> None:
         done = subprocess.run([*torchrun, "-m", "shardgrad.cli", *sys.argv[1:]], env=environment, check=False)
         status = int(told.read_text()) if done.returncode == 0 and told.exists() else done.returncode
     raise typer.Exit(status)
+
+
+@contextmanager
+def joined() -> Iterator[bool]:
+    """The ranks of a command as one gloo group, which is left at the end; whether this rank is the first."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def end(status: int) -> NoReturn:

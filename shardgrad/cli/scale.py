@@ -190,20 +190,11 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
         style.print_json([{"name": p.name, "cell": p.cell.model_dump(), **asdict(one)} for p, one in found])
         return
     on = style.console(None if sys.stdout.isatty() else _TABLE)
+    numbers = (
+        "rank", "of", "stored", "gradients", "moments", "saved", "all", "FLOP of a step", "predicted", "traced"
+    )  # fmt: skip
     style.table(
-        (
-            "cell",
-            "rank",
-            "of",
-            "stored",
-            "gradients",
-            "moments",
-            "saved",
-            "all",
-            "FLOP of a step",
-            "predicted",
-            "traced",
-        ),
+        ("cell", *numbers),
         [
             (
                 planned.name,
@@ -218,18 +209,7 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
             for planned, one in found
         ],
         title=f"{experiment.config.title}: rehearsed, nothing was run",
-        numbers=(
-            "rank",
-            "of",
-            "stored",
-            "gradients",
-            "moments",
-            "saved",
-            "all",
-            "FLOP of a step",
-            "predicted",
-            "traced",
-        ),
+        numbers=numbers,
         on=on,
     )
     for planned, one in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
+from shardgrad.comm.meet import start_process_group
 from shardgrad.draw.timeline import PHASES, STEP
 from shardgrad.nn.deferred import reduce_gradients_
 from shardgrad.train.build import build, mesh_shape
@@ -33,11 +33,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
 
 def join(config: Config) -> int:
     """Meet the other ranks that torchrun started, or be alone; returns this rank."""
-    timeout = timedelta(seconds=config.mesh.timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s))
     return dist.get_rank()
 
 

@@ -23,18 +23,6 @@ def store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def lone_store() -> Any:
-    """A key-value store of this process alone."""
-    return torch._C._distributed_c10d.HashStore()
-
-
-def fake_store() -> Any:
-    """The store that the backend "fake" is started with: one process as one rank of many, which sends nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    return FakeStore()
-
-
 def process_group(argument: Any) -> dist.ProcessGroup | None:
     """The process group inside an argument of a c10d operator, or None if it holds something else."""
     if isinstance(argument, dist.ProcessGroup):
@@ -138,7 +126,9 @@ def without_memory() -> Iterator[None]:
 def join_imagined(rank: int, ranks: int) -> None:
     """Start the default process group as one of so many ranks, none of which need exist: torch's `fake` backend, which
     sends nothing and returns at once."""
-    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=ranks)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
 
 
 def storage_number(x: torch.Tensor) -> int:
