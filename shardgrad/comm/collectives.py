@@ -158,22 +158,30 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
 class AllReduce:
     """A sum over an axis, made ready: what is asked of the process group at every call is settled once."""
 
-    __slots__ = ("_axis", "_options", "_what")
+    __slots__ = ("_at_once", "_axis", "_options", "_what")
 
     def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
         self._axis, self._what = axis, what
-        self._options = dist.AllreduceOptions()
-        self._options.reduceOp = op
-        self._options.asyncOp = True
+        self._options, self._at_once = dist.AllreduceOptions(), dist.AllreduceOptions()
+        for options in (self._options, self._at_once):
+            options.reduceOp = op
+        self._options.asyncOp, self._at_once.asyncOp = True, False
+
+    def sum(self, x: Tensor) -> None:
+        """Sum a contiguous `x` in place."""
+        self.wait(self._started(x, self._at_once))
 
     def start(self, x: Tensor) -> Any:
         """Start to sum a contiguous `x` in place; what is returned is to be waited for."""
+        return self._started(x, self._options)
+
+    def _started(self, x: Tensor, options: Any) -> Any:
         if x.numel() == 0:
             return None
         if _clocks:
-            return _start(lambda: self._axis.group.allreduce([x], self._options), self._what, self._axis)
+            return _start(lambda: self._axis.group.allreduce([x], options), self._what, self._axis)
         try:
-            return self._axis.group.allreduce([x], self._options)
+            return self._axis.group.allreduce([x], options)
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
 

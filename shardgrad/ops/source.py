@@ -86,8 +86,17 @@ class _Writer:
         if len(route) == 1 and route[0].kind == "all-reduce":
             assert route[0].axis is not None
             reduce = self.constant("reduce", AllReduce(route[0].axis, route[0].what))
-            self.say(f"{name}_work = {reduce}.start({name})")
-            return lambda: self.say(f"{reduce}.wait({name}_work)")
+            started = f"{name}_work = {reduce}.start({name})"
+            self.say(started)
+
+            def arrive() -> None:
+                if self.lines[-1] == self._indent + started:  # nothing runs beside it
+                    self.lines.pop()
+                    self.say(f"{reduce}.sum({name})")
+                else:
+                    self.say(f"{reduce}.wait({name}_work)")
+
+            return arrive
         self.say(f"{name}_sent = Transit({name}, {self.constant('route', route)})")
         return lambda: self.say(f"{name} = {name}_sent.result()")
 

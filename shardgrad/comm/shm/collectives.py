@@ -38,7 +38,12 @@ def _part(flat: Tensor, start: int, count: int) -> Tensor:
 
 
 class Meeting:
-    """A barrier: a round in which nothing is written."""
+    """A barrier: a round in which nothing is written.
+
+    open_ended: whether reading the first round may show that there are more.
+    """
+
+    open_ended = False
 
     def __init__(self, text: str) -> None:
         self.header, self.rounds = header(text), 1
@@ -108,6 +113,7 @@ class Parcels(Meeting):
     ) -> None:
         super().__init__(text)
         self.sources, self.targets, self.longest = sources, targets, longest
+        self.open_ended = longest is None
         self.area = SLOT // ranks // _LINE * _LINE
         self.chunk = self.area // size
         self.rounds = _rounds(longest or 0, self.chunk)

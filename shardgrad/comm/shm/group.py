@@ -403,8 +403,8 @@ class ShmGroup(dist.ProcessGroup):
         queue = self._alive()
         if self._together is not None:
             self._together += tickets
-        if (opts is None or opts.asyncOp) and tickets and not tickets[-1].done:
-            progress.watch(queue)
+        if (opts is None or opts.asyncOp) and tickets and not (tickets[-1].done or tickets[-1].given):
+            progress.watch(queue, now=opts is None)
         return ShmWork(queue, tickets)
 
     def _by(self, op: Any, dtype: torch.dtype) -> Reduction:

@@ -7,6 +7,7 @@ and loads in the calling thread. Operations that nobody waits for are moved on b
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -27,13 +28,16 @@ _SPIN_S = 100e-6  # how long a rank that has a core of its own looks without pau
 _YIELDS = 4  # then how often it lets others run
 _NAP_S = (0.001, 0.02)  # then how long it sleeps at a time, unless woken
 _LOOK_S = 0.1  # how often it looks whether the others live
+_YOUNG_S = 0.001  # how long what was started is left to the program, before the thread of `progress` moves it on
+_YOUNG_ALONE_S = 0.1  # the same for a collective if that thread has no core to itself: it would only be in the way
 
 
 class Ticket:
     """One operation on its way.
 
     what: in words. deadline: on the monotonic clock. results: torch's result of the work. outputs: tensors that are not
-    contiguous, with the contiguous ones that stand in for them. source: of a message received, its sender.
+    contiguous, with the contiguous ones that stand in for them. source: of a message received, its sender. given:
+    whether the other ranks have from this one all that they need, so that none is held up if nobody here moves it on.
     """
 
     __slots__ = (
@@ -41,10 +45,12 @@ class Ticket:
         "deadline",
         "done",
         "error",
+        "given",
         "inference",
         "outputs",
         "results",
         "source",
+        "started",
         "steps",
         "timeout",
         "what",
@@ -52,7 +58,9 @@ class Ticket:
 
     def __init__(self, what: str, timeout: float, results: list[Tensor], outputs: list[tuple[Tensor, Tensor]]) -> None:
         self.what, self.timeout, self.results, self.outputs = what, timeout, results, outputs
-        self.deadline = time.monotonic() + timeout
+        self.started = time.monotonic()
+        self.deadline = self.started + timeout
+        self.given = False
         self.steps: Iterator[None] | None = None
         self.done = False
         self.error: BaseException | None = None
@@ -77,8 +85,9 @@ class Queue:
         self._counting = threading.Lock()
         self.settling = threading.RLock()  # of futures; their callbacks run inside
         self._looked = 0.0
-        crowded = len(os.sched_getaffinity(0)) < box.ranks
-        self._spin = 0.0 if crowded else _SPIN_S
+        cores = len(os.sched_getaffinity(0))
+        self._spin = 0.0 if cores < box.ranks else _SPIN_S
+        self._young = _YOUNG_S if cores > box.ranks * torch.get_num_threads() else _YOUNG_ALONE_S
 
     # Starting
 
@@ -121,6 +130,14 @@ class Queue:
 
     def busy(self) -> bool:
         return bool(self._tickets or self._messages)
+
+    def due_in(self) -> float:
+        """Seconds until something that is under way should not be left to the program any longer; inf if nothing is."""
+        now, soonest = time.monotonic(), math.inf
+        for tickets, young in ((tuple(self._tickets), self._young), (tuple(self._messages), _YOUNG_S)):
+            for ticket in tickets:
+                soonest = min(soonest, 0.0 if ticket.callbacks else ticket.started + young - now)
+        return soonest
 
     def poll(self) -> bool:
         """Move on whatever can be moved on without waiting; whether anything was."""
@@ -195,6 +212,7 @@ class Queue:
             if i == 0:
                 box.say(operation.header)
             box.publish()
+            ticket.given = i + 1 >= operation.rounds and not operation.open_ended
             current = box.round
             for word in posted:
                 while words[word] <= current:

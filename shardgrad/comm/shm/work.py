@@ -81,7 +81,7 @@ class ShmWork(dist.Work):
             for ticket in self._tickets:
                 ticket.callbacks.append(settle)
             if self._pending():
-                progress.watch(self._queue)
+                progress.watch(self._queue, now=True)
             else:
                 settle()
         return self._future
