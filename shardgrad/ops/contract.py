@@ -109,13 +109,21 @@ class Contraction:
 
     @property
     def rows(self) -> int:
-        """How many leading dims of the left operand and of the product are rows; 0 unless the product is a matrix
-        product of the operands as they come, rows first (then `as_matrices` may be used)."""
-        plain = not self._swap and self._left is None and self._unpermute is None and self._batched == 0
-        return self._rows if plain else 0
+        """How many leading dims of the product are rows of its one matrix product; 0 if it is batched or must be
+        permuted (else `as_matrices` may be used)."""
+        return self._rows if self._unpermute is None and self._batched == 0 else 0
+
+    @property
+    def first_has_rows(self) -> bool:
+        """Whether those are the leading dims of the first operand too."""
+        return not self._swap and self._left is None
 
     def as_matrices(self, left: Tensor, right: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """The product's shape, and the two matrices whose product it is."""
+        if self._swap:
+            left, right = right, left
+        if self._left is not None:
+            left = left.permute(self._left)
         if self._right is not None:
             right = right.permute(self._right)
         r, c = self._rows, self._columns

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
+from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
 
 _MOST = 8
-_LEAST_GAIN = 0.03  # of a product and its communication, below which cutting is not worth its own cost
-_KEY = "overlap"
+_LEAST_GAIN = 0.05  # of a product and its communication, below which cutting is not worth the risk of a wrong model
+_STEEPEST = 4.0  # how many times as large as its neighbour a piece may be
+_GRAIN = 16  # multipliers like rows and columns in such numbers
+_KEY, _DECIDED = "overlap", "overlap decided"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Into how many pieces, and how many thousandths of each piece the next one has. Of whole numbers, so that ranks
+    can tell each other."""
+
+    count: int
+    steepness: int = 1000
+
+    def pieces(self, size: int) -> list[tuple[int, int]]:
+        """Start and length of each piece that is not empty, of so many rows or columns."""
+        grain = _GRAIN if size >= 4 * _GRAIN * self.count else 1
+        edges, so_far = [0], 0.0
+        for share in self.shares[:-1]:
+            so_far += share
+            edges.append(min(size, round(so_far * size / grain) * grain))
+        edges.append(size)
+        return [(start, end - start) for start, end in pairwise(edges) if end > start]
+
+    @property
+    def shares(self) -> list[float]:
+        """The relative sizes of the pieces, whose sum is 1."""
+        sizes = [(self.steepness / 1000) ** at for at in range(self.count)]
+        return [size / sum(sizes) for size in sizes]
+
+
+WHOLE = Cut(0)
 
 
 @dataclass(frozen=True)
@@ -33,41 +65,70 @@ class Link:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a machine: links by mesh axis; seconds for each multiplication and addition of a product, by dtype."""
+    """Of a machine: links by mesh axis; by dtype, seconds for each multiplication and addition of a product, and for
+    each byte of an operand that a product in pieces reads once more."""
 
     links: Mapping[str, Link]
     seconds_per_flop: Mapping[torch.dtype, float] = field(default_factory=dict)
+    seconds_per_byte_again: Mapping[torch.dtype, float] = field(default_factory=dict)
 
-    def pieces(self, axis: str, sent: int, flops: int, dtype: torch.dtype, ranks: int, *, gather: bool) -> int:
-        """The number of pieces for which communication and product together should take least; 1 if cutting gains
-        nothing worth having; 0 for a gather if even the own shard's part should not be split off.
+    def pieces(self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None) -> Cut:
+        """The pieces for which communication and product together should take least; none if that gains too little.
 
-        sent: bytes that a rank sends. flops: multiplications and additions of the whole product.
+        sent: bytes that a rank sends. flops: multiplications and additions of the whole product. again: bytes that each
+        piece beyond the first reads once more. own: for a gather, the share of the product that can be computed before
+        anything has come; None for a reduction.
         """
         link, rate = self.links.get(axis), self.seconds_per_flop.get(dtype)
         if link is None or rate is None:
-            return 0 if gather else 1
-        talk, work = link.latency + sent * link.seconds_per_byte, flops * rate
-        best, least = (0 if gather else 1), (talk + work) * (1 - _LEAST_GAIN)
-        for pieces in range(1 if gather else 2, _MOST + 1):
-            talking = talk + (pieces - 1) * link.latency
-            # What can run side by side: all but the first piece of one, and the last of the other.
-            beside = work / ranks + (work - work / ranks) * (pieces - 1) / pieces if gather else work * (1 - 1 / pieces)
-            alongside = talking if gather else talking * (1 - 1 / pieces)
-            taken = talking + work - link.hidden * min(beside, alongside)
+            return WHOLE
+        talk, work = sent * link.seconds_per_byte, flops * rate
+        more = again * self.seconds_per_byte_again.get(dtype, 0.0)
+        best = WHOLE
+        least = (link.latency + talk + work) * (1 - _LEAST_GAIN)
+        for cut in _choices(talk, work, own):
+            taken = _taken(cut.shares, link, talk, work, more, own)
             if taken < least * (1 - 1e-9):
-                best, least = pieces, taken
+                best, least = cut, taken
         return best
+
+
+def _choices(talk: float, work: float, own: float | None) -> Iterator[Cut]:
+    """Equal pieces; and such that each is communicated in the time of its neighbour's product, so that little is left
+    at the end."""
+    before, after = (talk, work) if own is None else (work * (1 - own), talk)
+    steepness = min(max(before / after, 1 / _STEEPEST), _STEEPEST) if after > 0 else 1.0
+    for count in range(2 if own is None or own == 0 else 1, _MOST + 1):
+        for thousandths in dict.fromkeys((1000, round(1000 * steepness))):
+            yield Cut(count, thousandths)
+
+
+def _taken(shares: Sequence[float], link: Link, talk: float, work: float, more: float, own: float | None) -> float:
+    """Seconds until the last piece is there, if products follow one another, and so do collectives."""
+    sent = 0.0
+    if own is None:
+        made = -more
+        for share in shares:
+            made += work * share + more
+            sent = max(sent, made) + link.latency + talk * share
+        end, spent = sent, made + link.latency * len(shares) + talk
+    else:
+        made = work * own - (0.0 if own else more)
+        for share in shares:
+            sent += link.latency + talk * share
+            made = max(made, sent) + work * (1 - own) * share + more
+        end, spent = made, work + more * (len(shares) - (not own)) + sent
+    return end + (1 - link.hidden) * (spent - end)
 
 
 @dataclass(frozen=True)
 class Always:
-    """A number of pieces that is given, wherever a product can be cut."""
+    """A number of equal pieces that is given, wherever a product can be cut."""
 
     count: int
 
-    def pieces(self, axis: str, sent: int, flops: int, dtype: torch.dtype, ranks: int, *, gather: bool) -> int:
-        return self.count
+    def pieces(self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None) -> Cut:
+        return Cut(self.count) if self.count > 1 or own else WHOLE
 
 
 def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
@@ -77,11 +138,12 @@ def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
         number: always so many pieces. None: never (as at first).
 
     What is hidden: the reduction of Y behind Y's own product (row parallel), the gather of X or dY behind the product
-    that reads it (sequence parallel). A reduction of dX runs behind the product of dW with or without this. Rows are
-    cut, sums are not; but a multiplier may round a smaller matrix differently, so bits may change with `how`, which is
-    therefore never decided behind your back.
+    that reads it (sequence parallel), the gather of W and the reduction of dW likewise (fully sharded). A reduction of
+    dX runs behind the product of dW with or without this. Rows or columns are cut, sums are not; but a multiplier may
+    round a smaller matrix differently, so bits may change with `how`: it is never decided behind your back.
     """
     mesh_view = view(mesh)
+    mesh_view.compiled.pop(_DECIDED, None)
     if how is None:
         mesh_view.compiled.pop(_KEY, None)
     else:
@@ -96,17 +158,28 @@ def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
             forget()
 
 
-def chosen(mesh_view: MeshView) -> Costs | Always:
-    found = mesh_view.compiled.get(_KEY)
-    return found if found is not None else _NEVER
+def choose(
+    mesh_view: MeshView, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None
+) -> Cut:
+    """`Costs.pieces`, by what `overlap` was given for a mesh."""
+    how = mesh_view.compiled.get(_KEY)
+    return WHOLE if how is None else how.pieces(axis, sent, flops, again, dtype, own)
 
 
-class _Never(Always):
-    def pieces(self, axis: str, sent: int, flops: int, dtype: torch.dtype, ranks: int, *, gather: bool) -> int:
-        return 0 if gather else 1
+def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable[[], Cut]) -> Cut:
+    """What the first rank of an axis would choose, where ranks that have different shapes might differ.
 
-
-_NEVER = _Never(1)
+    Asked when `what`, which all ranks of the axis have alike, is first to be done; remembered from then on.
+    """
+    how = mesh_view.compiled.get(_KEY)
+    if how is None or isinstance(how, Always):
+        return choose()
+    decided = mesh_view.compiled.setdefault(_DECIDED, {})
+    if (axis.name, what) not in decided:
+        mine = choose()
+        value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "pieces of a product")
+        decided[axis.name, what] = Cut(*divmod(value, 10**6))
+    return decided[axis.name, what]
 
 
 def measure_costs(
@@ -119,15 +192,22 @@ def measure_costs(
     """
     mesh_view = view(mesh)
     device = mesh_view.device
-    rates, links = {}, {}
-    size = 512
+    rates, again, links = {}, {}, {}
+    size, pieces = 512, 8
     for dtype in dtypes:
         a = torch.randn(size, size, device=device).to(dtype)
-        rates[dtype] = _slowest(_seconds(lambda a=a: torch.mm(a, a), repeats, device), mesh_view) / (2 * size**3)  # type: ignore[misc]
+        parts = a.chunk(pieces)
+        whole = _slowest(_seconds(lambda a=a: torch.mm(a, a), repeats, device), mesh_view)  # type: ignore[misc]
+        cut = _slowest(
+            _seconds(lambda a=a, parts=parts: [torch.mm(part, a) for part in parts], repeats, device),  # type: ignore[misc]
+            mesh_view,
+        )
+        rates[dtype] = whole / (2 * size**3)
+        again[dtype] = max(0.0, cut - whole) / ((pieces - 1) * a.numel() * a.element_size())
     for name, axis in mesh_view.axes.items():
         if axis.size > 1:
             links[name] = _link(axis, mesh_view, repeats)
-    return Costs(links, rates)
+    return Costs(links, rates, again)
 
 
 def _link(axis: Axis, mesh_view: MeshView, repeats: int) -> Link:

@@ -1,9 +1,9 @@
 """Communication hidden behind the product that it belongs to: both are cut into pieces, and run side by side.
 
 A reduction: each piece of the product is reduced while the next is computed. A gather: the part of the product that
-needs the own shard alone comes first, and each piece of the others' shards is multiplied while the next arrives.
-Pieces are cut along rows only, so no sum is split that was not split before. (Overlap by splitting: Wang et al. 2023,
-ASPLOS, doi 10.1145/3567955.3567959.)
+needs the own shard alone comes first, if there is one, and each piece of the others' shards is multiplied while the
+next arrives. Pieces are cut along rows or columns of the product, so no sum is split that was not split before.
+(Overlap by splitting: Wang et al. 2023, ASPLOS, doi 10.1145/3567955.3567959.)
 """
 
 from __future__ import annotations
@@ -16,36 +16,34 @@ from torch import Tensor
 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import Axis
-from shardgrad.layout.sizes import chunk
 from shardgrad.ops.contract import Contraction
+from shardgrad.ops.overlap import Cut
 from shardgrad.ops.route import Step
 
 
-def _cuts(size: int, pieces: int) -> list[tuple[int, int]]:
-    """Start and length of each piece that is not empty, as torch.chunk cuts."""
-    found = [chunk(size, pieces, at) for at in range(pieces)]
-    return [(start, length) for start, length in found if length]
-
-
 class ReducedInPieces:
-    """A product that is summed over an axis, piece by piece: an all-reduce, or a reduce-scatter along a row dim."""
+    """A product that is summed over an axis, piece by piece: by all-reduces or reduce-scatters.
 
-    def __init__(self, product: Contraction, step: Step, pieces: int) -> None:
+    by_rows: whether it is cut along its rows; else along its columns. A reduce-scatter needs the other side whole.
+    """
+
+    def __init__(self, product: Contraction, step: Step, cut: Cut, *, by_rows: bool) -> None:
         assert step.axis is not None
-        self._product, self._step, self._pieces, self._axis = product, step, pieces, step.axis
+        self._product, self._step, self._cut, self._by_rows = product, step, cut, by_rows
+        self._axis = step.axis
         self._sum = raw.AllReduce(step.axis, step.what)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        shape, matrix, other = self._product.as_matrices(left, right)
-        if self._step.kind == "all-reduce":
-            return self._all_reduced(shape, matrix, other)
-        return self._scattered(shape, matrix, other)
+        shape, left, right = self._product.as_matrices(left, right)
+        if self._step.kind == "all-reduce" and self._by_rows:
+            return self._in_place(shape, left, right)
+        return self._rows(shape, left, right) if self._by_rows else self._columns(shape, left, right)
 
-    def _all_reduced(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
+    def _in_place(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
         out = left.new_empty(shape)
         flat = out.view(left.shape[0], right.shape[1])
         works = []
-        for start, length in _cuts(left.shape[0], self._pieces):
+        for start, length in self._cut.pieces(left.shape[0]):
             piece = flat[start : start + length]
             torch.mm(left[start : start + length], right, out=piece)
             works.append(self._sum.start(piece))
@@ -53,30 +51,40 @@ class ReducedInPieces:
             self._sum.wait(work)
         return out
 
-    def _scattered(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
-        at, ranks, (inner, columns) = self._step.dim, self._axis.size, right.shape
-        before, after, own = prod(shape[:at]), prod(shape[at + 1 : self._product.rows]), shape[at] // ranks
-        rows = left.view(before, ranks, own, after, inner)
-        out = left.new_empty((*shape[:at], own, *shape[at + 1 :]))
-        blocks = out.view(before, own, after, columns)
+    def _rows(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
+        rows = self._product.rows
         coming = []
-        for start, length in _cuts(own, self._pieces):
-            piece = left.new_empty((ranks, before, length, after, columns))
-            for rank in range(ranks):
-                mine = rows[:, rank, start : start + length].reshape(before * length * after, inner)
-                torch.mm(mine, right, out=piece[rank].view(before * length * after, columns))
-            coming.append((start, length, raw.reduce_scatter(piece, self._axis, 0, self._step.what)))
-        for start, length, pending in coming:
-            blocks[:, start : start + length] = pending.wait()[0]
+        for start, length in self._cut.pieces(left.shape[0]):
+            piece = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
+            coming.append(self._send(piece, self._step.dim - rows + 1))
+        parts = [pending.wait() for pending in coming]
+        out = left.new_empty((*shape[:rows], *parts[0].shape[1:]))
+        torch.cat(parts, out=out.view(left.shape[0], *parts[0].shape[1:]))
         return out
+
+    def _columns(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
+        rows = self._product.rows
+        coming = []
+        for start, length in self._cut.pieces(right.shape[1]):
+            piece = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
+            coming.append(self._send(piece, self._step.dim))
+        parts = [pending.wait() for pending in coming]
+        out = left.new_empty((*parts[0].shape[:-1], *shape[rows:]))
+        torch.cat(parts, -1, out=out.view(*parts[0].shape[:-1], right.shape[1]))
+        return out
+
+    def _send(self, piece: Tensor, dim: int) -> raw.Pending:
+        if self._step.kind == "all-reduce":
+            return raw.all_reduce(piece, self._axis, self._step.what)
+        return raw.reduce_scatter(piece, self._axis, dim, self._step.what)
 
 
 class GatheredInPieces:
     """Products of one tensor that is gathered along a row dim, piece by piece, the own shard's part first."""
 
-    def __init__(self, products: Sequence[Contraction], step: Step, pieces: int, *, assemble: bool) -> None:
+    def __init__(self, products: Sequence[Contraction], step: Step, cut: Cut, *, assemble: bool) -> None:
         assert step.axis is not None
-        self._products, self._step, self._pieces = tuple(products), step, pieces
+        self._products, self._step, self._cut = tuple(products), step, cut
         self._axis: Axis = step.axis
         self._assemble = assemble
 
@@ -87,7 +95,7 @@ class GatheredInPieces:
         before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
         mine = stored.reshape(before, own, after)
         coming = []
-        for start, length in _cuts(own, self._pieces):
+        for start, length in self._cut.pieces(own):
             piece = mine[:, start : start + length].contiguous().unsqueeze(0)
             coming.append((start, length, raw.all_gather(piece, axis, 0, axis.size, self._step.what)))
         whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
@@ -123,3 +131,57 @@ def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
         torch.mm(left, right, out=flat)
     else:
         into.copy_(torch.mm(left, right).view(into.shape))
+
+
+class SecondGatheredInPieces:
+    """A product whose second operand, a stored weight, is gathered piece by piece, along a letter of the product.
+
+    along: the dim of the second operand that is cut, and that becomes dim `place` of the product. If it is also the dim
+    that is gathered, the own shard's part comes first.
+    """
+
+    def __init__(self, product: Contraction, step: Step, cut: Cut, along: int, place: int, *, assemble: bool) -> None:
+        assert step.axis is not None
+        self._product, self._step, self._cut = product, step, cut
+        self._axis: Axis = step.axis
+        self._along, self._place, self._assemble = along, place, assemble
+
+    def __call__(self, stored: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The product of the other operand with the whole weight; and that itself, if it is to be assembled."""
+        (left,), axis, at, along = others, self._axis, self._step.dim, self._along
+        own_first = at == along
+        blocks: list[tuple[int, raw.Pending]] = []  # where each begins along that dim of a shard
+        for start, length in self._cut.pieces(stored.shape[along]):
+            piece = stored.narrow(along, start, length)
+            if own_first:
+                blocks.append((start, raw.all_gather(piece.unsqueeze(0), axis, 0, axis.size, self._step.what)))
+            else:
+                blocks.append((start, raw.all_gather(piece, axis, at, self._step.whole, self._step.what)))
+        shape = list(stored.shape)
+        shape[at] = self._step.whole
+        whole = stored.new_empty(shape) if self._assemble else None
+        out: Tensor | None = None
+
+        def put(start: int, weight: Tensor) -> None:
+            nonlocal out
+            made = self._product(left, weight)
+            if out is None:
+                full = list(made.shape)
+                full[self._place] = shape[along]
+                out = made.new_empty(full)
+            out.narrow(self._place, start, weight.shape[along]).copy_(made)
+            if whole is not None:
+                whole.narrow(along, start, weight.shape[along]).copy_(weight)
+
+        if own_first:
+            put(axis.index * stored.shape[along], stored)
+        for start, pending in blocks:
+            gathered = pending.wait()
+            if not own_first:
+                put(start, gathered)
+                continue
+            for rank in range(axis.size):
+                if rank != axis.index:
+                    put(rank * stored.shape[along] + start, gathered[rank])
+        assert out is not None
+        return [out], whole

@@ -102,7 +102,7 @@ class Product:
                     f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
                     f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
                 )
-            found = self._traced[key] = self._make(tensors, sizes, needs)
+            found = self._traced[key] = self._make(tensors, sizes, needs, traced=True)
         return found
 
     def _program(
@@ -118,7 +118,9 @@ class Product:
             found = self._programs[where] = self._make(tensors, sizes, needs)
         return found
 
-    def _make(self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...]) -> Program:
+    def _make(
+        self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...], *, traced: bool = False
+    ) -> Program:
         return Program(
             self.layouts,
             self.biased,
@@ -130,6 +132,7 @@ class Product:
             needs,
             self._check_backward,
             self.operation,
+            traced,
         )
 
     def forget_programs(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from shardgrad.comm.agree import checking_every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.cost import sent
 from shardgrad.layout.layout import Layout
+from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases, forward_phases, shares
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
@@ -26,8 +27,8 @@ from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.deferred import can_put_off, deferring, put_off
 from shardgrad.ops.main_grad import main_grads, main_grads_exist
-from shardgrad.ops.overlap import chosen
-from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces
+from shardgrad.ops.overlap import WHOLE, Cut, choose, choose_together
+from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.stages import Forward, Piecewise, Route, Stage, Start
 from shardgrad.ops.terms import Terms
@@ -41,6 +42,7 @@ class Program:
 
     needs: whether X, each weight and each bias that is there needs a gradient.
     check: called with what came to backward, before anything else, while ranks compare every call.
+    traced: only to learn shapes from: ranks exchange nothing.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Program:
         needs: tuple[bool, ...],
         check: Check,
         operation: Operation,
+        traced: bool,
     ) -> None:
+        self._traced = traced
         self._view, self._sizes, self._reduce_dtype, self._dtype = view, sizes, reduce_dtype, dtype
         self._needs, self.check = needs, check
         self._layouts = layouts
@@ -133,10 +137,18 @@ class Program:
                 made = [(at, products[at].terms.product, "product") for at in readers]
                 gathers.append(self._gather_in_pieces(start, made, self._slot_role(start.target) in self._keep))
         piecewise = tuple(gather for gather in gathers if gather is not None)
+        beside = {gather.start.target for gather in piecewise}
         last = len(products) - 1
-        if not any(gather.start.target == products[last].first for gather in piecewise):
+        if products[last].first not in beside:
             reduced = self._reduce_in_pieces(products[last].route, last, products[last].terms.product, "product")
             products[last] = replace(products[last], pieces=reduced)
+        first = products[0]  # what later ones read arrives under this one
+        if first.first not in beside and first.pieces is None:
+            for start in starts:
+                if start.target == first.second:
+                    kept = self._slot_role(start.target) in self._keep
+                    weight = self._gather_second_in_pieces(start, 0, first.terms.product, "product", kept)
+                    piecewise += (weight,) if weight is not None else ()
         return tuple(starts), tuple(products), piecewise
 
     def _slot_role(self, slot: int) -> Key | None:
@@ -183,69 +195,125 @@ class Program:
                 )
             )
         if stages and phases[0].made == "first":
-            stages[0] = self._in_pieces(stages[0], phases, operands)
+            stages[0] = self._gather_in_stage(stages[0], phases[0].reads[0].index, operands)
+        for end in {now - 1, len(phases) - 1}:
+            if end >= 0:
+                stages[end] = self._reduce_in_stage(stages[end], phases[end])
         return tuple(stages[:now]), tuple(stages[now:])
 
-    def _in_pieces(self, stage: Stage, phases: Sequence[Phase], operands: Sequence[list[int]]) -> Stage:
-        """dX side by side with the gather of dY that it reads, or, where nothing else is left to do, its reduction."""
+    def _gather_in_stage(self, stage: Stage, at: int, operands: Sequence[list[int]]) -> Stage:
+        """dX side by side with the gather of dY or W that it reads."""
         if len(stage.terms) != 1:
             return stage
-        (made, dy, _), at = stage.terms[0], phases[0].reads[0].index
+        made, dy, weight = stage.terms[0]
         for start in stage.starts:
             if start.target == dy:
                 again = any(dy in slots for slots in operands[1:])
-                return replace(stage, gather=self._gather_in_pieces(start, [(at, made, "first")], again))
-        if len(phases) == 1:
-            return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, "first"))
+                gather = self._gather_in_pieces(start, [(at, made, "first")], again)
+                return stage if gather is None else replace(stage, gather=gather)
+        for start in stage.starts:
+            if start.target == weight:
+                return replace(stage, gather=self._gather_second_in_pieces(start, at, made, "first", False))
         return stage
 
-    def _cuttable(self, route: Route, at: int, made: Map) -> Step | None:
-        """The one step of a route, if what it moves and the product can be cut into pieces along rows."""
+    def _reduce_in_stage(self, stage: Stage, phase: Phase) -> Stage:
+        """The last gradient side by side with its reduction, which has nothing else left to run behind."""
+        if len(stage.terms) != 1 or stage.gather is not None:
+            return stage
+        made, at = stage.terms[0][0], phase.reads[0].index
+        return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, phase.made))
+
+    def _cuttable(self, route: Route, at: int, made: Map, moved: TensorSpec) -> tuple[Step, bool] | None:
+        """The one step of a route, if what it moves and the product can be cut into pieces; and whether all ranks of
+        its axis know the same sizes, and so decide alike."""
         if len(route) != 1 or not isinstance(made, Contraction) or not made.rows:
             return None
-        step, layout = route[0], self._layouts[at]
+        step, layout, alike = route[0], self._layouts[at], True
         assert step.axis is not None
         for spec in (layout.first, layout.second, layout.product):
             for dim in spec.dims:
                 if step.axis.name in dim.axes:
                     whole = self._sizes.get(dim.letter, dim.axes[: dim.axes.index(step.axis.name)])
                     if whole is None or whole % step.axis.size:
-                        return None  # the ranks of the axis would not all decide alike
-        return step
+                        if dim.letter in moved.letters:
+                            return None
+                        alike = False
+        return step, alike
 
-    def _reduce_in_pieces(self, route: Route, at: int, made: Map, role: Role) -> ReducedInPieces | None:
-        step = self._cuttable(route, at, made)
-        if step is None or step.kind not in ("all-reduce", "reduce-scatter"):
+    def _reduce_in_pieces(
+        self, route: Route, at: int, made: Map, role: Role | Literal["bias"]
+    ) -> ReducedInPieces | None:
+        if role == "bias":
+            return None
+        found = self._cuttable(route, at, made, self._spec(at, role))
+        if found is None or found[0].kind not in ("all-reduce", "reduce-scatter"):
             return None
         assert isinstance(made, Contraction)
-        if step.kind == "reduce-scatter" and step.dim >= made.rows:
-            return None
-        count = self._pieces(step, self._used_shape(at, role), at, 1, gather=False)
-        return ReducedInPieces(made, step, count) if count > 1 else None
+        step, alike = found
+        shape = self._used_shape(at, role)
+        rows, columns = prod(shape[: made.rows]), prod(shape[made.rows :])
+        inner = self._multiplications(at) // max(1, rows * columns)
+        # Cut along rows, the second matrix is read again and again; along columns, the first, and all is copied once.
+        by_rows = columns * inner <= rows * (inner + columns)
+        if step.kind == "reduce-scatter":
+            by_rows = step.dim >= made.rows
+        elif not alike:
+            by_rows = rows >= columns
+        cut = self._cut(step, alike, shape, at, 1, (columns if by_rows else rows) * inner, None)
+        return ReducedInPieces(made, step, cut, by_rows=by_rows) if cut != WHOLE else None
 
     def _gather_in_pieces(
         self, start: Start, products: Sequence[tuple[int, Map, Role]], assemble: bool
     ) -> Piecewise | None:
-        steps = [self._cuttable(start.route, at, made) for at, made, _ in products]
-        step, at = steps[0], products[0][0]
-        if any(one is None for one in steps) or step is None or step.kind != "all-gather":
-            return None
+        at, _, role = products[0]
+        spec = self._spec(at, "first" if role == "product" else "product")
+        found = [self._cuttable(start.route, index, made, spec) for index, made, _ in products]
         contractions = [made for _, made, _ in products if isinstance(made, Contraction)]
-        if any(step.dim >= made.rows for made in contractions):
+        if found[0] is None or None in found or found[0][0].kind != "all-gather":
+            return None
+        step, alike = found[0][0], all(one is not None and one[1] for one in found)
+        if any(step.dim >= made.rows or not made.first_has_rows for made in contractions):
             return None
         assert step.axis is not None
-        layout = self._layouts[at]
-        spec = layout.first if products[0][2] == "product" else layout.product
         stored = self._sizes.shape_of(spec.dims)
         if stored[step.dim] * step.axis.size != step.whole:
             return None
-        count = self._pieces(step, stored, at, len(products), gather=True)
-        return Piecewise(start, GatheredInPieces(contractions, step, count, assemble=assemble)) if count else None
+        again = sum(prod(self._used_shape(index, "second")) for index, _, _ in products) * (step.axis.size - 1)
+        cut = self._cut(step, alike, stored, at, len(products), again, 1 / step.axis.size)
+        return Piecewise(start, GatheredInPieces(contractions, step, cut, assemble=assemble)) if cut != WHOLE else None
+
+    def _gather_second_in_pieces(
+        self, start: Start, at: int, made: Map, role: Role, assemble: bool
+    ) -> Piecewise | None:
+        """The gather of a weight beside the product, Y or dX, that reads it."""
+        second, out = self._spec(at, "second"), self._spec(at, role)
+        found = self._cuttable(start.route, at, made, second)
+        if found is None or found[0].kind != "all-gather":
+            return None
+        assert isinstance(made, Contraction)
+        step, alike = found
+        assert step.axis is not None
+        stored = self._sizes.shape_of(second.dims)
+        places = {letter: out.letters.index(letter) for letter in second.letters if letter in out.letters}
+        if stored[step.dim] * step.axis.size != step.whole or not places:
+            return None
+        gathered = second.letters[step.dim]
+        # A letter that is whole here leaves whole pieces; the gathered one, the own shard's part to begin with.
+        letter = max(places, key=lambda one: (one != gathered, stored[second.letters.index(one)]))
+        own = 1 / step.axis.size if letter == gathered else 0.0
+        left = prod(self._used_shape(at, "first" if role == "product" else "product"))
+        cut = self._cut(step, alike, stored, at, 1, left * (step.axis.size - 1 if own else 1), own)
+        if cut == WHOLE:
+            return None
+        along, place = second.letters.index(letter), places[letter]
+        return Piecewise(start, SecondGatheredInPieces(made, step, cut, along, place, assemble=assemble))
+
+    def _spec(self, at: int, role: Role) -> TensorSpec:
+        layout = self._layouts[at]
+        return {"first": layout.first, "second": layout.second, "product": layout.product}[role]
 
     def _used_shape(self, at: int, role: Role) -> tuple[int, ...]:
-        layout = self._layouts[at]
-        spec = {"first": layout.first, "second": layout.second, "product": layout.product}[role]
-        return self._sizes.shape_of(layout.reading.used(spec).dims)
+        return self._sizes.shape_of(self._layouts[at].reading.used(self._spec(at, role)).dims)
 
     def _best_order(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         """dX before dW, so that its reduction runs under dW's product; the other way round where only dW is reduced."""
@@ -286,17 +354,35 @@ class Program:
 
     # Running.
 
-    def _pieces(self, step: Step, moved: tuple[int, ...], at: int, products: int, *, gather: bool) -> int:
-        """In how many pieces to do a product with one of its collectives, which is given a tensor of shape `moved`."""
-        assert step.axis is not None
+    def _multiplications(self, at: int) -> int:
+        """Of one product, on this rank."""
         layout = self._layouts[at]
         sizes: dict[str, int] = {}
         for spec, role in ((layout.first, "first"), (layout.second, "second")):
             sizes.update(zip(spec.letters, self._used_shape(at, role)))  # type: ignore[arg-type]
-        count = sent("all-gather" if gather else step.kind, prod(moved), step.axis.size) * self._dtype.itemsize
-        flops = 2 * products * prod(sizes.values())
-        choice = chosen(self._view)
-        return choice.pieces(step.axis.name, count, flops, self._dtype, step.axis.size, gather=gather)
+        return prod(sizes.values())
+
+    def _cut(
+        self, step: Step, alike: bool, moved: tuple[int, ...], at: int, products: int, again: int, own: float | None
+    ) -> Cut:
+        """The pieces in which to do a product with one of its collectives, which is given a tensor of shape `moved`.
+
+        again: elements that each piece beyond the first reads once more. own: see `Costs.pieces`.
+        """
+        assert step.axis is not None
+        size, name = self._dtype.itemsize, step.axis.name
+        count = sent(step.kind, prod(moved), step.axis.size) * size
+        flops = 2 * products * self._multiplications(at)
+
+        def choice() -> Cut:
+            return choose(self._view, name, count, flops, again * size, self._dtype, own) if flops else WHOLE
+
+        if alike:
+            return choice()
+        if self._traced:
+            return WHOLE
+        what = f"{step.what} {moved} beside products of {self._layouts[at]}, {self._dtype}"
+        return choose_together(self._view, step.axis, what, choice)
 
     def _names(self) -> list[str]:
         """What each slot is called in the source."""

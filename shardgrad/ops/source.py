@@ -66,11 +66,11 @@ class _Writer:
         if gone:
             self.say(f"{' = '.join(gone)} = None")
 
-    def beside(self, gather: Piecewise, outs: Sequence[str], rights: Sequence[str]) -> None:
-        """Gather a slot's tensor side by side with the products that read it."""
+    def beside(self, gather: Piecewise, outs: Sequence[str], others: Sequence[str]) -> None:
+        """Gather a slot's tensor side by side with the products that read it and one of the others each."""
         start = gather.start
         whole = f"{self._names[start.target]}_here"
-        call = f"{self.constant('gather', gather.pieces)}({self.here[start.source]}, ({', '.join(rights)},))"
+        call = f"{self.constant('gather', gather.pieces)}({self.here[start.source]}, ({', '.join(others)},))"
         self.say(f"({', '.join(outs)},), {whole} = {call}")
         self.here[start.target] = whole
 
@@ -150,6 +150,10 @@ def forward(
         if at in made_at_once:
             arrivals.append(writer.leave(out, one.route))
             continue
+        if one.second in beside:
+            writer.beside(beside.pop(one.second), [out], [writer.read(one.first)])
+            arrivals.append(writer.leave(out, one.route))
+            continue
         left, right = writer.read(one.first), writer.read(one.second)
         if one.pieces is not None:
             writer.say(f"{out} = {writer.constant('pieces', one.pieces)}({left}, {right})")
@@ -226,7 +230,7 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
         straight = stage.output in into and not stage.route and len(stage.terms) == 1
         for made, dy, other in stage.terms:
             if stage.gather is not None:
-                writer.beside(stage.gather, [name], [writer.read(other)])
+                writer.beside(stage.gather, [name], [writer.read(other if stage.gather.start.target == dy else dy)])
                 continue
             left, right = writer.read(dy), writer.read(other)
             if stage.pieces is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardgrad.ops.bilinear import Map
-from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces
+from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
 from shardgrad.ops.route import Step
 from shardgrad.ops.terms import Terms
 
@@ -41,7 +41,7 @@ class Piecewise:
     """A gather that is done side by side with the products that read it, in place of its start."""
 
     start: Start
-    pieces: GatheredInPieces
+    pieces: GatheredInPieces | SecondGatheredInPieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Stage:
     route: of what is made, to where it is stored.
     output: its position among the results.
     done: slots that no later phase reads.
-    gather: does the gather of the first operand and the product side by side.
+    gather: does the gather of one operand and the product side by side.
     pieces: does the product and its reduction side by side, in place of the route.
     """
 

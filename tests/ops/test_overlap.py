@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from exact import check, integers
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.layout import Layout
+from shardgrad.ops.overlap import WHOLE, Cut
 from shardgrad.testing import distributed
 
 SIZES = {"b": 3, "n": 12, "s": 24, "d": 24, "m": 12, "k": 5}
@@ -26,9 +29,15 @@ LAYOUTS = {
     "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, False),
     "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, False),
     "X[n,d] W[d,m/tp] -> Y[n,m/tp]": (False, False),
+    # Fully sharded. In backward dW comes first: W is gathered under it, and it is reduced under dX.
     "X[n/tp,d] W[d,m] -> Y[n/tp,m]": (False, False),
-    "X[n/tp,d] W[d/tp,m] -> Y[n/tp,m]": (False, False),
-    "X[d/tp,n] W[d/tp,m] -> Y[n,m]": (False, False),
+    "X[n/tp,d] W[d/tp,m] -> Y[n/tp,m]": (True, False),
+    "X[n/tp,d] W[m/tp,d] -> Y[n/tp,m]": (True, False),
+    "X[n/tp,d] W[m,d/tp] -> Y[n/tp,m]": (True, False),
+    "X[b,s/tp,d] W[m,k,d/tp] -> Y[b,s/tp,m,k]": (True, False),
+    "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s/tp,m,k]": (True, False),
+    "X[d/tp,n] W[d/tp,m] -> Y[n,m]": (True, False),
+    "X[n,d/tp] W[d/tp,m] -> Y[m,n]": (True, False),
 }
 
 
@@ -73,6 +82,54 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
     assert run()[1] == usual
 
 
+# Where dX is reduced over tp, W is gathered beside dX, and dW is reduced beside itself: (forward, backward) are cut.
+FULLY_SHARDED = {
+    "X[n/dp,d] W[m/tp,d/dp] -> Y[n/dp,m/tp]": (True, True),
+    "X[n/dp,d] W[d/dp,m/tp] -> Y[n/dp,m/tp]": (True, True),
+    "X[n/dp,d] W[m/tp/dp,d] -> Y[n/dp,m/tp]": (True, True),
+    "X[n/dp,d] W[m/tp,d] -> Y[n/dp,m/tp]": (False, True),
+    "X[n/dp,d] W[d,m/tp] -> Y[n/dp,m/tp]": (False, True),
+    "X[b/dp,s,d] W[m/tp,d/dp] -> Y[b/dp,s,m/tp]": (True, True),
+}
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("n", [12, 7])
+@pytest.mark.parametrize("text", FULLY_SHARDED)
+def test_gathers_of_weights_and_reductions_of_their_gradients(world_size: int, text: str, n: int) -> None:
+    """Also where ranks have different numbers of rows, and so would decide differently if each decided alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layout = Layout(text)
+    sizes = {letter: {"n": n, "b": n, "s": 3, "d": 24, "m": 12}[letter] for letter in layout.letters}
+    x, w, dy = (
+        sg.shard(integers(spec, sizes, at), spec, mesh)
+        for at, spec in enumerate((layout.first, layout.second, layout.product))
+    )
+
+    def run() -> tuple[list[torch.Tensor | None], list[int]]:
+        leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
+        with sg.trace() as forward:
+            y = sg.matmul(*leaves, layout, mesh)
+        with sg.trace() as backward:
+            y.backward(dy)
+        return [y.detach(), *(leaf.grad for leaf in leaves)], [len(forward), len(backward)]
+
+    run()
+    whole, usual = run()
+    links = {axis: sg.Link(1e-9, 1e-3, 1.0) for axis in ("dp", "tp")}
+    costs = sg.Costs(links, {torch.float32: 1e-4 if mesh["dp"].get_local_rank() == 0 else 1e-9})
+    for how in (3, costs):
+        sg.overlap(mesh, how)
+        run()
+        cut, counts = run()
+        for one, other in zip(whole, cut):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+        assert [now > before for now, before in zip(counts, usual)] == list(FULLY_SHARDED[text])
+    sg.overlap(mesh, None)
+
+
 @distributed(world_size=[2, 3])
 @pytest.mark.parametrize("keep", [(), ("X",)])
 def test_products_that_share_a_gather(world_size: int, keep: tuple[str, ...]) -> None:
@@ -108,7 +165,8 @@ def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, te
         {"n": 5, "d": 8, "m": 0},
         {"n": 0, "d": 8, "m": 4},
     ):
-        check(Layout(text), mesh, sizes)
+        if sizes["d"] == 8 or text != "X[n,d/tp] W[d/tp,m] -> Y[n,m]":  # whose Y is whole on every rank, whatever d is
+            check(Layout(text), mesh, sizes)
     sg.overlap(mesh, None)
 
 
@@ -116,16 +174,34 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     """Communication of 10 ms and a product of 10 ms that can hide it wholly: 8 pieces leave 1/8 of it in sight."""
     f32 = torch.float32
     costs = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
-    assert costs.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 8
-    assert costs.pieces("tp", 10**6, 10**9, f32, 2, gather=True) > 1
+    work = ("tp", 10**6, 10**9, 0, f32)
+    assert costs.pieces(*work, None) == Cut(8)
+    assert costs.pieces(*work, 0.5).count > 1
+    assert costs.pieces(*work, 0.0).count > 1
     slow = sg.Costs({"tp": sg.Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
-    assert slow.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 1
+    assert slow.pieces(*work, None) == WHOLE
     none = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
-    assert none.pieces("tp", 10**6, 10**9, f32, 2, gather=False) == 1
-    assert none.pieces("tp", 10**6, 10**9, f32, 2, gather=True) == 0
-    assert costs.pieces("tp", 10**6, 10**5, f32, 2, gather=False) == 1  # nothing to hide behind
-    assert costs.pieces("dp", 10**6, 10**9, f32, 2, gather=False) == 1  # not measured
-    assert costs.pieces("tp", 10**6, 10**9, torch.float16, 2, gather=True) == 0
+    assert none.pieces(*work, None) == WHOLE
+    assert none.pieces(*work, 0.5) == WHOLE
+    again = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
+    assert again.pieces("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
+    assert again.pieces("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
+    assert costs.pieces("tp", 10**6, 10**5, 0, f32, None) == WHOLE  # nothing to hide behind
+    assert costs.pieces("dp", 10**6, 10**9, 0, f32, None) == WHOLE  # not measured
+    assert costs.pieces("tp", 10**6, 10**9, 0, torch.float16, 0.5) == WHOLE
+
+
+def test_pieces_shrink_where_their_communication_is_the_shorter() -> None:
+    """A product of 10 ms, of which each piece takes half as long to send: the next may have half its size."""
+    costs = sg.Costs({"tp": sg.Link(1e-5, 5e-9, 1.0)}, {torch.float32: 1e-11})
+    cut = costs.pieces("tp", 10**6, 10**9, 0, torch.float32, None)
+    assert cut.steepness == 500
+    pieces = cut.pieces(1000)
+    assert pieces[0][0] == 0
+    assert all(start + length == following for (start, length), (following, _) in pairwise(pieces))
+    assert sum(length for _, length in pieces) == 1000
+    assert all(length > 1.5 * shorter for (_, length), (_, shorter) in pairwise(pieces[:4]))
+    assert Cut(3).pieces(2) == [(0, 1), (1, 1)]
 
 
 @distributed(world_size=[1, 2, 3])
@@ -138,7 +214,7 @@ def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
         assert link.latency > 0
         assert 0 <= link.hidden <= 1
     everyone: list[object] = [None] * world_size
-    torch.distributed.all_gather_object(everyone, (dict(costs.links), dict(costs.seconds_per_flop)))
+    torch.distributed.all_gather_object(everyone, costs)
     assert all(one == everyone[0] for one in everyone)
     with pytest.raises(ValueError, match="at least 1 piece"):
         sg.overlap(mesh, 0)
