@@ -29,6 +29,8 @@ CASES = (
     "column + sequence, forward",
     "row + sequence, forward",
     "row + sequence, backward",
+    "fully sharded, forward",
+    "fully sharded, backward",
 )
 
 
@@ -191,6 +193,29 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
             lambda: (dy.mm(down), dy.t().mm(h)),
             lambda: raw.all_gather(y_own, axis, 0, tokens).wait(),
             {who: _backward(one, h, y_own) for who, one in rows(sequence_dim=0).items()},
+        ),
+    )
+    # A weight of one rank's size of the above, stored in shards: gathered for Y and again for dX, dW reduce-scattered.
+    stored = up.chunk(axis.size, 1)[0].contiguous()
+    sharded = {
+        who: sg.Linear(d, part, bias=False, layout="X[n/tp,d] W[m,d/tp] -> Y[n/tp,m]", mesh=mesh, dtype=dtype)
+        for who, mesh in meshes.items()
+    }
+    dh_own = dh[:own].contiguous()
+    yield (
+        CASES[5],
+        _Case(
+            lambda: F.linear(x_own, up),
+            lambda: raw.all_gather(stored, axis, 1, d).wait(),
+            {who: _forward(one, x_own) for who, one in sharded.items()},
+        ),
+    )
+    yield (
+        CASES[6],
+        _Case(
+            lambda: (dh_own.mm(up), dh_own.t().mm(x_own)),
+            lambda: (raw.all_gather(stored, axis, 1, d).wait(), raw.reduce_scatter(up, axis, 1).wait()),
+            {who: _backward(one, x_own, dh_own) for who, one in sharded.items()},
         ),
     )
 

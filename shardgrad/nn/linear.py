@@ -168,7 +168,10 @@ class _ParallelLinear(ShardedModule):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        bias, dims = self.bias, x.dim()  # once: a module looks for a parameter in vain before it finds it
+        parameters, dims = self._parameters, x.dim()
+        plain = "weight" in parameters and "bias" in parameters  # not parametrized: found at once
+        weight: Any = parameters["weight"] if plain else self.weight
+        bias: Any = parameters["bias"] if plain else self.bias
         key = dims, bias is None
         if torch.compiler.is_compiling():
             depends_on = self.axis, self.sequence_dim, self.reduce, self.keep
@@ -178,7 +181,7 @@ class _ParallelLinear(ShardedModule):
         sizes = self._sizes
         if sequence_size is not None and self.sequence_dim is not None:
             sizes = {**sizes, self._letters(dims)[2]: sequence_size}  # type: ignore[dict-item]
-        return run(product, x, (self.weight,), () if bias is None else (bias,), sizes)[0]
+        return run(product, x, (weight,), () if bias is None else (bias,), sizes)[0]
 
     def _bind(self, key: tuple[int, bool]) -> Product:
         dims, _ = key

@@ -24,7 +24,7 @@ def _short(left: Letters, right: Letters, rows: Letters, contracted: Letters, co
         if right == columns + contracted:
             return _LINEAR
         if right == contracted + columns:
-            return "matmul({0}, {1})"
+            return "{0}.mm({1})" if len(rows) == 1 else "matmul({0}, {1})"
     if len(rows) == 1 and left == contracted + rows and right == contracted + columns and contracted:
         if len(contracted) == 1:
             return "{0}.t().mm({1})"

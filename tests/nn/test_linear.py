@@ -163,3 +163,19 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         layer(torch.tensor(1.0))
     with pytest.raises(sg.MeshError, match="no axis 'model' of RowParallelLinear: it has tp=2"):
         sg.RowParallelLinear(4, 6, mesh=mesh, axis="model")
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@distributed(world_size=2)
+def test_parametrized_parameters_are_used(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layer = sg.ColumnParallelLinear(3, 4, mesh=mesh)
+    x = torch.randn(5, 3)
+    once = layer(x).detach()
+    for name in ("bias", "weight"):
+        nn.utils.parametrize.register_parametrization(layer, name, _Doubled())
+    assert torch.equal(layer(x), 2 * once)

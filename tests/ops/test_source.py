@@ -18,7 +18,7 @@ def forward(ctx, x, w, b):
 
 def backward(saved, dy):
     w, x, = saved
-    grad0 = matmul(dy, w)
+    grad0 = dy.mm(w)
     grad0_work = reduce0.start(grad0)
     w = None
     grad1 = dy.t().mm(x)
@@ -30,7 +30,7 @@ def backward(saved, dy):
 """
 ROW_SEQUENCE = """\
 def forward(ctx, x, w):
-    y = matmul(x, w)
+    y = x.mm(w)
     y_sent = Transit(y, route0)
     y = y_sent.result()
     ctx.save_for_backward(x)
