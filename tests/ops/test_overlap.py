@@ -70,11 +70,13 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
         for one, other in zip(whole, cut):
             assert torch.equal(one, other)
         again = nn.Parameter(x.clone())
-        y = sg.matmul(again, w, layout, mesh, sizes=sizes, keep=(layout.first.name,))  # no gradient of W: dX comes last
-        y.backward(dy)
-        assert again.grad is not None
-        assert torch.equal(y, whole[0])
-        assert torch.equal(again.grad, whole[1])
+        for keep in ((layout.first.name,), (layout.first.name, layout.second.name)):
+            again.grad = None
+            y = sg.matmul(again, w, layout, mesh, sizes=sizes, keep=keep)  # no gradient of W: dX comes last
+            y.backward(dy)
+            assert again.grad is not None
+            assert torch.equal(y, whole[0])
+            assert torch.equal(again.grad, whole[1])
         if "b/tp" not in text:
             expected = [cuts and world_size > 1 and pieces > 1 for cuts in LAYOUTS[text]]
             assert [now > before for now, before in zip(counts, usual)] == expected
