@@ -22,7 +22,8 @@ class Row:
     """One contender on one backend ("" for the local products alone), at one size [tokens, d, hidden] and dtype.
 
     time: microseconds a step, of the slowest rank. to_hand: how many times as long as the hand-written pair on the same
-    backend. share: of the step, that the local products alone take. ours: how many times as long as shardgrad takes.
+    backend. share: of the step, that the local products alone take. to_ours: how many times as long as shardgrad takes
+    on the same backend; to_ours_on_shm: as it takes on shared memory, which its launchers choose on one host.
     """
 
     dtype: str
@@ -33,6 +34,7 @@ class Row:
     to_hand: Spread | None
     share: Spread | None
     to_ours: Spread | None
+    to_ours_on_shm: Spread | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +44,27 @@ class Found:
     rows: list[Row]
     left_out: list[str]
 
-    def against(self) -> dict[tuple[str, str], float]:
-        """For each contender and backend: how many times as long as shardgrad it takes, geometric mean of all cases."""
-        ratios: dict[tuple[str, str], list[float]] = {}
+    def against(self) -> dict[tuple[str, str], tuple[float, float | None]]:
+        """For each contender and backend, how many times as long as shardgrad it takes, geometric mean of all cases:
+        shardgrad on the same backend, and on shared memory (None if that was not measured)."""
+        ratios: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
         for row in self.rows:
             if row.to_ours is not None and row.name != peers.OURS:
-                ratios.setdefault((row.name, row.backend), []).append(row.to_ours.median)
-        return {key: mean_ratio(values) for key, values in ratios.items()}
+                on_shm = row.to_ours_on_shm.median if row.to_ours_on_shm is not None else None
+                ratios.setdefault((row.name, row.backend), []).append((row.to_ours.median, on_shm))
+        return {
+            key: (
+                mean_ratio([same for same, _ in found]),
+                mean_ratio([on for _, on in found if on is not None]) if found[0][1] is not None else None,
+            )
+            for key, found in ratios.items()
+        }
 
     def as_json(self) -> dict[str, object]:
-        against = [{"name": name, "backend": backend, "ratio": r} for (name, backend), r in self.against().items()]
+        against = [
+            {"name": name, "backend": backend, "same backend": same, "shardgrad on shm": on_shm}
+            for (name, backend), (same, on_shm) in self.against().items()
+        ]
         return {
             "unit": "µs",
             "rows": [asdict(row) for row in self.rows],
@@ -116,6 +129,7 @@ def _rows(dtype: str, size: Size, times: dict[tuple[str, str], list[float]]) -> 
     rows = []
     for (name, backend), seconds in times.items():
         hand, ours = times.get((peers.HAND, backend)), times.get((peers.OURS, backend))
+        on_shm = times.get((peers.OURS, "shm"))
         rows.append(
             Row(
                 dtype,
@@ -126,6 +140,7 @@ def _rows(dtype: str, size: Size, times: dict[tuple[str, str], list[float]]) -> 
                 ratio(seconds, hand) if hand else None,
                 ratio(local, seconds) if local and name != peers.LOCAL else None,
                 ratio(seconds, ours) if ours else None,
+                ratio(seconds, on_shm) if on_shm and backend else None,
             )
         )
     return rows

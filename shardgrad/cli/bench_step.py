@@ -59,12 +59,11 @@ def step(
 
 
 def _print(found: Found, ranks: int, machine: str) -> None:
-    columns = ("contender", "backend", "µs", "/ hand-written", "products' share", "/ shardgrad")
+    columns = ("contender", "µs", "/ hand-written", "products' share", "/ shardgrad")
     for dtype, size in dict.fromkeys((row.dtype, row.size) for row in found.rows):
         rows = [
             (
-                row.name,
-                row.backend or "–",
+                f"{row.name}, {row.backend}" if row.backend else row.name,
                 row.time.text(),
                 row.to_hand.text(2) if row.to_hand else "–",
                 f"{row.share.median:.0%}" if row.share else "–",
@@ -73,9 +72,12 @@ def _print(found: Found, ranks: int, machine: str) -> None:
             for row in found.rows
             if (row.dtype, row.size) == (dtype, size)
         ]
-        style.table(columns, rows, title=f"{dtype} {list(size)}, {ranks} ranks", numbers=columns[2:])
-    against = [(name, backend, f"{ratio:.2f}") for (name, backend), ratio in found.against().items()]
-    title = "time / shardgrad's, geometric mean"
-    style.table(("contender", "backend", "ratio"), against, title=title, numbers=("ratio",))
+        style.table(columns, rows, title=f"{dtype} {list(size)}, {ranks} ranks", numbers=columns[1:])
+    against = [
+        (f"{name}, {backend}", f"{same:.2f}", "–" if on_shm is None else f"{on_shm:.2f}")
+        for (name, backend), (same, on_shm) in found.against().items()
+    ]
+    means = ("contender", "/ shardgrad", "/ shardgrad, shm")
+    style.table(means, against, title="time / shardgrad's, geometric means", numbers=means[1:])
     for text in (*found.left_out, machine):
         style.say(text)

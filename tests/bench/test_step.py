@@ -75,6 +75,9 @@ def test_the_step_is_measured_of_every_contender(tmp_path: Path, rank: int) -> N
         if row.name == peers.HAND:
             assert row.to_hand == Spread(1, 1, 1)
     assert set(found.against()) == {key for key in talking if key[0] != peers.OURS}
+    for (_, backend), (same, on_shm) in found.against().items():
+        assert on_shm is not None
+        assert on_shm == same if backend == "shm" else on_shm > 0
     assert json.dumps(found.as_json())
     if rank == 0:
         step.draw(found, str(tmp_path / "step.png"))
