@@ -23,6 +23,10 @@ from shardgrad.nn.module import ShardedModule
 Recompute = Literal["none", "full", "attention"]
 
 
+def _nothing(x: Tensor) -> Tensor:
+    return x
+
+
 class Block(nn.Module):
     """X + drop(Attention(norm(X))), then X + drop(MLP(norm(X))); X is [b/dp, s/tp, d] throughout."""
 
@@ -32,9 +36,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
     def forward(
-        self, x: Tensor, sequence: int, recompute: Recompute = "none", drop: Callable[[Tensor], Tensor] | None = None
+        self, x: Tensor, sequence: int, recompute: Recompute = "none", drop: Callable[[Tensor], Tensor] = _nothing
     ) -> Tensor:
-        drop = _nothing if drop is None else drop
         normed = self.attention_norm(x)
         if recompute == "attention" and torch.is_grad_enabled():
             x = x + drop(checkpoint(self.attention, normed, sequence, use_reentrant=False))
@@ -162,7 +165,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _nothing(x: Tensor) -> Tensor:
-    return x

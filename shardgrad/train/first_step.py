@@ -29,7 +29,8 @@ def check_first_step(
 ) -> None:
     """Run the first step without its update; compare its bytes, its loss and every gradient. On every rank.
 
-    Leaves gradients in place and the parameters as they were, and draws no random number: nothing is dropped. With `run.check` off, only the bytes are compared.
+    Leaves gradients in place, and parameters and torch's random state as they were: nothing is dropped. With `run.check`
+    off, only the bytes are compared.
     step: of the batch, the steps done before.
 
     Raises:
