@@ -29,7 +29,7 @@ def check_first_step(
 ) -> None:
     """Run the first step without its update; compare its bytes, its loss and every gradient. On every rank.
 
-    Leaves gradients in place, and parameters and torch's random state as they were: nothing is dropped. With `run.check`
+    Leaves gradients in place, parameters and the random state as they were: nothing is dropped. With `run.check`
     off, only the bytes are compared.
     step: of the batch, the steps done before.
 
