@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,12 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
     own = {name: (parameter, stored) for name, parameter, stored in stored_parameters(model)}
-    with safe_open(folder / _MODEL, "pt") as file, torch.no_grad():
+    with _opened(folder / _MODEL) as file, torch.no_grad():
         _check_names(set(file.keys()), set(own), folder)
         for name, (parameter, stored) in own.items():
             parameter.copy_(_part(file.get_tensor(name), name, parameter, stored, folder))
     if optimizer is not None:
-        with safe_open(folder / _OPTIMIZER, "pt") as file:
+        with _opened(folder / _OPTIMIZER) as file:
             for entry in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, key = entry.rpartition("/")
                 parameter, stored = own[name]
@@ -109,6 +110,22 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
                     value = _part(value, entry, parameter, stored, folder).to(parameter.device)
                 optimizer.state[parameter][key] = value
     return about
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read tensors from.
+
+    Raises:
+        OSError: it is missing, cut short, or nothing of the kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} cannot be read ({error}): delete {path.parent} to go on from the checkpoint before it"
+        ) from None
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> dict[str, Tensor]:

@@ -62,8 +62,14 @@ def told(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_words(error), err=True)
         raise typer.Exit(2) from None
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot open {error.filename}: {error.strerror}"
+    return str(error)
 
 
 def refuse(message: str) -> typer.BadParameter:

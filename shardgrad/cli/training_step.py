@@ -47,7 +47,7 @@ def make(config: Config) -> Callable[[], None]:
     torch.manual_seed(config.run.seed)
     model = build(config, BYTES, mesh)
     ids, targets = torch.randint(BYTES, (2, config.train.batch, config.model.seq_len)).unbind()
-    ids, targets = next(micro_batches(model, ids, targets, config.train.accumulate))
+    mine = next(micro_batches(model, ids, targets, config.train.accumulate))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr)
     forward, backward, update = PHASES
 
@@ -55,7 +55,7 @@ def make(config: Config) -> Callable[[], None]:
         with record_function(STEP):
             optimizer.zero_grad()
             with record_function(forward):
-                loss = model.loss(ids, targets)
+                loss = model.loss(*mine)
             with record_function(backward):
                 loss.backward()
                 reduce_gradients_(model)

@@ -67,6 +67,9 @@ class Step:
         return tuple(moved for travel in travels for moved in travel.moves)
 
 
+MOST_RANKS = 2**16  # in some ten seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Walk:
     """All phases of a layout on a mesh.
@@ -93,8 +96,16 @@ def walk(
     """Forward and backward, every gradient wanted; arguments as those of `Layout.collectives`.
 
     Raises:
-        LayoutError: as `Layout.collectives`.
+        LayoutError: as `Layout.collectives`; an axis of no ranks, or more than `MOST_RANKS` of them in all.
     """
+    for axis, size in mesh.items():
+        if size < 1:
+            raise LayoutError(f"the mesh has {axis} = {size}: an axis has at least one rank")
+    if prod(mesh.values()) > MOST_RANKS:
+        raise LayoutError(
+            f"the mesh has {prod(mesh.values()):,} ranks, and each is looked at: at most {MOST_RANKS:,}; "
+            "Layout.collectives tells the bytes of one rank on a mesh of any size"
+        )
     coordinates = [dict(zip(mesh, place)) for place in every(*(range(size) for size in mesh.values()))]
     sent: dict[tuple[str, str, str, str], list[int]] = {}
     for at, coordinate in enumerate(coordinates):

@@ -27,7 +27,8 @@ def read(path: Path) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read results from {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read results from {path}: {reason}") from None
     lines = []
     *whole, _ = text.split("\n")  # what follows the last line's end was being written when its writer ended
     for number, one in enumerate(whole, 1):
@@ -35,7 +36,9 @@ def read(path: Path) -> list[Line]:
             line = json.loads(one)
             line["key"], line["status"]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path}, line {number}, is no result of shardgrad scale") from None
+            raise ConfigError(
+                f"{path}, line {number}, is no result of shardgrad scale: delete it, or give another run.dir"
+            ) from None
         lines.append(line)
     return lines
 

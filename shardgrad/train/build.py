@@ -67,8 +67,8 @@ def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | Non
 
 
 def build_reference(model: Model, vocab: int) -> Reference:
-    """The same model on one device, in plain torch, with any values."""
-    settings: dict[str, Any] = model.model_dump()
+    """The same model on one device, in plain torch, with any values; without dropout."""
+    settings: dict[str, Any] = model.model_dump(exclude={"dropout"})
     if settings["d_ff"] is None:
         gpt = model.kind == "gpt"
         settings["d_ff"] = MLP_RATIO * model.d_model if gpt else hidden_features(model.d_model)

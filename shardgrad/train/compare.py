@@ -95,8 +95,9 @@ def compare(
     if not first:
         return None
     device, dtype = loss.device, next(model.parameters()).dtype
-    exact = _step(reference().to(device, torch.float64), values, ids, targets)
-    single = _step(reference().to(device, dtype), values, ids, targets, model.compute_dtype)
+    with torch.random.fork_rng(devices=()):  # making the reference draws numbers that other ranks do not draw
+        exact = _step(reference().to(device, torch.float64), values, ids, targets)
+        single = _step(reference().to(device, dtype), values, ids, targets, model.compute_dtype)
     eps = torch.finfo(model.compute_dtype or dtype).eps
     sharded = {"loss": loss.detach(), **grads}
     return Comparison(

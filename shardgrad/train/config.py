@@ -91,6 +91,12 @@ class Model(_Section):
     )
     seq_len: int = Field(ge=1, description="tokens of a sequence")
     tied: bool = Field(default=False, description="whether the head multiplies by the embedding's table")
+    dropout: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of the elements that training zeroes, of the embedded tokens and of what each layer adds",
+    )
     norm_eps: Number = Field(default=1e-5, gt=0, description="added to the variance in norms")
     rope_theta: Number = Field(default=10000.0, gt=0, description="base of llama's rotary frequencies")
 

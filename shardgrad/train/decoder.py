@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import sqrt
 from typing import Literal
@@ -14,27 +16,34 @@ from torch.utils.checkpoint import checkpoint
 from shardgrad.errors import ShapeError
 from shardgrad.layout.data import DataParallel
 from shardgrad.nn import init
+from shardgrad.nn.dropout import Dropout
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.module import ShardedModule
 
 Recompute = Literal["none", "full", "attention"]
 
 
+def _nothing(x: Tensor) -> Tensor:
+    return x
+
+
 class Block(nn.Module):
-    """X + Attention(norm(X)), then X + MLP(norm(X)); X is [b/dp, s/tp, d] throughout."""
+    """X + drop(Attention(norm(X))), then X + drop(MLP(norm(X))); X is [b/dp, s/tp, d] throughout."""
 
     def __init__(self, attention_norm: nn.Module, attention: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
-    def forward(self, x: Tensor, sequence: int, recompute: Recompute = "none") -> Tensor:
+    def forward(
+        self, x: Tensor, sequence: int, recompute: Recompute = "none", drop: Callable[[Tensor], Tensor] = _nothing
+    ) -> Tensor:
         normed = self.attention_norm(x)
         if recompute == "attention" and torch.is_grad_enabled():
-            x = x + checkpoint(self.attention, normed, sequence, use_reentrant=False)
+            x = x + drop(checkpoint(self.attention, normed, sequence, use_reentrant=False))
         else:
-            x = x + self.attention(normed, sequence)
-        return x + self.mlp(self.mlp_norm(x), sequence)
+            x = x + drop(self.attention(normed, sequence))
+        return x + drop(self.mlp(self.mlp_norm(x), sequence))
 
 
 class Decoder(nn.Module):
@@ -51,6 +60,9 @@ class Decoder(nn.Module):
         recompute: what backward computes again rather than keeps: "full", each block but its input; "attention", the
             attention layers, whose queries, keys and values are much of what a block keeps.
         width: of the residual stream.
+        dropout: the probability with which, in training, an element is zeroed of the embedded ids and of what attention
+            and feed-forward add to the residual stream; by `Dropout`, so that masks do not depend on the mesh.
+        stream: how the residual stream is stored; None: X[b/dp,s/tp,d], with the axes' own names.
     """
 
     embedding: nn.Module
@@ -69,14 +81,20 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype | None,
         recompute: Recompute,
         width: int,
+        dropout: float,
+        stream: str | None = None,
     ) -> None:
         super().__init__()
         self.width = width
         self.seq_len, self.vocab, self.mesh, self.axis, self.data = seq_len, vocab, mesh, axis, data
         self.compute_dtype, self.recompute = compute_dtype, recompute
+        batch = "b" if data is None else f"b/{data.axis}"
+        self.dropout = Dropout(dropout, f"X[{batch},s/{axis},d]" if stream is None else stream, mesh=mesh)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, batch: int | None = None) -> Tensor:
         """Logits of the next token: ids [b/dp, s], alike on every rank of the axis → [b/dp, s, v/tp].
+
+        batch: b. With dropout over several ranks of dp, they exchange it where it is not given.
 
         Raises:
             ShapeError: ids are not [b, s] with s of at most seq_len.
@@ -86,21 +104,25 @@ class Decoder(nn.Module):
                 f"ids must be [b, s] with at most {self.seq_len} positions (seq_len), got {tuple(ids.shape)}"
             )
         sequence = ids.shape[1]
+        sizes = {"s": sequence, "d": self.width} | ({} if batch is None else {"b": batch})
+        drop = partial(self.dropout, sizes=sizes)
         with torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             x = self.embedding(ids)
             if self.positions is not None:
                 x = x + self.positions(sequence).to(x.dtype)
+            x = drop(x)
             for block in self.blocks:
                 if self.recompute == "full" and torch.is_grad_enabled():
-                    x = checkpoint(block, x, sequence, use_reentrant=False)
+                    x = checkpoint(block, x, sequence, drop=drop, use_reentrant=False)
                 else:
-                    x = block(x, sequence, self.recompute)
+                    x = block(x, sequence, self.recompute, drop)
             return self.head(self.norm(x), sequence)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token over the whole batch, alike on every rank. ids, targets: [b/dp, s]."""
+    def loss(self, ids: Tensor, targets: Tensor, batch: int | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token over the whole batch, alike on every rank. ids, targets: [b/dp, s]; batch:
+        b, as in `forward`."""
         return vocab_parallel_cross_entropy(
-            self(ids),
+            self(ids, batch),
             targets,
             vocab_size=self.vocab,
             mesh=self.mesh,
@@ -132,3 +154,14 @@ class Decoder(nn.Module):
                 else:
                     into_residual = f"{path}.{name}".replace("_", ".").endswith(("output.weight", "down.weight"))
                     owner.fill(name, partial(init.normal, residual if into_residual else 0.02), generator)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in eval mode: nothing is dropped, and no random number drawn."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -13,7 +13,7 @@ from shardgrad.train import data
 from shardgrad.train.build import build_reference
 from shardgrad.train.compare import BOUND, compare
 from shardgrad.train.config import Config
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.decoder import Decoder, evaluating
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.predict import step_collectives, totals
 from shardgrad.train.report import Report
@@ -29,7 +29,8 @@ def check_first_step(
 ) -> None:
     """Run the first step without its update; compare its bytes, its loss and every gradient. On every rank.
 
-    Leaves gradients in place and the parameters as they were. With `run.check` off, only the bytes are compared.
+    Leaves gradients in place, parameters and the random state as they were: nothing is dropped. With `run.check`
+    off, only the bytes are compared.
     step: of the batch, the steps done before.
 
     Raises:
@@ -41,7 +42,7 @@ def check_first_step(
     ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, step, batch, seq_len))
     for _ in range(2):  # in the first pass, layers also compare with their peers what they see for the first time
         model.zero_grad()
-        with trace() as traced:
+        with trace() as traced, evaluating(model):
             loss = backward(model, ids, targets, settings.accumulate)
             if settings.clip is not None:
                 clip_grad_norm_(model, inf)

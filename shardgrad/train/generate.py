@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.adjoint import gather_replicated
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.decoder import Decoder, evaluating
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def generate(
     for _ in range(count):
         seen = ids[-model.seq_len :]
         window = torch.tensor([seen + [0] * (model.seq_len - len(seen))], device=device)
-        local = model(window)[:, len(seen) - 1]
+        with evaluating(model):
+            local = model(window)[:, len(seen) - 1]
         logits = gather_replicated(local, model.mesh, model.axis, dim=1, size=model.vocab)[0]
         ids.append(choose(logits, temperature, top_k, generator))
     return ids

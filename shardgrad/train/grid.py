@@ -64,13 +64,14 @@ class Grid(Decoder):
         d_ff: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
+        dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
         dtype: torch.dtype | None = None,
     ) -> None:
         data = DataParallel("z", sharded=True)
-        super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model)
+        super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model, dropout, _STREAM)
         linear = partial(Linear, bias=False, mesh=mesh, reduce_dtype=reduce_dtype, dtype=dtype)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
         norm = partial(FeatureNorm, d_model, norm_eps, mesh=mesh, dtype=dtype)

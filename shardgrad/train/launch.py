@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         run(_meet(config), config, start)
-    except CollectiveError as error:  # every rank knows something else
+    except (CollectiveError, dist.DistError) as error:  # every rank knows something else
         _end(error)
     except (CheckError, TrainingError, VerificationError, DisagreementError, DataError, OSError, ValueError) as error:
         _tell_once(error, rank)

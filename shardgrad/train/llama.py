@@ -50,13 +50,14 @@ class Llama(Decoder):
         tied: bool = False,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
+        dropout: float = 0.0,
         data: DataParallel | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model)
+        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
         where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
         sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
         rotary = Rotary(d_model // heads, rope_theta)

@@ -11,7 +11,7 @@ import torch
 from shardgrad.comm.collectives import communication_clock
 from shardgrad.train import data
 from shardgrad.train.config import Config
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.decoder import Decoder, evaluating
 from shardgrad.train.history import History
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.optimizer import learning_rate
@@ -29,10 +29,11 @@ def held_out_loss(model: Decoder, text: data.Text, batch: int, batches: int | No
     """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for ids, targets in data.held_out(text, batch, model.seq_len, batches):
-        for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
-            total += float(model.loss(*mine)) * targets.numel()
-        count += targets.numel()
+    with evaluating(model):
+        for ids, targets in data.held_out(text, batch, model.seq_len, batches):
+            for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
+                total += float(model.loss(*mine)) * targets.numel()
+            count += targets.numel()
     return total / count
 
 

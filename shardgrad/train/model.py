@@ -32,7 +32,7 @@ class GPT(Decoder):
         norm_eps: added to the variance in norms.
         reduce_dtype: in which partial sums of products are reduced; None: in that of the products.
         dtype: of the parameters.
-        vocab, mesh, axis, data, compute_dtype, recompute: as of `Decoder`.
+        vocab, mesh, axis, dropout, data, compute_dtype, recompute: as of `Decoder`.
 
     Initial values are GPT-2's (see `Decoder.reset_parameters`), drawn by counter: the same on any mesh after the same
     torch.manual_seed.
@@ -54,13 +54,14 @@ class GPT(Decoder):
         d_ff: int | None = None,
         tied: bool = False,
         norm_eps: float = 1e-5,
+        dropout: float = 0.0,
         data: DataParallel | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model)
+        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
         where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
         sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
         hidden = MLP_RATIO * d_model if d_ff is None else d_ff

@@ -69,9 +69,15 @@ def check_config(config: Config, start: Path) -> list[str]:
             "before it"
         ) from None
     differ = {
-        key: (saved.get(key), value) for key, value in _flat(config.model_dump()).items() if saved.get(key) != value
+        key: (saved[key], value)
+        for key, value in _flat(config.model_dump()).items()
+        if key in saved and saved[key] != value  # a key that is newer than the checkpoint told it nothing
     }
-    another = [_told(key, was, now) for key, (was, now) in differ.items() if key.startswith("model.")]
+    another = [
+        _told(key, was, now)
+        for key, (was, now) in differ.items()
+        if key.startswith("model.") and key != "model.dropout"  # no parameter's shape or meaning depends on it
+    ]
     another += [_told(key, *differ[key]) for key in ("data.tokenizer", "data.vocab") if key in differ]
     if another:
         raise ConfigError(

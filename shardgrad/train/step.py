@@ -24,13 +24,17 @@ class Done:
     norm: Tensor | None
 
 
-def micro_batches(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of each micro-batch: ids and targets [b, s], alike on every rank → [b / accumulate / dp, s]."""
+def micro_batches(
+    model: Decoder, ids: Tensor, targets: Tensor, accumulate: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """What `Decoder.loss` takes of each micro-batch: ids and targets [b, s], alike on every rank → this rank's part of
+    them, [b / accumulate / dp, s], and the sequences that all ranks have."""
     for some, following in zip(ids.chunk(accumulate), targets.chunk(accumulate)):
+        batch = len(some)
         for name in model.token_axes:
             axis = view(model.mesh).axis(name)
             some, following = cut(some, axis, 0), cut(following, axis, 0)
-        yield some, following
+        yield some, following, batch
 
 
 def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) -> Tensor:
@@ -40,8 +44,8 @@ def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) 
     `sg.DataParallel`. With one micro-batch nothing waits.
     """
     total = torch.zeros((), device=ids.device)
-    for some, following in micro_batches(model, ids, targets, accumulate):
-        loss = model.loss(some, following) / accumulate
+    for mine in micro_batches(model, ids, targets, accumulate):
+        loss = model.loss(*mine) / accumulate
         loss.backward()
         total = total + loss.detach()
     reduce_gradients_(model)

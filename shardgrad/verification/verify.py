@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import MeshView, view
+from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import RUNS, Attempt, Clip, Optimizer, Side, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
@@ -139,7 +140,7 @@ def _batch(batch: Tensor | Batch) -> Batch:
     return (batch,) if isinstance(batch, Tensor) else batch
 
 
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUT = (Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _refuse_dropout(*models: nn.Module) -> None:

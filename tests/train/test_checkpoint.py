@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,19 @@ def test_another_model(world_size: int, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "saved", sg.ColumnParallelLinear(3, 5, bias=False, mesh=mesh))
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "nowhere", sg.ColumnParallelLinear(3, 5, mesh=mesh))
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_file_that_is_damaged_or_lost(world_size: int, rank: int, tmp_path: Path, name: str) -> None:
+    model, optimizer = trained(init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))
+    folder = tmp_path / "step-2"
+    checkpoint.save(folder, model, optimizer, mesh=model.mesh)
+    expected = rf"{name} cannot be read \(.+\): delete .*step-2 to go on from the checkpoint before it"
+    for damage in (lambda path: os.truncate(path, path.stat().st_size - 1), Path.unlink):
+        torch.distributed.barrier()
+        if rank == 0:
+            damage(folder / name)
+        torch.distributed.barrier()
+        with pytest.raises(OSError, match=expected):
+            checkpoint.load(folder, model, optimizer)

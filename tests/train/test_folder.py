@@ -120,10 +120,15 @@ def test_what_may_differ_is_told_where_it_matters(tmp_path: Path) -> None:
             "run": CONFIG.run.model_copy(update={"dir": "elsewhere", "resume": "auto"}),
             "mesh": CONFIG.mesh.model_copy(update={"tp": 4}),
             "sample": CONFIG.sample.model_copy(update={"tokens": 1}),
+            "model": CONFIG.model.model_copy(update={"dropout": 0.1}),
             "train": CONFIG.train.model_copy(update={"steps": 9, "save_every": 1, "log_every": 3}),
         }
     )
-    assert resume.check_config(changed, folder.checkpoint(tmp_path, 3)) == ["train.steps was 4, and is 9 now"]
+    told = ["model.dropout was 0.0, and is 0.1 now", "train.steps was 4, and is 9 now"]
+    assert resume.check_config(changed, folder.checkpoint(tmp_path, 3)) == told
+    state = folder.checkpoint(tmp_path, 3) / "state.json"  # as one was written before there was the key
+    state.write_text(state.read_text().replace('"dropout": 0.0', '"dropped": 0.0'))
+    assert resume.check_config(changed, folder.checkpoint(tmp_path, 3)) == told[1:]
 
 
 @pytest.mark.parametrize("state", ["", "{", "{}", "[]"])

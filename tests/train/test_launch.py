@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from shardgrad.train import main
-from shardgrad.train.config import load
+from shardgrad.train import launch, main
+from shardgrad.train.config import Config, load
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch" / "train.py"
@@ -182,3 +183,19 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "the configuration is missing" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_start_is_told_in_words(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refused(config: Config) -> None:
+        raise torch.distributed.DistBackendError("no memory for a shm group of 1 ranks")
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(launch, "_meet", refused)
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit, match="1"):
+        main([str(config)])
+    assert capfd.readouterr().err == "no memory for a shm group of 1 ranks\n"

@@ -303,9 +303,10 @@ def test_names_are_translated_or_missed_with_the_nearest(world_size: int) -> Non
     wide.up = nn.Linear(D, M + 1)
     with pytest.raises(sg.LayoutError, match=r"no way to cut \(8, 6\), the shape that up.weight has in single"):
         sg.verify(Hand(mesh), wide, rows(), mesh)
-    more.extra = nn.Dropout(0.1)
-    with pytest.raises(ValueError, match=r"drops out at random \(p=0.1\)"):
-        sg.verify(Hand(mesh), more, rows(), mesh)
+    for dropout in (nn.Dropout(0.1), sg.Dropout(0.1, "X[n,d]", mesh=mesh)):
+        more.extra = dropout
+        with pytest.raises(ValueError, match=r"drops out at random \(p=0.1\)"):
+            sg.verify(Hand(mesh), more, rows(), mesh)
 
 
 @distributed(world_size=[2, 3])
