@@ -22,6 +22,7 @@ from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
 from shardgrad.verification.record import WHOLE, Batch, Key, Loss, Recording, Update, forward_backward
 from shardgrad.verification.rounding import Reordered, Spread
+from shardgrad.verification.uses import gradients_by_use
 
 RUNS = 9
 """Runs of one device in the working precision: one as it is, the others with their sums in other orders."""
@@ -66,7 +67,13 @@ class Attempt:
         """
         values = self._perturbed(seed, constants, nudge)
         exact_model = self._one_device(values, torch.float64)
+        drawn = torch.get_rng_state()
         exact = _step(Side(exact_model, _cast(self.single.batch), self.single.loss), _gradient(seed))
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise ValueError(
+                "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
+                "rounding cannot be told: let it draw none, for this comparison"
+            )
         update = self._update(exact_model)
         update.run(exact_model, dict(exact_model.named_parameters()), exact)
         parallel = self._run_parallel(values, exact, update, seed)
@@ -108,11 +115,22 @@ class Attempt:
             tensor = None if one.single is None else recording.tensors.get(one.single)
             return None if tensor is None else fit(tensor, one.shape)
 
+        def uses(name: str) -> list[tuple[str, Tensor]]:
+            own = next(pair for pair in self.pairs if pair.name == name)
+            model = self._one_device(values, torch.float64)
+            parameter = model.get_parameter(own.single_name)
+
+            def step(loss: Loss) -> None:
+                _step(Side(model, _cast(self.single.batch), loss), _gradient(seed))
+
+            return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, step)]
+
         return Known(
             exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
             before={one.name: (value.double(), one.split) for one, value in zip(self.pairs, values)},
             real={one.key: one.real for one in measured if one.real is not None},
             again=again,
+            uses=uses,
         )
 
     def _perturbed(self, seed: int, constants: bool, nudge: bool) -> list[Tensor]:

@@ -15,6 +15,8 @@ from shardgrad.verification.observed import Split
 
 _RUNS = 64
 """Steps of one device at most."""
+_MOST = 1 << 24
+"""Products of elements to compute at most: larger tables are not searched."""
 
 
 def _parameters(seen: Seen, known: Known) -> list[tuple[str, Tensor, Split]]:
@@ -165,3 +167,62 @@ def _changes(
 
 def _halves(t: Tensor, dim: int) -> Tensor:
     return torch.cat(t.chunk(2, dim)[::-1], dim)
+
+
+def some_uses(seen: Seen, known: Known) -> Iterator[Guess]:
+    """A gradient in which one use of the parameter is not counted (tied weights, micro-batches), or one alone is."""
+    uses = known.uses(seen.name) if seen.kind == "gradient" and seen.fits else ()
+    if not 1 < len(uses) <= _RUNS:
+        return
+    total = sum((term for _, term in uses), torch.zeros_like(seen.exact))
+    for at, (by, term) in enumerate(uses):
+        which = f"use {at + 1} of the {len(uses)} that a step makes of it (in {by})"
+        for made, what, full, remedy in (
+            ("one use not counted", f"{which} is not in it", total - term, "look for a detach() or a gradient that is "
+             "written instead of added there: tied weights, the last micro-batch"),
+            ("one use counted alone", f"{which} is all that is in it", term, "add gradients up instead of overwriting "
+             "them, and do not zero them in between"),
+            ("one use counted twice", f"{which} is in it twice", total + term, "look for a gradient that is added by "
+             "hand, or by two hooks, there"),
+        ):  # fmt: skip
+            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            yield Guess(made, what, remedy, parts, seen.size, cost=1)
+
+
+def looked_up(seen: Seen, known: Known) -> Iterator[Guess]:
+    """An embedding's rows: others than the ids', none, or one more than should be."""
+    own = _parameters(seen, known)
+    if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
+        return
+    name, table, _ = own[0]
+    choices = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: none
+
+    def nearest(rows: Tensor) -> Tensor:
+        return torch.cdist(rows, choices, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+
+    wanted, told = [], []
+    for rank in seen.ranks:
+        held, right = (t.reshape(-1, table.shape[1]) for t in (seen.held[rank], seen.right[rank]))
+        if not bool(held.isfinite().all()) or len(held) * choices.numel() > _MOST:
+            return
+        ids = nearest(right)
+        if not torch.equal(choices[ids], right):  # no lookup
+            return
+        instead, besides = nearest(held), nearest(held - right)
+        other, more = choices[instead], right + choices[besides]
+        replaced = (held - other).square().sum(1) <= (held - more).square().sum(1)
+        wanted.append(torch.where(replaced[:, None], other, more).reshape(seen.right[rank].shape))
+        for at in range(len(held)):
+            a, b, c = int(ids[at]) - 1, int(instead[at]) - 1, int(besides[at]) - 1
+            if replaced[at] and a != b:
+                told.append(f"id {a} gets {f'row {b}' if b >= 0 else 'zeros'}")
+            elif not replaced[at] and c >= 0:
+                told.append(f"id {a} gets its row and row {c}")
+    if told:
+        shown = list(dict.fromkeys(told))
+        says = f"of {name}, {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''}"
+        remedy = (
+            "look at which ids a rank takes for its own, first <= id < first + rows, at the row that it reads, "
+            "id - first, and at the zeros for all others"
+        )
+        yield Guess("wrong rows looked up", says, remedy, wanted, seen.size, cost=3)

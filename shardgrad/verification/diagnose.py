@@ -50,16 +50,18 @@ class Diagnosis:
     """What is the matter with one tensor. `fits` is empty if no explanation fits; several cannot be told apart.
 
     error: of the worst element, in units of rounding, as it was seen.
+    off: where it is wrong and by how much, for the reader.
     """
 
     kind: Kind
     name: str
     error: float
     fits: tuple[Fit, ...]
+    off: str = ""
 
     def __str__(self) -> str:
         if not self.fits:
-            return f"the {self.kind} of {self.name}: no explanation fits"
+            return f"the {self.kind} of {self.name}: no explanation fits" + (f"; {self.off}" if self.off else "")
         lines = []
         for at, fit in enumerate(self.fits):
             left = f"reproduces it to {fit.error:.2g} times rounding, where {fit.allowed:.0f} are allowed"
@@ -99,7 +101,7 @@ def explain(found: Observed, known: Known) -> Diagnosis:
         simplest = min(g.cost + _LEVELS[level] for g, level, _ in good)
         fits = [fit for g, level, fit in good if g.cost + _LEVELS[level] == simplest]
     unique = {fit.name: fit for fit in reversed(fits)}
-    return Diagnosis(found.kind, found.name, before, tuple(reversed(unique.values())))
+    return Diagnosis(found.kind, found.name, before, tuple(reversed(unique.values())), "" if unique else _off(seen))
 
 
 def _fit(guess: Guess, seen: Seen) -> tuple[int, tuple[Fit, float] | None]:
@@ -153,6 +155,16 @@ def _where(level: int, seen: Seen) -> str:
     count = sum(int(wrong.sum()) for wrong in seen.wrong)
     inside = " and ".join(parts) + f" of rank {ranks[0]}'s part" if parts else f"{count} elements"
     return f"{inside} alone" + (f", {on}" if on else "")
+
+
+def _off(seen: Seen) -> str:
+    """How far it is from the exact tensor, and where, for want of an explanation."""
+    if not seen.fits or not any(bool(wrong.any()) for wrong in seen.wrong):
+        return ""
+    far = sum(float((a - b).square().sum()) for a, b in zip(seen.held, seen.right)) ** 0.5
+    whole = sum(float(b.square().sum()) for b in seen.right) ** 0.5
+    share = f"off by {far / whole:.2g} of its norm" if whole else "off, where it should be zero"
+    return share + f", in {_where(2, seen)}".replace(" alone", "")
 
 
 def _worst(

@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from shardgrad.verification.counterfactual import other_parameters, own_terms
+from shardgrad.verification.counterfactual import looked_up, other_parameters, own_terms, some_uses
 from shardgrad.verification.guess import Guess, Known, Seen, list_of
 from shardgrad.verification.observed import Split
 from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
@@ -266,10 +266,27 @@ def update(seen: Seen, known: Known) -> Iterator[Guess]:
     before = [split.cut(value.double(), seen.mesh, at) for at in seen.found.coordinates]
     step = [right - at for right, at in zip(seen.right, before)]
     taken = [held - at for held, at in zip(seen.held, before)]
+    if before and any(bool(at.any()) for at in before):
+        more = sum(float(((held - right) * at).sum()) for held, right, at in zip(seen.held, seen.right, before))
+        decay = more / sum(float(at.square().sum()) for at in before)
+        wanted = [right + decay * at for right, at in zip(seen.right, before)]
+        says = f"besides the right step it is {'decayed' if decay < 0 else 'grown'} by {abs(decay):.4g} times its value"
+        remedy = "look at the weight decay: other groups of parameters, applied twice, scaled by another learning rate"
+        yield Guess("decayed by another factor", says, remedy, wanted, seen.size, cost=2, fitted=1)
     named: list[tuple[float, str]] = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
     named += [(1 / p, f"mean over {list_of(axes)} where a sum belongs") for axes, p in seen.axes()]
-    under = sum(float(s.square().sum()) for s in step)
-    fitted = sum(float((a * b).sum()) for a, b in zip(taken, step)) / under if under else 0.0
+    wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
+    over = [float((a * b).sum()) for a, b in zip(taken, step)]
+    under = [float(s.square().sum()) for s in step]
+    wrong = [rank for rank in wrong if under[rank] > 0]
+    fitted = sum(over[r] for r in wrong) / sum(under[r] for r in wrong) if wrong else 0.0
+    own = [over[r] / under[r] if r in wrong else 1.0 for r in seen.ranks]
+    if len(wrong) > 1 and len(wrong) == len(seen.ranks):
+        says = "rank by rank the step is " + list_of([f"{c:.4g}" for c in own]) + " times what it should be"
+        remedy = "give every rank the same learning rate, and the same factor of clipping"
+        wanted = [at + c * s for at, c, s in zip(before, own, step)]
+        size = [(1 + abs(c)) * one for c, one in zip(own, seen.size)]
+        yield Guess("scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong))
     for c, name, cost in [
         *((c, n, 0) for c, n in named),
         (-1.0, "sign flipped", 0),
@@ -365,6 +382,8 @@ EXPLANATIONS: tuple[Explanation, ...] = (
     lower_precision,
     own_terms,
     other_parameters,
+    some_uses,
+    looked_up,
 )
 
 

@@ -24,12 +24,14 @@ class Known:
     real: the shape of a tensor on one device, where the stored one is larger (padded).
     again: `again(key, {parameter: value}, backward)`: what one device would compute for a tensor, in float64, if
         parameters had other values, in forward and backward or in backward alone; None if it cannot be told.
+    uses: the terms of a parameter's gradient, one for each time that one device uses it, and by which function.
     """
 
     exact: Mapping[Key, tuple[Tensor, Split]] = field(default_factory=dict)
     before: Mapping[str, tuple[Tensor, Split]] = field(default_factory=dict)
     real: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
     again: Callable[[Key, Mapping[str, Tensor], bool], Tensor | None] = lambda key, changes, backward: None
+    uses: Callable[[str], Sequence[tuple[str, Tensor]]] = lambda name: ()
 
 
 class Seen:

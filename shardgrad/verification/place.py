@@ -76,7 +76,7 @@ class Placer:
         `skipped`.
         """
         partners = self._partners(exact)
-        shapes_of = self._shapes(list(partners), parallel)
+        shapes_of, calls_of = self._shapes(list(partners), parallel)
         found: dict[Key, Place] = {}
         for key, single in partners.items():
             kind, name = key
@@ -93,6 +93,11 @@ class Placer:
                     found[key] = Place(single, Split.of([()] * whole.dim()), tuple(whole.shape))
                 elif kind != "norm":
                     self.skipped[f"{kind} of {name}"] = "parallel has none, or not on every rank"
+                continue
+            called = exact.calls.get(_path(single[1]), 0)
+            if kind in ("output", "output gradient") and any(calls != called for calls in calls_of[key]):
+                times = ", ".join(map(str, dict.fromkeys(calls_of[key])))
+                self.skipped[f"{kind} of {name}"] = f"parallel calls it {times} times, single {called} times"
                 continue
             if kind == "output" and self._repeats(parallel, exact, partners, name):
                 continue
@@ -124,8 +129,7 @@ class Placer:
             by_single.setdefault(one.single_name, []).append(one.name)
         for kind, name in exact.tensors:
             if kind in ("output", "output gradient"):
-                base, mark = _base(name)
-                path = "" if base == WHOLE else base
+                path, mark = _path(name), _base(name)[1]
                 if path not in self.modules:
                     self.skipped[f"{kind} of {name}"] = "parallel has no module of that name"
                     continue
@@ -140,19 +144,23 @@ class Placer:
             partners["step", one.name] = ("step", one.single_name)
         return partners
 
-    def _shapes(self, keys: list[Key], parallel: Recording) -> dict[Key, list[tuple[int, ...] | None]]:
-        """The shape of every rank's tensor; one exchange for all."""
+    def _shapes(
+        self, keys: list[Key], parallel: Recording
+    ) -> tuple[dict[Key, list[tuple[int, ...] | None]], dict[Key, list[int]]]:
+        """The shape of every rank's tensor, and how often every rank called its module; one exchange for all."""
         header: list[int] = []
         for key in keys:
             tensor = parallel.tensors.get(key)
             shape = [] if tensor is None else list(local_part(tensor).shape)
-            header += [-1 if tensor is None else len(shape), *shape[:_DIMS], *[0] * (_DIMS - len(shape))]
+            calls = parallel.calls.get(_path(key[1]), 0)
+            header += [calls, -1 if tensor is None else len(shape), *shape[:_DIMS], *[0] * (_DIMS - len(shape))]
         rows = exchange.ints_of_all(header, self.mesh)
-        width = _DIMS + 1
-        return {
-            key: [None if row[at] < 0 else tuple(row[at + 1 : at + 1 + row[at]]) for row in rows]
-            for at, key in zip(range(0, len(header), width), keys)
+        starts = dict(zip(keys, range(0, len(header), _DIMS + 2)))
+        shapes = {
+            key: [None if row[at + 1] < 0 else tuple(row[at + 2 : at + 2 + row[at + 1]]) for row in rows]
+            for key, at in starts.items()
         }
+        return shapes, {key: [row[at] for row in rows] for key, at in starts.items()}
 
     def _of_parameter(self, one: Pair, key: Key, single: Key, tensor: Tensor | None) -> Place:
         if isinstance(tensor, DTensor):
@@ -225,6 +233,12 @@ def _base(name: str) -> tuple[str, str]:
     """`fc1#2[1]` is fc1, in its second call, its second tensor: the module and the mark."""
     at = min((name.find(mark) for mark in "#[" if mark in name), default=len(name))
     return name[:at], name[at:]
+
+
+def _path(name: str) -> str:
+    """The module whose output a name is, as `named_modules` has it."""
+    base = _base(name)[0]
+    return "" if base == WHOLE else base
 
 
 def _partial(split: Split, axes: Sequence[str]) -> Split:

@@ -27,12 +27,14 @@ class Recording:
 
     tensors: copies, by kind and name, in the order of execution.
     same: outputs that are the very tensor of an earlier output (a container returns what its last layer does).
+    calls: how often each module was called in forward, by its path.
     inputs: the floating tensors of the batch, which should get gradients.
     result: what was differentiated: the loss, or the output that a random gradient was given.
     """
 
     tensors: dict[Key, Tensor] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
     result: Tensor | None = None
 
@@ -75,8 +77,9 @@ def forward_backward(
     """
     recording = Recording()
     held: dict[int, tuple[str, Tensor]] = {}  # outputs are kept alive, so that an id stays one tensor's
-    calls: dict[str, int] = {}
+    calls = recording.calls
     handles: list[RemovableHandle] = []
+    in_forward: list[RemovableHandle] = []
 
     def seen(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         calls[path] = calls.get(path, 0) + 1
@@ -93,7 +96,7 @@ def forward_backward(
             handles.append(tensor.register_hook(partial(_keep, recording, ("output gradient", name))))
 
     for path, module in model.named_modules():
-        handles.append(module.register_forward_hook(partial(seen, path)))
+        in_forward.append(module.register_forward_hook(partial(seen, path)))
     inputs = differentiable(batch)
     for name, leaf in _leaves(inputs):
         recording.inputs.add(name)
@@ -108,6 +111,8 @@ def forward_backward(
             )
     try:
         found = loss(model, **inputs) if isinstance(inputs, Mapping) else loss(model, *inputs)
+        while in_forward:  # what backward recomputes is no further call
+            in_forward.pop().remove()
         result = next(iter(tensors_in(getattr(found, "loss", None))), None)
         if result is None:
             result = next(iter(tensors_in(found)), None)
@@ -123,12 +128,12 @@ def forward_backward(
         else:
             result.backward(gradient(result.detach()))
     finally:
-        for handle in handles:
+        for handle in [*handles, *in_forward]:
             handle.remove()
-    for name, parameter in parameters.items():  # gradients that no hook saw, or that are kept elsewhere
+    for name, parameter in parameters.items():  # as the optimizer sees it: DDP reduces it after the hooks
         grad = gradient_of(parameter)
-        if grad is not None and ("gradient", name) not in recording.tensors:
-            recording.put(("gradient", name), grad)
+        if grad is not None:
+            recording.tensors["gradient", name] = grad.detach().clone()
     return recording
 
 

@@ -174,3 +174,76 @@ def test_a_tensor_that_a_rank_lacks() -> None:
     assert "rank 0 never computed it" in explain(lacking, Known()).fits[0].says
     whole = Observed(found.name, found.kind, (found.exact.float(),) * 6, found.exact, CUT, MESH, AT, found.scale)
     assert names(whole, Known(exact={("gradient", "up.weight"): (found.exact, CUT)})) == ["not cut"]
+
+
+def test_steps_of_other_rates_and_decays() -> None:
+    before = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    known = Known(before={"up.weight": (before, CUT)})
+
+    def step(rate: Callable[[int], float], decay: float = 0.0) -> list[str]:
+        def made(rank: int, right: Tensor) -> Tensor:
+            old = CUT.cut(before, MESH, AT[rank])
+            return old + rate(rank) * (right - old) - decay * old
+
+        fits = explain(observed(made, kind="step"), known).fits
+        return [f"{fit.name}{fit.where and ' '}{fit.where}" for fit in fits]
+
+    assert step(lambda rank: 1.1 if rank == 4 else 1.0) == ["scaled by a constant on rank 4 alone"]
+    assert step(lambda rank: 0.9 + rank / 16) == ["scaled on each rank by another constant"]
+    assert step(lambda rank: 1.0, 0.02) == ["decayed by another factor"]
+    assert step(lambda rank: 1.0 + rank / 16, 0.02) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((1, 0, 1), "one use not counted"),
+        ((0, 1, 0), "one use counted alone"),
+        ((1, 1, 2), "one use counted twice"),
+    ],
+)
+def test_uses_of_one_parameter(counts: tuple[int, ...], expected: str) -> None:
+    terms = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(20 + at)).double() for at in range(2)]
+    exact = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # what observed makes
+    terms.append(exact - sum(terms))
+    full = sum(count * term for count, term in zip(counts, terms))
+    found = observed(lambda rank, right: CUT.cut(full, MESH, AT[rank]))
+    known = Known(uses=lambda name: [(by, term) for by, term in zip(("embedding", "linear", "linear"), terms)])
+    (fit,) = explain(found, known).fits
+    assert fit.name == expected
+    at = counts.index(max(counts, key=lambda count: abs(count - sum(counts) / 3)))
+    assert f"use {at + 1} of the 3" in fit.says
+
+
+@pytest.mark.parametrize("bug", ["later", "both", "none", "masked"])
+def test_rows_of_an_embedding(bug: str) -> None:
+    """6 rows over 3 ranks of two; the ids at the boundaries are looked up wrongly."""
+    table = torch.randn(6, 5, generator=torch.Generator().manual_seed(4)).double()
+    ids = torch.tensor([3, 1, 2, 0, 5, 2, 4])
+    exact, wrong = table[ids], table[ids].clone()
+    wrong[ids == 2] = {
+        "later": table[3], "both": table[2] + table[1], "none": 0 * table[2], "masked": table[2] / 3
+    }[bug]  # fmt: skip
+    scale = torch.full_like(exact, torch.finfo(torch.float32).eps)
+    found = Observed("tokens", "output", (wrong.float(),) * 6, exact, WHOLE, MESH, AT, scale)
+    known = Known(
+        before={"tokens.weight": (table, CUT)}, again=lambda key, changes, backward: changes["tokens.weight"][ids]
+    )
+    diagnosis = explain(found, known)
+    says = " ".join(fit.says for fit in diagnosis.fits)
+    told = {"later": "id 2 gets row 3", "both": "id 2 gets its row and row 1", "none": "it is zero"}
+    assert told[bug] in says if bug in told else "wrong rows looked up" not in [fit.name for fit in diagnosis.fits]
+
+
+def test_what_no_explanation_fits_is_told_with_its_place_and_size() -> None:
+    noise = torch.Generator().manual_seed(7)
+
+    def some(rank: int, right: Tensor) -> Tensor:
+        changed = right.clone()
+        if AT[rank]["tp"] == 1:
+            changed[1, 2] = 5 + torch.randn((), generator=noise)
+        return changed
+
+    text = str(explain(observed(some), Known()))
+    assert text.startswith("the gradient of up.weight: no explanation fits; off by ")
+    assert text.endswith("in indices 1 of dim 0 and indices 2 of dim 1 of rank 1's part, on ranks 1 and 4")

@@ -352,3 +352,72 @@ def test_a_report_can_be_read(world_size: int) -> None:
     assert {row["name"] for row in json.loads(report.to_json())["rows"]} == {row.name for row in report.rows}
     with pytest.raises(KeyError):
         report["nothing"]
+
+
+@distributed(world_size=[2])
+def test_micro_batches(world_size: int) -> None:
+    """Halves of two rows each look like a batch cut over two ranks, and are not."""
+    mesh = tp(world_size)
+    x = rows(count=4)
+
+    def halves(model: nn.Module, x: Tensor, *, lost: bool = False) -> Tensor:
+        first, last = (model(half).square().mean() / 2 for half in x.chunk(2))
+        return first + (last.detach() if lost else last)
+
+    def whole(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    report = sg.verify(Hand(mesh), Single(), x, mesh, loss=whole, parallel_loss=halves)
+    assert report.ok, report.table()
+    assert report.skipped["output of up"] == "parallel calls it 2 times, single 1 times"
+    assert {row.kind for row in report.rows} == {"loss", "gradient", "input gradient", "step"}
+    report = sg.verify(Hand(mesh), Single(), x, mesh, loss=halves, parallel_loss=lambda m, x: halves(m, x, lost=True))
+    fits = {fit.name: fit for fit in report.diagnoses[-1].fits}
+    assert (report.diagnoses[-1].kind, set(fits)) == ("gradient", {"one use not counted", "one use counted alone"})
+    assert "use 2 of the 2 that a step makes of it (in " in fits["one use not counted"].says
+    report = sg.verify(Hand(mesh), Single(), x, mesh, loss=halves)
+    assert report.ok, report.table()
+    assert not report.skipped
+    assert ("output gradient", "down#2") in {(row.kind, row.name) for row in report.rows}
+
+
+@distributed(world_size=[2])
+def test_a_single_model_that_draws_random_numbers_is_refused(world_size: int) -> None:
+    mesh = tp(world_size)
+    noisy = Single()
+    noisy.act.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.1))
+    with pytest.raises(ValueError, match="single draws random numbers"):
+        sg.verify(Hand(mesh), noisy, rows(), mesh)
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize("summed", [True, False])
+def test_gradients_that_are_reduced_after_the_hooks(world_size: int, summed: bool) -> None:
+    """DistributedDataParallel's: of terms of the loss they must be summed, and it averages."""
+    mesh = tp(world_size)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Single())
+
+    if summed:
+        reduced = torch.distributed.all_reduce
+        model.register_comm_hook(
+            None,
+            lambda state, bucket: (
+                reduced(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+            ),
+        )
+    x = rows(count=6)
+    report = sg.verify(
+        model,
+        Single(),
+        x,
+        mesh,
+        loss=lambda m, x: m(x).square().mean(),
+        parallel_loss=lambda m, x: m(x).square().mean() / world_size,
+        parallel_batch=x.chunk(world_size)[mesh.get_local_rank()],
+        splits={"loss": "L[]{tp}"},
+        names=lambda name: name.removeprefix("module."),
+    )
+    assert report.ok == summed, report.table()
+    assert {kind for kind, _ in wrong(report)} == (set() if summed else {"gradient", "step"})
+    assert summed or "mean over tp where a sum belongs" in [fit.name for fit in report.diagnoses[0].fits]

@@ -128,7 +128,7 @@ def _(model: Any) -> None:
     model.embedding.start += 1
 
 
-@bug("ids of other ranks are not masked", TP, "")
+@bug("ids of other ranks are not masked", TP, "wrong rows looked up")
 def _(model: Any) -> None:
     model.embedding.masked = False
 
