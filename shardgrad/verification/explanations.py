@@ -144,9 +144,7 @@ def sum_missing(seen: Seen, known: Known) -> Iterator[Guess]:
                 says = f"it was summed over {list_of(other)}, but its terms lie over {over}"
                 remedy = f"reduce over {over} instead of {list_of(other)}"
                 bound = [torch.maximum(a, b) for a, b in zip(scaled, size)]
-                yield Guess(
-                    f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total, cost=1
-                )
+                yield Guess(f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total)
 
 
 def factors(seen: Seen, known: Known) -> Iterator[Guess]:

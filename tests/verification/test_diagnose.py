@@ -247,3 +247,15 @@ def test_what_no_explanation_fits_is_told_with_its_place_and_size() -> None:
     text = str(explain(observed(some), Known()))
     assert text.startswith("the gradient of up.weight: no explanation fits; off by ")
     assert text.endswith("in indices 1 of dim 0 and indices 2 of dim 1 of rank 1's part, on ranks 1 and 4")
+
+
+def test_the_wrong_axis_is_told_where_both_are_as_long() -> None:
+    mesh = {"dp": 2, "tp": 2}
+    at = tuple(dict(zip(mesh, where)) for where in product(range(2), range(2)))
+    found = observed(lambda rank, right: right, WHOLE)
+    terms = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(9)).double()]
+    terms.append(found.exact - terms[0])
+    locals_ = tuple((2 * terms[where["dp"]]).float() for where in at)  # of dp's terms, tp's equal ones added up
+    swapped = Observed(found.name, found.kind, locals_, found.exact, WHOLE, mesh, at, found.scale)
+    assert {"mean over dp missing", "summed over tp instead of dp"} <= set(names(swapped))
+    assert not any("sum over" in name for name in names(swapped))
