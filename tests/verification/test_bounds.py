@@ -70,7 +70,7 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
     sequence = "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m] + B[m]"
     column = "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp] + B[m/tp]"
     real = {name: getattr(collectives, name) for name in ("reduce_scatter", "all_gather")}
-    start, wait = collectives.AllReduce.start, collectives.AllReduce.wait
+    start, wait = collectives.AllReduce._started, collectives.AllReduce.wait
 
     def run(layout: str) -> sg.ProductCheck:
         mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))  # of its own: nothing is compiled for it
@@ -82,15 +82,15 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
     for layout in (ROW, sequence, column):
         assert run(layout).require().ok
     with monkeypatch.context() as patch:  # no reduction at all
-        patch.setattr(collectives.AllReduce, "start", lambda self, x: None)
+        patch.setattr(collectives.AllReduce, "_started", lambda self, x, options: None)
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # reduced twice
 
-        def twice(self: collectives.AllReduce, x: Tensor) -> object:
-            wait(self, start(self, x))
-            return start(self, x)
+        def twice(self: collectives.AllReduce, x: Tensor, options: object) -> object:
+            wait(self, start(self, x, options))
+            return start(self, x, options)
 
-        patch.setattr(collectives.AllReduce, "start", twice)
+        patch.setattr(collectives.AllReduce, "_started", twice)
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # each rank gets its neighbour's rows
         patch.setattr(
