@@ -16,6 +16,7 @@ from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
 
 _MOST = 8
+_NEARLY = 0.04
 _LEAST_GAIN = 0.05  # of a product and its communication, below which cutting is not worth the risk of a wrong model
 _STEEPEST = 4.0  # how many times as large as its neighbour a piece may be
 _GRAIN = 16  # multipliers like rows and columns in such numbers
@@ -56,11 +57,13 @@ class Link:
 
     latency: seconds of the smallest all-reduce. seconds_per_byte: of a large one, for each byte that a rank sends.
     hidden: the share of the shorter of communication and product that vanishes when they run side by side.
+    each: seconds that every collective, however small, takes from a product that it runs beside.
     """
 
     latency: float
     seconds_per_byte: float
     hidden: float
+    each: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Costs:
     seconds_per_byte_again: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def pieces(self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None) -> Cut:
-        """The pieces for which communication and product together should take least; none if that gains too little.
+        """The pieces for which communication and product together should take about the least time; none if that gains
+        too little.
 
         sent: bytes that a rank sends. flops: multiplications and additions of the whole product. again: bytes that each
         piece beyond the first reads once more. own: for a gather, the share of the product that can be computed before
@@ -84,13 +88,15 @@ class Costs:
             return WHOLE
         talk, work = sent * link.seconds_per_byte, flops * rate
         more = again * self.seconds_per_byte_again.get(dtype, 0.0)
-        best = WHOLE
-        least = (link.latency + talk + work) * (1 - _LEAST_GAIN)
-        for cut in _choices(talk, work, own):
-            taken = _taken(cut.shares, link, talk, work, more, own)
-            if taken < least * (1 - 1e-9):
-                best, least = cut, taken
-        return best
+        whole = link.latency + talk + work
+        taken = {cut: _taken(cut.shares, link, talk, work, more, own) for cut in _choices(talk, work, own)}
+        least = min(taken.values())
+        if least > whole * (1 - _LEAST_GAIN):
+            return WHOLE
+        # The fewest that are nearly as good: ranks that are not in step lose time at each of them.
+        return min(
+            (cut for cut in taken if taken[cut] <= least * (1 + _NEARLY)), key=lambda cut: (cut.count, taken[cut])
+        )
 
 
 def _choices(talk: float, work: float, own: float | None) -> Iterator[Cut]:
@@ -109,15 +115,15 @@ def _taken(shares: Sequence[float], link: Link, talk: float, work: float, more: 
     if own is None:
         made = -more
         for share in shares:
-            made += work * share + more
+            made += work * share + more + link.each
             sent = max(sent, made) + link.latency + talk * share
         end, spent = sent, made + link.latency * len(shares) + talk
     else:
         made = work * own - (0.0 if own else more)
         for share in shares:
             sent += link.latency + talk * share
-            made = max(made, sent) + work * (1 - own) * share + more
-        end, spent = made, work + more * (len(shares) - (not own)) + sent
+            made = max(made, sent) + work * (1 - own) * share + more + link.each
+        end, spent = made, work + more * (len(shares) - (not own)) + link.each * len(shares) + sent
     return end + (1 - link.hidden) * (spent - end)
 
 
@@ -183,9 +189,10 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
 
 
 def measure_costs(
-    mesh: DeviceMesh, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), repeats: int = 5
+    mesh: DeviceMesh, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), repeats: int = 9
 ) -> Costs:
-    """Measure the links of every axis and the products of each dtype: some tenths of a second. The same on all ranks.
+    """Measure the links of every axis and the products of each dtype: some tenths of a second, more over slow links.
+    The same on all ranks.
 
     Each time is a median of `repeats`, and the slowest rank's; so every rank decides alike. Keep what is returned if a
     run is to be repeated to the bit: it is data, and `overlap(mesh, costs)` decides by it alone.
@@ -193,17 +200,17 @@ def measure_costs(
     mesh_view = view(mesh)
     device = mesh_view.device
     rates, again, links = {}, {}, {}
-    size, pieces = 512, 8
+    rows, size, pieces = 256, 1024, 8
     for dtype in dtypes:
-        a = torch.randn(size, size, device=device).to(dtype)
+        a, b = (torch.randn(count, size, device=device).to(dtype) for count in (rows, size))
         parts = a.chunk(pieces)
-        whole = _slowest(_seconds(lambda a=a: torch.mm(a, a), repeats, device), mesh_view)  # type: ignore[misc]
+        whole = _slowest(_seconds(lambda a=a, b=b: torch.mm(a, b), repeats, device), mesh_view)  # type: ignore[misc]
         cut = _slowest(
-            _seconds(lambda a=a, parts=parts: [torch.mm(part, a) for part in parts], repeats, device),  # type: ignore[misc]
+            _seconds(lambda parts=parts, b=b: [torch.mm(part, b) for part in parts], repeats, device),  # type: ignore[misc]
             mesh_view,
         )
-        rates[dtype] = whole / (2 * size**3)
-        again[dtype] = max(0.0, cut - whole) / ((pieces - 1) * a.numel() * a.element_size())
+        rates[dtype] = whole / (2 * rows * size**2)
+        again[dtype] = max(0.0, cut - whole) / ((pieces - 1) * b.numel() * b.element_size())
     for name, axis in mesh_view.axes.items():
         if axis.size > 1:
             links[name] = _link(axis, mesh_view, repeats)
@@ -235,10 +242,18 @@ def _link(axis: Axis, mesh_view: MeshView, repeats: int) -> Link:
         work()
         reduce.wait(started)
 
+    def disturbed() -> None:
+        started = [reduce.start(small) for small in smalls]
+        work()
+        for one in started:
+            reduce.wait(one)
+
+    smalls = [torch.zeros(1, device=device) for _ in range(_MOST)]
     product = _slowest(_seconds(work, repeats, device), mesh_view)
     together = _slowest(_seconds(both, repeats, device), mesh_view)
+    each = (_slowest(_seconds(disturbed, repeats, device), mesh_view) - product) / len(smalls)
     hidden = (alone + product - together) / min(alone, product)
-    return Link(latency, rate, min(max(hidden, 0.0), 1.0))
+    return Link(latency, rate, min(max(hidden, 0.0), 1.0), max(each, 0.0))
 
 
 def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:

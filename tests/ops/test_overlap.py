@@ -173,11 +173,11 @@ def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, te
 
 
 def test_the_number_of_pieces_follows_from_the_costs() -> None:
-    """Communication of 10 ms and a product of 10 ms that can hide it wholly: 8 pieces leave 1/8 of it in sight."""
+    """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 pieces leave 1/6 of it in sight."""
     f32 = torch.float32
     costs = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
     work = ("tp", 10**6, 10**9, 0, f32)
-    assert costs.pieces(*work, None) == Cut(8)
+    assert costs.pieces(*work, None) == Cut(6)
     assert costs.pieces(*work, 0.5).count > 1
     assert costs.pieces(*work, 0.0).count > 1
     slow = sg.Costs({"tp": sg.Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
@@ -188,6 +188,9 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     again = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
     assert again.pieces("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
     assert again.pieces("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
+    each = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0, 1e-3)}, {f32: 1e-11})  # each collective takes 1 ms of the product's
+    assert 1 < each.pieces(*work, None).count < 8
+    assert 1 <= each.pieces(*work, 0.5).count < costs.pieces(*work, 0.5).count
     assert costs.pieces("tp", 10**6, 10**5, 0, f32, None) == WHOLE  # nothing to hide behind
     assert costs.pieces("dp", 10**6, 10**9, 0, f32, None) == WHOLE  # not measured
     assert costs.pieces("tp", 10**6, 10**9, 0, torch.float16, 0.5) == WHOLE
@@ -215,6 +218,7 @@ def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
     for link in costs.links.values():
         assert link.latency > 0
         assert 0 <= link.hidden <= 1
+        assert link.each >= 0
     everyone: list[object] = [None] * world_size
     torch.distributed.all_gather_object(everyone, costs)
     assert all(one == everyone[0] for one in everyone)
