@@ -75,21 +75,25 @@ class Costs:
     seconds_per_flop: Mapping[torch.dtype, float] = field(default_factory=dict)
     seconds_per_byte_again: Mapping[torch.dtype, float] = field(default_factory=dict)
 
-    def pieces(self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None) -> Cut:
+    def pieces(
+        self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int = 0
+    ) -> Cut:
         """The pieces for which communication and product together should take about the least time; none if that gains
         too little.
 
         sent: bytes that a rank sends. flops: multiplications and additions of the whole product. again: bytes that each
         piece beyond the first reads once more. own: for a gather, the share of the product that can be computed before
-        anything has come; None for a reduction.
+        anything has come; None for a reduction. after: multiplications and additions of products that follow
+        before a reduction is waited for.
         """
         link, rate = self.links.get(axis), self.seconds_per_flop.get(dtype)
         if link is None or rate is None:
             return WHOLE
         talk, work = sent * link.seconds_per_byte, flops * rate
         more = again * self.seconds_per_byte_again.get(dtype, 0.0)
-        whole = link.latency + talk + work
-        taken = {cut: _taken(cut.shares, link, talk, work, more, own) for cut in _choices(talk, work, own)}
+        rest = after * rate
+        whole = link.latency + talk + work if own is not None else _taken((1.0,), link, talk, work, 0.0, None, rest)
+        taken = {cut: _taken(cut.shares, link, talk, work, more, own, rest) for cut in _choices(talk, work, own)}
         least = min(taken.values())
         if least > whole * (1 - _LEAST_GAIN):
             return WHOLE
@@ -109,7 +113,9 @@ def _choices(talk: float, work: float, own: float | None) -> Iterator[Cut]:
             yield Cut(count, thousandths)
 
 
-def _taken(shares: Sequence[float], link: Link, talk: float, work: float, more: float, own: float | None) -> float:
+def _taken(
+    shares: Sequence[float], link: Link, talk: float, work: float, more: float, own: float | None, after: float = 0.0
+) -> float:
     """Seconds until the last piece is there, if products follow one another, and so do collectives."""
     sent = 0.0
     if own is None:
@@ -117,7 +123,7 @@ def _taken(shares: Sequence[float], link: Link, talk: float, work: float, more: 
         for share in shares:
             made += work * share + more + link.each
             sent = max(sent, made) + link.latency + talk * share
-        end, spent = sent, made + link.latency * len(shares) + talk
+        end, spent = max(sent, made + after), made + after + link.latency * len(shares) + talk
     else:
         made = work * own - (0.0 if own else more)
         for share in shares:
@@ -133,7 +139,9 @@ class Always:
 
     count: int
 
-    def pieces(self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None) -> Cut:
+    def pieces(
+        self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int = 0
+    ) -> Cut:
         return Cut(self.count) if self.count > 1 or own else WHOLE
 
 
@@ -165,11 +173,11 @@ def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
 
 
 def choose(
-    mesh_view: MeshView, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None
+    mesh_view: MeshView, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int
 ) -> Cut:
     """`Costs.pieces`, by what `overlap` was given for a mesh."""
     how = mesh_view.compiled.get(_KEY)
-    return WHOLE if how is None else how.pieces(axis, sent, flops, again, dtype, own)
+    return WHOLE if how is None else how.pieces(axis, sent, flops, again, dtype, own, after)
 
 
 def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable[[], Cut]) -> Cut:

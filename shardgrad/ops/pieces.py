@@ -8,7 +8,7 @@ next arrives. Pieces are cut along rows or columns of the product, so no sum is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -33,13 +33,14 @@ class ReducedInPieces:
         self._axis = step.axis
         self._sum = raw.AllReduce(step.axis, step.what)
 
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+    def start(self, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+        """Compute the product and start to sum it; what is returned waits for the sum, and returns it."""
         shape, left, right = self._product.as_matrices(left, right)
         if self._step.kind == "all-reduce" and self._by_rows:
             return self._in_place(shape, left, right)
         return self._rows(shape, left, right) if self._by_rows else self._columns(shape, left, right)
 
-    def _in_place(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
+    def _in_place(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
         out = left.new_empty(shape)
         flat = out.view(left.shape[0], right.shape[1])
         works = []
@@ -47,31 +48,43 @@ class ReducedInPieces:
             piece = flat[start : start + length]
             torch.mm(left[start : start + length], right, out=piece)
             works.append(self._sum.start(piece))
-        for work in works:
-            self._sum.wait(work)
-        return out
 
-    def _rows(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
-        rows = self._product.rows
+        def wait() -> Tensor:
+            for work in works:
+                self._sum.wait(work)
+            return out
+
+        return wait
+
+    def _rows(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+        rows, count = self._product.rows, left.shape[0]
         coming = []
-        for start, length in self._cut.pieces(left.shape[0]):
+        for start, length in self._cut.pieces(count):
             piece = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
             coming.append(self._send(piece, self._step.dim - rows + 1))
-        parts = [pending.wait() for pending in coming]
-        out = left.new_empty((*shape[:rows], *parts[0].shape[1:]))
-        torch.cat(parts, out=out.view(left.shape[0], *parts[0].shape[1:]))
-        return out
 
-    def _columns(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Tensor:
-        rows = self._product.rows
+        def wait() -> Tensor:
+            parts = [pending.wait() for pending in coming]
+            out = parts[0].new_empty((*shape[:rows], *parts[0].shape[1:]))
+            torch.cat(parts, out=out.view(count, *parts[0].shape[1:]))
+            return out
+
+        return wait
+
+    def _columns(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+        rows, count = self._product.rows, right.shape[1]
         coming = []
-        for start, length in self._cut.pieces(right.shape[1]):
+        for start, length in self._cut.pieces(count):
             piece = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
             coming.append(self._send(piece, self._step.dim))
-        parts = [pending.wait() for pending in coming]
-        out = left.new_empty((*parts[0].shape[:-1], *shape[rows:]))
-        torch.cat(parts, -1, out=out.view(*parts[0].shape[:-1], right.shape[1]))
-        return out
+
+        def wait() -> Tensor:
+            parts = [pending.wait() for pending in coming]
+            out = parts[0].new_empty((*parts[0].shape[:-1], *shape[rows:]))
+            torch.cat(parts, -1, out=out.view(*parts[0].shape[:-1], count))
+            return out
+
+        return wait
 
     def _send(self, piece: Tensor, dim: int) -> raw.Pending:
         if self._step.kind == "all-reduce":

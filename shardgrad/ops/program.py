@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,6 +196,10 @@ class Program:
             )
         if stages and phases[0].made == "first":
             stages[0] = self._gather_in_stage(stages[0], phases[0].reads[0].index, operands)
+            if now > 1:
+                rest = [phase.index for phase in phases[1:now] if phase.made != "bias"]
+                after = 2 * sum(self._multiplications(index) for index in rest)
+                stages[0] = self._reduce_in_stage(stages[0], phases[0], after)
         for end in {now - 1, len(phases) - 1}:
             if end >= 0:
                 stages[end] = self._reduce_in_stage(stages[end], phases[end])
@@ -216,12 +220,13 @@ class Program:
                 return replace(stage, gather=self._gather_second_in_pieces(start, at, made, "first", False))
         return stage
 
-    def _reduce_in_stage(self, stage: Stage, phase: Phase) -> Stage:
-        """The last gradient side by side with its reduction, which has nothing else left to run behind."""
-        if len(stage.terms) != 1 or stage.gather is not None:
+    def _reduce_in_stage(self, stage: Stage, phase: Phase, after: int = 0) -> Stage:
+        """A gradient side by side with its reduction, which has only so many multiplications and additions to run
+        behind otherwise: the last one, none."""
+        if len(stage.terms) != 1 or stage.gather is not None or stage.pieces is not None:
             return stage
         made, at = stage.terms[0][0], phase.reads[0].index
-        return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, phase.made))
+        return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, phase.made, after))
 
     def _cuttable(self, route: Route, at: int, made: Map, moved: TensorSpec) -> tuple[Step, bool] | None:
         """The one step of a route, if what it moves and the product can be cut into pieces; and whether all ranks of
@@ -240,9 +245,7 @@ class Program:
                         alike = False
         return step, alike
 
-    def _reduce_in_pieces(
-        self, route: Route, at: int, made: Map, role: Role | Literal["bias"]
-    ) -> ReducedInPieces | None:
+    def _reduce_in_pieces(self, route: Route, at: int, made: Map, role: Role, after: int = 0) -> ReducedInPieces | None:
         if role == "bias":
             return None
         found = self._cuttable(route, at, made, self._spec(at, role))
@@ -259,7 +262,7 @@ class Program:
             by_rows = step.dim >= made.rows
         elif not alike:
             by_rows = rows >= columns
-        cut = self._cut(step, alike, shape, at, 1, (columns if by_rows else rows) * inner, None)
+        cut = self._cut(step, alike, shape, at, 1, (columns if by_rows else rows) * inner, None, after)
         return ReducedInPieces(made, step, cut, by_rows=by_rows) if cut != WHOLE else None
 
     def _gather_in_pieces(
@@ -363,11 +366,19 @@ class Program:
         return prod(sizes.values())
 
     def _cut(
-        self, step: Step, alike: bool, moved: tuple[int, ...], at: int, products: int, again: int, own: float | None
+        self,
+        step: Step,
+        alike: bool,
+        moved: tuple[int, ...],
+        at: int,
+        products: int,
+        again: int,
+        own: float | None,
+        after: int = 0,
     ) -> Cut:
         """The pieces in which to do a product with one of its collectives, which is given a tensor of shape `moved`.
 
-        again: elements that each piece beyond the first reads once more. own: see `Costs.pieces`.
+        again: elements that each piece beyond the first reads once more. own, after: see `Costs.pieces`.
         """
         assert step.axis is not None
         size, name = self._dtype.itemsize, step.axis.name
@@ -375,7 +386,7 @@ class Program:
         flops = 2 * products * self._multiplications(at)
 
         def choice() -> Cut:
-            return choose(self._view, name, count, flops, again * size, self._dtype, own) if flops else WHOLE
+            return choose(self._view, name, count, flops, again * size, self._dtype, own, after) if flops else WHOLE
 
         if alike:
             return choice()

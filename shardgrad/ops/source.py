@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.ops.bilinear import Map
+from shardgrad.ops.pieces import ReducedInPieces
 from shardgrad.ops.route import Transit
 from shardgrad.ops.stages import Forward, Piecewise, Route, Stage, Start
 
@@ -100,6 +101,11 @@ class _Writer:
         self.say(f"{name}_sent = Transit({name}, {self.constant('route', route)})")
         return lambda: self.say(f"{name} = {name}_sent.result()")
 
+    def in_pieces(self, name: str, pieces: ReducedInPieces, left: str, right: str) -> Callable[[], None]:
+        """Compute a product and start to sum it, side by side; the returned call writes the line that waits for it."""
+        self.say(f"{name}_sent = {self.constant('pieces', pieces)}.start({left}, {right})")
+        return lambda: self.say(f"{name} = {name}_sent()")
+
     def function(self, signature: str) -> Callable[..., Any]:
         text = f"def {signature}:\n" + "".join(f"    {line}\n" for line in self.lines)
         space = dict(self.constants)
@@ -156,8 +162,7 @@ def forward(
             continue
         left, right = writer.read(one.first), writer.read(one.second)
         if one.pieces is not None:
-            writer.say(f"{out} = {writer.constant('pieces', one.pieces)}({left}, {right})")
-            arrivals.append(writer.leave(out, ()))
+            arrivals.append(writer.in_pieces(out, one.pieces, left, right))
             continue
         if one.bias is not None and not one.route and one.bias not in {start.target for start in starts}:
             fused = one.terms.product_and_bias_source(left, right, came[one.bias])
@@ -227,6 +232,7 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
                 writer.start(start)
         name = f"{stem}{at}"
         so_far: str | None = None
+        arrive: Callable[[], None] | None = None
         straight = stage.output in into and not stage.route and len(stage.terms) == 1
         for made, dy, other in stage.terms:
             if stage.gather is not None:
@@ -234,7 +240,7 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
                 continue
             left, right = writer.read(dy), writer.read(other)
             if stage.pieces is not None:
-                writer.say(f"{name} = {writer.constant('pieces', stage.pieces)}({left}, {right})")
+                arrive = writer.in_pieces(name, stage.pieces, left, right)
             elif straight:
                 writer.say(f"{writer.constant('add', made.add_to)}(main{stage.output}, {left}, {right})")
             else:
@@ -243,7 +249,7 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
         if stage.bias is not None:
             writer.say(f"{name} = {writer.constant('db', stage.bias[0].grad_bias)}({writer.read(stage.bias[1])})")
         if not straight:
-            leaving.append((stage.output, name, writer.leave(name, () if stage.pieces else stage.route)))
+            leaving.append((stage.output, name, arrive or writer.leave(name, stage.route)))
         writer.drop(stage.done)
     for output, name, arrive in leaving:
         arrive()

@@ -25,10 +25,10 @@ LAYOUTS = {
     "X[b,s,d/tp] W[m,d/tp] -> Y[b,s/tp,m]": (True, True),
     "X[b,s,d/tp] W[m,d/tp] -> Y[b/tp,s,m]": (False, False),  # 3 rows over tp are cut evenly by 1 and 3 ranks only
     "X[b,s,d/tp,k] W[m,d/tp,k] -> Y[b,s/tp,m]": (True, True),
-    "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]": (True, False),
-    "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, False),
-    "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, False),
-    "X[n,d] W[d,m/tp] -> Y[n,m/tp]": (False, False),
+    "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]": (True, True),
+    "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, True),
+    "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, True),
+    "X[n,d] W[d,m/tp] -> Y[n,m/tp]": (False, True),
     # Fully sharded. In backward dW comes first: W is gathered under it, and it is reduced under dX.
     "X[n/tp,d] W[d,m] -> Y[n/tp,m]": (False, False),
     "X[n/tp,d] W[d/tp,m] -> Y[n/tp,m]": (True, False),
@@ -182,6 +182,8 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     assert costs.pieces(*work, 0.0).count > 1
     slow = sg.Costs({"tp": sg.Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
     assert slow.pieces(*work, None) == WHOLE
+    assert costs.pieces(*work, None, after=10**9 + 10**7) == WHOLE  # dW's product takes as long as dX's reduction
+    assert 1 < costs.pieces(*work, None, after=5 * 10**8).count < 6
     none = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
     assert none.pieces(*work, None) == WHOLE
     assert none.pieces(*work, 0.5) == WHOLE
