@@ -61,7 +61,8 @@ def scale(
     Results land in run.dir: results.jsonl (a line a cell), table.txt and pictures. Stopped, by a signal or a crash, the
     same command goes on where it stopped. A cell that fails is written down with its reason, and the others are run.
 
-    Ends with status 0 if every cell has figures or was skipped, 1 if one failed, 2 if the configuration cannot be used.
+    Ends with status 0 if every cell has figures or was skipped, 1 if one failed or all were skipped, 2 if the
+    configuration cannot be used.
     """
     from shardgrad.settings import ConfigError
 
@@ -118,7 +119,7 @@ def _run(experiment: Experiment, retry: bool, draw: Path | None, json: bool) -> 
         style.say(
             f"left in {experiment.dir}: results.jsonl, table.txt; pictures: {', '.join(map(str, left)) or 'none'}"
         )
-    return any(line["status"] == "failed" for line in lines)
+    return any(line["status"] == "failed" for line in lines) or all(line["status"] == "skipped" for line in lines)
 
 
 def _print(experiment: Experiment, lines: list[Line], rows: list[Any], on: Console) -> None:

@@ -61,7 +61,7 @@ def create(wanted: str, *, exactly: bool = False) -> Path:
             folder.mkdir(parents=True, exist_ok=exactly)
             (folder / RUN).write_text(json.dumps({"job": job()}) + "\n", encoding="utf-8")
         except FileExistsError:
-            if exactly:
+            if exactly or not folder.is_dir():
                 raise ConfigError(f"run.dir: {folder} is no folder") from None
             continue
         except OSError as error:

@@ -112,3 +112,11 @@ def test_a_wrong_configuration_ends_with_status_2_before_anything_starts(tmp_pat
     assert done.returncode == 2
     assert "matrix.rnaks is no key; the nearest key is ranks" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_that_could_run_here_is_no_success(tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere.yaml"
+    path.write_text(CONFIG.partition("cells:")[0].replace("backend: gloo", "backend: nosuch, ranks: 2"))
+    done = run(str(path), f"run.dir={tmp_path / 'out'}")
+    assert done.returncode == 1, done.stderr
+    assert "no backend 'nosuch'" in done.stdout

@@ -138,3 +138,10 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path: Path, state: str) -> None:
     (start / "state.json").write_text(state)
     with pytest.raises(ConfigError, match=r"step-00000003 cannot be read .*: delete it to go on from the one before"):
         resume.check_config(CONFIG, start)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ConfigError, match="is no folder"):
+        folder.create(str(tmp_path / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
