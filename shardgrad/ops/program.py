@@ -386,11 +386,11 @@ class Program:
         flops = 2 * products * self._multiplications(at)
 
         def choice() -> Cut:
-            return choose(self._view, name, count, flops, again * size, self._dtype, own, after) if flops else WHOLE
+            return choose(self._view, name, count, flops, again * size, self._dtype, own, after)
 
         if alike:
-            return choice()
-        if self._traced:
+            return choice() if flops else WHOLE
+        if self._traced or not prod(moved):
             return WHOLE
         what = f"{step.what} {moved} beside products of {self._layouts[at]}, {self._dtype}"
         return choose_together(self._view, step.axis, what, choice)

@@ -44,7 +44,7 @@ def everything(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.
     return found
 
 
-@distributed(world_size=[3, 4])
+@distributed(world_size=[3, 4], backend="shm")
 def test_saved_on_one_mesh_loaded_on_another(world_size: int, tmp_path: Path) -> None:
     """Every pair of meshes with 1, 2, 3 or 4 ranks along tp, and replicas along dp."""
     meshes = [
@@ -83,7 +83,7 @@ def test_saved_on_one_mesh_loaded_on_another(world_size: int, tmp_path: Path) ->
             torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 def test_what_exists_is_not_overwritten(world_size: int, tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     model, _ = gpt(mesh)
@@ -93,7 +93,7 @@ def test_what_exists_is_not_overwritten(world_size: int, tmp_path: Path) -> None
     checkpoint.load(tmp_path / "once", model)
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 def test_a_full_disk_leaves_nothing(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     model, _ = gpt(mesh)
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_nothing(world_size: int, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 def test_another_model(world_size: int, tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     checkpoint.save(tmp_path / "saved", sg.ColumnParallelLinear(3, 5, mesh=mesh), mesh=mesh)
@@ -126,7 +126,7 @@ def test_another_model(world_size: int, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "nowhere", sg.ColumnParallelLinear(3, 5, mesh=mesh))
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_a_file_that_is_damaged_or_lost(world_size: int, rank: int, tmp_path: Path, name: str) -> None:
     model, optimizer = trained(init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))

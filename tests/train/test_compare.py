@@ -17,7 +17,7 @@ from shardgrad.train.predict import step_collectives, totals
 from shardgrad.train.step import backward
 
 
-@distributed(world_size=[1, 2, 3, 4])
+@distributed(world_size=[1, 2, 3, 4], backend="shm")
 def test_rounding_passes(world_size: int) -> None:
     model, _ = gpt(init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)), torch.float32)
     ids, targets = tokens()
@@ -31,7 +31,7 @@ def test_rounding_passes(world_size: int) -> None:
         assert {row.name for row in found.rows[1:]} == {name for name, _ in model.named_parameters()}
 
 
-@distributed(world_size=[2, 3])
+@distributed(world_size=[2, 3], backend="shm")
 @pytest.mark.parametrize("planted", ["lost sum", "NaN", "doubled", "none", "one element"])
 def test_mistakes_fail(world_size: int, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if planted == "lost sum":
@@ -77,7 +77,7 @@ def test_yardstick() -> None:
     assert [row.name for row in Comparison(rows).worst_first] == ["b", "c", "a"]
 
 
-@distributed(world_size=[2, 4])
+@distributed(world_size=[2, 4], backend="shm")
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
 def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
     """Micro-batches, shards over dp, bfloat16: its rounding passes, a doubled gradient fails."""
@@ -99,7 +99,7 @@ def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
     assert found is None or not found.passed
 
 
-@distributed(world_size=[2, 4])
+@distributed(world_size=[2, 4], backend="shm")
 def test_a_copy_that_is_wrong_on_one_rank(world_size: int) -> None:
     """What the first rank holds is right; the last rank's copy of a replicated gradient is not."""
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))

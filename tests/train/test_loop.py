@@ -34,7 +34,7 @@ def test_learning_rate_rises_and_falls() -> None:
     assert learning_rate(Train(steps=1, batch=1, lr=2.0), 0) == 2.0
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 def test_matrices_alone_decay(world_size: int) -> None:
     model = build(CONFIG, 7, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")))
     decayed, plain = make_optimizer(model, CONFIG.train).param_groups
@@ -47,7 +47,7 @@ def test_matrices_alone_decay(world_size: int) -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-@distributed(world_size=[2, 3, 4])
+@distributed(world_size=[2, 3, 4], backend="shm")
 def test_trains_as_one_rank_does(world_size: int) -> None:
     meshes = {
         "tp": init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")),
@@ -74,7 +74,7 @@ def test_trains_as_one_rank_does(world_size: int) -> None:
             torch.testing.assert_close(whole(parameter, stored), other.detach(), rtol=1e-6, atol=1e-8)
 
 
-@distributed(world_size=[1, 2])
+@distributed(world_size=[1, 2], backend="shm")
 def test_a_loss_that_is_not_finite_stops(world_size: int, tmp_path: Path) -> None:
     model = build(CONFIG, 256, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp")))
     torch.nn.init.constant_(model.norm.weight, torch.nan)

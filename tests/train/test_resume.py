@@ -98,7 +98,7 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     monkeypatch.setattr(Keeper, "after_step", killed)
 
 
-@distributed(world_size=[1, 2, 3], timeout=120)
+@distributed(world_size=[1, 2, 3], timeout=120, backend="shm")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_and_going_on(
     world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_and_going_on(
     assert [line["step"] for line in read(parted / "run" / "metrics.jsonl") if line["kind"] == "start"] == [0, 5]
 
 
-@distributed(world_size=[2], timeout=120)
+@distributed(world_size=[2], timeout=120, backend="shm")
 def test_a_crash_goes_on_from_the_last_checkpoint(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +165,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert losses(parted / "run") == losses(whole / "run")
 
 
-@distributed(world_size=[4], timeout=120)
+@distributed(world_size=[4], timeout=120, backend="shm")
 def test_on_other_meshes(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ranks, then 1, then 4: the same batches, and the curve of 2 ranks within rounding."""
     whole, parted = own(tmp_path, "whole"), own(tmp_path, "parted")
@@ -195,7 +195,7 @@ def test_on_other_meshes(world_size: int, tmp_path: Path, monkeypatch: pytest.Mo
             torch.testing.assert_close(tensor, ends[1][name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@distributed(world_size=[2], timeout=120)
+@distributed(world_size=[2], timeout=120, backend="shm")
 def test_a_new_run_from_another_s_checkpoint(world_size: int, tmp_path: Path) -> None:
     first = own(tmp_path, "first")
     data = Data(files=[str(first / "text.txt")], tokenizer="bpe", vocab=270)
@@ -207,7 +207,7 @@ def test_a_new_run_from_another_s_checkpoint(world_size: int, tmp_path: Path) ->
     assert (first / "run-2" / "tokenizer.json").read_bytes() == (first / "run" / "tokenizer.json").read_bytes()
 
 
-@distributed(world_size=[2], timeout=120)
+@distributed(world_size=[2], timeout=120, backend="shm")
 def test_a_full_disk_keeps_the_checkpoint_before(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +232,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert [step for step, _ in folder.checkpoints(where / "run")] == [6, 7]
 
 
-@distributed(world_size=[1])
+@distributed(world_size=[1], backend="shm")
 def test_the_page_needs_nothing_else(world_size: int, tmp_path: Path) -> None:
     config = configured(tmp_path, sample=Sample(prompt="<b>&", tokens=2))
     go(config, world_size, page=True)
@@ -254,7 +254,7 @@ def test_the_page_needs_nothing_else(world_size: int, tmp_path: Path) -> None:
     assert "sends 5,000,000 bytes a step, as predicted" in page
 
 
-@distributed(world_size=[2])
+@distributed(world_size=[2], backend="shm")
 def test_evaluation_is_a_mean_over_batches(world_size: int) -> None:
     from tiny import gpt
 
