@@ -14,6 +14,7 @@ ROOT = Path(sg.__file__).parent
 ROOMS = {
     "errors": 0,
     "settings": 0,
+    "hardware": 0,
     "layout": 1,
     "comm": 2,
     "ops": 3,

@@ -26,17 +26,18 @@ RECOMPUTED = ("nothing", "attention", "block")
 
 
 def kept_bytes(call: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of a call, each storage counted once and whole.
+    """Bytes that autograd keeps for the backward of a call, each storage counted once and whole; also where tensors
+    have shapes alone (`shim.without_memory`).
 
     besides: tensors, such as parameters, that would be there anyway.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    own = {shim.storage_number(tensor) for tensor in besides}
     alive: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in own:
-            alive.setdefault(storage.data_ptr(), tensor)  # held, so that its address is not given to another one
+        number = shim.storage_number(tensor)
+        if number not in own:
+            alive.setdefault(number, tensor)  # held, so that its number is not given to another one
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

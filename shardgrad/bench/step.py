@@ -125,11 +125,10 @@ def _try(step: Callable[[], None]) -> str | None:
 
 
 def _rows(dtype: str, size: Size, times: dict[tuple[str, str], list[float]]) -> list[Row]:
-    local = times.get((peers.LOCAL, ""))
+    local, on_shm = times.get((peers.LOCAL, "")), times.get((peers.OURS, "shm"))
     rows = []
     for (name, backend), seconds in times.items():
         hand, ours = times.get((peers.HAND, backend)), times.get((peers.OURS, backend))
-        on_shm = times.get((peers.OURS, "shm"))
         rows.append(
             Row(
                 dtype,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardgrad.cli import style
+from shardgrad.hardware import cores, processor
 
 if TYPE_CHECKING:
     import torch
@@ -80,19 +81,13 @@ def check_picture(path: Path | None) -> None:
 def machine() -> dict[str, Any]:
     """What numbers are to be read with: the processor, its cores, torch, and how busy the machine was."""
     import os
-    import platform
 
     import torch
 
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line)
-        model = next(named, model)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor(),
+        "cores": cores(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load before": None if load is None else round(load, 1),

@@ -16,7 +16,7 @@ from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
 
 _MOST = 8
-_NEARLY = 0.04
+_NEARLY = 0.04  # by how much more time than the best pieces take, fewer are preferred
 _LEAST_GAIN = 0.05  # of a product and its communication, below which cutting is not worth the risk of a wrong model
 _STEEPEST = 4.0  # how many times as large as its neighbour a piece may be
 _GRAIN = 16  # multipliers like rows and columns in such numbers

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardgrad.bench.memory import kept_bytes
 from shardgrad.comm import shim
 from shardgrad.comm.trace import trace
 from shardgrad.scale import work
@@ -64,8 +61,8 @@ def rehearse(cell: Cell, rank: int, seed: int = 0) -> Rehearsed:
 
 def _rehearsed(made: work.Work, rank: int, cell: Cell) -> Rehearsed:
     made.step()  # the first step's comparisons between ranks are not part of the others
-    with trace() as traced, _saved(made.stored.values()) as saved:
-        made.step()
+    with trace() as traced:
+        saved = kept_bytes(made.step, made.stored.values())
     parameters = [tensor for tensor in made.stored.values() if tensor.requires_grad]
     moments = [
         value
@@ -73,20 +70,16 @@ def _rehearsed(made: work.Work, rank: int, cell: Cell) -> Rehearsed:
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    counts: dict[str, int] = {}
-    for event in traced:
-        name = f"{event.operation} over {event.axis}"
-        counts[name] = counts.get(name, 0) + 1
     return Rehearsed(
         rank=rank,
         shapes={name: list(tensor.shape) for name, tensor in made.stored.items()},
         parameters=sum(map(_bytes, made.stored.values())),
         gradients=sum(_bytes(tensor.grad) for tensor in parameters if tensor.grad is not None),
         moments=sum(map(_bytes, moments)),
-        saved=saved["bytes"],
+        saved=saved,
         predicted=by_kind((one.operation, one.axis, one.bytes) for one in made.predicted),
         traced=by_kind((one.operation, one.axis, one.bytes) for one in traced),
-        counts=dict(sorted(counts.items())),
+        counts=by_kind((one.operation, one.axis, 1) for one in traced),
         flops_per_rank=made.flops / cell.world,
         tokens=made.tokens,
     )
@@ -94,22 +87,3 @@ def _rehearsed(made: work.Work, rank: int, cell: Cell) -> Rehearsed:
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-@contextmanager
-def _saved(stored: Any) -> Iterator[dict[str, int]]:
-    """Count the bytes that forward saves for backward: each storage once, those of stored tensors not."""
-    total = {"bytes": 0}
-    seen = {shim.storage_number(tensor) for tensor in stored}
-    alive: list[Tensor] = []  # so that no storage is freed and its number given to another
-
-    def pack(x: Tensor) -> Tensor:
-        where = shim.storage_number(x)
-        if where not in seen:
-            seen.add(where)
-            alive.append(x)
-            total["bytes"] += x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield total

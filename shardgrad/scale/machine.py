@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import shardgrad
+from shardgrad.hardware import cores, processor, version
 
 
 def machine() -> dict[str, Any]:
     """The processor, its cores that this process may use, the memory and the GPUs."""
     return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor(),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.release()}",
@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     return {
-        "shardgrad": _version("shardgrad"),
+        "shardgrad": version("shardgrad"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -51,25 +51,6 @@ def told(facts: dict[str, Any]) -> str:
         return f"{len(gpus)} × {gpus[0]}; {facts['cores']} cores of {facts['cpu']}"
     memory = facts["memory_bytes"] / 2**30
     return f"{facts['cores']} core{'s' if facts['cores'] != 1 else ''} of {facts['cpu']}, {memory:.0f} GiB"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _git(root: str, *arguments: str) -> str | None:

@@ -72,7 +72,7 @@ def _nothing() -> None:
 
 
 def by_kind(moves: Any) -> dict[str, int]:
-    """Bytes by operation and axis, as "all-reduce over tp"."""
+    """Bytes, or whatever else is counted, by operation and axis, as "all-reduce over tp"."""
     found: dict[str, int] = {}
     for operation, axis, count in moves:
         name = f"{operation} over {axis}"

@@ -24,13 +24,13 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     ids = list(prompt)
-    for _ in range(count):
-        seen = ids[-model.seq_len :]
-        window = torch.tensor([seen + [0] * (model.seq_len - len(seen))], device=device)
-        with evaluating(model):
+    with evaluating(model):
+        for _ in range(count):
+            seen = ids[-model.seq_len :]
+            window = torch.tensor([seen + [0] * (model.seq_len - len(seen))], device=device)
             local = model(window)[:, len(seen) - 1]
-        logits = gather_replicated(local, model.mesh, model.axis, dim=1, size=model.vocab)[0]
-        ids.append(choose(logits, temperature, top_k, generator))
+            logits = gather_replicated(local, model.mesh, model.axis, dim=1, size=model.vocab)[0]
+            ids.append(choose(logits, temperature, top_k, generator))
     return ids
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from exact import check, integers
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.layout import Layout
@@ -41,26 +42,34 @@ LAYOUTS = {
 }
 
 
+def sharded(layout: Layout, sizes: dict[str, int], mesh: DeviceMesh) -> list[torch.Tensor]:
+    """This rank's X, W and dY, of integers."""
+    specs = (layout.first, layout.second, layout.product)
+    return [sg.shard(integers(spec, sizes, at), spec, mesh) for at, spec in enumerate(specs)]
+
+
+def once(
+    x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, layout: Layout, mesh: DeviceMesh, sizes: dict[str, int] | None
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Y, dX and dW; how many collectives forward had, and backward."""
+    leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
+    with sg.trace() as forward:
+        y = sg.matmul(*leaves, layout, mesh, sizes=sizes)
+    with sg.trace() as backward:
+        y.backward(dy)
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return [y.detach(), *grads], [len(forward), len(backward)]
+
+
 @distributed(world_size=[1, 2, 3, 4])
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout(text)
     sizes = {letter: SIZES[letter] for letter in layout.letters}
-    x, w, dy = (
-        sg.shard(integers(spec, sizes, at), spec, mesh)
-        for at, spec in enumerate((layout.first, layout.second, layout.product))
-    )
+    shards = x, w, dy = sharded(layout, sizes, mesh)
 
-    def run() -> tuple[list[torch.Tensor], list[int]]:
-        leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
-        with sg.trace() as forward:
-            y = sg.matmul(*leaves, layout, mesh, sizes=sizes)
-        with sg.trace() as backward:
-            y.backward(dy)
-        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        return [y.detach(), *grads], [len(forward), len(backward)]
-
+    run = partial(once, *shards, layout, mesh, sizes)
     run()  # in which ranks compare what they mean
     whole, usual = run()
     assert len(whole) == 3
@@ -104,30 +113,20 @@ def test_gathers_of_weights_and_reductions_of_their_gradients(world_size: int, t
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     layout = Layout(text)
     sizes = {letter: {"n": n, "b": n, "s": 3, "d": 24, "m": 12}[letter] for letter in layout.letters}
-    x, w, dy = (
-        sg.shard(integers(spec, sizes, at), spec, mesh)
-        for at, spec in enumerate((layout.first, layout.second, layout.product))
-    )
+    shards = sharded(layout, sizes, mesh)
 
-    def run() -> tuple[list[torch.Tensor | None], list[int]]:
-        leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
-        with sg.trace() as forward:
-            y = sg.matmul(*leaves, layout, mesh)
-        with sg.trace() as backward:
-            y.backward(dy)
-        return [y.detach(), *(leaf.grad for leaf in leaves)], [len(forward), len(backward)]
-
+    run = partial(once, *shards, layout, mesh, None)
     run()
     whole, usual = run()
+    assert len(whole) == 3
     links = {axis: sg.Link(1e-9, 1e-3, 1.0) for axis in ("dp", "tp")}
     costs = sg.Costs(links, {torch.float32: 1e-4 if mesh["dp"].get_local_rank() == 0 else 1e-9})
     for how in (3, costs):
         sg.overlap(mesh, how)
         run()
         cut, counts = run()
+        assert len(cut) == 3
         for one, other in zip(whole, cut):
-            assert one is not None
-            assert other is not None
             assert torch.equal(one, other)
         if n > 1 or how == 3:  # a single row is too little to hide anything behind
             assert [now > before for now, before in zip(counts, usual)] == list(FULLY_SHARDED[text])

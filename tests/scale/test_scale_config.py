@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refused import refusal
 
 from shardgrad.scale.config import load
-from shardgrad.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "scaling").glob("*.yaml"))
@@ -22,12 +22,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     return path
-
-
-def refusal(file: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load(file, overrides)
-    return str(error.value).splitlines()
 
 
 def test_every_combination_is_a_cell(file: Path) -> None:
@@ -99,4 +93,4 @@ def test_what_is_shipped_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_is_wrong_is_told_by_its_key(file: Path, override: str, line: str) -> None:
-    assert any(line in told for told in refusal(file, override)), refusal(file, override)
+    assert any(line in told for told in refusal(load, file, override)), refusal(load, file, override)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refused import refusal
 
 from shardgrad.train.config import ConfigError, check_ranks, keys, load
 
@@ -21,13 +22,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     return path
-
-
-def refusal(file: Path, *overrides: str) -> list[str]:
-    """The lines that tell what is wrong."""
-    with pytest.raises(ConfigError) as error:
-        load(file, overrides)
-    return str(error.value).splitlines()
 
 
 def test_values_defaults_and_overrides(file: Path) -> None:
@@ -80,11 +74,11 @@ def test_every_key_is_described() -> None:
     ],
 )
 def test_bad_keys_and_values(file: Path, override: str, line: str) -> None:
-    assert refusal(file, override) == [f"the configuration {file} with overrides cannot be used:", f"  {line}"]
+    assert refusal(load, file, override) == [f"the configuration {file} with overrides cannot be used:", f"  {line}"]
 
 
 def test_all_problems_at_once(file: Path) -> None:
-    lines = refusal(file, "model.layer=2", "train.batch=-1")
+    lines = refusal(load, file, "model.layer=2", "train.batch=-1")
     assert lines[1:] == [
         "  model.layer is no key; the nearest key is model.layers",
         "  train.batch = -1 should be greater than or equal to 1",
@@ -92,7 +86,7 @@ def test_all_problems_at_once(file: Path) -> None:
 
 
 def test_a_key_far_from_all_gets_the_list(file: Path) -> None:
-    (line,) = refusal(file, "qqqqq.zzzzz=1")[1:]
+    (line,) = refusal(load, file, "qqqqq.zzzzz=1")[1:]
     assert line.startswith("  qqqqq is no key; the keys are run.dir, run.resume, run.seed,")
 
 
@@ -100,7 +94,7 @@ def test_missing_keys(file: Path) -> None:
     values = yaml.safe_load(SMALL)
     del values["model"]["heads"], values["train"]
     file.write_text(yaml.safe_dump(values))
-    assert refusal(file) == [
+    assert refusal(load, file) == [
         f"the configuration {file} cannot be used:",
         "  model.heads is missing: attention heads; need not divide by the ranks",
         "  train is missing",
@@ -117,11 +111,11 @@ def test_missing_keys(file: Path) -> None:
     ],
 )
 def test_overrides_that_cannot_be_read(file: Path, override: str, reason: str) -> None:
-    assert refusal(file, override)[0].startswith(reason)
+    assert refusal(load, file, override)[0].startswith(reason)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no.yaml")[0] == (
+    assert refusal(load, tmp_path / "no.yaml")[0] == (
         f"cannot read the configuration {tmp_path / 'no.yaml'}: No such file or directory"
     )
     file = tmp_path / "some.yaml"
@@ -132,7 +126,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("", f"the configuration {file} cannot be used:"),
     ):
         file.write_text(text)
-        assert refusal(file)[0].startswith(reason)
+        assert refusal(load, file)[0].startswith(reason)
 
 
 def test_another_number_of_ranks(file: Path) -> None:
