@@ -158,10 +158,11 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
 class AllReduce:
     """A sum over an axis, made ready: what is asked of the process group at every call is settled once."""
 
-    __slots__ = ("_at_once", "_axis", "_options", "_what")
+    __slots__ = ("_at_once", "_axis", "_backend", "_group", "_options", "_what")
 
     def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
-        self._axis, self._what = axis, what
+        self._axis, self._what, self._group = axis, what, axis.group
+        self._backend = axis.backend
         self._options, self._at_once = dist.AllreduceOptions(), dist.AllreduceOptions()
         for options in (self._options, self._at_once):
             options.reduceOp = op
@@ -178,10 +179,13 @@ class AllReduce:
     def _started(self, x: Tensor, options: Any) -> Any:
         if x.numel() == 0:
             return None
+        # The dispatcher costs more than the rest of the call; it is gone through where somebody listens there.
+        direct = type(x) is Tensor and not shim.dispatch_is_listened_to()
+        group = self._backend if direct else self._group
         if _clocks:
-            return _start(lambda: self._axis.group.allreduce([x], options), self._what, self._axis)
+            return _start(lambda: group.allreduce([x], options), self._what, self._axis)
         try:
-            return self._axis.group.allreduce([x], options)
+            return group.allreduce([x], options)
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
 

@@ -21,6 +21,7 @@ class Axis:
     """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them.
 
     mesh: the handle of the mesh's view.
+    backend: what the group calls, without PyTorch's dispatcher.
     """
 
     name: str
@@ -28,7 +29,8 @@ class Axis:
     index: int
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
-    mesh: str = field(default="", compare=False)
+    mesh: str = field(compare=False)
+    backend: Any = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
@@ -114,6 +116,10 @@ def _view(mesh: DeviceMesh) -> MeshView:
         raise MeshError(f"rank {dist.get_rank()} is not part of the mesh {mesh}")
     places = ",".join(f"{name}={coordinate[dim]}/{mesh.size(dim)}" for dim, name in enumerate(names))
     handle = f"{places} #{next(_numbers)}"
+    kind = mesh.device_type
+    device = (
+        torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
+    )
     axes = {}
     for dim, name in enumerate(names):
         group = mesh.get_group(name)
@@ -124,12 +130,9 @@ def _view(mesh: DeviceMesh) -> MeshView:
                 f"rank {dist.get_rank()}, at place {coordinate[dim]} of the mesh, would get another rank's shard. Let "
                 "ranks ascend along every axis"
             )
-        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle)
+        backend = shim.backend(group, device)
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle, backend)
         _axis_names[group] = name
-    kind = mesh.device_type
-    device = (
-        torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
-    )
     return MeshView(
         axes,
         device,

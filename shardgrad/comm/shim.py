@@ -45,6 +45,29 @@ def dispatch_is_listened_to() -> bool:
     return bool(torch._C._len_torch_dispatch_stack())
 
 
+def backend(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """What a group calls for tensors of a device: the same methods, without PyTorch's dispatcher between. The group
+    itself where it has none for the device, to say so when it is used."""
+    try:
+        return group._get_backend(device)
+    except RuntimeError:
+        return group
+
+
+def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` less what torch does in Python before it, which is for functorch's transforms alone.
+
+    Only for functions without `setup_context` and without default arguments.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    transformed = torch._C._are_functorch_transforms_active
+
+    def call(*args: Any) -> Any:
+        return function.apply(*args) if transformed() else apply(*args)
+
+    return call
+
+
 def unheard() -> Any:
     """A block whose operations no TorchDispatchMode sees."""
     return torch._C._DisableTorchDispatch()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shardgrad.comm import shim
 from shardgrad.comm.agree import checking_every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.cost import sent
@@ -425,7 +426,7 @@ class Program:
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         made: type[torch.autograd.Function] = type("ShardedProduct", (torch.autograd.Function,), members)
-        return made.apply
+        return shim.call_of(made)
 
     def _body(self, there: tuple[bool, ...], defer: bool, into: tuple[int, ...]) -> Callable[..., Any]:
         stages = self._backward(there, defer)
