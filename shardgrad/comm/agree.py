@@ -12,23 +12,22 @@ from shardgrad.comm.collectives import all_gather, gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import DisagreementError
 
-_every_call = 0
+every_call: list[None] = []  # an entry for each block of `check_every_call` that is open
 
 
 @contextmanager
 def check_every_call() -> Iterator[None]:
     """A debugging mode: inside the block, each product compares layouts, shapes and dtypes with its peers at every
     call, forward and backward (one small exchange an axis), rather than when it first sees them."""
-    global _every_call
-    _every_call += 1
+    every_call.append(None)
     try:
         yield
     finally:
-        _every_call -= 1
+        every_call.pop()
 
 
 def checking_every_call() -> bool:
-    return _every_call > 0
+    return bool(every_call)
 
 
 def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> None:
@@ -41,7 +40,7 @@ def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> 
         return
     text = describe()
     digest = _digest(text)
-    if digest in view.agreed[axis.name] and not _every_call:
+    if digest in view.agreed[axis.name] and not every_call:
         return
     _compare(view, axis, text, [digest, 0], who)
     view.agreed[axis.name].add(digest)

@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.rollcall import roll_call
+from shardgrad.comm.shim import dispatch_is_listened_to
 from shardgrad.comm.shm.register import register
 from shardgrad.errors import CollectiveError, ShapeError
 from shardgrad.layout.sizes import chunk
@@ -158,36 +159,47 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
 class AllReduce:
     """A sum over an axis, made ready: what is asked of the process group at every call is settled once."""
 
-    __slots__ = ("_at_once", "_axis", "_backend", "_group", "_options", "_what")
+    __slots__ = ("_awaited", "_axis", "_begin", "_begin_told", "_begun", "_options", "_what")
 
     def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
-        self._axis, self._what, self._group = axis, what, axis.group
-        self._backend = axis.backend
-        self._options, self._at_once = dist.AllreduceOptions(), dist.AllreduceOptions()
-        for options in (self._options, self._at_once):
+        self._axis, self._what = axis, what
+        awaited, begun = dist.AllreduceOptions(), dist.AllreduceOptions()
+        for options in (awaited, begun):
             options.reduceOp = op
-        self._options.asyncOp, self._at_once.asyncOp = True, False
+        awaited.asyncOp, begun.asyncOp = False, True
+        self._begin_told, self._options = axis.group.allreduce, (begun, awaited)
+        # Straight to what the group calls: torch's dispatcher costs more than all the rest. Shared memory knows all
+        # that the options say.
+        own = getattr(axis.backend, "all_reducer", None)
+        self._begin: Any = axis.backend.allreduce if own is None else own(op).start
+        self._begun: Any = begun if own is None else False
+        self._awaited: Any = awaited if own is None else True
 
     def sum(self, x: Tensor) -> None:
         """Sum a contiguous `x` in place."""
-        self.wait(self._started(x, self._at_once))
+        if _clocks or dispatch_is_listened_to() or type(x) is not Tensor:
+            return self.wait(self._start(x, True))
+        try:
+            work = self._begin([x], self._awaited) if x.numel() else None
+            if work is not None:
+                work.wait()
+        except (RuntimeError, ValueError) as error:
+            raise CollectiveError(_failure(error, self._what, self._axis)) from error
 
     def start(self, x: Tensor) -> Any:
         """Start to sum a contiguous `x` in place; what is returned is to be waited for."""
-        return self._started(x, self._options)
-
-    def _started(self, x: Tensor, options: Any) -> Any:
-        if x.numel() == 0:
-            return None
-        # The dispatcher costs more than the rest of the call; it is gone through where somebody listens there.
-        direct = type(x) is Tensor and not shim.dispatch_is_listened_to()
-        group = self._backend if direct else self._group
-        if _clocks:
-            return _start(lambda: group.allreduce([x], options), self._what, self._axis)
+        if _clocks or dispatch_is_listened_to() or type(x) is not Tensor:
+            return self._start(x, False)
         try:
-            return group.allreduce([x], options)
+            return self._begin([x], self._begun) if x.numel() else None
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
+
+    def _start(self, x: Tensor, awaited: bool) -> Any:
+        """Through the dispatcher, for who listens there, and by the clocks."""
+        if x.numel() == 0:
+            return None
+        return _start(lambda: self._begin_told([x], self._options[awaited]), self._what, self._axis)
 
     def wait(self, work: Any) -> None:
         """Wait for what `start` returned; then the sum is there."""

@@ -55,17 +55,14 @@ def backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` less what torch does in Python before it, which is for functorch's transforms alone.
-
-    Only for functions without `setup_context` and without default arguments.
-    """
+    """`function.apply` less what torch does in Python before it, which is for functorch's transforms alone: not to be
+    called while `transforming()`. Only for functions without `setup_context` and without default arguments."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    transformed = torch._C._are_functorch_transforms_active
+    return apply
 
-    def call(*args: Any) -> Any:
-        return function.apply(*args) if transformed() else apply(*args)
 
-    return call
+# Whether functorch's transforms (vmap, grad, jvp) are at work in this thread.
+transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def unheard() -> Any:

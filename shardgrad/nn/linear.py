@@ -131,6 +131,7 @@ class _ParallelLinear(ShardedModule):
         self.sequence_dim, self.reduce = sequence_dim, reduce
         self.keep, self.data, self.reduce_dtype = tuple(keep), data, reduce_dtype
         self._sizes = {"d": in_features, "m": out_features}
+        self._given = tuple(self._sizes.items())
         weight = stored_over(data, self._weight.format(axis=axis), self._sizes)
         self.declare("weight", weight, self._sizes, device, dtype)
         if bias:
@@ -168,20 +169,20 @@ class _ParallelLinear(ShardedModule):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        parameters, dims = self._parameters, x.dim()
+        parameters = self._parameters
         plain = "weight" in parameters and "bias" in parameters  # not parametrized: found at once
         weight: Any = parameters["weight"] if plain else self.weight
         bias: Any = parameters["bias"] if plain else self.bias
-        key = dims, bias is None
+        key = x.dim(), bias is None
+        sizes = self._given
+        if sequence_size is not None and self.sequence_dim is not None:
+            sizes = (*sizes, (str(self._letters(x.dim())[2]), sequence_size))
         if torch.compiler.is_compiling():
             depends_on = self.axis, self.sequence_dim, self.reduce, self.keep
             product = self._bound(key, *depends_on, str(self.data), self.reduce_dtype, self.mesh)
-        else:
-            product = self._products.get(key) or self._bind(key)
-        sizes = self._sizes
-        if sequence_size is not None and self.sequence_dim is not None:
-            sizes = {**sizes, self._letters(dims)[2]: sequence_size}  # type: ignore[dict-item]
-        return run(product, x, (weight,), () if bias is None else (bias,), sizes)[0]
+            return run(product, x, (weight,), () if bias is None else (bias,), dict(sizes))[0]
+        product = self._products.get(key) or self._bind(key)
+        return product((x, weight) if bias is None else (x, weight, bias), sizes)
 
     def _bind(self, key: tuple[int, bool]) -> Product:
         dims, _ = key

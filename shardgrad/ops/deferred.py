@@ -49,7 +49,7 @@ class WeightGrads:
             )
 
 
-_active: list[WeightGrads] = []  # seen by autograd's own threads too
+blocks: list[WeightGrads] = []  # those open; seen by autograd's own threads too
 
 
 @contextmanager
@@ -67,15 +67,15 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
     backward too, with None and before anything is accumulated.)
     """
     later = WeightGrads()
-    _active.append(later)
+    blocks.append(later)
     try:
         yield later
     finally:
-        _active.remove(later)
+        blocks.remove(later)
 
 
 def deferring() -> bool:
-    return bool(_active)
+    return bool(blocks)
 
 
 def can_put_off(node: Any, weights: slice) -> bool:
@@ -94,4 +94,4 @@ def _is_leaf(node: Any) -> bool:
 
 def put_off(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:
     """Leave gradients for the innermost block. node: of the graph, whose inputs `compute` returns the gradients of."""
-    _active[-1]._later.append((node.next_functions, compute))
+    blocks[-1]._later.append((node.next_functions, compute))

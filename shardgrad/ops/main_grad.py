@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_exist = False  # set by the first `use_main_grads` of the process, so that others' backwards need not look
+in_use: list[None] = []  # an entry for each `use_main_grads` so far: without any, backwards need not look
 
 
 def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -22,7 +22,6 @@ def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torc
     Returns:
         The buffers, shaped as the local parameters, one for each that is trained.
     """
-    global _exist
     buffers = []
     for parameter in parameters:
         if not parameter.requires_grad:
@@ -31,7 +30,7 @@ def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torc
             parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_add)
         buffers.append(parameter.main_grad)  # type: ignore[attr-defined]
-    _exist = True
+    in_use.append(None)
     return buffers
 
 
@@ -39,10 +38,6 @@ def _add(parameter: Tensor) -> None:
     if parameter.grad is not None:
         parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
         parameter.grad = None
-
-
-def main_grads_exist() -> bool:
-    return _exist
 
 
 def main_grads(node: Any) -> dict[int, Tensor]:

@@ -170,20 +170,16 @@ def _bind_texts(
 def run(
     product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], sizes: Mapping[str, int] | None
 ) -> tuple[Tensor, ...]:
-    """Differentiably compute bound products of x."""
+    """Differentiably compute bound products of x. biases: those that there are."""
     tensors = (x, *weights, *biases)
-    device = product.device_type
-    if torch.is_autocast_enabled(device):
-        # As autocast treats torch's own products: the operands are cast, and nothing inside is cast again.
-        dtype = torch.get_autocast_dtype(device)
-        tensors = tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
-        with torch.autocast(device, enabled=False):
-            if torch.compiler.is_compiling():
-                return compiled.run(product, tensors, sizes)
-            return product.program(tensors, sizes)(*tensors)
     if torch.compiler.is_compiling():
-        return compiled.run(product, tensors, sizes)
-    return product.program(tensors, sizes)(*tensors)
+        if not torch.is_autocast_enabled(product.device_type):
+            return compiled.run(product, tensors, sizes)
+        tensors = product.cast(tensors)
+        with torch.autocast(product.device_type, enabled=False):
+            return compiled.run(product, tensors, sizes)
+    made = product(tensors, tuple(sizes.items()) if sizes else ())
+    return made if product.count > 1 else (made,)
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardgrad.comm.agree import agree, checking_every_call
+from shardgrad.comm import shim
+from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
@@ -17,6 +19,8 @@ from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.ops import compiled, sizing
 from shardgrad.ops.bilinear import Operation
 from shardgrad.ops.program import Key, Program
+
+Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
 _MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, fewer than memory minds
 
@@ -61,20 +65,45 @@ class Product:
     def __deepcopy__(self, memo: object) -> Product:
         return self  # bound to process groups, and never changed by a call
 
-    def program(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Program:
+    def __call__(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
+        """Every Y (a tensor if there is one), differentiably, outside of compiled graphs.
+
+        tensors: the input, the weights, the biases that are there. given: global sizes of letters.
+        """
+        if torch.is_autocast_enabled(self.device_type) or shim.transforming():
+            return self._call_under(tensors, given)
+        return self.program(tensors, given).call(*tensors)
+
+    def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
+        """The same under autocast or functorch's transforms."""
+        if torch.is_autocast_enabled(self.device_type):
+            tensors = self.cast(tensors)
+            with torch.autocast(self.device_type, enabled=False):
+                return self(tensors, given)
+        program = self.program(tensors, given)
+        # functorch says what it cannot do, from `apply`.
+        return (program.function.apply if program.function is not None else program.call)(*tensors)
+
+    def cast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As autocast treats torch's own products: the operands are cast, and nothing inside is cast again."""
+        dtype = torch.get_autocast_dtype(self.device_type)
+        return tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
+
+    def program(self, tensors: Sequence[Tensor], given: Given) -> Program:
         """What to run for the shapes, dtypes and flags of a call; remembered.
 
         tensors: the input, the weights, the biases that are there.
         """
         grad = torch.is_grad_enabled()
-        key = (
-            tuple([(t.shape, t.dtype, grad and t.requires_grad) for t in tensors]),
-            tuple(given.items()) if given else None,
-        )
+        if len(tensors) == 2:  # as below, without a loop
+            x, w = tensors
+            key: Any = x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad, given
+        else:
+            key = (*[(t.shape, t.dtype, grad and t.requires_grad) for t in tensors], given)
         found = self._programs.get(key)
-        if found is not None and not checking_every_call():
+        if found is not None and not every_call:
             return found
-        return self._program(key, tensors, given, tuple([grad and t.requires_grad for t in tensors]))
+        return self._program(key, tensors, dict(given), tuple([grad and t.requires_grad for t in tensors]))
 
     def program_of(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...], *, traced: bool

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardgrad.comm import shim
-from shardgrad.comm.agree import checking_every_call
+from shardgrad.comm.agree import checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.layout.cost import sent
 from shardgrad.layout.layout import Layout
@@ -26,8 +26,8 @@ from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.contract import Contraction
-from shardgrad.ops.deferred import can_put_off, deferring, put_off
-from shardgrad.ops.main_grad import main_grads, main_grads_exist
+from shardgrad.ops.deferred import blocks, can_put_off, deferring, put_off
+from shardgrad.ops.main_grad import in_use, main_grads
 from shardgrad.ops.overlap import WHOLE, Cut, choose, choose_together
 from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
 from shardgrad.ops.route import Step, steps
@@ -83,12 +83,9 @@ class Program:
         self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
         self._biased = biased
         self._apart: Callable[..., tuple[Tensor, ...]] | None = None
-        self._call = self._build(biased)
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Every Y, differentiably, of X, the weights and the biases that are there."""
-        made = self._call(*tensors)
-        return made if self.count > 1 else (made,)
+        self.function: type[torch.autograd.Function] | None = None
+        # Every Y (a tensor if there is one), differentiably, of X, the weights and the biases that are there.
+        self.call = self._build(biased)
 
     @property
     def source(self) -> str:
@@ -414,19 +411,19 @@ class Program:
             return forward
         all_there = (True,) * self.count
         usual = self._bodies[all_there, False, ()] = self._body(all_there, False, ())
-        unusual = self._run_backward
+        unusual, several = self._run_backward, self.count > 1
         refusing = once_differentiable(unusual)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
                 return refusing(ctx, *dys)
-            if checking_every_call() or deferring() or main_grads_exist() or [dy for dy in dys if dy is None]:
+            if every_call or blocks or in_use or dys[0] is None or (several and [dy for dy in dys if dy is None]):
                 return unusual(ctx, *dys)
             return usual(ctx.saved_tensors, *dys)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        made: type[torch.autograd.Function] = type("ShardedProduct", (torch.autograd.Function,), members)
-        return shim.call_of(made)
+        self.function = type("ShardedProduct", (torch.autograd.Function,), members)
+        return shim.call_of(self.function)
 
     def _body(self, there: tuple[bool, ...], defer: bool, into: tuple[int, ...]) -> Callable[..., Any]:
         stages = self._backward(there, defer)
@@ -441,7 +438,7 @@ class Program:
             dys = self._with_zeros(dys)
             there = tuple([dy is not None for dy in dys])
         defer = deferring() and can_put_off(ctx, slice(1, None))
-        mains = main_grads(ctx) if main_grads_exist() else {}
+        mains = main_grads(ctx) if in_use else {}
         key = there, defer, tuple(mains)
         body = self._bodies.get(key)
         if body is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import spmd_types as spmd
@@ -24,7 +25,7 @@ from shardgrad.layout.notation import TensorSpec
 from shardgrad.nn import loss, shared
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops import shard
-from shardgrad.ops.product import Product
+from shardgrad.ops.product import Given, Product
 
 # The type over the axis before and after; a value that differs from rank to rank may be meant as a term of a sum, which
 # nothing but its use can tell (an embedding's rows, zero where another rank has the id).
@@ -56,17 +57,18 @@ def _followed_products() -> Iterator[None]:
     """Each program of a product is code of its own (see `ops.source`): it runs unfollowed, and its result is typed."""
     real = Product.program
 
-    def program(self: Product, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Any:
+    def program(self: Product, tensors: Sequence[Tensor], given: Given) -> Any:
         with spmd.no_typecheck():
             found = real(self, tensors, given)
 
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def run(*tensors: Tensor) -> Any:
             with spmd.no_typecheck():
-                outs = found(*tensors)
+                made = found.call(*tensors)
+                outs = made if self.count > 1 else (made,)
             _product(outs, product=self, x=tensors[0], rest=tensors[1:])
-            return outs
+            return made
 
-        return run
+        return SimpleNamespace(call=run, function=None)
 
     Product.program = program  # type: ignore[method-assign]
     try:

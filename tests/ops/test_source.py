@@ -52,9 +52,9 @@ def test_column_parallel_with_everything_wanted(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     product = bind((Layout("X[n,d] W[m/tp,d] -> Y[n,m/tp]"),), (True,), mesh)
     tensors = [torch.zeros(s, requires_grad=True) for s in ((4, 3), (5, 3), (5,))]
-    assert product.program(tensors, None).source == COLUMN
+    assert product.program(tensors, ()).source == COLUMN
     with torch.no_grad():
-        assert "ctx" not in product.program(tensors, None).source
+        assert "ctx" not in product.program(tensors, ()).source
 
 
 @distributed(world_size=2)
@@ -63,4 +63,4 @@ def test_row_parallel_with_sequence_whose_input_needs_no_gradient(world_size: in
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     product = bind((Layout("X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]"),), (False,), mesh)
     tensors = [torch.zeros(4, 3), torch.zeros(3, 5, requires_grad=True)]
-    assert product.program(tensors, None).source == ROW_SEQUENCE
+    assert product.program(tensors, ()).source == ROW_SEQUENCE

@@ -40,13 +40,20 @@ def _part(flat: Tensor, start: int, count: int) -> Tensor:
 class Meeting:
     """A barrier: a round in which nothing is written.
 
-    open_ended: whether reading the first round may show that there are more.
+    what: in words, which the ranks compare. rounds: how many there are. open_ended: whether reading the first round may
+    show that there are more. round: the one that this rank is in. posted: whether it has done its part of it.
     """
 
     open_ended = False
 
     def __init__(self, text: str) -> None:
-        self.header, self.rounds = header(text), 1
+        self.what, self.header, self.rounds = text, header(text), 1
+        self.round, self.posted = 0, False
+
+    @property
+    def given(self) -> bool:
+        """Whether this rank has done its part of the last round."""
+        return self.posted and self.round + 1 >= self.rounds and not self.open_ended
 
     def write(self, i: int, box: Mailbox) -> None:
         pass
@@ -196,18 +203,20 @@ class Reduce(Meeting):
 
 
 class AllReduceAtOnce(Meeting):
-    """A small all-reduce: every rank reads everything and reduces it by itself, each in the same order."""
+    """A small all-reduce: every rank reads everything and reduces it by itself, each in the same order.
 
-    def __init__(self, text: str, tensor: Tensor, by: Reduction) -> None:
+    places: the slots of all ranks, as such tensors, of even and of odd rounds.
+    """
+
+    def __init__(self, text: str, tensor: Tensor, by: Reduction, places: Sequence[Sequence[Tensor]]) -> None:
         super().__init__(text)
-        self.tensor, self.by = tensor, by
+        self.tensor, self.by, self.places = tensor, by, places
 
     def write(self, i: int, box: Mailbox) -> None:
-        _put(self.tensor, 0, self.tensor.numel(), box, 0)
+        self.places[box.round & 1][box.rank].copy_(self.tensor)
 
     def read(self, i: int, box: Mailbox) -> None:
-        if n := self.tensor.numel():
-            self.by.into(self.tensor, [box.slot(r, self.tensor.dtype, 0, n) for r in range(box.ranks)])
+        self.by.into(self.tensor, self.places[box.round & 1])
 
 
 class AllReduce(Meeting):
@@ -260,10 +269,3 @@ class AllReduce(Meeting):
                 result = box.slot(box.rank, dtype, self.results, count, ahead=1)
                 self.by.into(result, parts)
                 mine.copy_(result)
-
-
-def all_reduce(text: str, tensor: Tensor, by: Reduction, ranks: int) -> Meeting:
-    if ranks == 1:
-        return Meeting(text)
-    small = tensor.numel() * tensor.element_size() * (ranks - 1) <= ONCE
-    return AllReduceAtOnce(text, tensor, by) if small else AllReduce(text, tensor, by, ranks)

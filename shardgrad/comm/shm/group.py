@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 from shardgrad.comm.shm import collectives as c
+from shardgrad.comm.shm.all_reducer import AllReducer
 from shardgrad.comm.shm.errors import ShmError
 from shardgrad.comm.shm.mailbox import Mailbox
 from shardgrad.comm.shm.meeting import meet
@@ -21,6 +22,7 @@ from shardgrad.comm.shm.platform import unsupported
 from shardgrad.comm.shm.progress import progress
 from shardgrad.comm.shm.queue import Queue, Ticket
 from shardgrad.comm.shm.reduce import Reduction, reduction
+from shardgrad.comm.shm.tensors import dtype_name, flat_input, flat_output, words
 from shardgrad.comm.shm.work import ShmWork
 
 
@@ -56,14 +58,15 @@ class ShmGroup(dist.ProcessGroup):
         if why := unsupported():
             raise ShmError(f"the shm backend cannot be used: {why}. Use the gloo backend")
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self._rank, self._size, self._timeout = rank, size, timeout
+        self._rank, self._size = rank, size
         self._group_name = group_id
         self._store = store
         segment, peers = meet(store, rank, size, timeout, names)
         label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
-        self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label)
+        self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label, timeout)
         self._label = label
         self._reductions: dict[Any, Reduction] = {}
+        self._reducers: dict[Any, AllReducer] = {}
         self._together: list[Ticket] | None = None
 
     # What torch asks a group about itself
@@ -100,7 +103,7 @@ class ShmGroup(dist.ProcessGroup):
         return self._store
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout = timeout.total_seconds()
+        self._alive().timeout = timeout.total_seconds()
 
     _set_default_timeout = set_timeout
 
@@ -130,30 +133,34 @@ class ShmGroup(dist.ProcessGroup):
     @_told
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or dist.AllreduceOptions()
-        op = opts.reduceOp.op
-        return self._work([self._all_reduce(tensor, op, opts) for tensor in tensors], opts)
+        queue = self._alive()
+        reducer, timeout = self.all_reducer(opts.reduceOp.op), self._timeout_of(opts)
+        tickets = [reducer.start([tensor], not opts.asyncOp, timeout) for tensor in tensors]
+        under_way = [ticket for ticket in tickets if ticket is not None]
+        if self._together is not None:
+            self._together += under_way
+        return ShmWork(queue, under_way, list(tensors))
 
     @_told
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
-        opts = opts or dist.AllreduceCoalescedOptions()
-        op = opts.reduceOp.op
-        return self._work([self._all_reduce(tensor, op, opts) for tensor in tensors], opts)
+        return self.allreduce(tensors, opts or dist.AllreduceCoalescedOptions())
 
-    def _all_reduce(self, tensor: Tensor, op: Any, opts: Any) -> Ticket:
-        outputs: list[tuple[Tensor, Tensor]] = []
-        flat = _output(tensor, outputs, filled=True)
-        by = self._by(op, flat.dtype)
-        text = _text("all-reduce", by.name, flat.numel(), flat.dtype)
-        return self._start(text, c.all_reduce(text, flat, by, self._size), opts, [tensor], outputs)
+    def all_reducer(self, op: Any) -> AllReducer:
+        """All-reduces by one operation, without what torch's interface costs (`AllReducer.start`): no list, options or
+        work, and nobody at the dispatcher is told."""
+        found = self._reducers.get(op)
+        if found is None:
+            found = self._reducers[op] = AllReducer(self._alive(), op)
+        return found
 
     @_told
     def reduce(self, tensors: Sequence[Tensor], opts: Any) -> ShmWork:
         op, root, tickets = opts.reduceOp.op, opts.rootRank, []
         for tensor in tensors:
             outputs: list[tuple[Tensor, Tensor]] = []
-            flat = _output(tensor, outputs, filled=True)
+            flat = flat_output(tensor, outputs, filled=True)
             by = self._by(op, flat.dtype)
-            text = _text("reduce", by.name, flat.numel(), flat.dtype, f" to rank {root} of the group")
+            text = words("reduce", by.name, flat.numel(), flat.dtype, f" to rank {root} of the group")
             operation = c.Reduce(text, flat, root, by)
             tickets.append(self._start(text, operation, opts, [tensor], outputs if root == self._rank else []))
         return self._work(tickets, opts)
@@ -163,12 +170,12 @@ class ShmGroup(dist.ProcessGroup):
         opts = opts or dist.ReduceScatterOptions()
         op = opts.reduceOp.op
         pairs = zip(outs, ins, strict=True)
-        return self._work([self._reduce_scatter(o, [_input(t) for t in i], op, opts) for o, i in pairs], opts)
+        return self._work([self._reduce_scatter(o, [flat_input(t) for t in i], op, opts) for o, i in pairs], opts)
 
     @_told
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
-        pieces = self._equal(_input(whole), out, "reduce-scatter")
+        pieces = self._equal(flat_input(whole), out, "reduce-scatter")
         return self._work([self._reduce_scatter(out, pieces, opts.reduceOp.op, opts)], opts)
 
     @_told
@@ -176,19 +183,19 @@ class ShmGroup(dist.ProcessGroup):
         opts = opts or dist.ReduceScatterOptions()
         op, tickets = opts.reduceOp.op, []
         for out, whole in zip(outs, ins, strict=True):
-            pieces = self._equal(_input(whole), out, "reduce-scatter")
+            pieces = self._equal(flat_input(whole), out, "reduce-scatter")
             tickets.append(self._reduce_scatter(out, pieces, op, opts))
         return self._work(tickets, opts)
 
     def _reduce_scatter(self, out: Tensor, pieces: Sequence[Tensor], op: Any, opts: Any) -> Ticket:
         self._check_count(pieces, "reduce-scatter: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
-        flat = _output(out, outputs)
+        flat = flat_output(out, outputs)
         by = self._by(op, flat.dtype)
         sizes = [piece.numel() for piece in pieces]
         _check("reduce-scatter", flat, pieces[self._rank])
         _same_dtype("reduce-scatter", flat.dtype, pieces)
-        text = _text("reduce-scatter", by.name, _sizes(sizes), flat.dtype)
+        text = words("reduce-scatter", by.name, _sizes(sizes), flat.dtype)
         return self._start(text, c.ReduceScatter(text, pieces, flat, by), opts, [out], outputs)
 
     # Copies of what one rank has
@@ -199,9 +206,9 @@ class ShmGroup(dist.ProcessGroup):
         for tensor in tensors:
             outputs: list[tuple[Tensor, Tensor]] = []
             mine = root == self._rank
-            flat = _input(tensor) if mine else _output(tensor, outputs)
+            flat = flat_input(tensor) if mine else flat_output(tensor, outputs)
             n = flat.numel()
-            text = _text("broadcast", "", n, flat.dtype, f" from rank {root} of the group")
+            text = words("broadcast", "", n, flat.dtype, f" from rank {root} of the group")
             spread = c.Spread(text, flat if mine else None, {} if mine else {root: flat}, n, flat.element_size())
             tickets.append(self._start(text, spread, opts, [tensor], outputs))
         return self._work(tickets, opts)
@@ -227,13 +234,13 @@ class ShmGroup(dist.ProcessGroup):
     def _all_gather_list(self, outs: Sequence[Tensor], one: Tensor, opts: Any) -> Ticket:
         self._check_count(outs, "all-gather: output tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
-        flats = [_output(out, outputs) for out in outs]
-        return self._gather_all(flats, _input(one), opts, list(outs), outputs)
+        flats = [flat_output(out, outputs) for out in outs]
+        return self._gather_all(flats, flat_input(one), opts, list(outs), outputs)
 
     def _all_gather(self, out: Tensor, one: Tensor, opts: Any) -> Ticket:
         outputs: list[tuple[Tensor, Tensor]] = []
-        flats = self._equal(_output(out, outputs), one, "all-gather")
-        return self._gather_all(flats, _input(one), opts, [out], outputs)
+        flats = self._equal(flat_output(out, outputs), one, "all-gather")
+        return self._gather_all(flats, flat_input(one), opts, [out], outputs)
 
     def _gather_all(
         self,
@@ -246,22 +253,22 @@ class ShmGroup(dist.ProcessGroup):
         sizes = [flat.numel() for flat in flats]
         _check("all-gather", flats[self._rank], one)
         _same_dtype("all-gather", one.dtype, flats)
-        text = _text("all-gather", "", _sizes(sizes), one.dtype)
+        text = words("all-gather", "", _sizes(sizes), one.dtype)
         spread = c.Spread(text, one, dict(enumerate(flats)), max(sizes), one.element_size())
         return self._start(text, spread, opts, results, outputs)
 
     @_told
     def gather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any) -> ShmWork:
-        root, one = opts.rootRank, _input(ins[0])
+        root, one = opts.rootRank, flat_input(ins[0])
         outputs: list[tuple[Tensor, Tensor]] = []
         targets = {}
         if root == self._rank:
             self._check_count(outs[0], "gather: output tensors")
-            targets = {r: _output(out, outputs) for r, out in enumerate(outs[0])}
+            targets = {r: flat_output(out, outputs) for r, out in enumerate(outs[0])}
             _same_dtype("gather", one.dtype, list(targets.values()))
             for target in targets.values():
                 _check("gather", target, one)
-        text = _text("gather", "", one.numel(), one.dtype, f" to rank {root} of the group")
+        text = words("gather", "", one.numel(), one.dtype, f" to rank {root} of the group")
         source = one if root != self._rank or self._size == 1 else None
         if source is None:
             targets.pop(root).copy_(one)
@@ -274,16 +281,16 @@ class ShmGroup(dist.ProcessGroup):
     def scatter(self, outs: Sequence[Tensor], ins: Sequence[Sequence[Tensor]], opts: Any) -> ShmWork:
         root = opts.rootRank
         outputs: list[tuple[Tensor, Tensor]] = []
-        out = _output(outs[0], outputs)
+        out = flat_output(outs[0], outputs)
         sources = {}
         if root == self._rank:
             self._check_count(ins[0], "scatter: input tensors")
-            sources = {r: _input(one) for r, one in enumerate(ins[0])}
+            sources = {r: flat_input(one) for r, one in enumerate(ins[0])}
             _same_dtype("scatter", out.dtype, list(sources.values()))
             for source in sources.values():
                 _check("scatter", out, source)
         n, size = out.numel(), out.element_size()
-        text = _text("scatter", "", n, out.dtype, f" from rank {root} of the group")
+        text = words("scatter", "", n, out.dtype, f" from rank {root} of the group")
         parcels = c.Parcels(text, sources, {root: out}, n, size, self._size)
         return self._work([self._start(text, parcels, opts, list(outs), outputs)], opts)
 
@@ -292,16 +299,16 @@ class ShmGroup(dist.ProcessGroup):
         self._check_count(outs, "all-to-all: output tensors")
         self._check_count(ins, "all-to-all: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
-        flats = [_output(out, outputs) for out in outs]
-        return self._all_to_all(flats, [_input(one) for one in ins], opts, list(outs), outputs)
+        flats = [flat_output(out, outputs) for out in outs]
+        return self._all_to_all(flats, [flat_input(one) for one in ins], opts, list(outs), outputs)
 
     @_told
     def alltoall_base(
         self, out: Tensor, whole: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
     ) -> ShmWork:
         outputs: list[tuple[Tensor, Tensor]] = []
-        targets = self._split(_output(out, outputs), out, out_splits, "output")
-        sources = self._split(_input(whole), whole, in_splits, "input")
+        targets = self._split(flat_output(out, outputs), out, out_splits, "output")
+        sources = self._split(flat_input(whole), whole, in_splits, "input")
         return self._all_to_all(targets, sources, opts, [out], outputs)
 
     def _all_to_all(
@@ -316,7 +323,7 @@ class ShmGroup(dist.ProcessGroup):
         dtype, me = targets[0].dtype, self._rank
         _same_dtype("all-to-all", dtype, [*targets, *sources])
         _check("all-to-all", targets[me], sources[me])
-        text = f"all-to-all of {_name(dtype)}"
+        text = f"all-to-all of {dtype_name(dtype)}"
         parcels = c.Parcels(text, dict(enumerate(sources)), dict(enumerate(targets)), None, dtype.itemsize, self._size)
         return self._work([self._start(text, parcels, opts, results, outputs)], opts)
 
@@ -339,10 +346,12 @@ class ShmGroup(dist.ProcessGroup):
 
     @_told
     def send(self, tensors: Sequence[Tensor], target: int, tag: int) -> ShmWork:
-        data = _input(tensors[0])
-        ticket = self._ticket(f"send of {data.numel()} {_name(data.dtype)} to rank {target} of the group (tag {tag})")
+        data = flat_input(tensors[0])
+        ticket = self._ticket(
+            f"send of {data.numel()} {dtype_name(data.dtype)} to rank {target} of the group (tag {tag})"
+        )
         queue = self._alive()
-        queue.send(ticket, target, _bytes(data), tag, _name(data.dtype).encode().ljust(32, b"\0"))
+        queue.send(ticket, target, _bytes(data), tag, dtype_name(data.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_told
@@ -355,9 +364,11 @@ class ShmGroup(dist.ProcessGroup):
 
     def _receive(self, tensor: Tensor, source: int, tag: int, whom: str) -> ShmWork:
         outputs: list[tuple[Tensor, Tensor]] = []
-        flat = _output(tensor, outputs)
-        ticket = self._ticket(f"receive of {flat.numel()} {_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs)
-        self._alive().receive(ticket, source, _bytes(flat), tag, _name(flat.dtype).encode().ljust(32, b"\0"))
+        flat = flat_output(tensor, outputs)
+        ticket = self._ticket(
+            f"receive of {flat.numel()} {dtype_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs
+        )
+        self._alive().receive(ticket, source, _bytes(flat), tag, dtype_name(flat.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_told
@@ -386,24 +397,32 @@ class ShmGroup(dist.ProcessGroup):
             raise ShmError(f"{self._label} was destroyed (destroy_process_group)")
         return self._queue
 
-    def _ticket(
-        self, text: str, results: Sequence[Tensor] = (), outputs: Sequence[tuple[Tensor, Tensor]] = (), opts: Any = None
-    ) -> Ticket:
+    def _timeout_of(self, opts: Any) -> float:
         own = opts.timeout.total_seconds() if opts is not None else 0.0
-        return Ticket(text, own if own > 0 else self._timeout, list(results), list(outputs))
+        return own if own > 0 else self._alive().timeout
+
+    def _ticket(
+        self,
+        text: str,
+        results: Sequence[Tensor] = (),
+        outputs: Sequence[tuple[Tensor, Tensor]] = (),
+        opts: Any = None,
+        operation: c.Meeting | None = None,
+    ) -> Ticket:
+        return Ticket(self._alive(), text, self._timeout_of(opts), list(results), list(outputs), operation)
 
     def _start(
         self, text: str, operation: c.Meeting, opts: Any, results: list[Tensor], outputs: list[tuple[Tensor, Tensor]]
     ) -> Ticket:
-        ticket = self._ticket(text, results, outputs, opts)
-        self._alive().start(ticket, operation)
+        ticket = self._ticket(text, results, outputs, opts, operation)
+        self._alive().start(ticket, awaited=not opts.asyncOp)
         return ticket
 
     def _work(self, tickets: list[Ticket], opts: Any = None) -> ShmWork:
         queue = self._alive()
         if self._together is not None:
             self._together += tickets
-        if (opts is None or opts.asyncOp) and tickets and not (tickets[-1].done or tickets[-1].given):
+        if (opts is None or opts.asyncOp) and tickets and not tickets[-1].given:
             progress.watch(queue, now=opts is None)
         return ShmWork(queue, tickets)
 
@@ -425,29 +444,6 @@ class ShmGroup(dist.ProcessGroup):
             raise ShmError(f"{what}: {len(tensors)} for {self._size} ranks")
 
 
-def _input(tensor: Tensor) -> Tensor:
-    """The tensor's elements, flat; a copy only if they are not contiguous."""
-    if not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ShmError(
-            f"the shm backend moves dense CPU tensors, not one of {tensor.layout} on {tensor.device}: use nccl for "
-            "CUDA tensors, gloo for sparse ones"
-        )
-    # .data: like other backends, no part in autograd and no new version of the tensor.
-    data = tensor.data.resolve_conj() if tensor.is_complex() else tensor.data
-    if not data.is_contiguous():
-        data = data.contiguous()
-    return data if data.dim() == 1 else data.view(-1)
-
-
-def _output(tensor: Tensor, outputs: list[tuple[Tensor, Tensor]], filled: bool = False) -> Tensor:
-    """The same for a tensor to be written; of one that is not contiguous, a stand-in, noted in `outputs`."""
-    if tensor.is_contiguous() and not (tensor.is_complex() and tensor.is_conj()):
-        return _input(tensor)
-    flat = _input(tensor) if filled else torch.empty_like(_input(tensor))
-    outputs.append((tensor.data, flat))
-    return flat
-
-
 def _bytes(flat: Tensor) -> Tensor:
     # Of an empty tensor any stride is contiguous, but not to view().
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
@@ -465,17 +461,8 @@ def _check(what: str, a: Tensor, b: Tensor) -> None:
 def _same_dtype(what: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         if tensor.dtype != dtype:
-            raise ShmError(f"{what}: tensors of {_name(dtype)} and of {_name(tensor.dtype)} in one call")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            raise ShmError(f"{what}: tensors of {dtype_name(dtype)} and of {dtype_name(tensor.dtype)} in one call")
 
 
 def _sizes(sizes: Sequence[int]) -> int | tuple[int, ...]:
     return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
-
-
-@functools.lru_cache(maxsize=4096)
-def _text(what: str, how: str, count: object, dtype: torch.dtype, whom: str = "") -> str:
-    return f"{what}{f' ({how})' if how else ''} of {count} {_name(dtype)}{whom}"

@@ -8,6 +8,7 @@ more.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,14 @@ class Mailbox:
             view = self._views[key] = self.segment.bytes[at : at + count * dtype.itemsize].view(dtype)
         return view
 
+    def places(self, dtype: torch.dtype, shape: torch.Size) -> tuple[list[Tensor], list[Tensor]]:
+        """The beginnings of all ranks' slots as tensors, of even and of odd rounds."""
+        size, plan = shape.numel() * dtype.itemsize, self.segment.plan
+        assert size <= SLOT
+        starts = [[plan.slot(parity, rank) for rank in range(self.ranks)] for parity in (0, 1)]
+        even, odd = ([self.segment.bytes[at : at + size].view(dtype).view(shape) for at in row] for row in starts)
+        return even, odd
+
     def splits(self, rank: int) -> list[int]:
         """What a rank says that it sends to each rank, in this round."""
         start = self.segment.plan.split(self.round & 1, rank)
@@ -82,6 +91,14 @@ class Mailbox:
             if raw[start : start + length] != header:
                 return rank, bytes(raw[start : start + HEADER]).partition(b"\0")[0].decode(errors="replace")
         return None
+
+    def comes(self, word: int, seconds: float) -> bool:
+        """Look for so long, without pause, whether another rank publishes this round."""
+        words, current, until = self.words, self.round, time.perf_counter() + seconds
+        while words[word] <= current:
+            if time.perf_counter() > until:
+                return False
+        return True
 
     def late(self) -> list[int]:
         """The ranks that have not published this round."""

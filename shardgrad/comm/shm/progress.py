@@ -65,7 +65,7 @@ class Progress:
 
     def _work(self) -> None:
         rest = time.monotonic() + _LINGER_S
-        idle = Idle(0.0)
+        idle = Idle()
         while not self._stop:
             now = time.monotonic()
             with self._lock:
@@ -84,7 +84,7 @@ class Progress:
                 self._hurry.wait(min(_LINGER_S, *free.values()) if free else _LINGER_S)
                 self._hurry.clear()
             elif sum(queue.poll() for queue in mine):
-                idle = Idle(0.0)
+                idle = Idle()
             elif idle.enough():
                 for queue in mine:
                     queue.look()

@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from shardgrad.comm.shm.peers import Peers
 _SPIN_S = 100e-6  # how long a rank that has a core of its own looks without pause
 _YIELDS = 4  # then how often it lets others run
 _NAP_S = (0.001, 0.02)  # then how long it sleeps at a time, unless woken
+_AS_IT_IS = nullcontext()
 _LOOK_S = 0.1  # how often it looks whether the others live
 _YOUNG_S = 0.001  # how long what was started is left to the program, before the thread of `progress` moves it on
 _YOUNG_ALONE_S = 0.1  # the same for a collective if that thread has no core to itself: it would only be in the way
@@ -45,35 +47,59 @@ class Ticket:
         "deadline",
         "done",
         "error",
-        "given",
         "inference",
+        "operation",
         "outputs",
+        "queue",
         "results",
         "source",
         "started",
-        "steps",
         "timeout",
         "what",
     )
 
-    def __init__(self, what: str, timeout: float, results: list[Tensor], outputs: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        what: str,
+        timeout: float,
+        results: list[Tensor],
+        outputs: list[tuple[Tensor, Tensor]],
+        operation: Meeting | None = None,
+    ) -> None:
+        self.queue, self.operation = queue, operation
         self.what, self.timeout, self.results, self.outputs = what, timeout, results, outputs
         self.started = time.monotonic()
         self.deadline = self.started + timeout
-        self.given = False
-        self.steps: Iterator[None] | None = None
         self.done = False
         self.error: BaseException | None = None
         self.callbacks: list[Callable[[], None]] = []
         self.source = -1
         self.inference = any(t.is_inference() for t in results)
 
+    @property
+    def given(self) -> bool:
+        """Whether the other ranks have all that they need from this one, so that none is held up if nobody here moves
+        the operation on."""
+        return self.done or (self.operation is not None and self.operation.given)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until the operation is done.
+
+        Raises:
+            ShmError: it failed, or took too long.
+        """
+        if not self.done and self.error is None:
+            self.queue.wait(self, timeout)
+        if self.error is not None:
+            raise ShmError(str(self.error)) from self.error
+
 
 class Queue:
-    """What one rank has under way in one group."""
+    """What one rank has under way in one group. timeout: seconds that an operation may take that says nothing else."""
 
-    def __init__(self, box: Mailbox, peers: Peers, label: str) -> None:
-        self.box, self.peers, self.label = box, peers, label
+    def __init__(self, box: Mailbox, peers: Peers, label: str, timeout: float) -> None:
+        self.box, self.peers, self.label, self.timeout = box, peers, label, timeout
         self.pairs = Pairs(box, peers.names)
         self.watched = False  # by the progress thread
         self.waiters = 0  # threads that are waiting and so moving things on themselves
@@ -91,24 +117,45 @@ class Queue:
 
     # Starting
 
-    def start(self, ticket: Ticket, operation: Meeting) -> None:
-        """Begin a collective, and move on what can be moved on at once."""
-        ticket.steps = self._steps(operation, ticket)
+    def start(self, ticket: Ticket, *, awaited: bool) -> None:
+        """Begin a collective, and move on what can be moved on at once; awaited: and what others soon let move on."""
         with self._lock:
-            self._refuse_if_broken(ticket)
+            self._refuse_if_broken(ticket.what)
             self._tickets.append(ticket)
-        self.poll()
+        self.poll(self._spin if awaited else 0.0)
+
+    def begin(self, operation: Meeting, result: Tensor, timeout: float, *, awaited: bool) -> Ticket | None:
+        """`start`, but None if the operation has ended already: where nothing else is under way and the other ranks are
+        there, it needs no ticket. The result is not an inference tensor."""
+        patience, error = self._spin if awaited else 0.0, None
+        with self._lock:
+            self._refuse_if_broken(operation.what)
+            if not self._tickets:
+                try:
+                    if self._step(operation, patience):
+                        return None
+                except BaseException as raised:
+                    error = raised
+            ticket = Ticket(self, operation.what, timeout, [result], [], operation)
+            self._tickets.append(ticket)
+            failed = [] if error is None else self._fail(error)
+        self._call_back(failed)
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        if not operation.posted:  # something was under way
+            self.poll(patience)
+        return ticket
 
     def send(self, ticket: Ticket, target: int, data: Tensor, tag: int, dtype: bytes) -> None:
         with self._lock:
-            self._refuse_if_broken(ticket)
+            self._refuse_if_broken(ticket.what)
             self._messages.add(ticket)
             self.pairs.send(target, Sending(ticket, data, tag, dtype))
         self.poll()
 
     def receive(self, ticket: Ticket, source: int, target: Tensor, tag: int, dtype: bytes) -> None:
         with self._lock:
-            self._refuse_if_broken(ticket)
+            self._refuse_if_broken(ticket.what)
             self._messages.add(ticket)
             try:
                 there = self.pairs.receive(Receiving(ticket, target, source, tag, dtype))
@@ -120,11 +167,11 @@ class Queue:
         self._call_back(finished)
         self.poll()
 
-    def _refuse_if_broken(self, ticket: Ticket) -> None:
+    def _refuse_if_broken(self, what: str) -> None:
         if not self.broken and self.box.words[self.peers.broken]:
             self.broken = self.peers.failure()
         if self.broken:
-            raise ShmError(f"rank {self._me}: {ticket.what} is refused, for {self.label} is broken: {self.broken}")
+            raise ShmError(f"rank {self._me}: {what} is refused, for {self.label} is broken: {self.broken}")
 
     # Moving on
 
@@ -139,8 +186,9 @@ class Queue:
                 soonest = min(soonest, 0.0 if ticket.callbacks else ticket.started + young - now)
         return soonest
 
-    def poll(self) -> bool:
-        """Move on whatever can be moved on without waiting; whether anything was."""
+    def poll(self, patience: float = 0.0) -> bool:
+        """Move on whatever can be moved on, if other ranks let it wait no longer than so many seconds at a time;
+        whether anything was."""
         if not self._lock.acquire(False):
             return False  # another thread is at it
         finished: list[Ticket] = []
@@ -148,27 +196,19 @@ class Queue:
         try:
             if shim.dispatch_is_listened_to():
                 with shim.unheard():
-                    self._move(finished)
+                    self._move(finished, patience)
             else:
-                self._move(finished)
+                self._move(finished, patience)
         finally:
             self._lock.release()
         if finished:
             self._call_back(finished)
         return self.box.moves != before
 
-    def _move(self, finished: list[Ticket]) -> None:
+    def _move(self, finished: list[Ticket], patience: float) -> None:
         try:
-            while self._tickets:
-                ticket = self._tickets[0]
-                if ticket.inference:
-                    with torch.inference_mode():
-                        ended = self._step(ticket)
-                else:
-                    ended = self._step(ticket)
-                if not ended:
-                    break
-                self._tickets.popleft()
+            while self._tickets and self._moved(self._tickets[0], patience):
+                ticket = self._tickets.popleft()
                 ticket.done = True
                 finished.append(ticket)
             if self._messages:
@@ -180,14 +220,39 @@ class Queue:
             if not isinstance(error, Exception):
                 raise
 
-    def _step(self, ticket: Ticket) -> bool:
+    def _moved(self, ticket: Ticket, patience: float) -> bool:
         """Move a collective on; whether it has ended."""
-        assert ticket.steps is not None
-        if next(ticket.steps, self) is not self:
-            return False
-        for output, stand_in in ticket.outputs:
-            output.copy_(stand_in.view(output.shape))
-        return True
+        assert ticket.operation is not None
+        with torch.inference_mode() if ticket.inference else _AS_IT_IS:
+            if not self._step(ticket.operation, patience):
+                return False
+            for output, stand_in in ticket.outputs:
+                output.copy_(stand_in.view(output.shape))
+            return True
+
+    def _step(self, operation: Meeting, patience: float) -> bool:
+        """Move on by rounds, waiting for other ranks so many seconds at a time; whether all are over."""
+        box = self.box
+        words = box.words
+        while True:
+            i, current = operation.round, box.round
+            if not operation.posted:
+                operation.write(i, box)
+                if i == 0:
+                    box.say(operation.header)
+                box.publish()
+                operation.posted = True
+            for word in box.posted:
+                if words[word] <= current and not (patience and box.comes(word, patience)):
+                    return False
+            if i == 0 and (odd := box.odd_one(operation.header)) is not None:
+                raise ShmError(self._disagreement(*odd, operation))
+            operation.read(i, box)
+            box.round = current + 1
+            box.moves += 1
+            operation.round, operation.posted = i + 1, False
+            if i + 1 >= operation.rounds:
+                return True
 
     def _finish(self, messages: list[Ticket]) -> None:
         for ticket in messages:
@@ -203,32 +268,9 @@ class Queue:
             for callback in callbacks:
                 callback()
 
-    def _steps(self, operation: Meeting, ticket: Ticket) -> Iterator[None]:
-        """A collective, round by round; yields wherever it has to wait for another rank."""
-        box, i = self.box, 0
-        words, posted = box.words, box.posted
-        while True:
-            operation.write(i, box)
-            if i == 0:
-                box.say(operation.header)
-            box.publish()
-            ticket.given = i + 1 >= operation.rounds and not operation.open_ended
-            current = box.round
-            for word in posted:
-                while words[word] <= current:
-                    yield
-            if i == 0 and (odd := box.odd_one(operation.header)) is not None:
-                raise ShmError(self._disagreement(*odd, ticket))
-            operation.read(i, box)
-            box.round += 1
-            box.moves += 1
-            i += 1
-            if i >= operation.rounds:
-                return
-
-    def _disagreement(self, rank: int, does: str, ticket: Ticket) -> str:
+    def _disagreement(self, rank: int, does: str, operation: Meeting) -> str:
         return (
-            f"rank {self._me}: the ranks of {self.label} disagree: rank {self._me} does {ticket.what}, "
+            f"rank {self._me}: the ranks of {self.label} disagree: rank {self._me} does {operation.what}, "
             f"rank {self.peers.names[rank]} does {does}. All ranks must call the same collectives in the same order, "
             "with the same dtype and as many elements"
         )
@@ -255,7 +297,7 @@ class Queue:
         self.pairs.clear()
         for ticket in tickets:
             ticket.error = error if isinstance(error, ShmError) else ShmError(text)
-            ticket.steps = None
+            ticket.operation = None
         for bell in (bell for _, bell in self.box.bells):
             self.box.wake(bell)
         return tickets
@@ -285,33 +327,26 @@ class Queue:
 
     # Waiting
 
-    def wait(self, ticket: Ticket, timeout: float | None = None) -> None:
-        """Until the operation is done.
-
-        Raises:
-            ShmError: it failed, or took too long.
-        """
-        if not ticket.done and ticket.error is None:
-            with self._counting:
-                self.waiters += 1
-            try:
-                self._wait(ticket, timeout)
-            finally:
-                with self._counting:
-                    self.waiters -= 1
-        if ticket.error is not None:
-            raise ShmError(str(ticket.error)) from ticket.error
-
-    def _wait(self, ticket: Ticket, timeout: float | None) -> None:
+    def wait(self, ticket: Ticket, timeout: float | None) -> None:
+        """Until an operation is done or has failed."""
+        self.poll(self._spin)
+        if ticket.done or ticket.error is not None:
+            return
         if timeout is not None and time.monotonic() + timeout < ticket.deadline:
             ticket.deadline, ticket.timeout = time.monotonic() + timeout, timeout
-        idle = Idle(self._spin)
-        while not ticket.done and ticket.error is None:
-            if self.poll():
-                idle = Idle(self._spin)
-            elif idle.enough():
-                self.look()
-                self.nap(idle.nap())
+        with self._counting:
+            self.waiters += 1
+        try:
+            idle = Idle()
+            while not ticket.done and ticket.error is None:
+                if self.poll(self._spin if idle.fresh else 0.0):
+                    idle = Idle()
+                elif idle.enough():
+                    self.look()
+                    self.nap(idle.nap())
+        finally:
+            with self._counting:
+                self.waiters -= 1
 
     def nap(self, seconds: float) -> None:
         """Sleep until another rank has done something, if there is nothing to do now."""
@@ -356,7 +391,7 @@ class Queue:
     def _why_late(self) -> str:
         now = time.monotonic()
         for ticket, ranks in self._current():
-            if now > ticket.deadline or ticket.steps is not None:
+            if now > ticket.deadline or ticket.operation is not None:
                 late = ", ".join(str(self.peers.names[rank]) for rank in ranks)
                 who = f"rank {late} did not come" if late else "it was not finished"
                 return f"rank {self._me}: {ticket.what} over {self.label} took more than {ticket.timeout:g} s: {who}"
@@ -364,20 +399,22 @@ class Queue:
 
 
 class Idle:
-    """How long to do nothing, and in which way: look again at once, let others run, sleep."""
+    """What to do where there is nothing to do: let others run, then sleep, longer each time."""
 
-    def __init__(self, spin: float) -> None:
-        self._until = time.perf_counter() + spin
+    def __init__(self) -> None:
         self._yields = 0
         self._nap = _NAP_S[0]
+
+    @property
+    def fresh(self) -> bool:
+        return self._yields == 0
 
     def enough(self) -> bool:
         """Whether it is time to sleep."""
         if self._yields >= _YIELDS:
             return True
-        if time.perf_counter() > self._until:
-            self._yields += 1
-            os.sched_yield()
+        self._yields += 1
+        os.sched_yield()
         return False
 
     def nap(self) -> float:

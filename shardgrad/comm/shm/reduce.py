@@ -48,7 +48,7 @@ class Reduction:
         elif len(parts) == 2:
             total = self._kernel(parts[0], parts[1], out=out)
         else:
-            total = self._accumulator(out.numel())
+            total = self._accumulator(out.numel()).view(out.shape)
             total.copy_(parts[0])
             for part in parts[1:-1]:
                 self._kernel(total, part, out=total)

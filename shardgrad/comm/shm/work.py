@@ -15,11 +15,14 @@ from shardgrad.comm.shm.queue import Queue, Ticket
 
 
 class ShmWork(dist.Work):
-    """One operation, or several that torch counts as one."""
+    """One operation, or several that torch counts as one.
 
-    def __init__(self, queue: Queue, tickets: Sequence[Ticket]) -> None:
+    tickets: of what has not ended. results: torch's, if they are not those of the tickets.
+    """
+
+    def __init__(self, queue: Queue, tickets: Sequence[Ticket], results: list[Tensor] | None = None) -> None:
         super().__init__()
-        self._queue, self._tickets = queue, tickets
+        self._queue, self._tickets, self._results = queue, tickets, results
         self._future: torch.futures.Future[Any] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -30,7 +33,7 @@ class ShmWork(dist.Work):
         """
         seconds = timeout.total_seconds() if timeout else 0.0
         for ticket in self._tickets:
-            self._queue.wait(ticket, seconds if seconds > 0 else None)
+            ticket.wait(seconds if seconds > 0 else None)
         return True
 
     def is_completed(self) -> bool:
@@ -48,6 +51,8 @@ class ShmWork(dist.Work):
         return next((ticket.error for ticket in self._tickets if ticket.error is not None), None)
 
     def result(self) -> list[Tensor]:
+        if self._results is not None:
+            return self._results
         return [tensor for ticket in self._tickets for tensor in ticket.results]
 
     def synchronize(self) -> None:

@@ -1,0 +1,95 @@
+"""All-reduces by one operation. What depends on a tensor's shape alone is settled when the shape is first seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardgrad.comm.shm.collectives import ONCE, AllReduce, AllReduceAtOnce, Meeting
+from shardgrad.comm.shm.progress import progress
+from shardgrad.comm.shm.queue import Queue, Ticket
+from shardgrad.comm.shm.reduce import Reduction, reduction
+from shardgrad.comm.shm.tensors import flat_output, words
+
+_MANY_SHAPES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """text: of an all-reduce of such tensors. places: if it takes one round, the slots of all ranks as such tensors, of
+    even and of odd rounds."""
+
+    text: str
+    by: Reduction
+    places: tuple[list[Tensor], list[Tensor]] | None
+
+
+class AllReducer:
+    """In one group, by one operation, in place.
+
+    Raises:
+        ShmError: the operation has no meaning for a tensor's dtype (when such a tensor comes).
+    """
+
+    def __init__(self, queue: Queue, op: Any) -> None:
+        self._queue, self._op = queue, op
+        self._shapes: dict[tuple[torch.dtype, torch.Size], _Shape] = {}
+        self._reductions: dict[torch.dtype, Reduction] = {}
+
+    def start(self, tensors: Sequence[Tensor], awaited: bool, timeout: float | None = None) -> Ticket | None:
+        """Begin; None if it has ended already.
+
+        Args:
+            tensors: one, in a list as torch has it.
+            awaited: whether the caller will wait at once.
+            timeout: seconds that it may take; None for the group's own.
+
+        Raises:
+            ShmError: it is not a dense CPU tensor; the group is broken.
+        """
+        (x,) = tensors
+        shape = self._shapes.get((x.dtype, x.shape)) or self._shape(x)
+        seconds = self._queue.timeout if timeout is None else timeout
+        dense = x.is_cpu and x.layout is torch.strided and x.is_contiguous()
+        if shape.places is not None and dense and not x.is_inference():
+            operation = AllReduceAtOnce(shape.text, x.data, shape.by, shape.places)
+            ticket = self._queue.begin(operation, x, seconds, awaited=awaited)
+        else:
+            ticket = self._start(x, shape, seconds, awaited)
+        if ticket is not None and not awaited and not ticket.given:
+            progress.watch(self._queue)
+        return ticket
+
+    def _start(self, x: Tensor, shape: _Shape, timeout: float, awaited: bool) -> Ticket:
+        outputs: list[tuple[Tensor, Tensor]] = []
+        flat = flat_output(x, outputs, filled=True)
+        operation: Meeting
+        if self._queue.box.ranks == 1 or x.numel() == 0:
+            operation = Meeting(shape.text)
+        elif shape.places is not None:
+            places = [[place.view(-1) for place in row] for row in shape.places]
+            operation = AllReduceAtOnce(shape.text, flat, shape.by, places)
+        else:
+            operation = AllReduce(shape.text, flat, shape.by, self._queue.box.ranks)
+        ticket = Ticket(self._queue, shape.text, timeout, [x], outputs, operation)
+        self._queue.start(ticket, awaited=awaited)
+        return ticket
+
+    def _shape(self, x: Tensor) -> _Shape:
+        flat_output(x, [])  # refuses what cannot be moved
+        by = self._reductions.get(x.dtype)
+        if by is None:
+            by = self._reductions[x.dtype] = reduction(self._op, x.dtype, self._queue.box.ranks)
+        ranks, bytes_of_one = self._queue.box.ranks, x.numel() * x.element_size()
+        places = None
+        if 0 < bytes_of_one * (ranks - 1) <= ONCE and not x.is_complex():  # which may be lazily conjugated
+            places = self._queue.box.places(x.dtype, x.shape)
+        if len(self._shapes) >= _MANY_SHAPES:
+            self._shapes.clear()
+        made = _Shape(words("all-reduce", by.name, x.numel(), x.dtype), by, places)
+        self._shapes[x.dtype, x.shape] = made
+        return made
