@@ -30,16 +30,16 @@ register()
 class Pending:
     """A collective under way. `wait` returns its result, or says which one failed."""
 
-    __slots__ = ("_axis", "_finish", "_keep", "_what", "_work")
+    __slots__ = ("_finish",)
 
-    def __init__(self, work: Any, finish: Callable[[], Tensor], what: str, axis: Axis, keep: Any = None) -> None:
-        self._work, self._finish, self._what, self._axis = work, finish, what, axis
-        self._keep = keep  # inputs must outlive an asynchronous collective
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            _timed(self._work.wait, self._what, self._axis)
         return self._finish()
+
+
+Sent = tuple[Any, Tensor, Tensor, int]  # work, what comes, what went (it must outlive the work), how much to keep
 
 
 class Clock:
@@ -109,100 +109,33 @@ def _failure(error: BaseException, what: str, axis: Axis) -> str:
     )
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> Pending:
-    """Concatenate the shards of `x` along `dim`, whose size over all ranks is `whole` (cut as torch.chunk cuts)."""
-    most = -(-whole // axis.size)
-    shape = list(x.shape)
-    shape[dim] = most
-    x = _padded(x, dim, most).contiguous()
-    # Results are tensors of their own, not views: those could not be changed in place by who gets them.
-    gathered = x.new_empty((axis.size * shape[0], *shape[1:]))
+class _Ready:
+    """A collective over an axis, made ready: what is asked of the process group at every call is settled once.
 
-    def finish() -> Tensor:
-        if dim == 0:
-            return gathered if axis.size * most == whole else gathered[:whole].clone()
-        blocks = gathered.unflatten(0, (axis.size, shape[0])).unbind()
-        lengths = (chunk(whole, axis.size, i)[1] for i in range(axis.size))
-        return torch.cat([block.narrow(dim, 0, length) for block, length in zip(blocks, lengths)], dim)
+    direct, told: the call of what the group calls, and of the group itself, which goes through torch's dispatcher.
+    """
 
-    if gathered.numel() == 0:
-        return Pending(None, finish, what, axis)
-    work = _start(
-        lambda: shim.all_gather_single(gathered.view(-1), x.view(-1), group=axis.group, async_op=True), what, axis
-    )
-    return Pending(work, finish, what, axis, keep=x)
+    __slots__ = ("_axis", "_direct", "_told", "_what")
 
-
-def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter") -> Pending:
-    """Sum `x` over the ranks and keep this rank's chunk along `dim`."""
-    size = x.shape[dim]
-    most = -(-size // axis.size)
-    x = _padded(x, dim, most * axis.size)
-    if dim:
-        x = x.unflatten(dim, (axis.size, most)).movedim(dim, 0)
-    x = x.contiguous()
-    shape = (*x.shape[1:],) if dim else (most, *x.shape[1:])
-    block = x.new_empty(shape)
-
-    def finish() -> Tensor:
-        own = chunk(size, axis.size, axis.index)[1]
-        return block if own == most else block.narrow(dim, 0, own).clone()
-
-    if block.numel() == 0:
-        return Pending(None, finish, what, axis)
-    work = _start(
-        lambda: shim.reduce_scatter_single(block.view(-1), x.view(-1), group=axis.group, async_op=True), what, axis
-    )
-    return Pending(work, finish, what, axis, keep=x)
-
-
-class AllReduce:
-    """A sum over an axis, made ready: what is asked of the process group at every call is settled once."""
-
-    __slots__ = ("_awaited", "_axis", "_begin", "_begin_told", "_begun", "_options", "_what")
-
-    def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
+    def __init__(self, axis: Axis, what: str, direct: Callable[..., Any], told: Callable[..., Any]) -> None:
         self._axis, self._what = axis, what
-        awaited, begun = dist.AllreduceOptions(), dist.AllreduceOptions()
-        for options in (awaited, begun):
-            options.reduceOp = op
-        awaited.asyncOp, begun.asyncOp = False, True
-        self._begin_told, self._options = axis.group.allreduce, (begun, awaited)
-        # Straight to what the group calls: torch's dispatcher costs more than all the rest. Shared memory knows all
-        # that the options say.
-        own = getattr(axis.backend, "all_reducer", None)
-        self._begin: Any = axis.backend.allreduce if own is None else own(op).start
-        self._begun: Any = begun if own is None else False
-        self._awaited: Any = awaited if own is None else True
+        self._direct, self._told = direct, told
 
-    def sum(self, x: Tensor) -> None:
-        """Sum a contiguous `x` in place."""
-        if _clocks or dispatch_is_listened_to() or type(x) is not Tensor:
-            return self.wait(self._start(x, True))
+    def _begin(self, x: Tensor, *arguments: Any) -> Any:
+        """Begin; what is returned is to be waited for, if it is not None.
+
+        x: one of the tensors. The dispatcher costs more than all the rest: it is for who listens there, and for tensors
+        that are not what they seem.
+        """
+        if _clocks or type(x) is not Tensor or dispatch_is_listened_to():
+            return _start(lambda: self._told(*arguments), self._what, self._axis)
         try:
-            work = self._begin([x], self._awaited) if x.numel() else None
-            if work is not None:
-                work.wait()
+            return self._direct(*arguments)
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
-
-    def start(self, x: Tensor) -> Any:
-        """Start to sum a contiguous `x` in place; what is returned is to be waited for."""
-        if _clocks or dispatch_is_listened_to() or type(x) is not Tensor:
-            return self._start(x, False)
-        try:
-            return self._begin([x], self._begun) if x.numel() else None
-        except (RuntimeError, ValueError) as error:
-            raise CollectiveError(_failure(error, self._what, self._axis)) from error
-
-    def _start(self, x: Tensor, awaited: bool) -> Any:
-        """Through the dispatcher, for who listens there, and by the clocks."""
-        if x.numel() == 0:
-            return None
-        return _start(lambda: self._begin_told([x], self._options[awaited]), self._what, self._axis)
 
     def wait(self, work: Any) -> None:
-        """Wait for what `start` returned; then the sum is there."""
+        """Wait for what was begun."""
         if work is None:
             return
         if _clocks:
@@ -214,10 +147,123 @@ class AllReduce:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
 
 
+class AllGather(_Ready):
+    """The shards of a tensor along `dim` concatenated, of size `whole` over all ranks (cut as torch.chunk cuts)."""
+
+    __slots__ = ("_dim", "_most", "_options", "_whole")
+
+    def __init__(self, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> None:
+        super().__init__(axis, what, shim.all_gather_of(axis.backend), shim.all_gather_of(axis.group))
+        self._dim, self._whole, self._most = dim, whole, -(-whole // axis.size)
+        self._options = shim.AllgatherOptions()
+        self._options.asyncOp = True
+
+    def start(self, x: Tensor) -> Sent:
+        """Begin; what is returned is for `finish`."""
+        x = _padded(x, self._dim, self._most).contiguous()
+        # Results are tensors of their own, not views: those could not be changed in place by who gets them.
+        gathered = x.new_empty((self._axis.size * x.shape[0], *x.shape[1:]))
+        work = self._begin(x, _real(gathered), _real(x), self._options) if gathered.numel() else None
+        return work, gathered, x, 0
+
+    def finish(self, sent: Sent) -> Tensor:
+        """The whole tensor."""
+        work, gathered, x, _ = sent
+        self.wait(work)
+        if self._dim == 0:
+            return gathered if gathered.shape[0] == self._whole else gathered[: self._whole].clone()
+        blocks = gathered.unflatten(0, (self._axis.size, x.shape[0])).unbind()
+        lengths = (chunk(self._whole, self._axis.size, i)[1] for i in range(self._axis.size))
+        return torch.cat([block.narrow(self._dim, 0, length) for block, length in zip(blocks, lengths)], self._dim)
+
+
+class ReduceScatter(_Ready):
+    """The sum of a tensor over the ranks, of which each keeps its chunk along `dim`."""
+
+    __slots__ = ("_dim", "_options")
+
+    def __init__(self, axis: Axis, dim: int, what: str = "reduce-scatter") -> None:
+        super().__init__(axis, what, shim.reduce_scatter_of(axis.backend), shim.reduce_scatter_of(axis.group))
+        self._dim = dim
+        self._options = dist.ReduceScatterOptions()  # by default a sum
+        self._options.asyncOp = True
+
+    def start(self, x: Tensor) -> Sent:
+        """Begin; what is returned is for `finish`."""
+        dim, axis = self._dim, self._axis
+        size = x.shape[dim]
+        most = -(-size // axis.size)
+        x = _padded(x, dim, most * axis.size)
+        if dim:
+            x = x.unflatten(dim, (axis.size, most)).movedim(dim, 0)
+        x = x.contiguous()
+        block = x.new_empty(x.shape[1:] if dim else (most, *x.shape[1:]))
+        work = None
+        if block.numel():
+            flat = (block.view(-1), x.view(-1)) if dim else (block, x)  # gloo compares the first dims
+            work = self._begin(x, *map(_real, flat), self._options)
+        return work, block, x, chunk(size, axis.size, axis.index)[1]
+
+    def finish(self, sent: Sent) -> Tensor:
+        """This rank's chunk."""
+        work, block, _, own = sent
+        self.wait(work)
+        return block if own == block.shape[self._dim] else block.narrow(self._dim, 0, own).clone()
+
+
+class AllReduce(_Ready):
+    """A sum over an axis, of tensors that are contiguous, in place."""
+
+    __slots__ = ("_at_once", "_later")
+
+    def __init__(self, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> None:
+        own = getattr(axis.backend, "all_reducer", None)  # shared memory has a cheaper way
+        super().__init__(axis, what, own(op).start if own else axis.backend.allreduce, axis.group.allreduce)
+        self._at_once, self._later = dist.AllreduceOptions(), dist.AllreduceOptions()
+        for options in (self._at_once, self._later):
+            options.reduceOp = op
+        self._at_once.asyncOp, self._later.asyncOp = False, True
+
+    def sum(self, x: Tensor) -> None:
+        """Sum `x`."""
+        self.wait(self._begin(x, [x], self._at_once) if x.numel() else None)
+
+    def start(self, x: Tensor) -> Any:
+        """Start to sum `x`; what is returned is to be waited for."""
+        return self._begin(x, [x], self._later) if x.numel() else None
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> Pending:
+    """Concatenate the shards of `x` along `dim`, whose size over all ranks is `whole` (cut as torch.chunk cuts)."""
+    return begin(AllGather(axis, dim, whole, what), x)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter") -> Pending:
+    """Sum `x` over the ranks and keep this rank's chunk along `dim`."""
+    return begin(ReduceScatter(axis, dim, what), x)
+
+
 def all_reduce(x: Tensor, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> Pending:
     """Sum `x` over the ranks. `x` is overwritten if it is contiguous: hand over a tensor of your own."""
-    own = x.contiguous()
-    return Pending(AllReduce(axis, what, op).start(own), lambda: own, what, axis)
+    own, reduce = x.contiguous(), AllReduce(axis, what, op)
+    work = reduce.start(own)
+
+    def finish() -> Tensor:
+        reduce.wait(work)
+        return own
+
+    return Pending(finish)
+
+
+def begin(ready: AllGather | ReduceScatter, x: Tensor) -> Pending:
+    """Start a collective that was made ready."""
+    sent = ready.start(x)
+    return Pending(lambda: ready.finish(sent))
+
+
+def _real(x: Tensor) -> Tensor:
+    """As torch.distributed hands complex tensors to a process group."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what: str = "all-to-all") -> Pending:
@@ -228,17 +274,19 @@ def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what:
     x = _padded(_padded(x, split, most_split * axis.size), concat, most)
     out = x.unflatten(split, (axis.size, most_split)).movedim(split, 0).contiguous()
     received = torch.empty_like(out)
+    work = None
 
-    def finish() -> Tensor:
+    def finish(_: Tensor = out) -> Tensor:  # which must outlive the work
+        if work is not None:
+            _timed(work.wait, what, axis)
         full = received.movedim(0, concat).flatten(concat, concat + 1)
         return full.narrow(concat, 0, whole).narrow(split, 0, mine)
 
-    if out.numel() == 0:
-        return Pending(None, finish, what, axis)
-    work = _start(
-        lambda: dist.all_to_all_single(received.view(-1), out.view(-1), group=axis.group, async_op=True), what, axis
-    )
-    return Pending(work, finish, what, axis, keep=out)
+    if out.numel():
+        work = _start(
+            lambda: dist.all_to_all_single(received.view(-1), out.view(-1), group=axis.group, async_op=True), what, axis
+        )
+    return Pending(finish)
 
 
 def all_to_all_rows(
@@ -255,7 +303,12 @@ def all_to_all_rows(
         what,
         axis,
     )
-    return Pending(work, lambda: received, what, axis, keep=x)
+
+    def finish(_: Tensor = x) -> Tensor:  # which must outlive the work
+        _timed(work.wait, what, axis)
+        return received
+
+    return Pending(finish)
 
 
 def cut(x: Tensor, axis: Axis, dim: int) -> Tensor:

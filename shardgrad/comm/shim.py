@@ -18,6 +18,19 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+AllgatherOptions: Any = dist.distributed_c10d.AllgatherOptions  # type: ignore[attr-defined]
+
+
+def all_gather_of(group: Any) -> Any:
+    """The method of a group, or of what it calls, that gathers into one tensor: `(whole, shard, options) -> work`."""
+    return getattr(group, "all_gather_single", None) or group._allgather_base
+
+
+def reduce_scatter_of(group: Any) -> Any:
+    """That which reduces one tensor and keeps a part: `(shard, whole, options) -> work`."""
+    return getattr(group, "reduce_scatter_single", None) or group._reduce_scatter_base
+
+
 def store() -> Any:
     """The key-value store of the default process group: the one channel left when a collective has failed."""
     return dist.distributed_c10d._get_default_store()

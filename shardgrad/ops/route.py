@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,7 +17,10 @@ from shardgrad.layout.sizes import Sizes
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A move with everything known: the axis with its group, the size to gather to, the dtype to change to."""
+    """A move with everything known: the axis with its group, the size to gather to, the dtype to change to.
+
+    ready: the collective, if the move is a gather or a reduce-scatter.
+    """
 
     kind: Kind | Literal["cast"]
     what: str
@@ -25,6 +28,7 @@ class Step:
     dim: int = -1
     whole: int = 0
     dtype: torch.dtype | None = None
+    ready: raw.AllGather | raw.ReduceScatter | None = field(default=None, compare=False)
 
 
 def steps(
@@ -41,7 +45,10 @@ def steps(
             letter = move.after[move.dim]
             whole = sizes.get(letter.letter, letter.axes)
             assert whole is not None, f"the size of {letter} was not resolved"
-            made.append(Step(move.kind, what, axis, move.dim, whole))
+            gather = raw.AllGather(axis, move.dim, whole, what)
+            made.append(Step(move.kind, what, axis, move.dim, whole, ready=gather))
+        elif move.kind == "reduce-scatter":
+            made.append(Step(move.kind, what, axis, move.dim, ready=raw.ReduceScatter(axis, move.dim, what)))
         else:
             made.append(Step(move.kind, what, axis, move.dim))
     reducing = [at for at, step in enumerate(made) if step.kind in ("reduce-scatter", "all-reduce")]
@@ -77,10 +84,8 @@ class Transit:
             assert step.axis is not None
             if step.kind == "slice":
                 self._tensor = raw.cut(self._tensor, step.axis, step.dim)
-            elif step.kind == "all-gather":
-                self._pending = raw.all_gather(self._tensor, step.axis, step.dim, step.whole, step.what)
-            elif step.kind == "reduce-scatter":
-                self._pending = raw.reduce_scatter(self._tensor, step.axis, step.dim, step.what)
+            elif step.ready is not None:
+                self._pending = raw.begin(step.ready, self._tensor)
             else:
                 self._pending = raw.all_reduce(self._tensor, step.axis, step.what)
 

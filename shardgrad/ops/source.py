@@ -25,7 +25,7 @@ class _Writer:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {"Transit": Transit, "linear": F.linear, "matmul": torch.matmul}
         self._names = names
-        self._coming: set[int] = set()
+        self._coming: dict[int, str] = {}
         self._indent = ""
         self.here: dict[int, str] = {}
 
@@ -47,16 +47,22 @@ class _Writer:
 
     def start(self, start: Start) -> None:
         """Send a slot's tensor on its way."""
-        route = self.constant("route", start.route)
-        self.say(f"{self._names[start.target]}_sent = Transit({self.here[start.source]}, {route})")
-        self._coming.add(start.target)
+        self._coming[start.target] = self._send(self._names[start.target], self.here[start.source], start.route)
+
+    def _send(self, name: str, tensor: str, route: Route) -> str:
+        """Send a tensor on its way; the expression that waits for it."""
+        if len(route) == 1 and route[0].ready is not None:
+            ready = self.constant("gather" if route[0].kind == "all-gather" else "scatter", route[0].ready)
+            self.say(f"{name}_sent = {ready}.start({tensor})")
+            return f"{ready}.finish({name}_sent)"
+        self.say(f"{name}_sent = Transit({tensor}, {self.constant('route', route)})")
+        return f"{name}_sent.result()"
 
     def read(self, slot: int) -> str:
         """The variable with a slot's tensor, waited for if it is on its way."""
         if slot in self._coming:
-            self._coming.remove(slot)
             self.here[slot] = f"{self._names[slot]}_here"
-            self.say(f"{self.here[slot]} = {self._names[slot]}_sent.result()")
+            self.say(f"{self.here[slot]} = {self._coming.pop(slot)}")
         return self.here[slot]
 
     def drop(self, slots: Collection[int]) -> None:
@@ -71,7 +77,7 @@ class _Writer:
         """Gather a slot's tensor side by side with the products that read it and one of the others each."""
         start = gather.start
         whole = f"{self._names[start.target]}_here"
-        call = f"{self.constant('gather', gather.pieces)}({self.here[start.source]}, ({', '.join(others)},))"
+        call = f"{self.constant('pieces', gather.pieces)}({self.here[start.source]}, ({', '.join(others)},))"
         self.say(f"({', '.join(outs)},), {whole} = {call}")
         self.here[start.target] = whole
 
@@ -98,8 +104,8 @@ class _Writer:
                     self.say(f"{reduce}.wait({name}_work)")
 
             return arrive
-        self.say(f"{name}_sent = Transit({name}, {self.constant('route', route)})")
-        return lambda: self.say(f"{name} = {name}_sent.result()")
+        result = self._send(name, name, route)
+        return lambda: self.say(f"{name} = {result}")
 
     def in_pieces(self, name: str, pieces: ReducedInPieces, left: str, right: str) -> Callable[[], None]:
         """Compute a product and start to sum it, side by side; the returned call writes the line that waits for it."""

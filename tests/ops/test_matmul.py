@@ -403,9 +403,10 @@ def test_backward_overlaps_the_reduction_of_dx_with_the_product_of_dw(world_size
     x = torch.randn(2, 3, requires_grad=True)
     w = torch.randn(3, 2, requires_grad=True)
     y = sg.matmul(x, w, PRESETS["column_sequence"], mesh, sizes={"n": 4})
-    wrap(collectives, "all_gather", "start gather")
-    wrap(collectives, "reduce_scatter", "start reduce")
-    wrap(collectives.Pending, "wait", "wait")
+    wrap(collectives.AllGather, "start", "start gather")
+    wrap(collectives.ReduceScatter, "start", "start reduce")
+    wrap(collectives.AllGather, "finish", "wait")
+    wrap(collectives.ReduceScatter, "finish", "wait")
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

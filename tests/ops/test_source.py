@@ -31,16 +31,16 @@ def backward(saved, dy):
 ROW_SEQUENCE = """\
 def forward(ctx, x, w):
     y = x.mm(w)
-    y_sent = Transit(y, route0)
-    y = y_sent.result()
+    y_sent = scatter0.start(y)
+    y = scatter0.finish(y_sent)
     ctx.save_for_backward(x)
     ctx.set_materialize_grads(False)
     return y
 
 def backward(saved, dy):
     x, = saved
-    dy__sent = Transit(dy, route0)
-    dy__here = dy__sent.result()
+    dy__sent = gather0.start(dy)
+    dy__here = gather0.finish(dy__sent)
     grad0 = x.t().mm(dy__here)
     dy__here = x = None
     return None, grad0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 from math import inf, nan
+from typing import Any
 
 import pytest
 import torch
@@ -69,43 +70,32 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
 ) -> None:
     sequence = "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m] + B[m]"
     column = "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp] + B[m/tp]"
-    real = {name: getattr(collectives, name) for name in ("reduce_scatter", "all_gather")}
-    start, wait = collectives.AllReduce._started, collectives.AllReduce.wait
+    begin, wait = collectives.AllReduce._begin, collectives.AllReduce.wait
+    scatter, gathered = collectives.ReduceScatter.start, collectives.AllGather.finish
 
     def run(layout: str) -> sg.ProductCheck:
         mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))  # of its own: nothing is compiled for it
         return sg.check_product(layout, SIZES, mesh, dtype=dtype, exact=exact, seed=3)
 
-    def done(x: Tensor) -> collectives.Pending:
-        return collectives.Pending(None, lambda: x, "", None)  # type: ignore[arg-type]
-
     for layout in (ROW, sequence, column):
         assert run(layout).require().ok
     with monkeypatch.context() as patch:  # no reduction at all
-        patch.setattr(collectives.AllReduce, "_started", lambda self, x, options: None)
+        patch.setattr(collectives.AllReduce, "_begin", lambda self, *given: None)
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # reduced twice
 
-        def twice(self: collectives.AllReduce, x: Tensor, options: object) -> object:
-            wait(self, start(self, x, options))
-            return start(self, x, options)
+        def twice(self: collectives.AllReduce, *given: Any) -> object:
+            wait(self, begin(self, *given))
+            return begin(self, *given)
 
-        patch.setattr(collectives.AllReduce, "_started", twice)
+        patch.setattr(collectives.AllReduce, "_begin", twice)
         assert {name for name, worst in run(ROW).worst.items() if not worst.ok} == {"Y"}
     with monkeypatch.context() as patch:  # each rank gets its neighbour's rows
-        patch.setattr(
-            collectives,
-            "reduce_scatter",
-            lambda x, axis, dim, *rest: real["reduce_scatter"](x.roll(1, dim), axis, dim, *rest),
-        )
+        patch.setattr(collectives.ReduceScatter, "start", lambda self, x: scatter(self, x.roll(1, self._dim)))
         assert {name for name, worst in run(sequence).worst.items() if not worst.ok} == {"Y"}
         assert {name for name, worst in run(column).worst.items() if not worst.ok} == {"dX"}
     with monkeypatch.context() as patch:  # gathered in the wrong order
-        patch.setattr(
-            collectives,
-            "all_gather",
-            lambda x, axis, dim, whole, *rest: done(real["all_gather"](x, axis, dim, whole).wait().flip(dim)),
-        )
+        patch.setattr(collectives.AllGather, "finish", lambda self, sent: gathered(self, sent).flip(self._dim))
         assert not run(column).ok
     with monkeypatch.context() as patch:  # the bias of one rank left out
         patch.setattr(

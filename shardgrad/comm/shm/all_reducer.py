@@ -40,18 +40,18 @@ class AllReducer:
         self._shapes: dict[tuple[torch.dtype, torch.Size], _Shape] = {}
         self._reductions: dict[torch.dtype, Reduction] = {}
 
-    def start(self, tensors: Sequence[Tensor], awaited: bool, timeout: float | None = None) -> Ticket | None:
+    def start(self, tensors: Sequence[Tensor], opts: Any, timeout: float | None = None) -> Ticket | None:
         """Begin; None if it has ended already.
 
         Args:
             tensors: one, in a list as torch has it.
-            awaited: whether the caller will wait at once.
+            opts: torch's options, of which only `asyncOp` is asked.
             timeout: seconds that it may take; None for the group's own.
 
         Raises:
             ShmError: it is not a dense CPU tensor; the group is broken.
         """
-        (x,) = tensors
+        x, awaited = tensors[0], not opts.asyncOp
         shape = self._shapes.get((x.dtype, x.shape)) or self._shape(x)
         seconds = self._queue.timeout if timeout is None else timeout
         dense = x.is_cpu and x.layout is torch.strided and x.is_contiguous()

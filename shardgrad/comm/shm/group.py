@@ -135,7 +135,7 @@ class ShmGroup(dist.ProcessGroup):
         opts = opts or dist.AllreduceOptions()
         queue = self._alive()
         reducer, timeout = self.all_reducer(opts.reduceOp.op), self._timeout_of(opts)
-        tickets = [reducer.start([tensor], not opts.asyncOp, timeout) for tensor in tensors]
+        tickets = [reducer.start([tensor], opts, timeout) for tensor in tensors]
         under_way = [ticket for ticket in tickets if ticket is not None]
         if self._together is not None:
             self._together += under_way
@@ -215,7 +215,7 @@ class ShmGroup(dist.ProcessGroup):
 
     @_told
     def allgather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
-        opts = opts or _gather_options()
+        opts = opts or shim.AllgatherOptions()
         pairs = list(zip(outs, ins, strict=True))
         return self._work([self._all_gather_list(out, one, opts) for out, one in pairs], opts)
 
@@ -223,12 +223,12 @@ class ShmGroup(dist.ProcessGroup):
 
     @_told
     def _allgather_base(self, out: Tensor, one: Tensor, opts: Any = None) -> ShmWork:
-        opts = opts or _gather_options()
+        opts = opts or shim.AllgatherOptions()
         return self._work([self._all_gather(out, one, opts)], opts)
 
     @_told
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
-        opts = opts or _gather_options()
+        opts = opts or shim.AllgatherOptions()
         return self._work([self._all_gather(out, one, opts) for out, one in zip(outs, ins, strict=True)], opts)
 
     def _all_gather_list(self, outs: Sequence[Tensor], one: Tensor, opts: Any) -> Ticket:
@@ -447,10 +447,6 @@ class ShmGroup(dist.ProcessGroup):
 def _bytes(flat: Tensor) -> Tensor:
     # Of an empty tensor any stride is contiguous, but not to view().
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _gather_options() -> Any:
-    return dist.distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
 
 
 def _check(what: str, a: Tensor, b: Tensor) -> None:

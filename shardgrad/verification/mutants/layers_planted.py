@@ -166,7 +166,7 @@ def _patched_path(path: str, name: str, change: Callable[[Any], Any]) -> Callabl
 
 
 def _returns_its_input(start: Any) -> Any:
-    return lambda self, x, options: start(self, x.clone(), options)  # the sum is in the copy
+    return lambda self, x, tensors, options: start(self, x, [x.clone()], options)  # the sum is in the copy
 
 
 def _hooked(name: str, change: Callable[[Tensor, Program], Tensor]) -> Callable[[Program], None]:
@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         "all-reduce returns its input",
         SHARDGRAD,
-        _patched(raw.AllReduce, "_started", _returns_its_input),
+        _patched(raw.AllReduce, "_begin", _returns_its_input),
         _RETURN,
         "sum over tp missing",
     ),
