@@ -15,7 +15,7 @@ from shardgrad.comm.shm.mailbox import Mailbox
 from shardgrad.comm.shm.reduce import Reduction
 from shardgrad.comm.shm.segment import HEADER, SLOT
 
-ONCE = 64 * 1024  # bytes that an all-reduce reads from other ranks to reduce all by itself, in one round
+ONCE = 256 * 1024  # bytes that an all-reduce reads from other ranks to reduce all by itself, in one round
 _LINE = 64
 
 

@@ -26,7 +26,7 @@ from shardgrad.comm.shm.pairs import Pairs, Receiving, Sending
 from shardgrad.comm.shm.peers import Peers
 
 _SPIN_S = 100e-6  # how long a rank that has a core of its own looks without pause
-_YIELDS = 4  # then how often it lets others run
+_YIELDS = 4, 200  # then how often it lets others run, without and with a core of its own
 _NAP_S = (0.001, 0.02)  # then how long it sleeps at a time, unless woken
 _AS_IT_IS = nullcontext()
 _LOOK_S = 0.1  # how often it looks whether the others live
@@ -112,7 +112,7 @@ class Queue:
         self.settling = threading.RLock()  # of futures; their callbacks run inside
         self._looked = 0.0
         cores = len(os.sched_getaffinity(0))
-        self._spin = 0.0 if cores < box.ranks else _SPIN_S
+        self._spin, self._yields = (0.0, _YIELDS[0]) if cores < box.ranks else (_SPIN_S, _YIELDS[1])
         self._young = _YOUNG_S if cores > box.ranks * torch.get_num_threads() else _YOUNG_ALONE_S
 
     # Starting
@@ -337,10 +337,10 @@ class Queue:
         with self._counting:
             self.waiters += 1
         try:
-            idle = Idle()
+            idle = Idle(self._yields)
             while not ticket.done and ticket.error is None:
                 if self.poll(self._spin if idle.fresh else 0.0):
-                    idle = Idle()
+                    idle = Idle(self._yields)
                 elif idle.enough():
                     self.look()
                     self.nap(idle.nap())
@@ -401,8 +401,8 @@ class Queue:
 class Idle:
     """What to do where there is nothing to do: let others run, then sleep, longer each time."""
 
-    def __init__(self) -> None:
-        self._yields = 0
+    def __init__(self, yields: int = _YIELDS[0]) -> None:
+        self._yields, self._most = 0, yields
         self._nap = _NAP_S[0]
 
     @property
@@ -411,7 +411,7 @@ class Idle:
 
     def enough(self) -> bool:
         """Whether it is time to sleep."""
-        if self._yields >= _YIELDS:
+        if self._yields >= self._most:
             return True
         self._yields += 1
         os.sched_yield()
