@@ -73,6 +73,7 @@ def test_dtensor(world_size: int, sequence: bool, dtype: str) -> None:
 def megatron(ranks: int) -> Iterator[object]:
     state = pytest.importorskip("megatron.core.parallel_state")
     config = pytest.importorskip("megatron.core.model_parallel_config")
+    state.destroy_model_parallel()  # what an earlier test in these processes may have left
     state.initialize_model_parallel(ranks)
     try:
         yield config.ModelParallelConfig(

@@ -1,0 +1,172 @@
+"""Collectives made ready once: the same whether they go straight to the backend or through PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardgrad as sg
+from shardgrad.comm import collectives, shim
+from shardgrad.comm.mesh import view
+from shardgrad.layout.sizes import chunk
+from shardgrad.testing import distributed
+
+
+def whole(shape: tuple[int, ...], dtype: torch.dtype, salt: int = 0) -> Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(salt)).to(dtype)
+
+
+class Listener(shim.TorchDispatchMode):
+    """Counts what the dispatcher hears of process groups."""
+
+    heard = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.heard += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def check_all(world_size: int, *, listened: bool) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    axis = view(mesh).axis("tp")
+    listener, calls = Listener(), 0
+
+    def listening() -> AbstractContextManager[object]:
+        nonlocal calls
+        calls += 1
+        return listener if listened else nullcontext()
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.complex64):
+        for shape in ((7, 3), (8, 2, 5), (1, 4)):
+            terms = [whole(shape, dtype, rank) for rank in range(world_size)]
+            total = sum(terms[1:], terms[0])
+            reduce = collectives.AllReduce(axis)
+            for _ in range(3):  # made ready once, called often
+                x, y = terms[axis.index].clone(), terms[axis.index].clone()
+                with listening():
+                    reduce.sum(x)
+                with listening():
+                    reduce.wait(reduce.start(y))
+                assert torch.equal(x, total)
+                assert torch.equal(y, total)
+            for dim in range(len(shape)):
+                mine = total.narrow(dim, *chunk(shape[dim], world_size, axis.index))
+                gather = collectives.AllGather(axis, dim, shape[dim])
+                scatter = collectives.ReduceScatter(axis, dim)
+                for _ in range(2):
+                    with listening():
+                        gathered = gather.finish(gather.start(mine))
+                    with listening():
+                        kept = scatter.finish(scatter.start(terms[axis.index]))
+                    assert torch.equal(gathered, total), (dtype, shape, dim)
+                    assert torch.equal(kept, mine), (dtype, shape, dim)
+                    gathered.add_(1)  # nobody else's memory
+                    kept.add_(1)
+    assert listener.heard == (calls if listened else 0)
+
+
+@distributed(world_size=[1, 2, 3])
+@pytest.mark.parametrize("listened", [False, True])
+def test_on_gloo(world_size: int, listened: bool) -> None:
+    check_all(world_size, listened=listened)
+
+
+@distributed(world_size=[1, 2, 3, 4], backend="shm")
+@pytest.mark.parametrize("listened", [False, True])
+def test_on_shared_memory(world_size: int, listened: bool) -> None:
+    check_all(world_size, listened=listened)
+
+
+class Pretender(torch.Tensor):
+    """A tensor that may not be what it seems: only the dispatcher knows."""
+
+
+@distributed(world_size=2)
+def test_other_kinds_of_tensors_go_through_the_dispatcher(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    reduce = collectives.AllReduce(view(mesh).axis("tp"))
+    plain = torch.ones(3)
+    reduce.sum(plain)
+    assert plain.tolist() == [2.0] * 3
+    monkeypatch.setattr(reduce, "_direct", None)  # nothing but the dispatcher is left
+    strange = torch.ones(3).as_subclass(Pretender)
+    reduce.sum(strange)
+    assert strange.tolist() == [2.0] * 3
+    with pytest.raises(TypeError):
+        reduce.sum(torch.ones(3))
+
+
+@distributed(world_size=[2, 3], backend="shm")
+def test_ranks_whose_tensors_have_other_shapes_but_as_many_elements(rank: int, world_size: int) -> None:
+    """As on gloo. What one rank has made ready for its shape is read by the others in theirs."""
+    for turn in range(6):
+        shape = [(3, 4), (12,), (2, 3, 2)][(rank + turn) % 3]
+        x = whole((12,), torch.float32, rank + turn).view(shape)
+        dist.all_reduce(x)
+        assert torch.equal(x.view(-1), sum(whole((12,), torch.float32, r + turn) for r in range(world_size)))
+
+
+@distributed(world_size=[2, 3], backend="shm")
+def test_sums_begun_before_others_have_ended(rank: int, world_size: int) -> None:
+    """Of one round, of many, by other operations, and of what is not contiguous: in the order in which they began."""
+    for turn in range(4):
+        small, large = whole((5, 3), torch.float32, rank), whole((300_007,), torch.float32, rank)
+        apart = whole((4, 6), torch.float32, rank).t()
+        greatest = whole((5, 3), torch.float32, rank + 9)
+        tensors = [small, large, apart, greatest]
+        if turn % 2:
+            tensors.reverse()
+        works = [
+            dist.all_reduce(x, dist.ReduceOp.MAX if x is greatest else dist.ReduceOp.SUM, async_op=True)
+            for x in tensors
+        ]
+        last = torch.full((2,), float(rank))
+        dist.all_reduce(last)
+        assert last.tolist() == [world_size * (world_size - 1) / 2] * 2
+        for work in works if rank % 2 else works[::-1]:
+            work.wait()
+        ranks = range(world_size)
+        assert torch.equal(small, sum(whole((5, 3), torch.float32, r) for r in ranks))
+        assert torch.equal(large, sum(whole((300_007,), torch.float32, r) for r in ranks))
+        assert torch.equal(apart, sum(whole((4, 6), torch.float32, r) for r in ranks).t())
+        assert torch.equal(greatest, torch.stack([whole((5, 3), torch.float32, r + 9) for r in ranks]).amax(0))
+
+
+@distributed(world_size=2, backend="shm")
+def test_what_is_ready_for_a_shape_is_not_used_for_another_kind_of_tensor(rank: int, world_size: int) -> None:
+    x = torch.full((2, 2), complex(1, rank))
+    dist.all_reduce(x)
+    assert x.tolist() == [[complex(2, 1)] * 2] * 2
+    x = torch.full((2, 2), complex(1, rank)).conj()  # lazily
+    dist.group.WORLD.allreduce([x]).wait()  # type: ignore[union-attr]  # torch's own function refuses it
+    assert x.tolist() == [[complex(2, -1)] * 2] * 2
+    x = torch.full((2, 2), 1.0 + rank)
+    dist.all_reduce(x)
+    assert x.tolist() == [[3.0] * 2] * 2
+    with torch.inference_mode():
+        x = torch.full((2, 2), 1.0 + rank)
+    dist.all_reduce(x)
+    assert x.tolist() == [[3.0] * 2] * 2
+    x = torch.full((2, 2), 1.0 + rank, requires_grad=True)
+    dist.all_reduce(x)
+    assert x.tolist() == [[3.0] * 2] * 2
+    x = torch.full((4, 2), 1.0 + rank)[::2]
+    dist.all_reduce(x)
+    assert x.tolist() == [[3.0] * 2] * 2
+    with pytest.raises(RuntimeError, match="dense"):
+        dist.all_reduce(torch.eye(2).to_sparse())
+    dist.barrier()
+
+
+@distributed(world_size=1)
+def test_functorchs_transforms_are_refused_as_torch_refuses_them(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    layer = sg.ColumnParallelLinear(3, 4, mesh=mesh)
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.vmap(layer)(x)
