@@ -127,10 +127,11 @@ class _Ready:
         x: one of the tensors. The dispatcher costs more than all the rest: it is for who listens there, and for tensors
         that are not what they seem.
         """
-        if _clocks or type(x) is not Tensor or dispatch_is_listened_to():
-            return _start(lambda: self._told(*arguments), self._what, self._axis)
+        call = self._told if type(x) is not Tensor or dispatch_is_listened_to() else self._direct
+        if _clocks:
+            return _start(lambda: call(*arguments), self._what, self._axis)
         try:
-            return self._direct(*arguments)
+            return call(*arguments)
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(_failure(error, self._what, self._axis)) from error
 

@@ -137,27 +137,25 @@ def test_sums_begun_before_others_have_ended(rank: int, world_size: int) -> None
         assert torch.equal(greatest, torch.stack([whole((5, 3), torch.float32, r + 9) for r in ranks]).amax(0))
 
 
-@distributed(world_size=2, backend="shm")
+@distributed(world_size=[2, 3], backend="shm")
 def test_what_is_ready_for_a_shape_is_not_used_for_another_kind_of_tensor(rank: int, world_size: int) -> None:
+    ranks = range(world_size)
     x = torch.full((2, 2), complex(1, rank))
     dist.all_reduce(x)
-    assert x.tolist() == [[complex(2, 1)] * 2] * 2
+    assert x.tolist() == [[complex(world_size, sum(ranks))] * 2] * 2
     x = torch.full((2, 2), complex(1, rank)).conj()  # lazily
     dist.group.WORLD.allreduce([x]).wait()  # type: ignore[union-attr]  # torch's own function refuses it
-    assert x.tolist() == [[complex(2, -1)] * 2] * 2
-    x = torch.full((2, 2), 1.0 + rank)
-    dist.all_reduce(x)
-    assert x.tolist() == [[3.0] * 2] * 2
-    with torch.inference_mode():
-        x = torch.full((2, 2), 1.0 + rank)
-    dist.all_reduce(x)
-    assert x.tolist() == [[3.0] * 2] * 2
-    x = torch.full((2, 2), 1.0 + rank, requires_grad=True)
-    dist.all_reduce(x)
-    assert x.tolist() == [[3.0] * 2] * 2
-    x = torch.full((4, 2), 1.0 + rank)[::2]
-    dist.all_reduce(x)
-    assert x.tolist() == [[3.0] * 2] * 2
+    assert x.tolist() == [[complex(world_size, -sum(ranks))] * 2] * 2
+    for dtype in (torch.float32, torch.bfloat16):
+        for op, want in ((dist.ReduceOp.SUM, float(sum(ranks))), (dist.ReduceOp.AVG, (world_size - 1) / 2)):
+            plain = torch.full((2, 2), float(rank), dtype=dtype)
+            with torch.inference_mode():
+                inference = plain.clone()
+            apart = plain.repeat(2, 1)[::2]
+            for x in (plain, inference, plain.clone().requires_grad_(), apart, inference):
+                x.data.fill_(rank)
+                dist.all_reduce(x, op)
+                assert x.tolist() == [[want] * 2] * 2, (dtype, op)
     with pytest.raises(RuntimeError, match="dense"):
         dist.all_reduce(torch.eye(2).to_sparse())
     dist.barrier()

@@ -421,6 +421,25 @@ def test_backward_overlaps_the_reduction_of_dx_with_the_product_of_dw(world_size
 
 
 @distributed(world_size=2)
+def test_what_is_frozen_in_one_call_and_trained_in_the_next(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    x, w, b = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
+    for wanted in [(0, 1, 0), (1, 0, 0), (1, 1, 1), (0, 0, 1), (0, 1, 1), (1, 0, 0)]:
+        for bias in (None, b):
+            for tensor, want in zip((x, w, b), wanted):
+                tensor.grad = None
+                tensor.requires_grad_(bool(want))
+            y = sg.matmul(x, w, "X[n,d] W[m/tp,d] -> Y[n,m/tp]", mesh, bias)
+            if not y.requires_grad:
+                assert bias is None
+                assert wanted == (0, 0, 1)
+                continue
+            y.sum().backward()
+            got = [tensor.grad is not None for tensor in (x, w, b)]
+            assert got == [bool(wanted[0]), bool(wanted[1]), bool(wanted[2]) and bias is not None]
+
+
+@distributed(world_size=2)
 def test_ranks_whose_losses_use_different_outputs(world_size: int) -> None:
     """One global loss, of which each rank computes the part of its own rows: a gradient that is absent here is zero."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

@@ -55,7 +55,7 @@ class AllReducer:
         shape = self._shapes.get((x.dtype, x.shape)) or self._shape(x)
         seconds = self._queue.timeout if timeout is None else timeout
         dense = x.is_cpu and x.layout is torch.strided and x.is_contiguous()
-        if shape.places is not None and dense and not x.is_inference():
+        if shape.places is not None and dense:
             operation = AllReduceAtOnce(shape.text, x.data, shape.by, shape.places)
             ticket = self._queue.begin(operation, x, seconds, awaited=awaited)
         else:
@@ -86,7 +86,7 @@ class AllReducer:
             by = self._reductions[x.dtype] = reduction(self._op, x.dtype, self._queue.box.ranks)
         ranks, bytes_of_one = self._queue.box.ranks, x.numel() * x.element_size()
         places = None
-        if 0 < bytes_of_one * (ranks - 1) <= ONCE and not x.is_complex():  # which may be lazily conjugated
+        if 0 < bytes_of_one * (ranks - 1) <= ONCE:
             places = self._queue.box.places(x.dtype, x.shape)
         if len(self._shapes) >= _MANY_SHAPES:
             self._shapes.clear()

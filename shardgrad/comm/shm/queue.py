@@ -126,7 +126,7 @@ class Queue:
 
     def begin(self, operation: Meeting, result: Tensor, timeout: float, *, awaited: bool) -> Ticket | None:
         """`start`, but None if the operation has ended already: where nothing else is under way and the other ranks are
-        there, it needs no ticket. The result is not an inference tensor."""
+        there, it needs no ticket."""
         patience, error = self._spin if awaited else 0.0, None
         with self._lock:
             self._refuse_if_broken(operation.what)
