@@ -102,7 +102,7 @@ def _start(call: Callable[[], Any], what: str, axis: Axis) -> Any:
 
 def _failure(error: BaseException, what: str, axis: Axis) -> str:
     return (
-        f"rank {dist.get_rank()}: {what} over {axis} failed: {str(error).strip()}\n"
+        f"rank {axis.ranks[axis.index]}: {what} over {axis} failed: {str(error).strip()}\n"
         f"{roll_call(what, axis)}"
         "A rank that died, that raised before this operation, or that came here with another layout or shape leaves "
         "the others waiting; run the block under sg.check_every_call() to compare layouts and shapes at every call."
@@ -125,9 +125,10 @@ class _Ready:
         """Begin; what is returned is to be waited for, if it is not None.
 
         x: one of the tensors. The dispatcher costs more than all the rest: it is for who listens there, and for tensors
-        that are not what they seem.
+        whose memory does not hold their values as they are.
         """
-        call = self._told if type(x) is not Tensor or dispatch_is_listened_to() else self._direct
+        odd = type(x) is not Tensor or x.is_neg() or x.is_conj()
+        call = self._told if odd or dispatch_is_listened_to() else self._direct
         if _clocks:
             return _start(lambda: call(*arguments), self._what, self._axis)
         try:
@@ -264,7 +265,7 @@ def begin(ready: AllGather | ReduceScatter, x: Tensor) -> Pending:
 
 def _real(x: Tensor) -> Tensor:
     """As torch.distributed hands complex tensors to a process group."""
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what: str = "all-to-all") -> Pending:

@@ -69,7 +69,8 @@ def backend(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` less what torch does in Python before it, which is for functorch's transforms alone: not to be
-    called while `transforming()`. Only for functions without `setup_context` and without default arguments."""
+    called while `transforming()`, nor with tensors that escaped from one. Only for functions without `setup_context`
+    and without default arguments."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 

@@ -35,7 +35,7 @@ def name(product: Product, text: str) -> str:
 
 
 def run(product: Product, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
-    """`product.program(tensors, sizes)(*tensors)` in a graph. Called where torch.compile traces."""
+    """What `product(tensors, …)` computes, in a graph. Called where torch.compile traces."""
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in tensors]
     known = dict(sizes or {})

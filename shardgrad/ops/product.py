@@ -99,7 +99,7 @@ class Product:
             x, w = tensors
             key: Any = x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad, given
         else:
-            key = (*[(t.shape, t.dtype, grad and t.requires_grad) for t in tensors], given)
+            key = (*[part for t in tensors for part in (t.shape, t.dtype, grad and t.requires_grad)], given)
         found = self._programs.get(key)
         if found is not None and not every_call:
             return found
@@ -116,8 +116,8 @@ class Product:
             ShapeError: a size would have to be exchanged; a graph must know it.
         """
         key = (
-            tuple([(tuple(map(int, t.shape)), t.dtype, need) for t, need in zip(tensors, needs)]),
-            tuple(given.items()) if given else None,
+            *[part for t, need in zip(tensors, needs) for part in (tuple(map(int, t.shape)), t.dtype, need)],
+            tuple(given.items()) if given else (),
         )
         if not traced:
             found = self._programs.get(key)

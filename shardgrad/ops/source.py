@@ -49,6 +49,10 @@ class _Writer:
         """Send a slot's tensor on its way."""
         self._coming[start.target] = self._send(self._names[start.target], self.here[start.source], start.route)
 
+    def _arrive(self, name: str, sent: str, result: str) -> None:
+        """Wait for what was sent, and let go of it: of what went, and of what came and was put into another form."""
+        self.say(f"{name} = {result}" if self._indent else f"{name}, {sent} = {result}, None")
+
     def _send(self, name: str, tensor: str, route: Route) -> str:
         """Send a tensor on its way; the expression that waits for it."""
         if len(route) == 1 and route[0].ready is not None:
@@ -62,7 +66,7 @@ class _Writer:
         """The variable with a slot's tensor, waited for if it is on its way."""
         if slot in self._coming:
             self.here[slot] = f"{self._names[slot]}_here"
-            self.say(f"{self.here[slot]} = {self._coming.pop(slot)}")
+            self._arrive(self.here[slot], f"{self._names[slot]}_sent", self._coming.pop(slot))
         return self.here[slot]
 
     def drop(self, slots: Collection[int]) -> None:
@@ -105,12 +109,12 @@ class _Writer:
 
             return arrive
         result = self._send(name, name, route)
-        return lambda: self.say(f"{name} = {result}")
+        return lambda: self._arrive(name, f"{name}_sent", result)
 
     def in_pieces(self, name: str, pieces: ReducedInPieces, left: str, right: str) -> Callable[[], None]:
         """Compute a product and start to sum it, side by side; the returned call writes the line that waits for it."""
         self.say(f"{name}_sent = {self.constant('pieces', pieces)}.start({left}, {right})")
-        return lambda: self.say(f"{name} = {name}_sent()")
+        return lambda: self._arrive(name, f"{name}_sent", f"{name}_sent()")
 
     def function(self, signature: str) -> Callable[..., Any]:
         text = f"def {signature}:\n" + "".join(f"    {line}\n" for line in self.lines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives, shim
+from shardgrad.comm.collectives import communication_clock
 from shardgrad.comm.mesh import view
+from shardgrad.comm.shm import queue
 from shardgrad.layout.sizes import chunk
 from shardgrad.testing import distributed
 
@@ -87,18 +91,97 @@ class Pretender(torch.Tensor):
 
 
 @distributed(world_size=2)
-def test_other_kinds_of_tensors_go_through_the_dispatcher(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_asked(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend itself for plain tensors, also by the clock; the dispatcher for all others, and for who listens."""
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    reduce = collectives.AllReduce(view(mesh).axis("tp"))
-    plain = torch.ones(3)
-    reduce.sum(plain)
-    assert plain.tolist() == [2.0] * 3
-    monkeypatch.setattr(reduce, "_direct", None)  # nothing but the dispatcher is left
-    strange = torch.ones(3).as_subclass(Pretender)
-    reduce.sum(strange)
-    assert strange.tolist() == [2.0] * 3
-    with pytest.raises(TypeError):
-        reduce.sum(torch.ones(3))
+    axis = view(mesh).axis("tp")
+    reduce = collectives.AllReduce(axis)
+    gather, scatter = collectives.AllGather(axis, 0, 4), collectives.ReduceScatter(axis, 0)
+
+    def check(x: Tensor) -> None:
+        y = x.clone()
+        reduce.sum(y)
+        assert y.tolist() == [2.0, 2.0]
+        assert gather.finish(gather.start(x)).tolist() == [1.0] * 4
+        assert scatter.finish(scatter.start(x)).tolist() == [2.0]
+
+    one, strange = torch.ones(2), torch.ones(2).as_subclass(Pretender)
+    for name in ("_told", "_direct"):
+        with monkeypatch.context() as patch:
+            for ready in (reduce, gather, scatter):
+                patch.setattr(ready, name, None)
+            if name == "_told":
+                check(one)
+                with communication_clock() as clock:
+                    check(one)
+                assert clock.count == 3
+            else:
+                with Listener():
+                    check(one)
+                check(strange)
+            for ready in (reduce, gather, scatter):
+                with pytest.raises(TypeError):
+                    ready.start(strange if name == "_told" else one)
+
+
+@distributed(world_size=[1, 2])
+def test_values_that_memory_does_not_hold_as_they_are(world_size: int) -> None:
+    """Negated and conjugated lazily: backends read memory."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    axis = view(mesh).axis("tp")
+    negative = torch._neg_view(torch.tensor([1.0 + axis.index]))
+    conjugate = torch.tensor([complex(1, 1 + axis.index)]).conj()
+    assert negative.is_contiguous()
+    assert negative.is_neg()
+    gathered = collectives.all_gather(negative, axis, 0, world_size).wait()
+    assert gathered.tolist() == [-1.0 - r for r in range(world_size)]
+    gathered = collectives.all_gather(conjugate, axis, 0, world_size).wait()
+    assert gathered.tolist() == [complex(1, -1 - r) for r in range(world_size)]
+    total = collectives.all_reduce(negative.clone(), axis).wait()
+    assert total.tolist() == [-sum(1.0 + r for r in range(world_size))]
+
+
+@distributed(world_size=2, backend="shm")
+def test_a_destroyed_group_frees_its_memory_though_what_was_made_ready_lives(world_size: int) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("shardgrad-shm")
+
+    before = mapped()
+    group = dist.new_group(backend="shm")
+    assert mapped() == before + 1
+    reducer = group.all_reducer(dist.ReduceOp.SUM)
+    x = torch.ones(3)
+    ticket = reducer.start([x], dist.AllreduceOptions())
+    if ticket is not None:
+        ticket.wait()
+    assert x.tolist() == [2.0] * 3
+    del ticket
+    dist.barrier()
+    dist.destroy_process_group(group)
+    gc.collect()
+    assert mapped() == before
+    with pytest.raises(RuntimeError, match="was destroyed"):
+        reducer.start([x], dist.AllreduceOptions())
+
+
+@distributed(world_size=2, backend="shm")
+def test_what_is_interrupted_after_it_was_published_is_not_forgotten(rank: int, world_size: int) -> None:
+    """Else the next sum of this rank would meet this one of the others, unnoticed."""
+    group = dist.new_group(backend="shm")
+    reducer = group.all_reducer(dist.ReduceOp.SUM)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+
+            def interrupted(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(queue, "Ticket", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                reducer.start([torch.ones(3)], dist.AllreduceOptions())
+    dist.barrier()
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        reducer.start([torch.ones(3)], dist.AllreduceOptions())
+    dist.barrier()
 
 
 @distributed(world_size=[2, 3], backend="shm")

@@ -32,7 +32,7 @@ ROW_SEQUENCE = """\
 def forward(ctx, x, w):
     y = x.mm(w)
     y_sent = scatter0.start(y)
-    y = scatter0.finish(y_sent)
+    y, y_sent = scatter0.finish(y_sent), None
     ctx.save_for_backward(x)
     ctx.set_materialize_grads(False)
     return y
@@ -40,7 +40,7 @@ def forward(ctx, x, w):
 def backward(saved, dy):
     x, = saved
     dy__sent = gather0.start(dy)
-    dy__here = gather0.finish(dy__sent)
+    dy__here, dy__sent = gather0.finish(dy__sent), None
     grad0 = x.t().mm(dy__here)
     dy__here = x = None
     return None, grad0,

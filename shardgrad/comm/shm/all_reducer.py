@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.shm.collectives import ONCE, AllReduce, AllReduceAtOnce, Meeting
+from shardgrad.comm.shm.errors import ShmError
 from shardgrad.comm.shm.progress import progress
 from shardgrad.comm.shm.queue import Queue, Ticket
 from shardgrad.comm.shm.reduce import Reduction, reduction
@@ -35,10 +36,21 @@ class AllReducer:
         ShmError: the operation has no meaning for a tensor's dtype (when such a tensor comes).
     """
 
-    def __init__(self, queue: Queue, op: Any) -> None:
-        self._queue, self._op = queue, op
+    def __init__(self, queue: Queue | None, op: Any, label: str) -> None:
+        self._open_queue, self._op, self._label = queue, op, label
         self._shapes: dict[tuple[torch.dtype, torch.Size], _Shape] = {}
         self._reductions: dict[torch.dtype, Reduction] = {}
+
+    @property
+    def _queue(self) -> Queue:
+        if self._open_queue is None:
+            raise ShmError(f"{self._label} was destroyed (destroy_process_group)")
+        return self._open_queue
+
+    def close(self) -> None:
+        """Let go of the group's memory."""
+        self._open_queue = None
+        self._shapes.clear()
 
     def start(self, tensors: Sequence[Tensor], opts: Any, timeout: float | None = None) -> Ticket | None:
         """Begin; None if it has ended already.
@@ -51,17 +63,17 @@ class AllReducer:
         Raises:
             ShmError: it is not a dense CPU tensor; the group is broken.
         """
-        x, awaited = tensors[0], not opts.asyncOp
+        x, awaited, queue = tensors[0], not opts.asyncOp, self._queue
         shape = self._shapes.get((x.dtype, x.shape)) or self._shape(x)
-        seconds = self._queue.timeout if timeout is None else timeout
+        seconds = queue.timeout if timeout is None else timeout
         dense = x.is_cpu and x.layout is torch.strided and x.is_contiguous()
         if shape.places is not None and dense:
             operation = AllReduceAtOnce(shape.text, x.data, shape.by, shape.places)
-            ticket = self._queue.begin(operation, x, seconds, awaited=awaited)
+            ticket = queue.begin(operation, x, seconds, awaited=awaited)
         else:
             ticket = self._start(x, shape, seconds, awaited)
         if ticket is not None and not awaited and not ticket.given:
-            progress.watch(self._queue)
+            progress.watch(queue)
         return ticket
 
     def _start(self, x: Tensor, shape: _Shape, timeout: float, awaited: bool) -> Ticket:

@@ -38,8 +38,8 @@ class Ticket:
     """One operation on its way.
 
     what: in words. deadline: on the monotonic clock. results: torch's result of the work. outputs: tensors that are not
-    contiguous, with the contiguous ones that stand in for them. source: of a message received, its sender. given:
-    whether the other ranks have from this one all that they need, so that none is held up if nobody here moves it on.
+    contiguous, with the contiguous ones that stand in for them. source: of a message received, its sender.
+    operation: of a collective, what it does.
     """
 
     __slots__ = (
@@ -127,21 +127,23 @@ class Queue:
     def begin(self, operation: Meeting, result: Tensor, timeout: float, *, awaited: bool) -> Ticket | None:
         """`start`, but None if the operation has ended already: where nothing else is under way and the other ranks are
         there, it needs no ticket."""
-        patience, error = self._spin if awaited else 0.0, None
+        patience = self._spin if awaited else 0.0
+        failed: list[Ticket] = []
         with self._lock:
             self._refuse_if_broken(operation.what)
-            if not self._tickets:
-                try:
-                    if self._step(operation, patience):
-                        return None
-                except BaseException as raised:
-                    error = raised
-            ticket = Ticket(self, operation.what, timeout, [result], [], operation)
-            self._tickets.append(ticket)
-            failed = [] if error is None else self._fail(error)
+            try:
+                if not self._tickets and self._step(operation, patience):
+                    return None
+                ticket = Ticket(self, operation.what, timeout, [result], [], operation)
+                self._tickets.append(ticket)
+            except Exception as error:
+                ticket = Ticket(self, operation.what, timeout, [result], [], operation)
+                self._tickets.append(ticket)
+                failed = self._fail(error)
+            except BaseException as error:  # what is published must not be forgotten
+                self._fail(error)
+                raise
         self._call_back(failed)
-        if error is not None and not isinstance(error, Exception):
-            raise error
         if not operation.posted:  # something was under way
             self.poll(patience)
         return ticket
