@@ -15,7 +15,7 @@ from shardgrad.comm import shim
 
 SIZE = (8, 64, 256)
 RANKS = 2
-_TURN_S = 0.001  # short turns, so that few of them are disturbed
+_TURN_S = 0.01  # tens of steps, so that all but the first find caches as their own steps left them
 
 
 @dataclass(frozen=True, slots=True)
