@@ -12,7 +12,8 @@ from shardgrad.comm.collectives import all_gather, gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import DisagreementError
 
-every_call: list[None] = []  # an entry for each block of `check_every_call` that is open
+# An entry for each block of `check_every_call` that is open; a list, so that who imports the name sees it change.
+every_call: list[None] = []
 
 
 @contextmanager

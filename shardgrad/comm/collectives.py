@@ -247,18 +247,23 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter"
 
 def all_reduce(x: Tensor, axis: Axis, what: str = "all-reduce", op: Any = dist.ReduceOp.SUM) -> Pending:
     """Sum `x` over the ranks. `x` is overwritten if it is contiguous: hand over a tensor of your own."""
-    own, reduce = x.contiguous(), AllReduce(axis, what, op)
-    work = reduce.start(own)
-
-    def finish() -> Tensor:
-        reduce.wait(work)
-        return own
-
-    return Pending(finish)
+    return begin(AllReduce(axis, what, op), x)
 
 
-def begin(ready: AllGather | ReduceScatter, x: Tensor) -> Pending:
-    """Start a collective that was made ready."""
+Ready = AllGather | ReduceScatter | AllReduce
+
+
+def begin(ready: Ready, x: Tensor) -> Pending:
+    """Start a collective that was made ready. An all-reduce overwrites `x` if it is contiguous."""
+    if isinstance(ready, AllReduce):
+        own = x.contiguous()
+        work = ready.start(own)
+
+        def finish() -> Tensor:
+            ready.wait(work)
+            return own
+
+        return Pending(finish)
     sent = ready.start(x)
     return Pending(lambda: ready.finish(sent))
 

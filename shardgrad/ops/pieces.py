@@ -29,29 +29,33 @@ class ReducedInPieces:
 
     def __init__(self, product: Contraction, step: Step, cut: Cut, *, by_rows: bool) -> None:
         assert step.axis is not None
-        self._product, self._step, self._cut, self._by_rows = product, step, cut, by_rows
-        self._axis = step.axis
-        self._sum = raw.AllReduce(step.axis, step.what)
+        assert step.ready is not None
+        self._product, self._cut, self._by_rows = product, cut, by_rows
+        self._ready = step.ready
+        if by_rows and step.kind == "reduce-scatter":  # rows are one dim there
+            self._ready = raw.ReduceScatter(step.axis, step.dim - product.rows + 1, step.what)
 
     def start(self, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
         """Compute the product and start to sum it; what is returned waits for the sum, and returns it."""
         shape, left, right = self._product.as_matrices(left, right)
-        if self._step.kind == "all-reduce" and self._by_rows:
-            return self._in_place(shape, left, right)
+        if isinstance(self._ready, raw.AllReduce) and self._by_rows:
+            return self._in_place(self._ready, shape, left, right)
         return self._rows(shape, left, right) if self._by_rows else self._columns(shape, left, right)
 
-    def _in_place(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+    def _in_place(
+        self, reduce: raw.AllReduce, shape: Sequence[int], left: Tensor, right: Tensor
+    ) -> Callable[[], Tensor]:
         out = left.new_empty(shape)
         flat = out.view(left.shape[0], right.shape[1])
         works = []
         for start, length in self._cut.pieces(left.shape[0]):
             piece = flat[start : start + length]
             torch.mm(left[start : start + length], right, out=piece)
-            works.append(self._sum.start(piece))
+            works.append(reduce.start(piece))
 
         def wait() -> Tensor:
             for work in works:
-                self._sum.wait(work)
+                reduce.wait(work)
             return out
 
         return wait
@@ -61,7 +65,7 @@ class ReducedInPieces:
         coming = []
         for start, length in self._cut.pieces(count):
             piece = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
-            coming.append(self._send(piece, self._step.dim - rows + 1))
+            coming.append(raw.begin(self._ready, piece))
 
         def wait() -> Tensor:
             parts = [pending.wait() for pending in coming]
@@ -76,7 +80,7 @@ class ReducedInPieces:
         coming = []
         for start, length in self._cut.pieces(count):
             piece = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
-            coming.append(self._send(piece, self._step.dim))
+            coming.append(raw.begin(self._ready, piece))
 
         def wait() -> Tensor:
             parts = [pending.wait() for pending in coming]
@@ -86,11 +90,6 @@ class ReducedInPieces:
 
         return wait
 
-    def _send(self, piece: Tensor, dim: int) -> raw.Pending:
-        if self._step.kind == "all-reduce":
-            return raw.all_reduce(piece, self._axis, self._step.what)
-        return raw.reduce_scatter(piece, self._axis, dim, self._step.what)
-
 
 class GatheredInPieces:
     """Products of one tensor that is gathered along a row dim, piece by piece, the own shard's part first."""
@@ -99,6 +98,7 @@ class GatheredInPieces:
         assert step.axis is not None
         self._products, self._step, self._cut = tuple(products), step, cut
         self._axis: Axis = step.axis
+        self._gather = raw.AllGather(step.axis, 0, step.axis.size, step.what)
         self._assemble = assemble
 
     def __call__(self, stored: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -110,7 +110,7 @@ class GatheredInPieces:
         coming = []
         for start, length in self._cut.pieces(own):
             piece = mine[:, start : start + length].contiguous().unsqueeze(0)
-            coming.append((start, length, raw.all_gather(piece, axis, 0, axis.size, self._step.what)))
+            coming.append((start, length, raw.begin(self._gather, piece)))
         whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
         parts = None if whole is None else whole.view(before, axis.size, own, after)
         if parts is not None:
@@ -155,9 +155,12 @@ class SecondGatheredInPieces:
 
     def __init__(self, product: Contraction, step: Step, cut: Cut, along: int, place: int, *, assemble: bool) -> None:
         assert step.axis is not None
+        assert step.ready is not None
         self._product, self._step, self._cut = product, step, cut
         self._axis: Axis = step.axis
         self._along, self._place, self._assemble = along, place, assemble
+        # Every rank's piece by itself, or already side by side.
+        self._gather = raw.AllGather(step.axis, 0, step.axis.size, step.what) if along == step.dim else step.ready
 
     def __call__(self, stored: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """The product of the other operand with the whole weight; and that itself, if it is to be assembled."""
@@ -166,10 +169,7 @@ class SecondGatheredInPieces:
         blocks: list[tuple[int, raw.Pending]] = []  # where each begins along that dim of a shard
         for start, length in self._cut.pieces(stored.shape[along]):
             piece = stored.narrow(along, start, length)
-            if own_first:
-                blocks.append((start, raw.all_gather(piece.unsqueeze(0), axis, 0, axis.size, self._step.what)))
-            else:
-                blocks.append((start, raw.all_gather(piece, axis, at, self._step.whole, self._step.what)))
+            blocks.append((start, raw.begin(self._gather, piece.unsqueeze(0) if own_first else piece)))
         shape = list(stored.shape)
         shape[at] = self._step.whole
         whole = stored.new_empty(shape) if self._assemble else None

@@ -19,7 +19,7 @@ from shardgrad.layout.sizes import Sizes
 class Step:
     """A move with everything known: the axis with its group, the size to gather to, the dtype to change to.
 
-    ready: the collective, if the move is a gather or a reduce-scatter.
+    ready: the collective, if the move is one.
     """
 
     kind: Kind | Literal["cast"]
@@ -28,7 +28,7 @@ class Step:
     dim: int = -1
     whole: int = 0
     dtype: torch.dtype | None = None
-    ready: raw.AllGather | raw.ReduceScatter | None = field(default=None, compare=False)
+    ready: raw.Ready | None = field(default=None, compare=False)
 
 
 def steps(
@@ -50,7 +50,8 @@ def steps(
         elif move.kind == "reduce-scatter":
             made.append(Step(move.kind, what, axis, move.dim, ready=raw.ReduceScatter(axis, move.dim, what)))
         else:
-            made.append(Step(move.kind, what, axis, move.dim))
+            reduce = raw.AllReduce(axis, what) if move.kind == "all-reduce" else None
+            made.append(Step(move.kind, what, axis, move.dim, ready=reduce))
     reducing = [at for at, step in enumerate(made) if step.kind in ("reduce-scatter", "all-reduce")]
     if reducing and reduce_dtype is not None and reduce_dtype != dtype:
         made.insert(reducing[-1] + 1, Step("cast", "cast", dtype=dtype))
@@ -82,12 +83,10 @@ class Transit:
                 self._tensor = self._tensor.to(step.dtype)
                 continue
             assert step.axis is not None
-            if step.kind == "slice":
+            if step.ready is None:
                 self._tensor = raw.cut(self._tensor, step.axis, step.dim)
-            elif step.ready is not None:
-                self._pending = raw.begin(step.ready, self._tensor)
             else:
-                self._pending = raw.all_reduce(self._tensor, step.axis, step.what)
+                self._pending = raw.begin(step.ready, self._tensor)
 
     def result(self) -> Tensor:
         """The tensor at the end of the route."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shardgrad.comm.collectives import AllReduce
 from shardgrad.ops.bilinear import Map
 from shardgrad.ops.pieces import ReducedInPieces
 from shardgrad.ops.route import Transit
@@ -55,8 +54,9 @@ class _Writer:
 
     def _send(self, name: str, tensor: str, route: Route) -> str:
         """Send a tensor on its way; the expression that waits for it."""
-        if len(route) == 1 and route[0].ready is not None:
-            ready = self.constant("gather" if route[0].kind == "all-gather" else "scatter", route[0].ready)
+        stem = {"all-gather": "gather", "reduce-scatter": "scatter"}.get(route[0].kind)
+        if len(route) == 1 and stem is not None:
+            ready = self.constant(stem, route[0].ready)
             self.say(f"{name}_sent = {ready}.start({tensor})")
             return f"{ready}.finish({name}_sent)"
         self.say(f"{name}_sent = Transit({tensor}, {self.constant('route', route)})")
@@ -95,8 +95,7 @@ class _Writer:
         if not route:
             return lambda: None
         if len(route) == 1 and route[0].kind == "all-reduce":
-            assert route[0].axis is not None
-            reduce = self.constant("reduce", AllReduce(route[0].axis, route[0].what))
+            reduce = self.constant("reduce", route[0].ready)
             started = f"{name}_work = {reduce}.start({name})"
             self.say(started)
 

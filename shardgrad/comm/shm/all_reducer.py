@@ -91,11 +91,16 @@ class AllReducer:
         self._queue.start(ticket, awaited=awaited)
         return ticket
 
+    def by(self, dtype: torch.dtype) -> Reduction:
+        """The operation for a dtype."""
+        found = self._reductions.get(dtype)
+        if found is None:
+            found = self._reductions[dtype] = reduction(self._op, dtype, self._queue.box.ranks)
+        return found
+
     def _shape(self, x: Tensor) -> _Shape:
         flat_output(x, [])  # refuses what cannot be moved
-        by = self._reductions.get(x.dtype)
-        if by is None:
-            by = self._reductions[x.dtype] = reduction(self._op, x.dtype, self._queue.box.ranks)
+        by = self.by(x.dtype)
         ranks, bytes_of_one = self._queue.box.ranks, x.numel() * x.element_size()
         places = None
         if 0 < bytes_of_one * (ranks - 1) <= ONCE:

@@ -21,7 +21,6 @@ from shardgrad.comm.shm.pairs import ANY
 from shardgrad.comm.shm.platform import unsupported
 from shardgrad.comm.shm.progress import progress
 from shardgrad.comm.shm.queue import Queue, Ticket
-from shardgrad.comm.shm.reduce import Reduction, reduction
 from shardgrad.comm.shm.tensors import dtype_name, flat_input, flat_output, words
 from shardgrad.comm.shm.work import ShmWork
 
@@ -65,7 +64,6 @@ class ShmGroup(dist.ProcessGroup):
         label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
         self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label, timeout)
         self._label = label
-        self._reductions: dict[Any, Reduction] = {}
         self._reducers: dict[Any, AllReducer] = {}
         self._together: list[Ticket] | None = None
         self._results_together: list[Tensor] = []
@@ -136,14 +134,9 @@ class ShmGroup(dist.ProcessGroup):
     @_told
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or dist.AllreduceOptions()
-        queue = self._alive()
         reducer, timeout = self.all_reducer(opts.reduceOp.op), self._timeout_of(opts)
         tickets = [reducer.start([tensor], opts, timeout) for tensor in tensors]
-        under_way = [ticket for ticket in tickets if ticket is not None]
-        if self._together is not None:
-            self._together += under_way
-            self._results_together += tensors
-        return ShmWork(queue, under_way, list(tensors))
+        return self._work([ticket for ticket in tickets if ticket is not None], opts, list(tensors))
 
     @_told
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
@@ -163,7 +156,7 @@ class ShmGroup(dist.ProcessGroup):
         for tensor in tensors:
             outputs: list[tuple[Tensor, Tensor]] = []
             flat = flat_output(tensor, outputs, filled=True)
-            by = self._by(op, flat.dtype)
+            by = self.all_reducer(op).by(flat.dtype)
             text = words("reduce", by.name, flat.numel(), flat.dtype, f" to rank {root} of the group")
             operation = c.Reduce(text, flat, root, by)
             tickets.append(self._start(text, operation, opts, [tensor], outputs if root == self._rank else []))
@@ -195,7 +188,7 @@ class ShmGroup(dist.ProcessGroup):
         self._check_count(pieces, "reduce-scatter: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
         flat = flat_output(out, outputs)
-        by = self._by(op, flat.dtype)
+        by = self.all_reducer(op).by(flat.dtype)
         sizes = [piece.numel() for piece in pieces]
         _check("reduce-scatter", flat, pieces[self._rank])
         _same_dtype("reduce-scatter", flat.dtype, pieces)
@@ -422,20 +415,17 @@ class ShmGroup(dist.ProcessGroup):
         self._alive().start(ticket, awaited=not opts.asyncOp)
         return ticket
 
-    def _work(self, tickets: list[Ticket], opts: Any = None) -> ShmWork:
+    def _work(self, tickets: list[Ticket], opts: Any = None, results: list[Tensor] | None = None) -> ShmWork:
+        """What torch gets. results: its results, if there are others than those of the tickets."""
         queue = self._alive()
+        if results is None:
+            results = [tensor for ticket in tickets for tensor in ticket.results]
         if self._together is not None:
             self._together += tickets
-            self._results_together += [tensor for ticket in tickets for tensor in ticket.results]
+            self._results_together += results
         if (opts is None or opts.asyncOp) and tickets and not tickets[-1].given:
             progress.watch(queue, now=opts is None)
-        return ShmWork(queue, tickets)
-
-    def _by(self, op: Any, dtype: torch.dtype) -> Reduction:
-        by = self._reductions.get((op, dtype))
-        if by is None:
-            by = self._reductions[op, dtype] = reduction(op, dtype, self._size)
-        return by
+        return ShmWork(queue, tickets, results)
 
     def _equal(self, whole: Tensor, one: Tensor, what: str) -> list[Tensor]:
         """The whole, flat, in as many pieces as there are ranks, each with as many elements as `one`."""

@@ -17,10 +17,10 @@ from shardgrad.comm.shm.queue import Queue, Ticket
 class ShmWork(dist.Work):
     """One operation, or several that torch counts as one.
 
-    tickets: of what has not ended. results: torch's, if they are not those of the tickets.
+    tickets: of what had not ended when it was made. results: torch's.
     """
 
-    def __init__(self, queue: Queue, tickets: Sequence[Ticket], results: list[Tensor] | None = None) -> None:
+    def __init__(self, queue: Queue, tickets: Sequence[Ticket], results: list[Tensor]) -> None:
         super().__init__()
         self._queue, self._tickets, self._results = queue, tickets, results
         self._future: torch.futures.Future[Any] | None = None
@@ -51,9 +51,7 @@ class ShmWork(dist.Work):
         return next((ticket.error for ticket in self._tickets if ticket.error is not None), None)
 
     def result(self) -> list[Tensor]:
-        if self._results is not None:
-            return self._results
-        return [tensor for ticket in self._tickets for tensor in ticket.results]
+        return self._results
 
     def synchronize(self) -> None:
         self.wait()
