@@ -26,6 +26,7 @@ LAYOUTS = {
     "X[b,s,d/tp] W[m,d/tp] -> Y[b,s/tp,m]": (True, True),
     "X[b,s,d/tp] W[m,d/tp] -> Y[b/tp,s,m]": (False, False),  # 3 rows over tp are cut evenly by 1 and 3 ranks only
     "X[b,s,d/tp,k] W[m,d/tp,k] -> Y[b,s/tp,m]": (True, True),
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b,s,m/tp]": (True, False),  # summed along a column dim: cut along two row dims as one
     "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]": (True, True),
     "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, True),
     "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, True),
