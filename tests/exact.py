@@ -59,15 +59,15 @@ def check(
     bias = layout.has_bias if bias is None else bias
     x, w, b, dy = (
         integers(tensor, sizes, 10 * seed + at, dtype)
-        for at, tensor in enumerate((layout.first, layout.second, layout.bias, layout.product))
+        for at, tensor in enumerate((layout.lhs, layout.rhs, layout.bias, layout.out))
     )
     expected = reference(layout, x, w, b if bias else None, dy)
-    names = (layout.first.name, layout.second.name, layout.bias.name)
+    names = (layout.lhs.name, layout.rhs.name, layout.bias.name)
     local = [
         sg.shard(full, spec, mesh).requires_grad_(name not in frozen)
-        for full, spec, name in zip((x, w, b), (layout.first, layout.second, layout.bias), names)
+        for full, spec, name in zip((x, w, b), (layout.lhs, layout.rhs, layout.bias), names)
     ]
-    dy_local = sg.shard(dy, layout.product, mesh)
+    dy_local = sg.shard(dy, layout.out, mesh)
     for repeat in range(2):  # the first call also compares layouts between ranks
         for tensor in local:
             tensor.grad = None
@@ -84,7 +84,7 @@ def check(
             if y.requires_grad:
                 y.backward(dy_local)
         what = f"{layout} with {sizes} on {dict(zip(mesh.mesh_dim_names or (), mesh.shape))}, call {repeat}"
-        assert_same(y, layout.product, expected["Y"], mesh, sizes, f"Y of {what}")
+        assert_same(y, layout.out, expected["Y"], mesh, sizes, f"Y of {what}")
         for tensor, spec, name, key in zip(local, (*layout.tensors[:2], layout.bias), names, ("dX", "dW", "db")):
             if name in frozen or (key == "db" and not bias):
                 assert tensor.grad is None, f"{key} of {what}"

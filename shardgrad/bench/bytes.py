@@ -49,7 +49,7 @@ def row(name: str, sizes: tuple[int, int, int], grid: dict[str, int]) -> Row:
     ranks = prod(grid.values())
     held = total = 0
     resolved = layout.resolve(known, grid, dict.fromkeys(grid, 0))
-    for spec in (layout.first, layout.second, layout.product):
+    for spec in (layout.lhs, layout.rhs, layout.out):
         held += prod(resolved.shape_of(spec.dims))
         total += prod(known[letter] for letter in spec.letters)
     n, d, m = sizes

@@ -191,23 +191,23 @@ class _Panel:
         reads = {read.role: read for read in step.reads}
         self.left: list[_Matrix] = []
         self.top: list[_Matrix] = []
-        if step.made.role == "product":
-            self.left = self._chain(reads["first"], r, c)
-            self.top = self._chain(reads["second"], c, k)
+        if step.made.role == "out":
+            self.left = self._chain(reads["lhs"], r, c)
+            self.top = self._chain(reads["rhs"], c, k)
             self.made = self._chain(step.made, r, k)
-        elif step.made.role == "first":
-            self.left = self._chain(reads["product"], r, k)
-            self.top = self._chain(reads["second"], k, c)
+        elif step.made.role == "lhs":
+            self.left = self._chain(reads["out"], r, k)
+            self.top = self._chain(reads["rhs"], k, c)
             self.made = self._chain(step.made, r, c)
-        elif step.made.role == "second":
-            self.left = self._chain(reads["first"], c, r)
-            self.top = self._chain(reads["product"], r, k)
+        elif step.made.role == "rhs":
+            self.left = self._chain(reads["lhs"], c, r)
+            self.top = self._chain(reads["out"], r, k)
             self.made = self._chain(step.made, c, k)
         else:
-            self.top = self._chain(reads["product"], r, k)
+            self.top = self._chain(reads["out"], r, k)
             self.made = self._chain(step.made, r, k)
-        self.left_moves = step.reads[0 if step.made.role != "second" else 1].moves if self.left else ()
-        self.top_moves = step.reads[1 if step.made.role in ("product", "first") else 0].moves
+        self.left_moves = step.reads[0 if step.made.role != "rhs" else 1].moves if self.left else ()
+        self.top_moves = step.reads[1 if step.made.role in ("out", "lhs") else 0].moves
         self.bias = self._chain(step.bias, r, k) if step.bias else []
         # From the panel's left to the left edges of the left operand and of the result.
         self.used_x = max((m.left for m in self.left), default=0.0)
@@ -289,7 +289,7 @@ class _Panel:
     def drawn(self, above: float) -> Paper:
         """The panel; `above` inches from its top to the upper edge of the result, so that panels line up."""
         paper = Paper()
-        forward = self.step.made.role == "product"
+        forward = self.step.made.role == "out"
         paper.text(0, 0.1, self.step.name if forward else f"backward: {self.step.name}", 10, bold=True)
         self._formula(paper, 0.29)
         x, y = self.corner, above

@@ -98,7 +98,7 @@ def collectives(
         forward = phase.name == "forward"
         for read in phase.reads:
             name = plans[read.index].names[read.role]
-            name = f"d{name}" if read.role == "product" and not forward else name
+            name = f"d{name}" if read.role == "out" and not forward else name
             yield from moved(phase.name, name, read.moves, sizes, wire, wire)
         made = plans[phase.index].names[phase.made]
         made = made if forward else "db" if phase.made == "bias" else f"d{made}"

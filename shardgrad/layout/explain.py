@@ -20,33 +20,33 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
     """For forward, dX, dW and db: what is computed locally and what is communicated, on which axis."""
     lines = [str(layout), "", *_who_talks(layout, reading), ""]
     specs: dict[Role, TensorSpec] = {
-        "first": layout.first,
-        "second": layout.second,
-        "product": layout.product,
+        "lhs": layout.lhs,
+        "rhs": layout.rhs,
+        "out": layout.out,
         "bias": reading.bias,
     }
     with_bias = layout.bias is not None
-    need: tuple[Role, ...] = ("first", "second", "bias")
+    need: tuple[Role, ...] = ("lhs", "rhs", "bias")
     for phase in (*forward_phases([plan], [with_bias]), *backward_phases([plan], [need])):
         forward = phase.name == "forward"
         steps: list[str] = []
         for read in phase.reads:
-            name = specs[read.role].name if forward or read.role != "product" else f"d{specs[read.role].name}"
+            name = specs[read.role].name if forward or read.role != "out" else f"d{specs[read.role].name}"
             if read.role != "bias":
                 steps += _moves(name, read.moves)
         made = specs[phase.made]
         if phase.made == "bias":
             gathered = plan.bias_reads_gathered(need)
-            dims = reading.used(layout.product).dims if gathered else layout.product.dims
-            dy = TensorSpec(f"d{layout.product.name}", dims)
+            dims = reading.used(layout.out).dims if gathered else layout.out.dims
+            dy = TensorSpec(f"d{layout.out.name}", dims)
             summed = [d.letter for d in dims if d.letter not in made.letters]
             sigma = f"Σ_{','.join(summed)} " if summed else ""
-            steps.append(f"compute     db = {sigma}{dy}{' (as gathered above)' if dims != layout.product.dims else ''}")
+            steps.append(f"compute     db = {sigma}{dy}{' (as gathered above)' if dims != layout.out.dims else ''}")
             left = made.grad_partial
         else:
             target, left = (made, made.partial) if forward else (made.grad, made.grad_partial)
             operands = [reading.used(specs[read.role]) for read in phase.reads if read.role != "bias"]
-            operands = [t if forward or t.name != layout.product.name else t.grad for t in operands]
+            operands = [t if forward or t.name != layout.out.name else t.grad for t in operands]
             steps.append(f"compute     {formula(reading.used(target), operands, layout.spatial_letters)}")
         name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
         steps += _moves(name, phase.reduce)
@@ -72,8 +72,8 @@ def _after(reduce: Sequence[Move], left: Sequence[str]) -> str:
 def _who_talks(layout: Notation, reading: Reading) -> list[str]:
     lines = []
     for axis, letter in reading.splits.items():
-        carriers = [t.name for t in (layout.first, layout.second, layout.product) if letter in t.letters]
-        lacking = next((t for t in (layout.first, layout.second, layout.product) if letter not in t.letters), None)
+        carriers = [t.name for t in (layout.lhs, layout.rhs, layout.out) if letter in t.letters]
+        lacking = next((t for t in (layout.lhs, layout.rhs, layout.out) if letter not in t.letters), None)
         if lacking is None:
             lines.append(f"axis {axis} splits {letter}, which all three carry: nothing is communicated along it")
             continue

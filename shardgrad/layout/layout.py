@@ -31,7 +31,7 @@ class Layout:
         Layout("X[b,c,h,w] W[o/tp,c,i,j] -> Y[b,o/tp,p,q]", spatial=2)
 
     Attributes:
-        first, second, product, bias: the tensors, as `TensorSpec`. Where no bias is written, `bias` is the default one.
+        lhs, rhs, out, bias: the tensors, as `TensorSpec`. Where no bias is written, `bias` is the default one.
         has_bias: whether the layout writes a bias.
         splits: for each mesh axis, the letter that it splits.
         rows, contracted, columns, batched: the letters by role.
@@ -41,12 +41,12 @@ class Layout:
         LayoutError: with the layout, a caret under the letter or axis, the reason and the nearest legal layouts.
     """
 
-    __slots__ = ("_hash", "bias", "first", "has_bias", "plan", "product", "reading", "second", "spatial", "text")
+    __slots__ = ("_hash", "bias", "has_bias", "lhs", "out", "plan", "reading", "rhs", "spatial", "text")
 
     text: str
-    first: TensorSpec
-    second: TensorSpec
-    product: TensorSpec
+    lhs: TensorSpec
+    rhs: TensorSpec
+    out: TensorSpec
     bias: TensorSpec
     has_bias: bool
     spatial: int
@@ -60,7 +60,7 @@ class Layout:
         except Illegal as wrong:
             raise LayoutError(_refusal(text, wrong, nearest(notation, wrong))) from None
         self.text = str(notation)
-        self.first, self.second, self.product = notation.first, notation.second, notation.product
+        self.lhs, self.rhs, self.out = notation.lhs, notation.rhs, notation.out
         self.has_bias = notation.bias is not None
         self.spatial = spatial
         self.bias = reading.bias
@@ -96,12 +96,12 @@ class Layout:
     @property
     def letters(self) -> tuple[str, ...]:
         """Every letter, in the order of first appearance."""
-        return tuple(dict.fromkeys((*self.first.letters, *self.second.letters, *self.product.letters)))
+        return tuple(dict.fromkeys((*self.lhs.letters, *self.rhs.letters, *self.out.letters)))
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Both operands, the product, and the bias (as written, or the default one)."""
-        return self.first, self.second, self.product, self.bias
+        return self.lhs, self.rhs, self.out, self.bias
 
     def __getitem__(self, name: str) -> TensorSpec:
         for tensor in self.tensors:
@@ -144,7 +144,7 @@ class Layout:
         Raises:
             LayoutError: a size, an axis or a name is missing or unknown.
         """
-        roles: dict[str, Role] = {self.first.name: "first", self.second.name: "second", self.bias.name: "bias"}
+        roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs", self.bias.name: "bias"}
         for what, names in (("frozen", frozen), ("keep", keep)):
             for name in names:
                 if name not in roles or (what == "keep" and roles[name] == "bias"):

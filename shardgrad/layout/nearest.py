@@ -11,7 +11,7 @@ from shardgrad.layout.notation import Notation, TensorSpec
 from shardgrad.layout.rule import Illegal, read, unmarked
 
 MOST = 3
-_THREE = ("first", "second", "product")
+_THREE = ("lhs", "rhs", "out")
 _ROUNDS = 4  # axes mended one after the other; a layout with more wrong than this gets no proposal
 
 
@@ -60,7 +60,7 @@ def _marked(legal: Notation, layout: Notation) -> Notation:
         if written is None or now is None:
             continue
         for axis in dict.fromkeys((*written.partial, *written.grad_partial)):
-            side = "partial" if role == "product" else "grad_partial"
+            side = "partial" if role == "out" else "grad_partial"
             marked = legal._replace(**{role: replace(getattr(legal, role), **{side: (*getattr(now, side), axis)})})
             try:
                 read(marked)
@@ -89,7 +89,7 @@ def _bias_alone_is_wrong(layout: Notation) -> bool:
 
 def _placed_anew(layout: Notation, axis: str) -> Iterator[tuple[int, Notation]]:
     """The axis made to split each letter in turn, stored or not by the tensor that lacks the letter."""
-    three = (layout.first, layout.second, layout.product)
+    three = (layout.lhs, layout.rhs, layout.out)
     for split in dict.fromkeys(letter for tensor in three for letter in tensor.letters):
         choices: list[list[tuple[int, TensorSpec]]] = []
         for tensor in three:
@@ -123,7 +123,7 @@ def _moved(tensor: TensorSpec, axis: str, letter: str | None) -> tuple[int, Tens
 
 def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation]]:
     """The axes of one letter in the order in which some tensor lists them, and with the common ones first."""
-    three = (layout.first, layout.second, layout.product)
+    three = (layout.lhs, layout.rhs, layout.out)
     carriers = [tensor for tensor in three if letter in tensor.letters]
     shared = (
         [a for a in carriers[0].axes_of(letter) if all(a in t.axes_of(letter) for t in carriers)] if carriers else []

@@ -79,24 +79,24 @@ class Notation(NamedTuple):
     spatial: how many dims of each tensor, the last ones, are those that a convolution slides along.
     """
 
-    first: TensorSpec
-    second: TensorSpec
-    product: TensorSpec
+    lhs: TensorSpec
+    rhs: TensorSpec
+    out: TensorSpec
     bias: TensorSpec | None
     spatial: int = 0
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        return tuple(t for t in (self.first, self.second, self.product, self.bias) if t is not None)
+        return tuple(t for t in (self.lhs, self.rhs, self.out, self.bias) if t is not None)
 
     @property
     def spatial_letters(self) -> tuple[str, ...]:
-        three = (self.first, self.second, self.product)
+        three = (self.lhs, self.rhs, self.out)
         return tuple(letter for t in three for letter in t.letters[len(t.dims) - self.spatial :])
 
     def __str__(self) -> str:
         bias = f" + {self.bias}" if self.bias else ""
-        return f"{self.first} {self.second} -> {self.product}{bias}"
+        return f"{self.lhs} {self.rhs} -> {self.out}{bias}"
 
 
 def point(text: str, at: int, width: int = 1) -> str:

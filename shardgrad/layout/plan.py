@@ -14,7 +14,7 @@ from shardgrad.layout.notation import Dim, Notation, TensorSpec
 from shardgrad.layout.rule import Reading
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "slice"]
-Role = Literal["first", "second", "product", "bias"]
+Role = Literal["lhs", "rhs", "out", "bias"]
 Dims = tuple[Dim, ...]
 
 
@@ -43,7 +43,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Local products, summed, and what surrounds them. In backward phases the role `product` stands for dY.
+    """Local products, summed, and what surrounds them. In backward phases the role `out` stands for dY.
 
     made: the role whose value (forward) or gradient (backward) is produced.
     reads: forward, both operands and perhaps the bias; backward, dY and an operand in turn; for db, dY alone.
@@ -88,8 +88,8 @@ class Plan:
     """Every route of one layout, derived once; `forward_phases` and `backward_phases` pick what a call needs."""
 
     names: dict[Role, str]
-    product_dims: Dims  # as the product, and so dY, is stored
-    gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `product`: dY for the products of backward
+    out_dims: Dims  # as the product, and so dY, is stored
+    gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `out`: dY for the products of backward
     reduce: dict[Role, tuple[Move, ...]]  # local product -> stored; of an operand: its gradient
     bias: tuple[Move, ...]  # B -> the product's storage
     bias_grad: tuple[Move, ...]  # db from dY as stored
@@ -98,12 +98,12 @@ class Plan:
 
     def bias_reads_gathered(self, need: Collection[Role]) -> bool:
         """Whether db is summed from the dY that was gathered for a product, rather than from dY as stored."""
-        return self.bias_can_share and ("first" in need or "second" in need)
+        return self.bias_can_share and ("lhs" in need or "rhs" in need)
 
 
 def shares(plans: Sequence[Plan]) -> tuple[int, ...]:
     """For each product of one input, the first product that gathers and reduces this input in the same way."""
-    keys = [(plan.gather["first"], plan.reduce["first"]) for plan in plans]
+    keys = [(plan.gather["lhs"], plan.reduce["lhs"]) for plan in plans]
     return tuple(keys.index(key) for key in keys)
 
 
@@ -112,19 +112,19 @@ def forward_phases(plans: Sequence[Plan], bias: Sequence[bool]) -> tuple[Phase, 
     phases = []
     for at, (plan, share) in enumerate(zip(plans, shares(plans))):
         reads = [
-            Read("first", share, plan.gather["first"] if share == at else ()),
-            Read("second", at, plan.gather["second"]),
+            Read("lhs", share, plan.gather["lhs"] if share == at else ()),
+            Read("rhs", at, plan.gather["rhs"]),
         ]
         if bias[at]:
             reads.append(Read("bias", at, plan.bias))
-        phases.append(Phase("forward", "product", at, tuple(reads), plan.reduce["product"]))
+        phases.append(Phase("forward", "out", at, tuple(reads), plan.reduce["out"]))
     return tuple(phases)
 
 
 def backward_phases(
     plans: Sequence[Plan], needs: Sequence[Collection[Role]], keep: Collection[tuple[Role, int]] = ()
 ) -> tuple[Phase, ...]:
-    """The gradients that each product `needs` (`first`, `second`, `bias`), in the order in which they run.
+    """The gradients that each product `needs` (`lhs`, `rhs`, `bias`), in the order in which they run.
 
     An operand in `keep` (role and index) was kept as gathered in forward. Each dY is gathered once, in the first phase
     that reads it; dX of products that share their input is summed locally and reduced once.
@@ -139,44 +139,44 @@ def backward_phases(
     phases = []
     share_of = shares(plans)
     for share in dict.fromkeys(share_of):
-        summed = [at for at, plan in enumerate(plans) if share_of[at] == share and "first" in needs[at]]
+        summed = [at for at, plan in enumerate(plans) if share_of[at] == share and "lhs" in needs[at]]
         if summed:
             reads = []
             for at in summed:
-                reads.append(read("product", at, plans[at].gather["product"]))
-                reads.append(read("second", at, plans[at].gather["second"]))
-            name = f"d{plans[share].names['first']}"
-            phases.append(Phase(name, "first", share, tuple(reads), plans[share].reduce["first"]))
+                reads.append(read("out", at, plans[at].gather["out"]))
+                reads.append(read("rhs", at, plans[at].gather["rhs"]))
+            name = f"d{plans[share].names['lhs']}"
+            phases.append(Phase(name, "lhs", share, tuple(reads), plans[share].reduce["lhs"]))
     for at, plan in enumerate(plans):
-        if "second" in needs[at]:
+        if "rhs" in needs[at]:
             reads = [
-                read("product", at, plan.gather["product"]),
-                read("first", share_of[at], plan.gather["first"]),
+                read("out", at, plan.gather["out"]),
+                read("lhs", share_of[at], plan.gather["lhs"]),
             ]
-            phases.append(Phase(f"d{plan.names['second']}", "second", at, tuple(reads), plan.reduce["second"]))
+            phases.append(Phase(f"d{plan.names['rhs']}", "rhs", at, tuple(reads), plan.reduce["rhs"]))
     for at, plan in enumerate(plans):
         if "bias" in needs[at]:
             moves = plan.bias_grad_gathered if plan.bias_reads_gathered(needs[at]) else plan.bias_grad
-            phases.append(Phase("db", "bias", at, (Read("product", at, ()),), moves))
+            phases.append(Phase("db", "bias", at, (Read("out", at, ()),), moves))
     return tuple(phases)
 
 
 def derive(layout: Notation, reading: Reading) -> Plan:
     """The plan of a legal layout."""
-    tensors: dict[Role, TensorSpec] = {"first": layout.first, "second": layout.second, "product": layout.product}
+    tensors: dict[Role, TensorSpec] = {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out}
     gather: dict[Role, tuple[Move, ...]] = {}
     reduce: dict[Role, tuple[Move, ...]] = {}
     for role, spec in tensors.items():
         used = reading.used(spec).dims
         gather[role] = route(spec.dims, used)
         reduce[role] = route(used, spec.dims, reading.lacking(spec), (*spec.partial, *spec.grad_partial))
-    product, bias = layout.product, reading.bias
+    product, bias = layout.out, reading.bias
     at_product = tuple(Dim(d.letter, product.axes_of(d.letter)) for d in bias.dims)
     at_gathered = tuple(Dim(d.letter, reading.used(product).axes_of(d.letter)) for d in bias.dims)
     missing = [axis for dim in product.dims if dim.letter not in bias.letters for axis in dim.axes]
     missing_gathered = [a for d in reading.used(product).dims if d.letter not in bias.letters for a in d.axes]
     return Plan(
-        product_dims=product.dims,
+        out_dims=product.dims,
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
         gather=gather,
         reduce=reduce,

@@ -55,7 +55,7 @@ def read(layout: Notation) -> Reading:
     Raises:
         Illegal: the first thing found wrong.
     """
-    first, second, product = layout.first, layout.second, layout.product
+    first, second, product = layout.lhs, layout.rhs, layout.out
     _check_tensors(layout)
     rows = tuple(x for x in first.letters if x in product.letters and x not in second.letters)
     columns = tuple(x for x in second.letters if x in product.letters and x not in first.letters)
@@ -84,7 +84,7 @@ def _check_tensors(layout: Notation) -> None:
         for axis in tensor.axes:
             if tensor.axes.count(axis) > 1:
                 raise Illegal(f"axis {axis} stands twice in {tensor.name}", tensor.name, axis=axis)
-    three = (layout.first, layout.second, layout.product)
+    three = (layout.lhs, layout.rhs, layout.out)
     spatial = layout.spatial
     for tensor in three:
         if len(tensor.dims) < spatial:
@@ -103,7 +103,7 @@ def _check_tensors(layout: Notation) -> None:
     for tensor in three:
         for letter in tensor.letters[: len(tensor.dims) - spatial]:
             if sum(letter in other.letters for other in three) == 1:
-                role = "summed away without a partner" if tensor is not layout.product else "made from nothing"
+                role = "summed away without a partner" if tensor is not layout.out else "made from nothing"
                 raise Illegal(
                     f"letter {letter} stands in {tensor.name} alone, so it would be {role}: a letter stands in two "
                     "of the three tensors, or in all three",
@@ -174,7 +174,7 @@ def _check_order(tensors: tuple[TensorSpec, ...], splits: dict[str, str]) -> Non
 def _default_bias(layout: Notation, columns: tuple[str, ...], splits: dict[str, str]) -> TensorSpec:
     taken = {tensor.name for tensor in layout.tensors}
     name = next(n for n in ("B", "bias", "bias_") if n not in taken)
-    dims = (d for d in layout.product.dims if d.letter in columns)
+    dims = (d for d in layout.out.dims if d.letter in columns)
     return TensorSpec(name, tuple(Dim(d.letter, tuple(a for a in d.axes if splits[a] == d.letter)) for d in dims))
 
 
@@ -195,7 +195,7 @@ def _check_bias(bias: TensorSpec, product: TensorSpec, splits: dict[str, str]) -
 
 
 def _check_marks(layout: Notation, reading: Reading) -> None:
-    product = layout.product
+    product = layout.out
     for tensor in layout.tensors:
         summed: tuple[str, ...]
         if tensor is layout.bias:
@@ -231,6 +231,4 @@ def unmarked(layout: Notation) -> Notation:
         return replace(tensor, partial=(), grad_partial=())
 
     bias = bare(layout.bias) if layout.bias else None
-    return layout._replace(
-        first=bare(layout.first), second=bare(layout.second), product=bare(layout.product), bias=bias
-    )
+    return layout._replace(lhs=bare(layout.lhs), rhs=bare(layout.rhs), out=bare(layout.out), bias=bias)

@@ -113,9 +113,9 @@ def walk(
             key = (one.phase, one.operation, one.tensor, one.axis)
             sent.setdefault(key, [0] * len(coordinates))[at] = one.bytes
     ranks = tuple(layout.resolve(sizes, mesh, coordinate) for coordinate in coordinates)
-    roles: dict[str, Role] = {layout.first.name: "first", layout.second.name: "second"}
+    roles: dict[str, Role] = {layout.lhs.name: "lhs", layout.rhs.name: "rhs"}
     kept = {(roles[name], 0) for name in keep}
-    need: set[Role] = {"first", "second"}
+    need: set[Role] = {"lhs", "rhs"}
     if layout.has_bias:
         need.add("bias")
     maker = _Maker(layout, mesh, ranks, sent, need)
@@ -135,9 +135,9 @@ class _Maker:
     ) -> None:
         self.layout, self.mesh, self.ranks, self.sent, self.need = layout, mesh, ranks, sent, need
         self.specs: dict[Role, TensorSpec] = {
-            "first": layout.first,
-            "second": layout.second,
-            "product": layout.product,
+            "lhs": layout.lhs,
+            "rhs": layout.rhs,
+            "out": layout.out,
             "bias": layout.bias,
         }
         self.moved_in: dict[Role, str] = {}  # role -> the phase that gathered it
@@ -147,7 +147,7 @@ class _Maker:
         reads, bias = [], None
         for read in phase.reads:
             spec = self.specs[read.role]
-            gradient = read.role == "product" and not forward
+            gradient = read.role == "out" and not forward
             name = f"d{spec.name}" if gradient else spec.name
             used = self.layout.reading.used(spec).dims
             if read.role == "bias":
@@ -195,7 +195,7 @@ class _Maker:
     def _flops(self, sizes: Sizes) -> int:
         """Two for every choice of one index of every letter, each letter cut by the axes that split it."""
         cut: dict[str, tuple[str, ...]] = {}
-        for spec in (self.layout.first, self.layout.second, self.layout.product):
+        for spec in (self.layout.lhs, self.layout.rhs, self.layout.out):
             cut |= {dim.letter: dim.axes for dim in self.layout.reading.used(spec).dims}
         local = [sizes.get(letter, axes) for letter, axes in cut.items()]
         return 2 * prod(size for size in local if size is not None)

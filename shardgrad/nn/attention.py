@@ -137,7 +137,7 @@ class Attention(ShardedModule):
             f"A[{b},s,h/{axis},k] {weight(f'Wo[m,h/{axis},k]')} -> Y[{b},{s},m]{mark}" + plus("Bo[m]")
         )
         for name, layout in zip((*_INPUTS, "output"), (*self.input_layouts, self.output_layout)):
-            for kind, spec in (("weight", layout.second), ("bias", layout.bias)):
+            for kind, spec in (("weight", layout.rhs), ("bias", layout.bias)):
                 if kind == "bias" and not bias:
                     self.register_parameter(f"{name}_bias", None)
                     continue
@@ -246,7 +246,7 @@ class Attention(ShardedModule):
         inputs.known[inputs.level("g", (self.axis,))] = self.heads.count_kv
         width = cost.itemsize(dtype)
         biased = self.output_bias is not None
-        needs: list[Role] = ["first", "second", "bias"] if biased else ["first", "second"]
+        needs: list[Role] = ["lhs", "rhs", "bias"] if biased else ["lhs", "rhs"]
         shared = cost.collectives(
             [layout.plan for layout in self.input_layouts],
             inputs,

@@ -73,7 +73,7 @@ class Linear(ShardedModule):
                 raise LayoutError(f"Linear: sizes names {letter!r}, which is no letter of {layout}")
         self._complete("in_features", in_features, layout.contracted)
         self._complete("out_features", out_features, layout.columns)
-        stored = {"weight": layout.second, "bias": layout.bias} if bias else {"weight": layout.second}
+        stored = {"weight": layout.rhs, "bias": layout.bias} if bias else {"weight": layout.rhs}
         for letter in (letter for spec in stored.values() for letter in spec.letters):
             if letter not in self.sizes:
                 raise LayoutError(f"Linear: a parameter carries {letter!r} of {layout}: say how large it is in sizes")
@@ -106,7 +106,7 @@ class Linear(ShardedModule):
         """The local shard of Y.
 
         Args:
-            x: this rank's shard, stored as `layout.first`.
+            x: this rank's shard, stored as `layout.lhs`.
             sizes: global sizes of row letters, where the shards do not tell them: the ranks otherwise exchange them.
         """
         if torch.compiler.is_compiling():

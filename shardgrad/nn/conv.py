@@ -79,7 +79,7 @@ class _Conv(ShardedModule):
             "o": out_channels // groups,
             **dict(zip(k.split(","), self.kernel_size)),
         }
-        weight, added = self.layout.second, self.layout.bias
+        weight, added = self.layout.rhs, self.layout.bias
         torchs = (out_channels, in_channels // groups, *self.kernel_size)
         self.declare("weight", str(weight), self._sizes, device, dtype, torchs if many else None)
         if bias:
@@ -89,7 +89,7 @@ class _Conv(ShardedModule):
         self._product = bind((self.layout,), (bias,), mesh, operation=self.operation)
         # torch's channel dim of this rank's x is g·c: as many groups, of as many channels.
         shape, where = view(mesh).shape, view(mesh).coordinate
-        first = self.layout.first
+        first = self.layout.lhs
         self._channels = (
             [slab(self._sizes[at], first.axes_of(at), shape, where)[1] for at in ("g", "c")] if many else []
         )
@@ -112,7 +112,7 @@ class _Conv(ShardedModule):
             if x.dim() != self._spatial + 2 or x.shape[1] != prod(self._channels):
                 factors = " · ".join(map(str, self._channels))
                 raise ShapeError(
-                    f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.first} of "
+                    f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.lhs} of "
                     f"{self.groups} groups of {self._sizes['c']} channels leaves this rank {factors} = "
                     f"{prod(self._channels)} channels in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
                     "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"

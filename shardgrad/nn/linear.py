@@ -298,7 +298,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         found = super().collectives(shape, dtype)
         if self.gather_output:
-            found += self._moved("forward", "Y", self.layout(len(shape)).product, shape, dtype)
+            found += self._moved("forward", "Y", self.layout(len(shape)).out, shape, dtype)
         return found
 
 
@@ -362,5 +362,5 @@ class RowParallelLinear(_ParallelLinear):
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         found = super().collectives(shape, dtype)
         if not self.input_is_parallel:
-            found += self._moved("dX", "dX", self.layout(len(shape)).first, shape, dtype)
+            found += self._moved("dX", "dX", self.layout(len(shape)).lhs, shape, dtype)
         return found

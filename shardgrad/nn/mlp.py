@@ -256,7 +256,7 @@ class SwiGLU(ShardedModule):
         gate, up, down = self.layouts(len(shape))
         rows = dict(zip(row_letters(len(shape) - 1), shape))
         features = {"d": self.embed_dim, "f": self.hidden_dim}
-        needs: list[Role] = ["first", "second", "bias"] if self.bias else ["first", "second"]
+        needs: list[Role] = ["lhs", "rhs", "bias"] if self.bias else ["lhs", "rhs"]
         shared = cost.collectives(
             [gate.plan, up.plan],
             gate.resolve({**rows, **features}, mesh_view.shape, mesh_view.coordinate),

@@ -89,7 +89,7 @@ class MoE(ShardedModule):
         self.down_layout = Layout(f"H[{e},n,f] Wdown[{e},d,f] -> Y[{e},n,d]")
         layouts = zip(("router", *names, "down"), (self.router_layout, *self.up_layouts, self.down_layout))
         for name, layout in layouts:
-            self.declare(name, str(layout.second), sizes, device, dtype)
+            self.declare(name, str(layout.rhs), sizes, device, dtype)
         self._names = names
         self._sizes = {letter: sizes[letter] for letter in "ed"}, sizes
         self._router = bind((self.router_layout,), (False,), mesh)

@@ -40,9 +40,9 @@ class Map(Protocol):
 class Local(NamedTuple):
     """The map and its transposes for one set of local shapes: of (X, W), of (dY, W), of (dY, X)."""
 
-    product: Map
-    grad_first: Map
-    grad_second: Map
+    out: Map
+    grad_lhs: Map
+    grad_rhs: Map
 
 
 class Operation(Protocol):
@@ -70,7 +70,7 @@ class _Contract:
         pass
 
     def local(self, layout: Layout, sizes: Sizes) -> Local:
-        x, w, y = layout.first.letters, layout.second.letters, layout.product.letters
+        x, w, y = layout.lhs.letters, layout.rhs.letters, layout.out.letters
         return Local(Contraction(x, w, y), Contraction(y, w, x), Contraction(y, x, w))
 
     def __str__(self) -> str:

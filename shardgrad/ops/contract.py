@@ -114,7 +114,7 @@ class Contraction:
         return self._rows if self._unpermute is None and self._batched == 0 else 0
 
     @property
-    def first_has_rows(self) -> bool:
+    def lhs_has_rows(self) -> bool:
         """Whether those are the leading dims of the first operand too."""
         return not self._swap and self._left is None
 

@@ -80,8 +80,8 @@ def convolve(
 def _layout(text: str) -> Layout:
     """A convolution's layout: the letters that W alone has are those of the kernel."""
     written = parse(text)
-    others = (*written.first.letters, *written.product.letters)
-    return Layout(text, spatial=sum(letter not in others for letter in written.second.letters))
+    others = (*written.lhs.letters, *written.out.letters)
+    return Layout(text, spatial=sum(letter not in others for letter in written.rhs.letters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Convolution:
     def derive(self, layout: Layout, sizes: Sizes) -> None:
         """(size + 2·padding − dilation·(kernel − 1) − 1) // stride + 1, for each spatial dim."""
         n = self.spatial
-        letters = zip(layout.first.letters[-n:], layout.second.letters[-n:], layout.product.letters[-n:])
+        letters = zip(layout.lhs.letters[-n:], layout.rhs.letters[-n:], layout.out.letters[-n:])
         for at, (x, w, y) in enumerate(letters):
             size, kernel = sizes.get(x), sizes.get(w)
             if size is None or kernel is None:
@@ -198,11 +198,11 @@ class _Map:
 
 
 def _local(settings: Convolution, layout: Layout, sizes: Sizes) -> Local:
-    used = [layout.reading.used(spec).dims for spec in (layout.first, layout.second, layout.product)]
+    used = [layout.reading.used(spec).dims for spec in (layout.lhs, layout.rhs, layout.out)]
     rows, groups, inner, columns = layout.rows, layout.batched, layout.contracted, layout.columns
-    x = _Order(layout.first.letters, rows, (*groups, *inner), sizes.shape_of(used[0]))
-    w = _Order(layout.second.letters, (*groups, *columns), inner, sizes.shape_of(used[1]))
-    y = _Order(layout.product.letters, rows, (*groups, *columns), sizes.shape_of(used[2]))
+    x = _Order(layout.lhs.letters, rows, (*groups, *inner), sizes.shape_of(used[0]))
+    w = _Order(layout.rhs.letters, (*groups, *columns), inner, sizes.shape_of(used[1]))
+    y = _Order(layout.out.letters, rows, (*groups, *columns), sizes.shape_of(used[2]))
     if 0 in (*x.merged[:2], *w.merged[:2]):
         # torch refuses some shapes without elements; with no channel or no row there is nothing to add up.
         return Local(_Map(None, x, w, y), _Map(None, y, w, x), _Map(None, y, x, w))

@@ -183,11 +183,11 @@ def run(
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
-    first = layouts[0].first
+    first = layouts[0].lhs
     for layout, has_bias in zip(layouts, biased):
-        if layout.first.dims != first.dims or layout.first.grad_partial != first.grad_partial:
+        if layout.lhs.dims != first.dims or layout.lhs.grad_partial != first.grad_partial:
             raise LayoutError(
-                f"products of one input must write it alike: {first} in {layouts[0]}, {layout.first} in {layout}"
+                f"products of one input must write it alike: {first} in {layouts[0]}, {layout.lhs} in {layout}"
             )
         if layout.has_bias and not has_bias:
             raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
@@ -198,8 +198,8 @@ def _kept(keep: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
         raise TypeError(f"keep is a collection of operands' names: keep=({keep!r},)")
     kept: set[Key] = set()
     for name in keep:
-        seconds = [("second", at) for at, layout in enumerate(layouts) if layout.second.name == name]
-        firsts = [("first", at) for at, layout in enumerate(layouts) if layout.first.name == name]
+        seconds = [("rhs", at) for at, layout in enumerate(layouts) if layout.rhs.name == name]
+        firsts = [("lhs", at) for at, layout in enumerate(layouts) if layout.lhs.name == name]
         if not firsts and not seconds:
             raise LayoutError(f"keep: no operand {name!r} in {'; '.join(map(str, layouts))}")
         kept.update(seconds + firsts)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ class Product:
                     "sg.convolve, others for sg.matmul"
                 )
         # Sizes that follow from others, and that no operand tells.
-        self._derived = {x for lay in layouts for x in lay.product.letters[len(lay.product.dims) - lay.spatial :]}
+        self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
         self._programs: dict[object, Program] = {}
@@ -187,9 +187,9 @@ class Product:
         """
         count = len(self.layouts)
         weights, biases = tensors[1 : count + 1], iter(tensors[count + 1 :])
-        specs, values = [self.layouts[0].first], [tensors[0]]
+        specs, values = [self.layouts[0].lhs], [tensors[0]]
         for layout, weight, biased in zip(self.layouts, weights, self.biased):
-            specs.append(layout.second)
+            specs.append(layout.rhs)
             values.append(weight)
             if biased:
                 specs.append(layout.bias)
@@ -244,7 +244,7 @@ class Product:
 
         A backward counts with every gradient if any is wanted: ranks that want different ones are to be told so.
         """
-        every: set[Role] = {"first", "second", "bias"}
+        every: set[Role] = {"lhs", "rhs", "bias"}
         needs = [every if wanted and biased else every - {"bias"} if wanted else set() for biased in self.biased]
         moved: dict[str, set[str]] = {}
         for phase in (*forward_phases(self.plans, self.biased), *backward_phases(self.plans, needs, self.keep)):
@@ -260,7 +260,7 @@ class Product:
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
         lines.append(str(self.operation))
         lines += [f"dtype {dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
-        names = [self.layouts[0].first.name, *(layout.second.name for layout in self.layouts)]
+        names = [self.layouts[0].lhs.name, *(layout.rhs.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
         wanted = [name for name, need in zip(names, needs) if need]
         lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
@@ -273,6 +273,6 @@ class Product:
         """Do the ranks ask for the same gradients of the same kind?"""
         lines = ["backward", *(f"layout {layout}" for layout in self.layouts)]
         for layout, dy in zip(self.layouts, dys):
-            lines.append(f"d{layout.product.name} {'is None' if dy is None else dy.dtype}")
+            lines.append(f"d{layout.out.name} {'is None' if dy is None else dy.dtype}")
         for name in self.axes:
             agree(self.view, self.view.axes[name], lambda: "\n".join(lines), "the backward of a product")

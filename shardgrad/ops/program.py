@@ -68,16 +68,16 @@ class Program:
         self._terms = [Terms(layout, view, operation.local(layout, sizes)) for layout in layouts]
         count = self.count = len(layouts)
         share = self._share = shares(self._plans)
-        keys: list[Key] = [("first", at) for at in dict.fromkeys(share)]
+        keys: list[Key] = [("lhs", at) for at in dict.fromkeys(share)]
         self._inputs = len(keys)
-        keys += [("second", at) for at in range(count)]
+        keys += [("rhs", at) for at in range(count)]
         keys += [("bias", at) for at in range(count) if biased[at]]
         self._slot: dict[Key, int] = {key: at for at, key in enumerate(keys)}
         self._given = len(keys)  # then each dY as stored, then each as gathered
-        self._dy_gathers = [bool(self._route(plan.gather["product"], "")) for plan in self._plans]
+        self._dy_gathers = [bool(self._route(plan.gather["out"], "")) for plan in self._plans]
         self._biases = [at for at in range(count) if biased[at]]
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
-        self._keep: set[Key] = {(role, share[at] if role == "first" else at) for role, at in keep}
+        self._keep: set[Key] = {(role, share[at] if role == "lhs" else at) for role, at in keep}
         self._saved = self._slots_for_backward()
         # Backward, by which dYs there are, whether the weights' gradients are put off, and which go to a main_grad.
         self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
@@ -100,7 +100,7 @@ class Program:
 
     def _backward_talks(self, plan: Plan, biased: bool) -> bool:
         """Whether the backward of one product communicates, beside the reduction of dX that products share."""
-        routes = [*plan.gather.values(), plan.reduce["second"]]
+        routes = [*plan.gather.values(), plan.reduce["rhs"]]
         routes += [plan.bias_grad, plan.bias_grad_gathered] if biased else []
         return any(self._route(moves, "") for moves in routes)
 
@@ -109,8 +109,8 @@ class Program:
 
     def _slots_for_backward(self) -> tuple[int, ...]:
         """W for dX, X for dW: as gathered if kept, else as stored, to be gathered again."""
-        wanted: list[Key] = [("second", at) for at in range(self.count) if self._needs[0]]
-        wanted += [("first", self._share[at]) for at in range(self.count) if self._needs[1 + at]]
+        wanted: list[Key] = [("rhs", at) for at in range(self.count) if self._needs[0]]
+        wanted += [("lhs", self._share[at]) for at in range(self.count) if self._needs[1 + at]]
         return tuple(dict.fromkeys(self._slot[key] for key in wanted))
 
     def _forward(
@@ -124,28 +124,28 @@ class Program:
                 route = self._route(read.moves, plan.names[read.role])
                 if route:
                     starts.append(Start(slot, slot, route))
-            reduce = self._route(phase.reduce, plan.names["product"])
+            reduce = self._route(phase.reduce, plan.names["out"])
             bias = slots[2] if len(slots) > 2 else None
             products.append(Forward(self._terms[phase.index], slots[0], slots[1], reduce, bias))
         gathers = []
         for start in starts:
-            readers = [at for at, one in enumerate(products) if one.first == start.target]
+            readers = [at for at, one in enumerate(products) if one.lhs == start.target]
             if readers:
                 made: list[tuple[int, Map, Role]]
-                made = [(at, products[at].terms.product, "product") for at in readers]
+                made = [(at, products[at].terms.out, "out") for at in readers]
                 gathers.append(self._gather_in_pieces(start, made, self._slot_role(start.target) in self._keep))
         piecewise = tuple(gather for gather in gathers if gather is not None)
         beside = {gather.start.target for gather in piecewise}
         last = len(products) - 1
-        if products[last].first not in beside:
-            reduced = self._reduce_in_pieces(products[last].route, last, products[last].terms.product, "product")
+        if products[last].lhs not in beside:
+            reduced = self._reduce_in_pieces(products[last].route, last, products[last].terms.out, "out")
             products[last] = replace(products[last], pieces=reduced)
         first = products[0]  # what later ones read arrives under this one
-        if first.first not in beside and first.pieces is None:
+        if first.lhs not in beside and first.pieces is None:
             for start in starts:
-                if start.target == first.second:
+                if start.target == first.rhs:
                     kept = self._slot_role(start.target) in self._keep
-                    weight = self._gather_second_in_pieces(start, 0, first.terms.product, "product", kept)
+                    weight = self._gather_second_in_pieces(start, 0, first.terms.out, "out", kept)
                     piecewise += (weight,) if weight is not None else ()
         return tuple(starts), tuple(products), piecewise
 
@@ -159,9 +159,9 @@ class Program:
             need: set[Role] = set()
             if there[at]:
                 if self._needs[0]:
-                    need.add("first")
+                    need.add("lhs")
                 if self._needs[1 + at]:
-                    need.add("second")
+                    need.add("rhs")
                 if at in self._biases and self._needs[1 + self.count + self._biases.index(at)]:
                     need.add("bias")
             needs.append(need)
@@ -171,7 +171,7 @@ class Program:
         gathers = [self._gathers(phase) for phase in phases]
         operands = [self._operands(phase, needs) for phase in phases]
         stages = []
-        now = len([phase for phase in phases if phase.made == "first"]) if defer else len(phases)  # these come first
+        now = len([phase for phase in phases if phase.made == "lhs"]) if defer else len(phases)  # these come first
         for at, phase in enumerate(phases):
             ahead = gathers[at + 1] if at + 1 < len(phases) and at + 1 != now else ()
             later = {slot for slots in operands[at + 1 :] for slot in slots}
@@ -180,7 +180,7 @@ class Program:
             if phase.made != "bias":
                 for dy, other in zip(range(0, len(slots), 2), range(1, len(slots), 2)):
                     local = self._terms[phase.reads[dy].index]
-                    made = local.grad_first if phase.made == "first" else local.grad_second
+                    made = local.grad_lhs if phase.made == "lhs" else local.grad_rhs
                     terms.append((made, slots[dy], slots[other]))
             stages.append(
                 Stage(
@@ -192,7 +192,7 @@ class Program:
                     done=tuple(set(slots) - later),
                 )
             )
-        if stages and phases[0].made == "first":
+        if stages and phases[0].made == "lhs":
             stages[0] = self._gather_in_stage(stages[0], phases[0].reads[0].index, operands)
             if now > 1:
                 rest = [phase.index for phase in phases[1:now] if phase.made != "bias"]
@@ -211,11 +211,11 @@ class Program:
         for start in stage.starts:
             if start.target == dy:
                 again = any(dy in slots for slots in operands[1:])
-                gather = self._gather_in_pieces(start, [(at, made, "first")], again)
+                gather = self._gather_in_pieces(start, [(at, made, "lhs")], again)
                 return stage if gather is None else replace(stage, gather=gather)
         for start in stage.starts:
             if start.target == weight:
-                return replace(stage, gather=self._gather_second_in_pieces(start, at, made, "first", False))
+                return replace(stage, gather=self._gather_second_in_pieces(start, at, made, "lhs", False))
         return stage
 
     def _reduce_in_stage(self, stage: Stage, phase: Phase, after: int = 0) -> Stage:
@@ -233,7 +233,7 @@ class Program:
             return None
         step, layout, alike = route[0], self._layouts[at], True
         assert step.axis is not None
-        for spec in (layout.first, layout.second, layout.product):
+        for spec in (layout.lhs, layout.rhs, layout.out):
             for dim in spec.dims:
                 if step.axis.name in dim.axes:
                     whole = self._sizes.get(dim.letter, dim.axes[: dim.axes.index(step.axis.name)])
@@ -267,19 +267,19 @@ class Program:
         self, start: Start, products: Sequence[tuple[int, Map, Role]], assemble: bool
     ) -> Piecewise | None:
         at, _, role = products[0]
-        spec = self._spec(at, "first" if role == "product" else "product")
+        spec = self._spec(at, "lhs" if role == "out" else "out")
         found = [self._cuttable(start.route, index, made, spec) for index, made, _ in products]
         contractions = [made for _, made, _ in products if isinstance(made, Contraction)]
         if found[0] is None or None in found or found[0][0].kind != "all-gather":
             return None
         step, alike = found[0][0], all(one is not None and one[1] for one in found)
-        if any(step.dim >= made.rows or not made.first_has_rows for made in contractions):
+        if any(step.dim >= made.rows or not made.lhs_has_rows for made in contractions):
             return None
         assert step.axis is not None
         stored = self._sizes.shape_of(spec.dims)
         if stored[step.dim] * step.axis.size != step.whole:
             return None
-        again = sum(prod(self._used_shape(index, "second")) for index, _, _ in products) * (step.axis.size - 1)
+        again = sum(prod(self._used_shape(index, "rhs")) for index, _, _ in products) * (step.axis.size - 1)
         cut = self._cut(step, alike, stored, at, len(products), again, 1 / step.axis.size)
         return Piecewise(start, GatheredInPieces(contractions, step, cut, assemble=assemble)) if cut != WHOLE else None
 
@@ -287,7 +287,7 @@ class Program:
         self, start: Start, at: int, made: Map, role: Role, assemble: bool
     ) -> Piecewise | None:
         """The gather of a weight beside the product, Y or dX, that reads it."""
-        second, out = self._spec(at, "second"), self._spec(at, role)
+        second, out = self._spec(at, "rhs"), self._spec(at, role)
         found = self._cuttable(start.route, at, made, second)
         if found is None or found[0].kind != "all-gather":
             return None
@@ -302,7 +302,7 @@ class Program:
         # A letter that is whole here leaves whole pieces; the gathered one, the own shard's part to begin with.
         letter = max(places, key=lambda one: (one != gathered, stored[second.letters.index(one)]))
         own = 1 / step.axis.size if letter == gathered else 0.0
-        left = prod(self._used_shape(at, "first" if role == "product" else "product"))
+        left = prod(self._used_shape(at, "lhs" if role == "out" else "out"))
         cut = self._cut(step, alike, stored, at, 1, left * (step.axis.size - 1 if own else 1), own)
         if cut == WHOLE:
             return None
@@ -311,15 +311,15 @@ class Program:
 
     def _spec(self, at: int, role: Role) -> TensorSpec:
         layout = self._layouts[at]
-        return {"first": layout.first, "second": layout.second, "product": layout.product}[role]
+        return {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out}[role]
 
     def _used_shape(self, at: int, role: Role) -> tuple[int, ...]:
         return self._sizes.shape_of(self._layouts[at].reading.used(self._spec(at, role)).dims)
 
     def _best_order(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         """dX before dW, so that its reduction runs under dW's product; the other way round where only dW is reduced."""
-        first = [phase for phase in phases if phase.made == "first"]
-        rest = [phase for phase in phases if phase.made != "first"]
+        first = [phase for phase in phases if phase.made == "lhs"]
+        rest = [phase for phase in phases if phase.made != "lhs"]
         reduced = [any(self._route(phase.reduce, "") for phase in some) for some in (first, rest)]
         if reduced == [False, True] and not any(self._dy_gathers):
             return (*rest, *first)
@@ -329,8 +329,8 @@ class Program:
         starts = []
         for read in phase.reads:
             name = self._plans[read.index].names[read.role]
-            route = self._route(read.moves, f"d{name}" if read.role == "product" else name)
-            if route and read.role == "product":
+            route = self._route(read.moves, f"d{name}" if read.role == "out" else name)
+            if route and read.role == "out":
                 starts.append(Start(self._dy(read.index, gathered=False), self._dy(read.index), route))
             elif route:
                 slot = self._slot[read.role, read.index]
@@ -339,7 +339,7 @@ class Program:
 
     def _operands(self, phase: Phase, needs: Sequence[set[Role]]) -> list[int]:
         def slot(read: Read) -> int:
-            if read.role != "product":
+            if read.role != "out":
                 return self._slot[read.role, read.index]
             gathered = phase.made != "bias" or self._plans[read.index].bias_reads_gathered(needs[read.index])
             return self._dy(read.index, gathered)
@@ -347,9 +347,9 @@ class Program:
         return [slot(read) for read in phase.reads]
 
     def _output(self, phase: Phase) -> int:
-        if phase.made == "first":
+        if phase.made == "lhs":
             return 0
-        if phase.made == "second":
+        if phase.made == "rhs":
             return 1 + phase.index
         return 1 + self.count + self._biases.index(phase.index)
 
@@ -359,7 +359,7 @@ class Program:
         """Of one product, on this rank."""
         layout = self._layouts[at]
         sizes: dict[str, int] = {}
-        for spec, role in ((layout.first, "first"), (layout.second, "second")):
+        for spec, role in ((layout.lhs, "lhs"), (layout.rhs, "rhs")):
             sizes.update(zip(spec.letters, self._used_shape(at, role)))  # type: ignore[arg-type]
         return prod(sizes.values())
 
@@ -458,7 +458,7 @@ class Program:
         full = []
         for at, dy in enumerate(dys):
             absent = dy is None and wanted[at]
-            full.append(like.new_zeros(self._sizes.shape_of(self._plans[at].product_dims)) if absent else dy)
+            full.append(like.new_zeros(self._sizes.shape_of(self._plans[at].out_dims)) if absent else dy)
         return tuple(full)
 
     def _computed(self, there: Sequence[bool]) -> tuple[bool, ...]:
@@ -493,7 +493,7 @@ class Program:
     def shapes_apart(self) -> list[tuple[int, ...]]:
         """The shapes of what `forward_apart` returns."""
         kept = [key for slot in self._kept_slots() if (key := self._slot_role(slot)) is not None]
-        made = [self._sizes.shape_of(plan.product_dims) for plan in self._plans]
+        made = [self._sizes.shape_of(plan.out_dims) for plan in self._plans]
         return [*made, *(self._used_shape(at, role) for role, at in kept)]
 
     def saved_apart(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:

@@ -156,31 +156,31 @@ def forward(
     added = [False] * len(products)
     made_at_once: set[int] = set()
     for at, (out, one) in enumerate(zip(outs, products)):
-        if one.first in beside:
-            gather = beside.pop(one.first)
-            readers = [at for at, other in enumerate(products) if other.first == one.first]
-            rights = [writer.read(products[reader].second) for reader in readers]
+        if one.lhs in beside:
+            gather = beside.pop(one.lhs)
+            readers = [at for at, other in enumerate(products) if other.lhs == one.lhs]
+            rights = [writer.read(products[reader].rhs) for reader in readers]
             made_at_once.update(readers)
             writer.beside(gather, [outs[reader] for reader in readers], rights)
         if at in made_at_once:
             arrivals.append(writer.leave(out, one.route))
             continue
-        if one.second in beside:
-            writer.beside(beside.pop(one.second), [out], [writer.read(one.first)])
+        if one.rhs in beside:
+            writer.beside(beside.pop(one.rhs), [out], [writer.read(one.lhs)])
             arrivals.append(writer.leave(out, one.route))
             continue
-        left, right = writer.read(one.first), writer.read(one.second)
+        left, right = writer.read(one.lhs), writer.read(one.rhs)
         if one.pieces is not None:
             arrivals.append(writer.in_pieces(out, one.pieces, left, right))
             continue
         if one.bias is not None and not one.route and one.bias not in {start.target for start in starts}:
-            fused = one.terms.product_and_bias_source(left, right, came[one.bias])
+            fused = one.terms.out_and_bias_source(left, right, came[one.bias])
             if fused:
                 writer.say(f"{out} = {fused}")
                 arrivals.append(writer.leave(out, ()))
                 added[at] = True
                 continue
-        writer.say(f"{out} = {writer.multiply(one.terms.product, left, right)}")
+        writer.say(f"{out} = {writer.multiply(one.terms.out, left, right)}")
         arrivals.append(writer.leave(out, one.route))
     for out, one, arrive, done in zip(outs, products, arrivals, added):
         arrive()

@@ -29,8 +29,8 @@ class Forward:
     """
 
     terms: Terms
-    first: int
-    second: int
+    lhs: int
+    rhs: int
     route: Route
     bias: int | None
     pieces: ReducedInPieces | None = None

@@ -13,18 +13,18 @@ class Terms:
     """Y of X and W; dX of dY and W; dW of dY and X; db = Σ dY over the letters that the bias lacks."""
 
     def __init__(self, layout: Layout, view: MeshView, local: Local) -> None:
-        self.product, self.grad_first, self.grad_second = local
-        y, b = layout.product.letters, layout.bias.letters
+        self.out, self.grad_lhs, self.grad_rhs = local
+        y, b = layout.out.letters, layout.bias.letters
         self._permute = tuple(b.index(letter) for letter in y if letter in b)
         self._permute_back = tuple([letter for letter in y if letter in b].index(letter) for letter in b)
         self._ones = tuple(at for at, letter in enumerate(y) if letter not in b)
         self._trailing = y[len(y) - len(b) :] == b
         # A sum that is left to the caller is made of one term a rank: only one of them may hold the bias.
-        self._adds_bias = all(view.coordinate[axis] == 0 for axis in layout.product.partial)
+        self._adds_bias = all(view.coordinate[axis] == 0 for axis in layout.out.partial)
 
-    def product_and_bias_source(self, x: str, w: str, bias: str) -> str | None:
+    def out_and_bias_source(self, x: str, w: str, bias: str) -> str | None:
         """Product and bias as one expression, where torch has it: a matrix times a matrix, plus a row."""
-        if self.product.is_linear and self._adds_bias and self._trailing and self._ones == (0,):
+        if self.out.is_linear and self._adds_bias and self._trailing and self._ones == (0,):
             return f"linear({x}, {w}, {bias})"
         return None
 

@@ -53,12 +53,12 @@ def make(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
 
 def _layer(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
     layout, mesh_view = cell.product, view(mesh)
-    specs = [layout.first, layout.second, *([layout.bias] if layout.has_bias else [])]
+    specs = [layout.lhs, layout.rhs, *([layout.bias] if layout.has_bias else [])]
     operands = [_part(spec, cell, mesh_view, seed + at) for at, spec in enumerate(specs)]
     for operand in operands:
         operand.requires_grad_()
     x, w, *bias = operands
-    grad = _part(layout.product, cell, mesh_view, seed + len(specs))
+    grad = _part(layout.out, cell, mesh_view, seed + len(specs))
     sizes = {letter: cell.sizes[letter] for letter in layout.letters}
 
     def step() -> None:
@@ -67,7 +67,7 @@ def _layer(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
         matmul(x, w, layout, mesh, bias[0] if bias else None, sizes, keep=cell.keep).backward(grad)
 
     predicted = layout.collectives(sizes, mesh_view.shape, cell.dtype, keep=cell.keep, coordinate=mesh_view.coordinate)
-    stored = {spec.name: operand for spec, operand in zip(specs, operands)} | {f"d{layout.product.name}": grad}
+    stored = {spec.name: operand for spec, operand in zip(specs, operands)} | {f"d{layout.out.name}": grad}
     rows = prod(sizes[letter] for letter in (*layout.rows, *layout.batched))
     return Work(step, predicted, 6 * prod(sizes.values()), rows, stored)
 

@@ -175,7 +175,7 @@ def computed(layout: Layout, made: str, sizes: Mapping[str, int], mesh_shape: Ma
         LayoutError: a letter or an axis is missing.
     """
     known = layout.resolve(sizes, mesh_shape)  # the first rank has the largest shards
-    plan, y, used = layout.plan, layout.product, layout.reading.used
+    plan, y, used = layout.plan, layout.out, layout.reading.used
 
     def whole(letters: Sequence[str]) -> int:
         return prod(sizes[letter] for letter in letters)
@@ -190,9 +190,9 @@ def computed(layout: Layout, made: str, sizes: Mapping[str, int], mesh_shape: Ma
             terms, whole([d.letter for d in stored]), reduced, left, _blocks(stored, sizes, mesh_shape), False
         )
     target, operand, moves, leaves = {
-        "Y": (y, layout.first, plan.reduce["product"], y.partial),
-        "dX": (layout.first, layout.second, plan.reduce["first"], layout.first.grad_partial),
-        "dW": (layout.second, layout.first, plan.reduce["second"], layout.second.grad_partial),
+        "Y": (y, layout.lhs, plan.reduce["out"], y.partial),
+        "dX": (layout.lhs, layout.rhs, plan.reduce["lhs"], layout.lhs.grad_partial),
+        "dW": (layout.rhs, layout.lhs, plan.reduce["rhs"], layout.rhs.grad_partial),
     }[made]
     dims = [dim for dim in used(operand).dims if dim.letter not in target.letters]
     terms = prod(known.shape_of(dims))

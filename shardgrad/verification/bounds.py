@@ -100,7 +100,7 @@ def bounded(
         ShapeError: operands do not fit the layout, or are of a dtype without a bound.
     """
     layout = Layout(layout) if isinstance(layout, str) else layout
-    x, w, y = layout.first, layout.second, layout.product
+    x, w, y = layout.lhs, layout.rhs, layout.out
     specs = {"Y": (x, w, y), "dX": (y, w, x), "dW": (y, x, w), "db": (y, None, layout.bias)}
     if made not in specs:
         raise ValueError(f"made is one of {', '.join(MADE)}, not {made!r}")

@@ -112,9 +112,7 @@ def check_product(
     biased = layout.has_bias if bias is None else bias
     full = operands(layout, sizes, dtype, exact, seed, biased, reduce_dtype, data)
     x, w, b, dy = (t.to(mesh_view.device) for t in full)
-    local = [
-        shard(t, spec, mesh).requires_grad_() for t, spec in zip((x, w, b), (layout.first, layout.second, layout.bias))
-    ]
+    local = [shard(t, spec, mesh).requires_grad_() for t, spec in zip((x, w, b), (layout.lhs, layout.rhs, layout.bias))]
     y = matmul(
         local[0],
         local[1],
@@ -125,7 +123,7 @@ def check_product(
         keep=keep,
         reduce_dtype=reduce_dtype,
     )
-    y.backward(shard(dy, layout.product, mesh))
+    y.backward(shard(dy, layout.out, mesh))
     observed: dict[str, tuple[Tensor | None, TensorSpec, Bounded]] = {}
 
     def right(made: str, left: Tensor, other: Tensor | None, added: Tensor | None = None) -> Bounded:
@@ -141,9 +139,9 @@ def check_product(
             lam=lam,
         )
 
-    observed["Y"] = y, layout.product, right("Y", x, w, b if biased else None)
-    observed["dX"] = local[0].grad, layout.first.grad, right("dX", dy, w)
-    observed["dW"] = local[1].grad, layout.second.grad, right("dW", dy, x)
+    observed["Y"] = y, layout.out, right("Y", x, w, b if biased else None)
+    observed["dX"] = local[0].grad, layout.lhs.grad, right("dX", dy, w)
+    observed["dW"] = local[1].grad, layout.rhs.grad, right("dW", dy, x)
     if biased:
         observed["db"] = local[2].grad, layout.bias.grad, right("db", dy, None)
     worst = {name: compare_shards(name, *parts, dtype, mesh) for name, parts in observed.items()}
@@ -187,7 +185,7 @@ def operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Global X, W, B and dY, alike on every rank: as `data` says, or integers whose sums the dtype holds."""
     generator = torch.Generator().manual_seed(seed)
-    specs = (layout.first, layout.second, layout.bias, layout.product)
+    specs = (layout.lhs, layout.rhs, layout.bias, layout.out)
     shapes = [[sizes[letter] for letter in spec.letters] for spec in specs]
     if not exact:
         x, w, b, dy = (_numbers(shape, data, generator).to(dtype) for shape in shapes)

@@ -147,7 +147,7 @@ def _product(outs: tuple[Tensor, ...], *, product: Product, x: Tensor, rest: Seq
     biases = iter(rest[len(product.layouts) :])
     for layout, w, biased, y in zip(product.layouts, rest, product.biased, outs):
         added = next(biases) if biased else None
-        tensors = [(x, layout.first), (w, layout.second)]
+        tensors = [(x, layout.lhs), (w, layout.rhs)]
         tensors += [] if added is None else [(added, layout.bias)]
         types = {}
         for axis in product.view.axes.values():
@@ -157,7 +157,7 @@ def _product(outs: tuple[Tensor, ...], *, product: Product, x: Tensor, rest: Seq
                 for tensor, spec in tensors:
                     expected = _types(spec, (axis.name,))[axis.name]
                     _expect(tensor, axis, (expected,), f"{spec} of {layout}")
-                types[_key(axis)] = _types(layout.product, (axis.name,))[axis.name]
+                types[_key(axis)] = _types(layout.out, (axis.name,))[axis.name]
             else:
                 types[_key(axis)] = _beside(tensors, axis, layout)
         spmd.assert_type(y, types)

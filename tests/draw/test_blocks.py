@@ -109,9 +109,9 @@ def test_areas_are_the_shards_sizes(seed: int) -> None:
     walked = walk(layout, sizes, {axis: rng.choice((1, 2, 3)) for axis in ("a", "b", "c")})
     rulers = Rulers(walked)
     groups = {
-        layout.first.name: (layout.rows, layout.contracted),
-        layout.second.name: (layout.contracted, layout.columns),
-        layout.product.name: (layout.rows, layout.columns),
+        layout.lhs.name: (layout.rows, layout.contracted),
+        layout.rhs.name: (layout.contracted, layout.columns),
+        layout.out.name: (layout.rows, layout.columns),
     }
     for name, (height, width) in groups.items():
         spec = layout[name]

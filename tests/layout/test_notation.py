@@ -40,9 +40,9 @@ def test_default_bias_has_the_column_letters_with_the_axes_that_split_them() -> 
 
 def test_operands_are_positional_and_names_are_only_names() -> None:
     layout = Layout("W[m/tp,n] X[n,k] -> Y[m/tp,k]")
-    assert layout.first.name == "W"
+    assert layout.lhs.name == "W"
     assert layout.rows == ("m",)
-    assert layout["X"] is layout.second
+    assert layout["X"] is layout.rhs
     with pytest.raises(LayoutError, match="no tensor 'Z'"):
         layout["Z"]
 

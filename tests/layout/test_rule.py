@@ -103,7 +103,7 @@ def test_random_legal_layouts_are_read_as_they_were_drawn() -> None:
     for _ in range(500):
         layout = random_layout(rng, ("p", "q", "r"))
         for axis, letter in layout.splits.items():
-            carriers = [t for t in (layout.first, layout.second, layout.product) if letter in t.letters]
+            carriers = [t for t in (layout.lhs, layout.rhs, layout.out) if letter in t.letters]
             assert all(t.letter_with(axis) == letter for t in carriers)
         seen.add((len(layout.rows), len(layout.contracted), len(layout.columns), len(layout.batched)))
     assert len(seen) > 20

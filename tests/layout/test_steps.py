@@ -56,7 +56,7 @@ def test_walk(case: tuple[Layout, dict[str, int], dict[str, int]]) -> None:
                 assert read.before == spec.dims
             if step.made.role != "bias":
                 assert real(read.after, walked) == real(layout.reading.used(spec).dims, walked)
-        made = {"product": layout.product, "first": layout.first, "second": layout.second, "bias": layout.bias}
+        made = {"out": layout.out, "lhs": layout.lhs, "rhs": layout.rhs, "bias": layout.bias}
         spec = made[step.made.role]
         assert real(step.made.after, walked) == real(spec.dims, walked)
         left = spec.partial if step.name == "forward" else spec.grad_partial

@@ -134,9 +134,9 @@ def test_products_are_equal_in_integers(world_size: int) -> None:
         layout = sg.Layout(text)
         tensors = [
             sg.shard(integers(spec, sizes, at), spec, mesh)
-            for at, spec in enumerate((layout.first, layout.second, layout.bias)[: 2 + layout.has_bias])
+            for at, spec in enumerate((layout.lhs, layout.rhs, layout.bias)[: 2 + layout.has_bias])
         ]
-        dy = sg.shard(integers(layout.product, sizes, 8), layout.product, mesh)
+        dy = sg.shard(integers(layout.out, sizes, 8), layout.out, mesh)
 
         def call(x: Tensor, w: Tensor, b: Tensor | None = None, text: str = text) -> Tensor:
             return sg.matmul(x, w, text, mesh, bias=b, sizes=sizes)

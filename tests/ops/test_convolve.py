@@ -56,9 +56,9 @@ def out_sizes(layout: Layout, sizes: dict[str, int], settings: Settings) -> dict
     return {
         y: (sizes[x] + 2 * p - d * (sizes[w] - 1) - 1) // s + 1
         for x, w, y, p, d, s in zip(
-            layout.first.letters[-n:],
-            layout.second.letters[-n:],
-            layout.product.letters[-n:],
+            layout.lhs.letters[-n:],
+            layout.rhs.letters[-n:],
+            layout.out.letters[-n:],
             settings["padding"],
             settings["dilation"],
             settings["stride"],
@@ -96,12 +96,12 @@ def check(
     frozen: tuple[str, ...] = (),
 ) -> None:
     sizes = {**sizes, **out_sizes(layout, sizes, settings)}
-    tensors = (layout.first, layout.second, layout.bias, layout.product)
+    tensors = (layout.lhs, layout.rhs, layout.bias, layout.out)
     dtype = torch.float64 if seed % 2 else torch.float32
     x, w, b, dy = (integers(t, sizes, 10 * seed + at, dtype) for at, t in enumerate(tensors))
     expected = reference(layout, x, w, b if bias else None, dy, settings)
     local = [sg.shard(f, s, mesh).requires_grad_(s.name not in frozen) for f, s in zip((x, w, b), tensors)]
-    dy_local = sg.shard(dy, layout.product, mesh)
+    dy_local = sg.shard(dy, layout.out, mesh)
     for _ in range(2):  # the first call also compares layouts between ranks
         for tensor in local:
             tensor.grad = None
@@ -118,7 +118,7 @@ def check(
             if y.requires_grad:
                 y.backward(dy_local)
         what = f"{layout} with {sizes}, {settings}"
-        assert_same(y, layout.product, expected[0], mesh, sizes, f"Y of {what}")
+        assert_same(y, layout.out, expected[0], mesh, sizes, f"Y of {what}")
         for tensor, spec, right in zip(local, tensors, expected[1:]):
             if spec.name in frozen or (spec is layout.bias and not bias):
                 assert tensor.grad is None
@@ -168,7 +168,7 @@ def drawn(rng: random.Random, layout: Layout) -> dict[str, int]:
     sizes = {letter: rng.choice([1, 2, 3, 5, 5, 7]) for letter in channels}
     if rng.random() < 0.15 and channels:
         sizes[rng.choice(channels)] = 0
-    for x, w in zip(layout.first.letters[-n:], layout.second.letters[-n:]):
+    for x, w in zip(layout.lhs.letters[-n:], layout.rhs.letters[-n:]):
         sizes[x], sizes[w] = rng.randint(5, 8), rng.randint(1, 3)
     return sizes
 
@@ -224,7 +224,7 @@ def test_depthwise_equals_torch_in_torchs_own_shapes(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout("X[b,g/tp,c,h,w] W[g/tp,o,c,i,j] -> Y[b,g/tp,o,p,q]", spatial=2)
     sizes = {"b": 2, "g": 5, "c": 1, "o": 3, "h": 6, "w": 7, "i": 3, "j": 2}
-    x, w = integers(layout.first, sizes, 1), integers(layout.second, sizes, 2)
+    x, w = integers(layout.lhs, sizes, 1), integers(layout.rhs, sizes, 2)
     y = sg.convolve(sg.shard(x, layout["X"], mesh), sg.shard(w, layout["W"], mesh), str(layout), mesh, stride=2)
     right = F.conv2d(x.flatten(1, 2), w.flatten(0, 1), groups=5, stride=2)
     assert torch.equal(sg.unshard(y, layout["Y"], mesh).flatten(1, 2), right)

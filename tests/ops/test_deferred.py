@@ -47,11 +47,9 @@ def test_same_bits_and_same_bytes(world_size: int, name: str, frozen: str | None
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout(LAYOUTS[name])
     torch.manual_seed(3)
-    shapes = [[SIZES[letter] for letter in spec.letters] for spec in (layout.first, layout.second, layout.product)]
+    shapes = [[SIZES[letter] for letter in spec.letters] for spec in (layout.lhs, layout.rhs, layout.out)]
     full = [torch.randn(shape) for shape in (*shapes, [SIZES[letter] for letter in layout.bias.letters])]
-    x, w, dy, b = (
-        sg.shard(t, spec, mesh) for t, spec in zip(full, (layout.first, layout.second, layout.product, layout.bias))
-    )
+    x, w, dy, b = (sg.shard(t, spec, mesh) for t, spec in zip(full, (layout.lhs, layout.rhs, layout.out, layout.bias)))
     leaves = [nn.Parameter(t, requires_grad=what != frozen) for t, what in ((x, "x"), (w, "w"), (b, "b"))]
 
     def run() -> Tensor:

@@ -26,13 +26,13 @@ LAYOUTS["an order without a short form"] = "X[b,n,d] W[n,m/tp,d] -> Y[b,m/tp]"
 def test_two_micro_batches(world_size: int, name: str, dtype: torch.dtype) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout(LAYOUTS[name])
-    specs = (layout.first, layout.second, layout.product, layout.bias)
+    specs = (layout.lhs, layout.rhs, layout.out, layout.bias)
     sizes = {letter: size for letter, size in ALL.items() if any(letter in spec.letters for spec in specs)}
     leaves = []
     for seed, spec in enumerate(specs[:2] + specs[3:]):
         leaves.append(nn.Parameter(sg.shard(integers(spec, sizes, seed), spec, mesh).to(dtype)))
     x, w, b = leaves
-    dys = [sg.shard(integers(layout.product, sizes, seed), layout.product, mesh).to(dtype) for seed in (7, 8)]
+    dys = [sg.shard(integers(layout.out, sizes, seed), layout.out, mesh).to(dtype) for seed in (7, 8)]
     expected = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
     for dy in dys:
         sg.matmul(x, w, layout, mesh, b, sizes).backward(dy)

@@ -101,9 +101,7 @@ def test_non_contiguous_operands_and_gradients_and_expanded_ones(world_size: int
         "X[n,d/tp] W[d/tp,m] -> Y[n,m]",
     ):
         layout = Layout(text)
-        x, w, b, dy = (
-            integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.product))
-        )
+        x, w, b, dy = (integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.out)))
         dy[:] = dy[:1]  # rows alike, so that an expanded gradient says the same
         expected = reference(layout, x, w, b, dy)
 
@@ -113,13 +111,13 @@ def test_non_contiguous_operands_and_gradients_and_expanded_ones(world_size: int
             apart[..., 0] = local
             return apart[..., 0].detach().requires_grad_()
 
-        xs, ws, bs = strided(x, layout.first), strided(w, layout.second), strided(b, layout.bias)
+        xs, ws, bs = strided(x, layout.lhs), strided(w, layout.rhs), strided(b, layout.bias)
         assert not xs.is_contiguous() or xs.numel() < 2
         y = sg.matmul(xs, ws, layout, mesh, bias=bs)
-        grad = sg.shard(dy, layout.product, mesh)
+        grad = sg.shard(dy, layout.out, mesh)
         y.backward(grad[:1].expand_as(grad) if grad.shape[0] else grad)
-        assert_same(y, layout.product, expected["Y"], mesh, sizes, "Y")
-        for tensor, spec, key in ((xs, layout.first, "dX"), (ws, layout.second, "dW"), (bs, layout.bias, "db")):
+        assert_same(y, layout.out, expected["Y"], mesh, sizes, "Y")
+        for tensor, spec, key in ((xs, layout.lhs, "dX"), (ws, layout.rhs, "dW"), (bs, layout.bias, "db")):
             assert tensor.grad is not None
             assert_same(tensor.grad, spec, expected[key], mesh, sizes, key)
 
@@ -129,21 +127,21 @@ def test_one_tensor_used_twice_and_as_both_operands(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     column = Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]")
     sizes = {"n": 5, "d": 4, "m": 7}
-    x, w, _, dy = (integers(t, sizes, at) for at, t in enumerate((*column.tensors[:2], column.bias, column.product)))
+    x, w, _, dy = (integers(t, sizes, at) for at, t in enumerate((*column.tensors[:2], column.bias, column.out)))
     expected = reference(column, x, w, None, dy)
-    xs, ws = sg.shard(x, column.first, mesh).requires_grad_(), sg.shard(w, column.second, mesh).requires_grad_()
+    xs, ws = sg.shard(x, column.lhs, mesh).requires_grad_(), sg.shard(w, column.rhs, mesh).requires_grad_()
     y = sg.matmul(xs, ws, column, mesh) + sg.matmul(xs, ws, column, mesh)
-    y.backward(sg.shard(dy, column.product, mesh))
+    y.backward(sg.shard(dy, column.out, mesh))
     assert xs.grad is not None
     assert ws.grad is not None
-    assert_same(xs.grad, column.first, 2 * expected["dX"], mesh, sizes, "dX of two uses")
-    assert_same(ws.grad, column.second, 2 * expected["dW"], mesh, sizes, "dW of two uses")
+    assert_same(xs.grad, column.lhs, 2 * expected["dX"], mesh, sizes, "dX of two uses")
+    assert_same(ws.grad, column.rhs, 2 * expected["dW"], mesh, sizes, "dW of two uses")
     gram = Layout("X[n,d/tp] W[m,d/tp] -> Y[n,m]")
-    xs = sg.shard(x, gram.first, mesh).requires_grad_()
-    g = integers(gram.product, {"n": 5, "m": 5, "d": 4}, 9)
+    xs = sg.shard(x, gram.lhs, mesh).requires_grad_()
+    g = integers(gram.out, {"n": 5, "m": 5, "d": 4}, 9)
     sg.matmul(xs, xs, gram, mesh).backward(g)
     assert xs.grad is not None
-    assert_same(xs.grad, gram.first, (g + g.T) @ x, mesh, sizes, "gradient of X Xᵀ")
+    assert_same(xs.grad, gram.lhs, (g + g.T) @ x, mesh, sizes, "gradient of X Xᵀ")
 
 
 @distributed(world_size=[2, 4])
@@ -153,16 +151,16 @@ def test_an_axis_that_the_layout_does_not_mention_is_never_communicated(world_si
     mine = mesh.get_local_rank("dp")
     # other rows, another number of them, and other weights on each replica: all independent
     sizes = {"n": 3 + 2 * mine, "d": 4, "m": 5}
-    x, w, _, dy = (integers(t, sizes, 7 + mine) for t in (*layout.tensors[:2], layout.bias, layout.product))
+    x, w, _, dy = (integers(t, sizes, 7 + mine) for t in (*layout.tensors[:2], layout.bias, layout.out))
     expected = reference(layout, x, w, None, dy)
-    xs, ws = sg.shard(x, layout.first, mesh).requires_grad_(), sg.shard(w, layout.second, mesh).requires_grad_()
+    xs, ws = sg.shard(x, layout.lhs, mesh).requires_grad_(), sg.shard(w, layout.rhs, mesh).requires_grad_()
     with sg.trace() as traced:
-        sg.matmul(xs, ws, layout, mesh).backward(sg.shard(dy, layout.product, mesh))
+        sg.matmul(xs, ws, layout, mesh).backward(sg.shard(dy, layout.out, mesh))
     assert {event.axis for event in traced} <= {"tp"}
     assert xs.grad is not None
     assert ws.grad is not None
     np.testing.assert_array_equal(xs.grad.numpy(), expected["dX"].numpy())
-    np.testing.assert_array_equal(ws.grad.numpy(), sg.shard(expected["dW"], layout.second, mesh).numpy())
+    np.testing.assert_array_equal(ws.grad.numpy(), sg.shard(expected["dW"], layout.rhs, mesh).numpy())
 
 
 @distributed(world_size=[2, 3])
@@ -170,21 +168,21 @@ def test_marks_leave_the_sum_to_the_caller(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout("X[n,d/tp] W[d/tp,m] -> Y[n,m]{tp}")
     sizes = {"n": 3, "d": 7, "m": 5}
-    x, w, b, dy = (integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.product)))
+    x, w, b, dy = (integers(t, sizes, at) for at, t in enumerate((*layout.tensors[:2], layout.bias, layout.out)))
     expected = reference(layout, x, w, b, dy)
     xs, ws, bs = (
         sg.shard(full, spec, mesh).requires_grad_()
-        for full, spec in ((x, layout.first), (w, layout.second), (b, layout.bias))
+        for full, spec in ((x, layout.lhs), (w, layout.rhs), (b, layout.bias))
     )
     with sg.trace() as traced:
         y = sg.matmul(xs, ws, layout, mesh, bias=bs)
     assert not [event for event in traced if event.operation == "all-reduce"]
     total = sg.all_reduce(y, mesh)  # its adjoint hands every rank the same dY
     total.backward(dy)
-    assert_same(total, sg.TensorSpec("Y", layout.product.dims), expected["Y"], mesh, sizes, "Y, bias added once")
+    assert_same(total, sg.TensorSpec("Y", layout.out.dims), expected["Y"], mesh, sizes, "Y, bias added once")
     assert xs.grad is not None
     assert bs.grad is not None
-    assert_same(xs.grad, layout.first, expected["dX"], mesh, sizes, "dX")
+    assert_same(xs.grad, layout.lhs, expected["dX"], mesh, sizes, "dX")
     assert_same(bs.grad, layout.bias, expected["db"], mesh, sizes, "db")
 
 
@@ -198,32 +196,32 @@ def test_weights_that_share_an_input_share_its_gather_and_reduction(world_size: 
     )
     sizes = {"b": 2, "s": 5, "d": 3, "h": 5, "k": 2, "j": 7, "v": 4}
     layouts = [Layout(text) for text in texts]
-    x = integers(layouts[0].first, sizes, 1)
+    x = integers(layouts[0].lhs, sizes, 1)
     total = torch.zeros_like(x)
     weights, expected, dys = [], [], []
     for at, layout in enumerate(layouts):
         own = {letter: sizes[letter] for letter in layout.letters}
-        w, b, dy = (integers(t, own, 10 * at + i) for i, t in enumerate((layout.second, layout.bias, layout.product)))
+        w, b, dy = (integers(t, own, 10 * at + i) for i, t in enumerate((layout.rhs, layout.bias, layout.out)))
         truth = reference(layout, x, w, b if layout.has_bias else None, dy)
         total += truth["dX"]
         expected.append(truth)
         dys.append(dy)
-        ws, bs = sg.shard(w, layout.second, mesh).requires_grad_(), sg.shard(b, layout.bias, mesh).requires_grad_()
+        ws, bs = sg.shard(w, layout.rhs, mesh).requires_grad_(), sg.shard(b, layout.bias, mesh).requires_grad_()
         weights.append((ws, layout, bs) if layout.has_bias else (ws, str(layout)))
-    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    xs = sg.shard(x, layouts[0].lhs, mesh).requires_grad_()
     for _ in range(2):
         for tensor in (xs, *[t for entry in weights for t in entry if isinstance(t, torch.Tensor)]):
             tensor.grad = None
         with sg.trace() as traced:
             ys = sg.matmul(xs, weights, mesh, sizes={letter: sizes[letter] for letter in "bs"})
-            torch.autograd.backward(ys, [sg.shard(dy, lay.product, mesh) for dy, lay in zip(dys, layouts)])
+            torch.autograd.backward(ys, [sg.shard(dy, lay.out, mesh) for dy, lay in zip(dys, layouts)])
     operations = [event.operation for event in traced]
     assert operations == (["all-gather", "all-gather", "reduce-scatter"] if world_size > 1 else [])
     assert xs.grad is not None
-    assert_same(xs.grad, layouts[0].first, total, mesh, sizes, "summed dX")
+    assert_same(xs.grad, layouts[0].lhs, total, mesh, sizes, "summed dX")
     for y, truth, layout, entry in zip(ys, expected, layouts, weights):
-        assert_same(y, layout.product, truth["Y"], mesh, sizes, str(layout.product))
-        assert_same(entry[0].grad, layout.second, truth["dW"], mesh, sizes, f"d{layout.second}")
+        assert_same(y, layout.out, truth["Y"], mesh, sizes, str(layout.out))
+        assert_same(entry[0].grad, layout.rhs, truth["dW"], mesh, sizes, f"d{layout.rhs}")
         if layout.has_bias:
             assert_same(entry[2].grad, layout.bias, truth["db"], mesh, sizes, f"d{layout.bias}")
 
@@ -234,17 +232,17 @@ def test_sharing_an_input_that_one_weight_uses_split_and_another_replicated(worl
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layouts = [Layout("X[n,d] Wq[d,q/tp] -> Q[n,q/tp]"), Layout("X[n,d] Wk[d,k] -> K[n,k]")]
     sizes = {"n": 3, "d": 4, "q": 6, "k": 5}
-    x = integers(layouts[0].first, sizes, 3)
-    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    x = integers(layouts[0].lhs, sizes, 3)
+    xs = sg.shard(x, layouts[0].lhs, mesh).requires_grad_()
     weights, dys, total = [], [], torch.zeros_like(x)
     for at, layout in enumerate(layouts):
-        w, dy = integers(layout.second, sizes, 4 + at), integers(layout.product, sizes, 6 + at)
+        w, dy = integers(layout.rhs, sizes, 4 + at), integers(layout.out, sizes, 6 + at)
         total += reference(layout, x, w, None, dy)["dX"]
-        weights.append((sg.shard(w, layout.second, mesh).requires_grad_(), layout))
-        dys.append(sg.shard(dy, layout.product, mesh))
+        weights.append((sg.shard(w, layout.rhs, mesh).requires_grad_(), layout))
+        dys.append(sg.shard(dy, layout.out, mesh))
     torch.autograd.backward(sg.matmul(xs, weights, mesh), dys)
     assert xs.grad is not None
-    assert_same(xs.grad, layouts[0].first, total, mesh, sizes, "dX")
+    assert_same(xs.grad, layouts[0].lhs, total, mesh, sizes, "dX")
 
 
 @distributed(world_size=[1, 2, 3])
@@ -252,14 +250,14 @@ def test_plain_matrices_that_share_an_input(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layouts = [Layout(f"X[n,d] W[d,{m}/tp] -> Y[n,{m}/tp]") for m in "pqr"]
     sizes = {"n": 3, "d": 4, "p": 6, "q": 5, "r": 7}
-    x = integers(layouts[0].first, sizes, 3)
+    x = integers(layouts[0].lhs, sizes, 3)
     xs = x.clone().requires_grad_()
     weights, dys, total = [], [], torch.zeros_like(x)
     for at, layout in enumerate(layouts):
-        w, dy = integers(layout.second, sizes, 4 + at), integers(layout.product, sizes, 8 + at)
+        w, dy = integers(layout.rhs, sizes, 4 + at), integers(layout.out, sizes, 8 + at)
         total += reference(layout, x, w, None, dy)["dX"]
-        weights.append((sg.shard(w, layout.second, mesh), layout))
-        dys.append(sg.shard(dy, layout.product, mesh))
+        weights.append((sg.shard(w, layout.rhs, mesh), layout))
+        dys.append(sg.shard(dy, layout.out, mesh))
     torch.autograd.backward(sg.matmul(xs, weights, mesh), dys)
     assert xs.grad is not None
     assert torch.equal(xs.grad, total)
@@ -319,7 +317,7 @@ def test_in_16_bit_the_error_stays_within_the_bound_of_the_arithmetic(world_size
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, 33, generator=generator).bfloat16()
     w = torch.randn(33, 7, generator=generator).bfloat16()
-    y = sg.matmul(sg.shard(x, layout.first, mesh), sg.shard(w, layout.second, mesh), layout, mesh)
+    y = sg.matmul(sg.shard(x, layout.lhs, mesh), sg.shard(w, layout.rhs, mesh), layout, mesh)
     exact = x.double() @ w.double()
     u16, u32 = 2.0**-8, 2.0**-24
     steps = world_size * u16 + 33 * u32  # one rounding of the partial, p - 1 additions, the product in fp32
@@ -328,7 +326,7 @@ def test_in_16_bit_the_error_stays_within_the_bound_of_the_arithmetic(world_size
     assert bool((error <= bound).all())
     assert float(error.max()) > 0
     # A missing term is far outside.
-    partial = sg.shard(x, layout.first, mesh).double() @ sg.shard(w, layout.second, mesh).double()
+    partial = sg.shard(x, layout.lhs, mesh).double() @ sg.shard(w, layout.rhs, mesh).double()
     assert bool(((partial - exact).abs() > bound).any())
 
 
@@ -343,7 +341,7 @@ def test_nan_reaches_the_result_and_every_gradient_it_touches(world_size: int) -
     w = torch.ones(2, 2, requires_grad=True)
     y = sg.matmul(x, w, layout, mesh, sizes={"n": 3})
     y.sum().backward()
-    full = sg.unshard(y, layout.product, mesh)
+    full = sg.unshard(y, layout.out, mesh)
     assert bool(full[0].isnan().all())
     assert not bool(full[1:].isnan().any())
     assert w.grad is not None
@@ -445,21 +443,21 @@ def test_ranks_whose_losses_use_different_outputs(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     layouts = [Layout(f"X[n,d/tp] W[d/tp,{m}] -> Y[n/tp,{m}]") for m in "pq"]
     sizes = {"n": 3, "d": 5, "p": 4, "q": 2}
-    x = integers(layouts[0].first, sizes, 1)
-    ws = [integers(layout.second, sizes, 2 + at) for at, layout in enumerate(layouts)]
-    dys = [integers(layout.product, sizes, 4 + at) for at, layout in enumerate(layouts)]
+    x = integers(layouts[0].lhs, sizes, 1)
+    ws = [integers(layout.rhs, sizes, 2 + at) for at, layout in enumerate(layouts)]
+    dys = [integers(layout.out, sizes, 4 + at) for at, layout in enumerate(layouts)]
     dys[0][2:] = 0  # the first product is used by rank 0 alone (rows 0, 1), the second by rank 1 alone (row 2)
     dys[1][:2] = 0
-    local = [sg.shard(w, layout.second, mesh).requires_grad_() for w, layout in zip(ws, layouts)]
-    xs = sg.shard(x, layouts[0].first, mesh).requires_grad_()
+    local = [sg.shard(w, layout.rhs, mesh).requires_grad_() for w, layout in zip(ws, layouts)]
+    xs = sg.shard(x, layouts[0].lhs, mesh).requires_grad_()
     ys = sg.matmul(xs, list(zip(local, layouts)), mesh)
     rank = mesh.get_local_rank("tp")
-    ys[rank].backward(sg.shard(dys[rank], layouts[rank].product, mesh))
+    ys[rank].backward(sg.shard(dys[rank], layouts[rank].out, mesh))
     assert xs.grad is not None
-    assert_same(xs.grad, layouts[0].first, dys[0] @ ws[0].T + dys[1] @ ws[1].T, mesh, sizes, "dX")
+    assert_same(xs.grad, layouts[0].lhs, dys[0] @ ws[0].T + dys[1] @ ws[1].T, mesh, sizes, "dX")
     for w, layout, dy in zip(local, layouts, dys):
         assert w.grad is not None
-        assert_same(w.grad, layout.second, x.T @ dy, mesh, sizes, f"d{layout.second}")
+        assert_same(w.grad, layout.rhs, x.T @ dy, mesh, sizes, f"d{layout.rhs}")
 
 
 @distributed(world_size=[1, 2, 3])
@@ -477,9 +475,9 @@ def test_outputs_can_be_changed_in_place(world_size: int, text: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout(text)
     sizes = {"b": 4, "s": 5, "d": 3, "m": 7}
-    x, w = integers(layout.first, sizes, 1), integers(layout.second, sizes, 2)
-    ws = sg.shard(w, layout.second, mesh).requires_grad_()
-    y = sg.matmul(sg.shard(x, layout.first, mesh), ws, layout, mesh)
+    x, w = integers(layout.lhs, sizes, 1), integers(layout.rhs, sizes, 2)
+    ws = sg.shard(w, layout.rhs, mesh).requires_grad_()
+    y = sg.matmul(sg.shard(x, layout.lhs, mesh), ws, layout, mesh)
     expected = y.detach().clone().relu()
     torch.relu_(y)
     assert torch.equal(y.detach(), expected)

@@ -45,7 +45,7 @@ LAYOUTS = {
 
 def sharded(layout: Layout, sizes: dict[str, int], mesh: DeviceMesh) -> list[torch.Tensor]:
     """This rank's X, W and dY, of integers."""
-    specs = (layout.first, layout.second, layout.product)
+    specs = (layout.lhs, layout.rhs, layout.out)
     return [sg.shard(integers(spec, sizes, at), spec, mesh) for at, spec in enumerate(specs)]
 
 
@@ -80,7 +80,7 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
         for one, other in zip(whole, cut):
             assert torch.equal(one, other)
         again = nn.Parameter(x.clone())
-        for keep in ((layout.first.name,), (layout.first.name, layout.second.name)):
+        for keep in ((layout.lhs.name,), (layout.lhs.name, layout.rhs.name)):
             again.grad = None
             y = sg.matmul(again, w, layout, mesh, sizes=sizes, keep=keep)  # no gradient of W: dX comes last
             y.backward(dy)
@@ -140,9 +140,9 @@ def test_products_that_share_a_gather(world_size: int, keep: tuple[str, ...]) ->
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layouts = [Layout(f"X[b,s/tp,d] W{i}[{h}/tp,k,d] -> Y{i}[b,s,{h}/tp,k]") for i, h in enumerate("hij")]
     sizes = {"b": 2, "s": 12, "d": 7, "k": 3, "h": 12, "i": 6, "j": 6}
-    x = sg.shard(integers(layouts[0].first, sizes, 9), layouts[0].first, mesh)
-    ws = [sg.shard(integers(lay.second, sizes, at), lay.second, mesh) for at, lay in enumerate(layouts)]
-    dys = [sg.shard(integers(lay.product, sizes, 5 + at), lay.product, mesh) for at, lay in enumerate(layouts)]
+    x = sg.shard(integers(layouts[0].lhs, sizes, 9), layouts[0].lhs, mesh)
+    ws = [sg.shard(integers(lay.rhs, sizes, at), lay.rhs, mesh) for at, lay in enumerate(layouts)]
+    dys = [sg.shard(integers(lay.out, sizes, 5 + at), lay.out, mesh) for at, lay in enumerate(layouts)]
     found = []
     for pieces in (None, 2):
         sg.overlap(mesh, pieces)

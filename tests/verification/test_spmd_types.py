@@ -113,10 +113,10 @@ def test_layouts_say_their_types(world_size: int, name: str) -> None:
     with typecheck(mesh):
         x, w = (
             typed(sg.shard(torch.ones([sizes[letter] for letter in s.letters]), s, mesh).requires_grad_(), s, mesh)
-            for s in (layout.first, layout.second)
+            for s in (layout.lhs, layout.rhs)
         )
         y = sg.matmul(x, w, layout, mesh, sizes=sizes)
-        assert kind(y, mesh) is (V if layout.product.axes else I)
+        assert kind(y, mesh) is (V if layout.out.axes else I)
 
 
 @distributed(world_size=[2, 3])
@@ -158,6 +158,6 @@ def test_data_parallel_beside_tensor_parallel(world_size: int) -> None:
     with typecheck(mesh):
         x, w = (
             typed(sg.shard(torch.ones(shape), spec, mesh).requires_grad_(), spec, mesh)
-            for shape, spec in (((4, 6), fsdp.first), ((6, 5), fsdp.second))
+            for shape, spec in (((4, 6), fsdp.lhs), ((6, 5), fsdp.rhs))
         )
         assert kind(sg.matmul(x, w, fsdp, mesh, sizes={"n": 4}), mesh, "dp") is V
