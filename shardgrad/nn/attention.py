@@ -25,8 +25,8 @@ from shardgrad.nn.mask import and_causal, local_mask
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.rotary import Rotary, turn
 from shardgrad.nn.shared import replicate_together, summed_together
+from shardgrad.ops.bound import BoundMatmul
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 _INPUTS = ("query", "key", "value")
 
@@ -199,7 +199,7 @@ class Attention(ShardedModule):
         bias = [] if self.output_bias is None else [self.output_bias]
         return run(output, a, [self.output_weight], bias, {**self._output_sizes, **known})[0]
 
-    def _bind(self, key: str) -> Product:
+    def _bind(self, key: str) -> BoundMatmul:
         biased = self.output_bias is not None
         self._products["inputs"] = bind(self.input_layouts, (biased,) * 3, self.mesh, (), self.reduce_dtype)
         self._products["output"] = bind((self.output_layout,), (biased,), self.mesh, (), self.reduce_dtype)

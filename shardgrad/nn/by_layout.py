@@ -17,8 +17,8 @@ from shardgrad.layout import cost
 from shardgrad.layout.layout import Layout
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.bound import BoundMatmul
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 
 class Linear(ShardedModule):
@@ -116,7 +116,7 @@ class Linear(ShardedModule):
         known = {**self.sizes, **sizes} if sizes else self.sizes
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], known)[0]
 
-    def _bind(self, key: None) -> Product:
+    def _bind(self, key: None) -> BoundMatmul:
         product = bind((self.layout,), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
         self._products[key] = product
         return product

@@ -25,8 +25,8 @@ from shardgrad.nn import init
 from shardgrad.nn.linear import check_sequence_dim, cut_rows, row_letters, sequence_letter
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.rows import for_rows, for_rows_collectives
+from shardgrad.ops.bound import BoundMatmul
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -128,7 +128,7 @@ class VocabParallelEmbedding(ShardedModule):
             sizes[row_letters(dims - 1)[self.sequence_dim % dims]] = sequence_size
         return run(product, x, [self.weight], [], sizes)[0]
 
-    def _bind(self, key: int) -> Product:
+    def _bind(self, key: int) -> BoundMatmul:
         product = self._products[key] = bind((self.logits_layout(key),), (False,), self.mesh, (), self.reduce_dtype)
         return product
 

@@ -21,8 +21,8 @@ from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.plan import route
 from shardgrad.nn import init
 from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.bound import BoundMatmul
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 _ROWS = {0: (), 1: ("n",), 2: ("b", "s"), 3: ("a", "b", "s")}
 
@@ -184,7 +184,7 @@ class _ParallelLinear(ShardedModule):
         product = self._products.get(key) or self._bind(key)
         return product((x, weight) if bias is None else (x, weight, bias), sizes)
 
-    def _bind(self, key: tuple[int, bool]) -> Product:
+    def _bind(self, key: tuple[int, bool]) -> BoundMatmul:
         dims, _ = key
         if dims == 0:
             raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")

@@ -29,8 +29,8 @@ from shardgrad.nn.linear import (
     row_letters,
 )
 from shardgrad.nn.module import ShardedModule
+from shardgrad.ops.bound import BoundMatmul
 from shardgrad.ops.matmul import bind, run
-from shardgrad.ops.product import Product
 
 
 class MLP(nn.Module):
@@ -243,7 +243,7 @@ class SwiGLU(ShardedModule):
         sizes = {"f": self.hidden_dim, "m": self.embed_dim}
         return run(out, hidden, [self.down_weight], down_bias, {**sizes, **known})[0]
 
-    def _bind(self, key: tuple[int, str]) -> Product:
+    def _bind(self, key: tuple[int, str]) -> BoundMatmul:
         dims = key[0]
         gate, up, down = self.layouts(dims)
         self._products[dims, "in"] = bind((gate, up), (self.bias,) * 2, self.mesh, (), self.reduce_dtype)

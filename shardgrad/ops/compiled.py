@@ -20,21 +20,21 @@ from shardgrad.errors import MeshError
 from shardgrad.ops.deferred import deferring
 
 if TYPE_CHECKING:
-    from shardgrad.ops.product import Product
-    from shardgrad.ops.program import Program
+    from shardgrad.ops.bound import BoundMatmul
+    from shardgrad.ops.executable import Executable
 
-_products: weakref.WeakValueDictionary[str, Product] = weakref.WeakValueDictionary()
+_products: weakref.WeakValueDictionary[str, BoundMatmul] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
-def name(product: Product, text: str) -> str:
+def name(product: BoundMatmul, text: str) -> str:
     """A handle for a product. `text` tells what it is and where, so that no cached graph of another rank is taken."""
     handle = f"{text} #{next(_numbers)}"
     _products[handle] = product
     return handle
 
 
-def run(product: Product, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
+def run(product: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
     """What `product(tensors, …)` computes, in a graph. Called where torch.compile traces."""
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in tensors]
@@ -45,7 +45,7 @@ def run(product: Product, tensors: Sequence[Tensor], sizes: Mapping[str, int] | 
 
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
-) -> Program:
+) -> Executable:
     product = _products.get(handle)
     if product is None:
         raise MeshError(

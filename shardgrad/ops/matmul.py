@@ -16,8 +16,8 @@ from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
 from shardgrad.ops import compiled
 from shardgrad.ops.bilinear import CONTRACT, Operation
-from shardgrad.ops.product import Product
-from shardgrad.ops.program import Key
+from shardgrad.ops.bound import BoundMatmul
+from shardgrad.ops.executable import Key
 
 Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
 _layout = lru_cache(maxsize=512)(Layout)
@@ -143,14 +143,14 @@ def bind(
     keep: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
     operation: Operation = CONTRACT,
-) -> Product:
+) -> BoundMatmul:
     """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
     key = (layouts, biased, tuple(keep), reduce_dtype, operation)
     product = mesh_view.compiled.get(key)
     if product is None:
         _check_layouts(layouts, biased)
-        product = Product(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype, operation)
+        product = BoundMatmul(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype, operation)
         mesh_view.compiled[key] = product
     return product
 
@@ -162,13 +162,17 @@ def _bind_texts(
     mesh: DeviceMesh,
     keep: Collection[str],
     reduce_dtype: torch.dtype | None,
-) -> Product:
+) -> BoundMatmul:
     """`bind`, which torch.compile does not look into."""
     return bind(tuple([_layout(text) for text in texts]), biased, mesh, keep, reduce_dtype)
 
 
 def run(
-    product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], sizes: Mapping[str, int] | None
+    product: BoundMatmul,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sizes: Mapping[str, int] | None,
 ) -> tuple[Tensor, ...]:
     """Differentiably compute bound products of x. biases: those that there are."""
     tensors = (x, *weights, *biases)

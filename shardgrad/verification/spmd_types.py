@@ -25,7 +25,7 @@ from shardgrad.layout.notation import TensorSpec
 from shardgrad.nn import loss, shared
 from shardgrad.nn.stored import stored_parameters
 from shardgrad.ops import shard
-from shardgrad.ops.product import Given, Product
+from shardgrad.ops.bound import BoundMatmul, Given
 
 # The type over the axis before and after; a value that differs from rank to rank may be meant as a term of a sum, which
 # nothing but its use can tell (an embedding's rows, zero where another rank has the id).
@@ -55,9 +55,9 @@ def typecheck(mesh: DeviceMesh) -> Iterator[None]:
 @contextmanager
 def _followed_products() -> Iterator[None]:
     """Each program of a product is code of its own (see `ops.source`): it runs unfollowed, and its result is typed."""
-    real = Product.program
+    real = BoundMatmul.program
 
-    def program(self: Product, tensors: Sequence[Tensor], given: Given) -> Any:
+    def program(self: BoundMatmul, tensors: Sequence[Tensor], given: Given) -> Any:
         with spmd.no_typecheck():
             found = real(self, tensors, given)
 
@@ -70,11 +70,11 @@ def _followed_products() -> Iterator[None]:
 
         return SimpleNamespace(call=run, function=None)
 
-    Product.program = program  # type: ignore[method-assign]
+    BoundMatmul.program = program  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Product.program = real  # type: ignore[method-assign]
+        BoundMatmul.program = real  # type: ignore[method-assign]
 
 
 def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
@@ -142,7 +142,7 @@ def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -
     spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
 
 
-def _product(outs: tuple[Tensor, ...], *, product: Product, x: Tensor, rest: Sequence[Tensor]) -> None:
+def _product(outs: tuple[Tensor, ...], *, product: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:
     """Over the axes that a layout mentions, as it stores its tensors; over others, as torch's own product."""
     biases = iter(rest[len(product.layouts) :])
     for layout, w, biased, y in zip(product.layouts, rest, product.biased, outs):

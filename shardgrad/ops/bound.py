@@ -18,14 +18,14 @@ from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_pha
 from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.ops import compiled, sizing
 from shardgrad.ops.bilinear import Operation
-from shardgrad.ops.program import Key, Program
+from shardgrad.ops.executable import Executable, Key
 
 Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
 _MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, fewer than memory minds
 
 
-class Product:
+class BoundMatmul:
     """One or more products of one input, on one mesh: one kind of product, one choice of bias, kept operands and
     reduction dtype."""
 
@@ -56,13 +56,13 @@ class Product:
         self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
-        self._programs: dict[object, Program] = {}
-        self._traced: dict[object, Program] = {}  # of which nothing has been compared between ranks
+        self._programs: dict[object, Executable] = {}
+        self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
         self.handle = compiled.name(
             self, f"{self.name} on {view.handle}, {biased}, {sorted(keep)}, {reduce_dtype}, {operation}"
         )
 
-    def __deepcopy__(self, memo: object) -> Product:
+    def __deepcopy__(self, memo: object) -> BoundMatmul:
         return self  # bound to process groups, and never changed by a call
 
     def __call__(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
@@ -89,7 +89,7 @@ class Product:
         dtype = torch.get_autocast_dtype(self.device_type)
         return tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
 
-    def program(self, tensors: Sequence[Tensor], given: Given) -> Program:
+    def program(self, tensors: Sequence[Tensor], given: Given) -> Executable:
         """What to run for the shapes, dtypes and flags of a call; remembered.
 
         tensors: the input, the weights, the biases that are there.
@@ -107,7 +107,7 @@ class Product:
 
     def program_of(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...], *, traced: bool
-    ) -> Program:
+    ) -> Executable:
         """`program` for a call in a compiled graph, which says itself what needs a gradient.
 
         traced: only to learn shapes from: nothing is compared between ranks.
@@ -136,7 +136,7 @@ class Product:
 
     def _program(
         self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
-    ) -> Program:
+    ) -> Executable:
         sizes, exchanged = self._sizes(tensors, given, needs)
         # Where sizes are exchanged, the local shapes do not tell them; they are asked for at every call.
         where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
@@ -149,8 +149,8 @@ class Product:
 
     def _make(
         self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...], *, traced: bool = False
-    ) -> Program:
-        return Program(
+    ) -> Executable:
+        return Executable(
             self.layouts,
             self.biased,
             self.keep,

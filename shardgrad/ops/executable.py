@@ -38,7 +38,7 @@ Key = tuple[Role, int]
 Check = Callable[[Sequence[Tensor | None]], None]
 
 
-class Program:
+class Executable:
     """Everything that calls of one set of shapes run, forward and backward.
 
     needs: whether X, each weight and each bias that is there needs a gradient.
