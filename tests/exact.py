@@ -51,7 +51,7 @@ def check(
     seed: int = 0,
     bias: bool | None = None,
     give_sizes: bool = True,
-    keep: tuple[str, ...] = (),
+    save_gathered: tuple[str, ...] = (),
     frozen: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -79,7 +79,7 @@ def check(
                 mesh,
                 bias=local[2] if bias else None,
                 sizes=sizes if give_sizes else None,
-                keep=keep,
+                save_gathered=save_gathered,
             )
             if y.requires_grad:
                 y.backward(dy_local)
@@ -99,7 +99,7 @@ def check(
             dtype,
             bias=bias,
             frozen=[name for name in frozen if name != names[2] or bias],
-            keep=keep,
+            save_gathered=save_gathered,
             coordinate={name: mesh.get_local_rank(name) for name in mesh_names},
         )
         if set(names[: 2 + bias]) <= set(frozen):

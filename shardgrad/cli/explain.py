@@ -48,7 +48,7 @@ def explain(
         int, typer.Option(help="whose bytes and shapes; they differ between ranks if sizes are uneven")
     ] = 0,
     bias: Annotated[bool, typer.Option("--bias", help="add the default bias, where the layout writes none")] = False,
-    keep: Annotated[
+    save_gathered: Annotated[
         list[str] | None,
         typer.Option(
             metavar="OPERAND",
@@ -84,7 +84,7 @@ def explain(
             style.read_pairs(sizes, _SIZES),
             style.read_pairs(mesh, _MESH),
             dtype,
-            keep=keep or (),
+            save_gathered=save_gathered or (),
         )
         check_rank(walked, rank)
         if draw is not None:

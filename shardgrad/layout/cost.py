@@ -85,7 +85,7 @@ def collectives(
     *,
     bias: Sequence[bool],
     needs: Sequence[Collection[Role]],
-    keep: Collection[tuple[Role, int]],
+    save_gathered: Collection[tuple[Role, int]],
     wire: int,
     reduce_wire: int,
 ) -> Iterator[Collective]:
@@ -94,7 +94,7 @@ def collectives(
     wire, reduce_wire: bytes of an element in gathers and in reductions.
     """
 
-    for phase in (*forward_phases(plans, bias), *backward_phases(plans, needs, keep)):
+    for phase in (*forward_phases(plans, bias), *backward_phases(plans, needs, save_gathered)):
         forward = phase.name == "forward"
         for read in phase.reads:
             name = plans[read.index].names[read.role]

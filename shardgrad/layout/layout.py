@@ -122,7 +122,7 @@ class Layout:
         *,
         bias: bool | None = None,
         frozen: Collection[str] = (),
-        keep: Collection[str] = (),
+        save_gathered: Collection[str] = (),
         reduce_dtype: Any = None,
         coordinate: Mapping[str, int] | None = None,
     ) -> list[cost.Collective]:
@@ -134,7 +134,7 @@ class Layout:
             dtype: of the operands; torch, NumPy, or a name.
             bias: whether a bias is added; by default, whether the layout writes one.
             frozen: names of operands (and bias) that need no gradient.
-            keep: names of operands kept as gathered in forward, rather than gathered again for backward.
+            save_gathered: names of operands kept as gathered in forward, rather than gathered again for backward.
             reduce_dtype: in which partial sums are reduced, if not in dtype.
             coordinate: the rank in question, as its index on each axis; by default the first one of each axis. Only
                 uneven sizes make a difference between ranks.
@@ -145,9 +145,9 @@ class Layout:
             LayoutError: a size, an axis or a name is missing or unknown.
         """
         roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs", self.bias.name: "bias"}
-        for what, names in (("frozen", frozen), ("keep", keep)):
+        for what, names in (("frozen", frozen), ("save_gathered", save_gathered)):
             for name in names:
-                if name not in roles or (what == "keep" and roles[name] == "bias"):
+                if name not in roles or (what == "save_gathered" and roles[name] == "bias"):
                     raise LayoutError(f"{what}: no operand {name!r} in {self}")
         has_bias = self.has_bias if bias is None else bias
         need: set[Role] = {role for name, role in roles.items() if name not in frozen}
@@ -163,7 +163,7 @@ class Layout:
                 self.resolve(sizes, mesh_shape, coordinate),
                 bias=[has_bias],
                 needs=[need],
-                keep=[(roles[name], 0) for name in keep],
+                save_gathered=[(roles[name], 0) for name in save_gathered],
                 wire=width,
                 reduce_wire=reduce_width,
             )

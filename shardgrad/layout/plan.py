@@ -122,17 +122,17 @@ def forward_phases(plans: Sequence[Plan], bias: Sequence[bool]) -> tuple[Phase, 
 
 
 def backward_phases(
-    plans: Sequence[Plan], needs: Sequence[Collection[Role]], keep: Collection[tuple[Role, int]] = ()
+    plans: Sequence[Plan], needs: Sequence[Collection[Role]], save_gathered: Collection[tuple[Role, int]] = ()
 ) -> tuple[Phase, ...]:
     """The gradients that each product `needs` (`lhs`, `rhs`, `bias`), in the order in which they run.
 
-    An operand in `keep` (role and index) was kept as gathered in forward. Each dY is gathered once, in the first phase
-    that reads it; dX of products that share their input is summed locally and reduced once.
+    An operand in `save_gathered` (role and index) was kept as gathered in forward. Each dY is gathered once, in the
+    first phase that reads it; dX of products that share their input is summed locally and reduced once.
     """
     seen: set[tuple[Role, int]] = set()
 
     def read(role: Role, index: int, moves: tuple[Move, ...]) -> Read:
-        fresh = (role, index) not in seen and (role, index) not in keep
+        fresh = (role, index) not in seen and (role, index) not in save_gathered
         seen.add((role, index))
         return Read(role, index, moves if fresh else ())
 

@@ -91,7 +91,7 @@ def walk(
     mesh: Mapping[str, int],
     dtype: Any = "float32",
     *,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
 ) -> Walk:
     """Forward and backward, every gradient wanted; arguments as those of `Layout.collectives`.
 
@@ -109,12 +109,12 @@ def walk(
     coordinates = [dict(zip(mesh, place)) for place in every(*(range(size) for size in mesh.values()))]
     sent: dict[tuple[str, str, str, str], list[int]] = {}
     for at, coordinate in enumerate(coordinates):
-        for one in layout.collectives(sizes, mesh, dtype, keep=keep, coordinate=coordinate):
+        for one in layout.collectives(sizes, mesh, dtype, save_gathered=save_gathered, coordinate=coordinate):
             key = (one.phase, one.operation, one.tensor, one.axis)
             sent.setdefault(key, [0] * len(coordinates))[at] = one.bytes
     ranks = tuple(layout.resolve(sizes, mesh, coordinate) for coordinate in coordinates)
     roles: dict[str, Role] = {layout.lhs.name: "lhs", layout.rhs.name: "rhs"}
-    kept = {(roles[name], 0) for name in keep}
+    kept = {(roles[name], 0) for name in save_gathered}
     need: set[Role] = {"lhs", "rhs"}
     if layout.has_bias:
         need.add("bias")

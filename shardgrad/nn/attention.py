@@ -252,7 +252,7 @@ class Attention(ShardedModule):
             inputs,
             bias=[biased] * 3,
             needs=[needs] * 3,
-            keep=(),
+            save_gathered=(),
             wire=width,
             reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
         )

@@ -36,7 +36,7 @@ class Linear(ShardedModule):
         mesh: which has every axis of the layout.
         sizes: global sizes of letters: needed where several share in_features or out_features, and for letters of the
             weight that all three tensors carry; of rows, where every call has the same.
-        keep, reduce_dtype: as of `matmul`.
+        save_gathered, reduce_dtype: as of `matmul`.
         device, dtype: of the parameters.
 
     Initial values are nn.Linear's distribution, by the number of the global element, whatever the mesh.
@@ -59,7 +59,7 @@ class Linear(ShardedModule):
         layout: Layout | str,
         mesh: DeviceMesh,
         sizes: Mapping[str, int] | None = None,
-        keep: Collection[str] = (),
+        save_gathered: Collection[str] = (),
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,8 +81,8 @@ class Linear(ShardedModule):
             self.declare(name, str(spec), self.sizes, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.keep, self.reduce_dtype = tuple(keep), reduce_dtype
-        bind((layout,), (bias,), mesh, keep, reduce_dtype)  # refuses what does not fit the layout
+        self.save_gathered, self.reduce_dtype = tuple(save_gathered), reduce_dtype
+        bind((layout,), (bias,), mesh, save_gathered, reduce_dtype)  # refuses what does not fit the layout
         self.reset_parameters()
 
     def _complete(self, name: str, features: int, letters: tuple[str, ...]) -> None:
@@ -110,14 +110,16 @@ class Linear(ShardedModule):
             sizes: global sizes of row letters, where the shards do not tell them: the ranks otherwise exchange them.
         """
         if torch.compiler.is_compiling():
-            product = self._bound(None, self.layout.text, self.bias is None, self.keep, self.reduce_dtype, self.mesh)
+            product = self._bound(
+                None, self.layout.text, self.bias is None, self.save_gathered, self.reduce_dtype, self.mesh
+            )
         else:
             product = self._products.get(None) or self._bind(None)
         known = {**self.sizes, **sizes} if sizes else self.sizes
         return run(product, x, [self.weight], [] if self.bias is None else [self.bias], known)[0]
 
     def _bind(self, key: None) -> BoundMatmul:
-        product = bind((self.layout,), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+        product = bind((self.layout,), (self.bias is not None,), self.mesh, self.save_gathered, self.reduce_dtype)
         self._products[key] = product
         return product
 
@@ -129,7 +131,7 @@ class Linear(ShardedModule):
             mesh_view.shape,
             dtype,
             bias=self.bias is not None,
-            keep=self.keep,
+            save_gathered=self.save_gathered,
             reduce_dtype=self.reduce_dtype,
             coordinate=mesh_view.coordinate,
         )

@@ -112,7 +112,7 @@ class _ParallelLinear(ShardedModule):
         axis: str,
         sequence_dim: int | None,
         reduce: bool,
-        keep: Collection[str],
+        save_gathered: Collection[str],
         data: DataParallel | None,
         reduce_dtype: torch.dtype | None,
         device: torch.device | str | None,
@@ -122,14 +122,16 @@ class _ParallelLinear(ShardedModule):
         who = type(self).__name__
         check_sequence_dim(sequence_dim, who)
         check_reduce(reduce, sequence_dim, who)
-        if isinstance(keep, str) or not set(keep) <= {"X", "W"}:
-            raise LayoutError(f"{who}: keep names operands, as keep=('X',), of X and W; not {keep!r}")
+        if isinstance(save_gathered, str) or not set(save_gathered) <= {"X", "W"}:
+            raise LayoutError(
+                f"{who}: save_gathered names operands, as save_gathered=('X',), of X and W; not {save_gathered!r}"
+            )
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
                 raise ShapeError(f"{who}: {name} must be at least 1, not {size}")
         self.in_features, self.out_features, self.axis = in_features, out_features, axis
         self.sequence_dim, self.reduce = sequence_dim, reduce
-        self.keep, self.data, self.reduce_dtype = tuple(keep), data, reduce_dtype
+        self.save_gathered, self.data, self.reduce_dtype = tuple(save_gathered), data, reduce_dtype
         self._sizes = {"d": in_features, "m": out_features}
         self._given = tuple(self._sizes.items())
         weight = stored_over(data, self._weight.format(axis=axis), self._sizes)
@@ -178,7 +180,7 @@ class _ParallelLinear(ShardedModule):
         if sequence_size is not None and self.sequence_dim is not None:
             sizes = (*sizes, (str(self._letters(x.dim())[2]), sequence_size))
         if torch.compiler.is_compiling():
-            depends_on = self.axis, self.sequence_dim, self.reduce, self.keep
+            depends_on = self.axis, self.sequence_dim, self.reduce, self.save_gathered
             product = self._bound(key, *depends_on, str(self.data), self.reduce_dtype, self.mesh)
             return run(product, x, (weight,), () if bias is None else (bias,), dict(sizes))[0]
         product = self._products.get(key) or self._bind(key)
@@ -188,7 +190,7 @@ class _ParallelLinear(ShardedModule):
         dims, _ = key
         if dims == 0:
             raise ShapeError(f"{type(self).__name__} needs an input of at least one dim, got a scalar")
-        product = bind((self.layout(dims),), (self.bias is not None,), self.mesh, self.keep, self.reduce_dtype)
+        product = bind((self.layout(dims),), (self.bias is not None,), self.mesh, self.save_gathered, self.reduce_dtype)
         self._products[key] = product
         return product
 
@@ -204,7 +206,7 @@ class _ParallelLinear(ShardedModule):
             self._all_sizes(shape),
             mesh_view.shape,
             dtype,
-            keep=self.keep,
+            save_gathered=self.save_gathered,
             reduce_dtype=self.reduce_dtype,
             coordinate=mesh_view.coordinate,
         )
@@ -236,7 +238,7 @@ class ColumnParallelLinear(_ParallelLinear):
     """A linear layer whose output features are cut over an axis: `X[n,d] W[m/tp,d] -> Y[n,m/tp] + B[m/tp]`.
 
     forward: no communication; dX: all-reduce; dW, db: none. With `sequence_dim`, x arrives cut along that dim
-    (`X[n/tp,d]`): forward all-gathers x, dX is reduce-scattered, and dW gathers x again unless `keep=("X",)`.
+    (`X[n/tp,d]`): forward all-gathers x, dX is reduce-scattered, and dW gathers x again unless `save_gathered=("X",)`.
 
     Args:
         in_features, out_features: global sizes, as of nn.Linear; they need not divide by the ranks.
@@ -247,7 +249,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: the dim of the input (not the last) that is cut over the same axis; None if x is replicated.
         reduce: False leaves dX unreduced (`X[n,d]{tp}`), for several layers that share an input: pass it through
             `sg.replicate`, or make it by `sg.all_gather`, which sum the gradients of all of them once.
-        keep: `("X",)` keeps the gathered input for backward instead of gathering it again.
+        save_gathered: `("X",)` keeps the gathered input for backward instead of gathering it again.
         data: the axis that cuts the batch, the input's first dim, and how parameters are stored over it; None without
             data parallelism.
         reduce_dtype: in which y, dX and gradients are summed, e.g. torch.float32 for 16-bit parameters.
@@ -258,7 +260,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Raises:
         ShapeError: a size is not positive, or sequence_dim is no row dim.
-        LayoutError: keep names no operand, or sequence_dim is given with reduce=False.
+        LayoutError: save_gathered names no operand, or sequence_dim is given with reduce=False.
     Source: Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
@@ -275,14 +277,16 @@ class ColumnParallelLinear(_ParallelLinear):
         gather_output: bool = False,
         sequence_dim: int | None = None,
         reduce: bool = True,
-        keep: Collection[str] = (),
+        save_gathered: Collection[str] = (),
         data: DataParallel | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = in_features, out_features
-        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, data, reduce_dtype, device, dtype)
+        super().__init__(
+            *sizes, bias, mesh, axis, sequence_dim, reduce, save_gathered, data, reduce_dtype, device, dtype
+        )
         self.gather_output = gather_output
 
     def layout(self, dims: int) -> Layout:
@@ -333,14 +337,16 @@ class RowParallelLinear(_ParallelLinear):
         input_is_parallel: bool = True,
         sequence_dim: int | None = None,
         reduce: bool = True,
-        keep: Collection[str] = (),
+        save_gathered: Collection[str] = (),
         data: DataParallel | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = in_features, out_features
-        super().__init__(*sizes, bias, mesh, axis, sequence_dim, reduce, keep, data, reduce_dtype, device, dtype)
+        super().__init__(
+            *sizes, bias, mesh, axis, sequence_dim, reduce, save_gathered, data, reduce_dtype, device, dtype
+        )
         self.input_is_parallel = input_is_parallel
 
     def layout(self, dims: int) -> Layout:

@@ -262,7 +262,7 @@ class SwiGLU(ShardedModule):
             gate.resolve({**rows, **features}, mesh_view.shape, mesh_view.coordinate),
             bias=[self.bias] * 2,
             needs=[needs] * 2,
-            keep=(),
+            save_gathered=(),
             wire=width,
             reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
         )

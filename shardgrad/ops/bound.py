@@ -34,13 +34,13 @@ class BoundMatmul:
         layouts: tuple[Layout, ...],
         biased: tuple[bool, ...],
         view: MeshView,
-        keep: frozenset[Key],
+        save_gathered: frozenset[Key],
         reduce_dtype: torch.dtype | None,
         operation: Operation,
     ) -> None:
         self.operation = operation
         self.layouts, self.biased, self.view = layouts, biased, view
-        self.keep, self.reduce_dtype = keep, reduce_dtype
+        self.save_gathered, self.reduce_dtype = save_gathered, reduce_dtype
         self.device_type = view.device.type
         self.name = "; ".join(map(str, layouts))
         self.axes = tuple(dict.fromkeys(axis for layout in layouts for axis in layout.axes))
@@ -59,7 +59,7 @@ class BoundMatmul:
         self._programs: dict[object, Executable] = {}
         self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
         self.handle = compiled.name(
-            self, f"{self.name} on {view.handle}, {biased}, {sorted(keep)}, {reduce_dtype}, {operation}"
+            self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
         )
 
     def __deepcopy__(self, memo: object) -> BoundMatmul:
@@ -153,7 +153,7 @@ class BoundMatmul:
         return Executable(
             self.layouts,
             self.biased,
-            self.keep,
+            self.save_gathered,
             self.view,
             sizes,
             self.reduce_dtype,
@@ -247,7 +247,10 @@ class BoundMatmul:
         every: set[Role] = {"lhs", "rhs", "bias"}
         needs = [every if wanted and biased else every - {"bias"} if wanted else set() for biased in self.biased]
         moved: dict[str, set[str]] = {}
-        for phase in (*forward_phases(self.plans, self.biased), *backward_phases(self.plans, needs, self.keep)):
+        for phase in (
+            *forward_phases(self.plans, self.biased),
+            *backward_phases(self.plans, needs, self.save_gathered),
+        ):
             for move in (*phase.reduce, *(move for read in phase.reads for move in read.moves)):
                 if move.kind != "slice":
                     moved.setdefault(move.axis, set()).update(dim.letter for dim in move.before)
@@ -259,7 +262,7 @@ class BoundMatmul:
         """What the ranks of an axis must agree on; of sizes, those of what moves along it, uncut by the axis itself."""
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
         lines.append(str(self.operation))
-        lines += [f"dtype {dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.keep)}"]
+        lines += [f"dtype {dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.save_gathered)}"]
         names = [self.layouts[0].lhs.name, *(layout.rhs.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
         wanted = [name for name, need in zip(names, needs) if need]

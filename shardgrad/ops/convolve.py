@@ -41,7 +41,7 @@ def convolve(
     stride: Numbers = 1,
     padding: Numbers = 0,
     dilation: Numbers = 1,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The convolution of two sharded tensors (torch's cross-correlation), in the storage that the layout writes.
@@ -57,7 +57,7 @@ def convolve(
     Differentiable; each gradient comes back stored as its tensor is.
 
     Args:
-        x, w, bias, sizes, keep, reduce_dtype: as of `matmul`.
+        x, w, bias, sizes, save_gathered, reduce_dtype: as of `matmul`.
         layout: its text, or `Layout(text, spatial=2)`.
         stride, padding, dilation: as of F.conv2d: a number, or one for each spatial dim.
 
@@ -71,7 +71,12 @@ def convolve(
     if not isinstance(layout, Layout):
         layout = _layout(layout)
     product = bind(
-        (layout,), (bias is not None,), mesh, keep, reduce_dtype, Convolution.of(layout, stride, padding, dilation)
+        (layout,),
+        (bias is not None,),
+        mesh,
+        save_gathered,
+        reduce_dtype,
+        Convolution.of(layout, stride, padding, dilation),
     )
     return run(product, x, [w], [] if bias is None else [bias], sizes)[0]
 

@@ -50,7 +50,7 @@ class Executable:
         self,
         layouts: tuple[Layout, ...],
         biased: tuple[bool, ...],
-        keep: frozenset[Key],
+        save_gathered: frozenset[Key],
         view: MeshView,
         sizes: Sizes,
         reduce_dtype: torch.dtype | None,
@@ -77,7 +77,7 @@ class Executable:
         self._dy_gathers = [bool(self._route(plan.gather["out"], "")) for plan in self._plans]
         self._biases = [at for at in range(count) if biased[at]]
         self._talks = [self._backward_talks(plan, biased[at]) for at, plan in enumerate(self._plans)]
-        self._keep: set[Key] = {(role, share[at] if role == "lhs" else at) for role, at in keep}
+        self._save_gathered: set[Key] = {(role, share[at] if role == "lhs" else at) for role, at in save_gathered}
         self._saved = self._slots_for_backward()
         # Backward, by which dYs there are, whether the weights' gradients are put off, and which go to a main_grad.
         self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
@@ -133,7 +133,9 @@ class Executable:
             if readers:
                 made: list[tuple[int, Map, Role]]
                 made = [(at, products[at].terms.out, "out") for at in readers]
-                gathers.append(self._gather_in_pieces(start, made, self._slot_role(start.target) in self._keep))
+                gathers.append(
+                    self._gather_in_pieces(start, made, self._slot_role(start.target) in self._save_gathered)
+                )
         piecewise = tuple(gather for gather in gathers if gather is not None)
         beside = {gather.start.target for gather in piecewise}
         last = len(products) - 1
@@ -144,7 +146,7 @@ class Executable:
         if first.lhs not in beside and first.pieces is None:
             for start in starts:
                 if start.target == first.rhs:
-                    kept = self._slot_role(start.target) in self._keep
+                    kept = self._slot_role(start.target) in self._save_gathered
                     weight = self._gather_second_in_pieces(start, 0, first.terms.out, "out", kept)
                     piecewise += (weight,) if weight is not None else ()
         return tuple(starts), tuple(products), piecewise
@@ -165,7 +167,7 @@ class Executable:
                 if at in self._biases and self._needs[1 + self.count + self._biases.index(at)]:
                     need.add("bias")
             needs.append(need)
-        phases = backward_phases(self._plans, needs, self._keep)
+        phases = backward_phases(self._plans, needs, self._save_gathered)
         if not defer:
             phases = self._best_order(phases)
         gathers = [self._gathers(phase) for phase in phases]
@@ -402,7 +404,7 @@ class Executable:
 
     def _build(self, biased: tuple[bool, ...]) -> Callable[..., Any]:
         """What a call runs: an autograd Function of its own, or plain code where nothing needs a gradient."""
-        keep = {self._slot[key] for key in self._keep}
+        keep = {self._slot[key] for key in self._save_gathered}
         wanted = any(self._needs)
         forward = self._forward_body = source.forward(
             *self._forward(biased), self._names(), self._inputs, self._given, self._saved, keep, in_autograd=wanted
@@ -473,7 +475,7 @@ class Executable:
     def forward_apart(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Every Y, and then the operands that backward reads as gathered."""
         if self._apart is None:
-            keep = {self._slot[key] for key in self._keep}
+            keep = {self._slot[key] for key in self._save_gathered}
             self._apart = source.forward(
                 *self._forward(self._biased),
                 self._names(),
@@ -487,7 +489,7 @@ class Executable:
         return self._apart(*tensors)
 
     def _kept_slots(self) -> list[int]:
-        keep = {self._slot[key] for key in self._keep}
+        keep = {self._slot[key] for key in self._save_gathered}
         return [slot for slot in self._saved if slot in keep]
 
     def shapes_apart(self) -> list[tuple[int, ...]]:

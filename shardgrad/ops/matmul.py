@@ -32,7 +32,7 @@ def matmul(
     bias: Tensor | None = None,
     sizes: Mapping[str, int] | None = None,
     *,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> Tensor: ...
 @overload
@@ -44,7 +44,7 @@ def matmul(
     bias: None = None,
     sizes: Mapping[str, int] | None = None,
     *,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]: ...
 def matmul(
@@ -55,7 +55,7 @@ def matmul(
     bias: Tensor | None = None,
     sizes: Mapping[str, int] | None = None,
     *,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> Any:
     """The product of two sharded tensors, in the storage that the layout writes. Local shards in, local shard out.
@@ -77,7 +77,7 @@ def matmul(
             letters, split by the axes that split them. Added once, after the reduction.
         sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds uncut by storage;
             without it the ranks then exchange their sizes, one small exchange a call.
-        keep: names of operands that stay in memory as gathered until backward; the others are gathered again.
+        save_gathered: names of operands that stay in memory as gathered until backward; the others are gathered again.
         reduce_dtype: the dtype in which partial sums are reduced, e.g. torch.float32 for 16-bit operands.
 
     Raises:
@@ -92,7 +92,7 @@ def matmul(
     if isinstance(w, Tensor):
         if mesh is None:
             raise TypeError("matmul needs a mesh: matmul(x, w, layout, mesh)")
-        return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, keep, reduce_dtype)[0]
+        return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, save_gathered, reduce_dtype)[0]
     if not isinstance(w, list | tuple):
         raise TypeError(f"w must be a tensor, or a list of (w, layout) and (w, layout, bias), not {type(w).__name__}")
     if isinstance(layout, DeviceMesh) and mesh is None:
@@ -100,7 +100,7 @@ def matmul(
     if bias is not None or layout is not None or mesh is None or not w:
         raise TypeError("products of one input: matmul(x, [(w, layout), (w, layout, bias), …], mesh)")
     weights = tuple((entry[0], _as_layout(entry[1]), entry[2] if len(entry) > 2 else None) for entry in w)
-    return multiply(x, weights, mesh, sizes, keep, reduce_dtype)
+    return multiply(x, weights, mesh, sizes, save_gathered, reduce_dtype)
 
 
 def _as_layout(layout: object) -> Layout:
@@ -122,7 +122,7 @@ def multiply(
     weights: tuple[tuple[Tensor, Layout, Tensor | None], ...],
     mesh: DeviceMesh,
     sizes: Mapping[str, int] | None,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """`matmul` of several weights, its arguments in one form."""
@@ -130,9 +130,9 @@ def multiply(
     biases = [bias for _, _, bias in weights]
     biased = tuple([bias is not None for bias in biases])
     if torch.compiler.is_compiling():
-        product = _bind_texts([layout.text for layout in layouts], biased, mesh, tuple(keep), reduce_dtype)
+        product = _bind_texts([layout.text for layout in layouts], biased, mesh, tuple(save_gathered), reduce_dtype)
     else:
-        product = bind(layouts, biased, mesh, keep, reduce_dtype)
+        product = bind(layouts, biased, mesh, save_gathered, reduce_dtype)
     return run(product, x, [w for w, _, _ in weights], [bias for bias in biases if bias is not None], sizes)
 
 
@@ -140,17 +140,17 @@ def bind(
     layouts: tuple[Layout, ...],
     biased: tuple[bool, ...],
     mesh: DeviceMesh,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
     operation: Operation = CONTRACT,
 ) -> BoundMatmul:
     """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
-    key = (layouts, biased, tuple(keep), reduce_dtype, operation)
+    key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
     product = mesh_view.compiled.get(key)
     if product is None:
         _check_layouts(layouts, biased)
-        product = BoundMatmul(layouts, biased, mesh_view, _kept(keep, layouts), reduce_dtype, operation)
+        product = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
         mesh_view.compiled[key] = product
     return product
 
@@ -160,11 +160,11 @@ def _bind_texts(
     texts: Sequence[str],
     biased: tuple[bool, ...],
     mesh: DeviceMesh,
-    keep: Collection[str],
+    save_gathered: Collection[str],
     reduce_dtype: torch.dtype | None,
 ) -> BoundMatmul:
     """`bind`, which torch.compile does not look into."""
-    return bind(tuple([_layout(text) for text in texts]), biased, mesh, keep, reduce_dtype)
+    return bind(tuple([_layout(text) for text in texts]), biased, mesh, save_gathered, reduce_dtype)
 
 
 def run(
@@ -197,14 +197,14 @@ def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
             raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
 
 
-def _kept(keep: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
-    if isinstance(keep, str):
-        raise TypeError(f"keep is a collection of operands' names: keep=({keep!r},)")
+def _kept(save_gathered: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
+    if isinstance(save_gathered, str):
+        raise TypeError(f"save_gathered is a collection of operands' names: save_gathered=({save_gathered!r},)")
     kept: set[Key] = set()
-    for name in keep:
+    for name in save_gathered:
         seconds = [("rhs", at) for at, layout in enumerate(layouts) if layout.rhs.name == name]
         firsts = [("lhs", at) for at, layout in enumerate(layouts) if layout.lhs.name == name]
         if not firsts and not seconds:
-            raise LayoutError(f"keep: no operand {name!r} in {'; '.join(map(str, layouts))}")
+            raise LayoutError(f"save_gathered: no operand {name!r} in {'; '.join(map(str, layouts))}")
         kept.update(seconds + firsts)  # type: ignore[arg-type]
     return frozenset(kept)

@@ -128,7 +128,7 @@ def resolve(cell: Cell) -> Cell:
     if layout is not None:
         try:
             first = dict.fromkeys(mesh, 0)
-            made.product.collectives(sizes, mesh, cell.dtype, keep=cell.keep, coordinate=first)
+            made.product.collectives(sizes, mesh, cell.dtype, save_gathered=cell.keep, coordinate=first)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     return made

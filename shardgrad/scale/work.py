@@ -64,9 +64,11 @@ def _layer(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
     def step() -> None:
         for operand in operands:
             operand.grad = None
-        matmul(x, w, layout, mesh, bias[0] if bias else None, sizes, keep=cell.keep).backward(grad)
+        matmul(x, w, layout, mesh, bias[0] if bias else None, sizes, save_gathered=cell.keep).backward(grad)
 
-    predicted = layout.collectives(sizes, mesh_view.shape, cell.dtype, keep=cell.keep, coordinate=mesh_view.coordinate)
+    predicted = layout.collectives(
+        sizes, mesh_view.shape, cell.dtype, save_gathered=cell.keep, coordinate=mesh_view.coordinate
+    )
     stored = {spec.name: operand for spec, operand in zip(specs, operands)} | {f"d{layout.out.name}": grad}
     rows = prod(sizes[letter] for letter in (*layout.rows, *layout.batched))
     return Work(step, predicted, 6 * prod(sizes.values()), rows, stored)

@@ -71,7 +71,7 @@ def check_product(
     dtype: torch.dtype = torch.float32,
     bias: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
-    keep: Collection[str] = (),
+    save_gathered: Collection[str] = (),
     exact: bool = False,
     data: Data = "normal",
     lam: float | None = None,
@@ -87,7 +87,7 @@ def check_product(
         print(check.require())
 
     Args:
-        layout, mesh, reduce_dtype, keep: as of `matmul`.
+        layout, mesh, reduce_dtype, save_gathered: as of `matmul`.
         sizes: the global size of every letter.
         dtype: float64, float32, bfloat16 or float16.
         bias: whether a bias is added; by default, whether the layout writes one.
@@ -120,7 +120,7 @@ def check_product(
         mesh,
         local[2] if biased else None,
         sizes,
-        keep=keep,
+        save_gathered=save_gathered,
         reduce_dtype=reduce_dtype,
     )
     y.backward(shard(dy, layout.out, mesh))

@@ -33,7 +33,7 @@ def test_linear_layers_keep_their_input_as_it_is_stored(t: int) -> None:
         whole, cut = (B, S, H), (B, S // t, H)
         assert of(sg.ColumnParallelLinear(H, F, **where), whole) == SB * H
         assert of(sg.ColumnParallelLinear(H, F, sequence_dim=1, **where), cut, S) == SB * H // t
-        assert of(sg.ColumnParallelLinear(H, F, sequence_dim=1, keep=("X",), **where), cut, S) == SB * H
+        assert of(sg.ColumnParallelLinear(H, F, sequence_dim=1, save_gathered=("X",), **where), cut, S) == SB * H
         for sequence_dim in (None, 1):
             row = sg.RowParallelLinear(H, F, sequence_dim=sequence_dim, **where)
             assert of(row, (B, S, H // t), S) == SB * H // t

@@ -93,7 +93,7 @@ def test_a_transformer_layer_moves_what_the_papers_say(tp: int) -> None:
     unit = b * s * h * (tp - 1) // tp
     plain = (("X[b,s,d] W[d,m/tp] -> Y[b,s,m/tp]", ()), ("X[b,s,d/tp] W[d/tp,m] -> Y[b,s,m]", ()))
     again = (("X[b,s/tp,d] W[d,m/tp] -> Y[b,s,m/tp]", ()), ("X[b,s,d/tp] W[d/tp,m] -> Y[b,s/tp,m]", ()))
-    kept = ((again[0][0], ("--keep", "X")), again[1])
+    kept = ((again[0][0], ("--save-gathered", "X")), again[1])
     for (column, row), factor in ((plain, 8), (again, 10), (kept, 8)):
         moved = 0
         for (text, more), d, m in ((column, h, 3 * h), (row, h, h), (column, h, 4 * h), (row, 4 * h, h)):
@@ -114,7 +114,7 @@ def test_a_transformer_layer_moves_what_the_papers_say(tp: int) -> None:
         (("column", "--sizes", "n=7,d=3,m=1"), "lacks axis 'tp'"),
         (("column", *SMALL, "--rank", "2"), "rank 2 is not one of the 2 ranks of the mesh {'tp': 2}"),
         (("column", *SMALL, "--dtype", "int3"), "unknown dtype 'int3'"),
-        (("column", *SMALL, "--keep", "Q"), "keep: no operand 'Q'"),
+        (("column", *SMALL, "--save-gathered", "Q"), "save_gathered: no operand 'Q'"),
         (("column", *SMALL, "--draw", "a.gif"), "a picture ends in .svg, .png, .pdf, not 'a.gif'"),
         (("column", *SMALL, "--draw", "/no/such/a.svg"), "cannot open /no/such/a.svg: No such file or directory"),
         (("column", "--sizes", "n=7,d"), "cannot read 'd': write name=number"),

@@ -49,10 +49,12 @@ def test_sequence_parallelism_moves_10bsh_with_the_input_gathered_again_and_8_wi
     column = Layout("X[b,s/tp,d] W[d,m/tp] -> Y[b,s,m/tp]")
     row = Layout("X[b,s,d/tp] W[d/tp,m] -> Y[b,s/tp,m]")
     mesh = {"tp": tp}
-    for keep, factor in (((), 10), (("X",), 8)):
+    for save_gathered, factor in (((), 10), (("X",), 8)):
         moved = 0
         for wide in (h, 4 * h):
-            moved += total(column, sizes={"b": b, "s": s, "d": h, "m": wide}, mesh_shape=mesh, keep=keep)
+            moved += total(
+                column, sizes={"b": b, "s": s, "d": h, "m": wide}, mesh_shape=mesh, save_gathered=save_gathered
+            )
             moved += total(row, sizes={"b": b, "s": s, "d": wide, "m": h}, mesh_shape=mesh)
         assert moved == 4 * factor * b * s * h * (tp - 1) // tp
 
@@ -94,7 +96,7 @@ def test_what_nobody_needs_is_not_listed() -> None:
     assert phases(frozen=["X", "B"]) == [*both, ("dW", "X"), ("dW", "dW")]
     assert phases(frozen=["W", "B"]) == [*both, ("dX", "W"), ("dX", "dX")]
     assert phases(frozen=["X", "W"]) == [*both, ("db", "db")]
-    assert phases(keep=["X", "W"], frozen=["B"]) == [*both, ("dX", "dX"), ("dW", "dW")]
+    assert phases(save_gathered=["X", "W"], frozen=["B"]) == [*both, ("dX", "dX"), ("dW", "dW")]
     assert phases(bias=False)[-1] == ("dW", "dW")
     assert layout.collectives(sizes, {"dp": 1, "tp": 1}) == []
     assert layout.collectives(dict.fromkeys("ndm", 0), mesh) == []
@@ -135,7 +137,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"mesh_shape": {"dp": 2}}, "lacks axis 'tp'"),
         ({"coordinate": {"tp": 2}}, "index 2 is not one of 2 ranks"),
         ({"frozen": ["Z"]}, "frozen: no operand 'Z'"),
-        ({"keep": ["B"]}, "keep: no operand 'B'"),
+        ({"save_gathered": ["B"]}, "save_gathered: no operand 'B'"),
         ({"dtype": "complex7"}, "unknown dtype 'complex7'"),
     ):
         with pytest.raises(ValueError, match=why):

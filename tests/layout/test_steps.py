@@ -78,7 +78,7 @@ def test_where_a_gathered_operand_comes_from() -> None:
     sizes, mesh = {"n": 4, "d": 3, "m": 5}, {"tp": 2}
     row = walk(PRESETS["row_sequence"], sizes, mesh)
     assert [read.note for step in row.steps for read in step.reads] == ["", "", "", "", "gathered for dX", ""]
-    column = walk(PRESETS["column_sequence"], sizes, mesh, keep=["X"])
+    column = walk(PRESETS["column_sequence"], sizes, mesh, save_gathered=["X"])
     assert {read.note for step in column.steps for read in step.reads} == {"", "kept from forward"}
 
 

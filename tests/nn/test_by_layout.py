@@ -106,7 +106,7 @@ def test_what_a_layout_cannot_be_is_refused_when_built(world_size: int) -> None:
         ({"layout": heads, "sizes": {"h": 4}}, r"out_features=15 .*: h=4, k=\?"),
         ({"layout": heads, "sizes": {"h": 3, "k": 4}}, r"out_features=15 .*: h=3, k=4"),
         ({"layout": heads, "sizes": {"h": 3, "q": 4}}, r"sizes names 'q'"),
-        ({"layout": heads, "sizes": {"h": 3}, "keep": ("Z",)}, r"keep: no operand 'Z'"),
+        ({"layout": heads, "sizes": {"h": 3}, "save_gathered": ("Z",)}, r"save_gathered: no operand 'Z'"),
         ({"layout": "X[e,n,d] W[e,d,m] -> Y[e,n,m]"}, r"a parameter carries 'e'"),
         ({"layout": "X[n,d/tp] W[d,m] -> Y[n,m]"}, r"illegal layout"),
         ({"layout": "X[n,d] W[d,m] -> Y[n,m] + B[m]", "bias": False}, r"adds a bias"),
@@ -166,10 +166,12 @@ def test_constructors_refuse_what_forward_would(world_size: int) -> None:
             build(4, 6, mesh=mesh, sequence_dim=-1)
         with pytest.raises(sg.ShapeError, match="is the number of a dim, or None; not True"):
             build(4, 6, mesh=mesh, sequence_dim=True)
-        with pytest.raises(sg.LayoutError, match=r"keep names operands, as keep=\('X',\), of X and W; not 'X'"):
-            build(4, 6, mesh=mesh, keep="X")
+        with pytest.raises(
+            sg.LayoutError, match=r"save_gathered names operands, as save_gathered=\('X',\), of X and W; not 'X'"
+        ):
+            build(4, 6, mesh=mesh, save_gathered="X")
         with pytest.raises(sg.LayoutError, match=r"not \('Y',\)"):
-            build(4, 6, mesh=mesh, keep=("Y",))
+            build(4, 6, mesh=mesh, save_gathered=("Y",))
     for build in (sg.LayerNorm, sg.RMSNorm):
         with pytest.raises(sg.ShapeError, match="sequence_dim=-1 is not a row dim"):
             build(4, mesh=mesh, sequence_dim=-1)

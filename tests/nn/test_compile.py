@@ -82,7 +82,7 @@ def test_layers(world_size: int) -> None:
     kept = nn.ModuleList(
         [
             sg.RMSNorm(12, sequence_dim=1, **kind),
-            sg.ColumnParallelLinear(12, 10, sequence_dim=1, keep=("X",), **kind),
+            sg.ColumnParallelLinear(12, 10, sequence_dim=1, save_gathered=("X",), **kind),
             sg.RowParallelLinear(10, 6, sequence_dim=1, **kind),
         ]
     )

@@ -134,12 +134,12 @@ def test_torch_habits_work(world_size: int) -> None:
 @distributed(world_size=2)
 def test_a_sequence_that_is_told_is_not_exchanged_and_a_gathered_input_can_be_kept(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    for keep, told, expected in (
+    for save_gathered, told, expected in (
         ((), 5, ["all-gather", "all-gather", "reduce-scatter"]),
         (("X",), 5, ["all-gather", "reduce-scatter"]),
         ((), None, ["all-to-all", "all-gather", "all-gather", "reduce-scatter"]),
     ):
-        layer = sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=0, keep=keep)
+        layer = sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=0, save_gathered=save_gathered)
         x = torch.ones(3 - mesh.get_local_rank("tp"), 4, requires_grad=True)
         layer(x, sequence_size=told).sum().backward()
         with sg.trace() as traced:

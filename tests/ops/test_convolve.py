@@ -92,7 +92,7 @@ def check(
     seed: int = 0,
     bias: bool = True,
     give_sizes: bool = True,
-    keep: tuple[str, ...] = (),
+    save_gathered: tuple[str, ...] = (),
     frozen: tuple[str, ...] = (),
 ) -> None:
     sizes = {**sizes, **out_sizes(layout, sizes, settings)}
@@ -112,7 +112,7 @@ def check(
                 mesh,
                 local[2] if bias else None,
                 sizes if give_sizes else None,
-                keep=keep,
+                save_gathered=save_gathered,
                 **settings,  # type: ignore[arg-type]
             )
             if y.requires_grad:
@@ -133,7 +133,7 @@ def check(
             dtype,
             bias=bias,
             frozen=[name for name in frozen if name != layout.bias.name or bias],
-            keep=keep,
+            save_gathered=save_gathered,
             coordinate={name: mesh.get_local_rank(name) for name in names},
         )
         assert sorted((p.operation, p.axis, p.bytes) for p in predicted) == sorted(
@@ -214,7 +214,7 @@ def test_random_legal_layouts(world_size: int) -> None:
                     seed=at,
                     bias=layout.has_bias or rng.random() < 0.5,
                     give_sizes=rng.random() < 0.7,
-                    keep=rng.choice([(), ("X",), ("W",)]),
+                    save_gathered=rng.choice([(), ("X",), ("W",)]),
                     frozen=tuple(name for name in "XWB" if rng.random() < 0.15),
                 )
 

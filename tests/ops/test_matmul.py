@@ -50,7 +50,7 @@ def test_random_legal_layouts(world_size: int, seed: int) -> None:
                     seed=at,
                     bias=layout.has_bias or rng.random() < 0.5,
                     give_sizes=rng.random() < 0.5,
-                    keep=rng.choice([(), ("X",), ("W",), ("X", "W")]),
+                    save_gathered=rng.choice([(), ("X",), ("W",), ("X", "W")]),
                     frozen=tuple(name for name in "XWB" if rng.random() < 0.15),
                 )
 

@@ -80,9 +80,11 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
         for one, other in zip(whole, cut):
             assert torch.equal(one, other)
         again = nn.Parameter(x.clone())
-        for keep in ((layout.lhs.name,), (layout.lhs.name, layout.rhs.name)):
+        for save_gathered in ((layout.lhs.name,), (layout.lhs.name, layout.rhs.name)):
             again.grad = None
-            y = sg.matmul(again, w, layout, mesh, sizes=sizes, keep=keep)  # no gradient of W: dX comes last
+            y = sg.matmul(
+                again, w, layout, mesh, sizes=sizes, save_gathered=save_gathered
+            )  # no gradient of W: dX comes last
             y.backward(dy)
             assert again.grad is not None
             assert torch.equal(y, whole[0])
@@ -135,8 +137,8 @@ def test_gathers_of_weights_and_reductions_of_their_gradients(world_size: int, t
 
 
 @distributed(world_size=[2, 3])
-@pytest.mark.parametrize("keep", [(), ("X",)])
-def test_products_that_share_a_gather(world_size: int, keep: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("save_gathered", [(), ("X",)])
+def test_products_that_share_a_gather(world_size: int, save_gathered: tuple[str, ...]) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layouts = [Layout(f"X[b,s/tp,d] W{i}[{h}/tp,k,d] -> Y{i}[b,s,{h}/tp,k]") for i, h in enumerate("hij")]
     sizes = {"b": 2, "s": 12, "d": 7, "k": 3, "h": 12, "i": 6, "j": 6}
@@ -147,7 +149,7 @@ def test_products_that_share_a_gather(world_size: int, keep: tuple[str, ...]) ->
     for pieces in (None, 2):
         sg.overlap(mesh, pieces)
         leaves = [nn.Parameter(t.clone()) for t in (x, *ws)]
-        ys = sg.matmul(leaves[0], list(zip(leaves[1:], layouts)), mesh, sizes=sizes, keep=keep)
+        ys = sg.matmul(leaves[0], list(zip(leaves[1:], layouts)), mesh, sizes=sizes, save_gathered=save_gathered)
         torch.autograd.backward(ys, dys)
         found.append([*ys, *(leaf.grad for leaf in leaves)])
     sg.overlap(mesh, None)

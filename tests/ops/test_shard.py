@@ -95,8 +95,8 @@ def test_what_does_not_fit_is_said_with_the_numbers(world_size: int) -> None:
         (ShapeError, ["complex products are not supported"], {"x": x + 0j, "w": w + 0j}),
         (sg.MeshError, ["no axis 'dp'", "it has tp=2", "mesh_dim_names"], {"layout": "X[n/dp,d] W[d,m] -> Y[n/dp,m]"}),
         (sg.LayoutError, ["adds a bias B[m/tp], but none was given"], {"layout": column + " + B[m/tp]"}),
-        (sg.LayoutError, ["keep: no operand 'Z'"], {"keep": ("Z",)}),
-        (TypeError, ["keep is a collection"], {"keep": "X"}),
+        (sg.LayoutError, ["save_gathered: no operand 'Z'"], {"save_gathered": ("Z",)}),
+        (TypeError, ["save_gathered is a collection"], {"save_gathered": "X"}),
         (sg.LayoutError, ["illegal layout"], {"layout": "X[n/tp,d] W[d,m] -> Y[n,m]"}),
     ]
     for error, words, change in cases:

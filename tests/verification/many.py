@@ -43,7 +43,7 @@ def case(rng: random.Random, ranks: int) -> sg.ProductCheck:
         dtype=dtype,
         bias=layout.has_bias or rng.random() < 0.5,
         reduce_dtype=rng.choice((None, None, *wide)),
-        keep=rng.choice([(), ("X",), ("W",), ("X", "W")]),
+        save_gathered=rng.choice([(), ("X",), ("W",), ("X", "W")]),
         exact=rng.random() < 0.3,
         data=rng.choice(("normal", "positive", "wide")),
         seed=rng.randrange(2**31),
