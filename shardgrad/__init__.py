@@ -42,16 +42,16 @@ if TYPE_CHECKING:
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
     from shardgrad.nn.mlp import MLP as MLP
     from shardgrad.nn.mlp import SwiGLU as SwiGLU
-    from shardgrad.nn.module import Stored as Stored
+    from shardgrad.nn.module import ParamSharding as ParamSharding
     from shardgrad.nn.moe import MoE as MoE
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
     from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
     from shardgrad.nn.positions import LearnedPositions as LearnedPositions
     from shardgrad.nn.rotary import Rotary as Rotary
+    from shardgrad.nn.shardings import named_shardings as named_shardings
     from shardgrad.nn.state import load_state_dict as load_state_dict
     from shardgrad.nn.state import state_dict as state_dict
-    from shardgrad.nn.stored import stored_parameters as stored_parameters
     from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
     from shardgrad.nn.whole import numel as numel
     from shardgrad.ops.convolve import convolve as convolve
@@ -115,8 +115,8 @@ _HOME = {
     "ParallelBlock": "shardgrad.nn.parallel_block",
     "LearnedPositions": "shardgrad.nn.positions",
     "Rotary": "shardgrad.nn.rotary",
-    "Stored": "shardgrad.nn.module",
-    "stored_parameters": "shardgrad.nn.stored",
+    "ParamSharding": "shardgrad.nn.module",
+    "named_shardings": "shardgrad.nn.shardings",
     "clip_grad_norm_": "shardgrad.nn.whole",
     "numel": "shardgrad.nn.whole",
     "load_state_dict": "shardgrad.nn.state",

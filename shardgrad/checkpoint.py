@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
-from shardgrad.nn.module import Stored
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.shard import shard, unshard
 
 FORMAT = 1
@@ -61,12 +61,12 @@ def save(
     writes = not any(mesh_view.coordinate.values())
     parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, parameter, stored in stored_parameters(model):
-        full = _whole(parameter, stored)
+    for name, parameter, sharding in named_shardings(model):
+        full = _whole(parameter, sharding)
         if writes:
             parameters[name] = full
         for key, value in _optimizer_state(optimizer, parameter).items():
-            full = _whole(value, stored if value.shape == parameter.shape else None)
+            full = _whole(value, sharding if value.shape == parameter.shape else None)
             if writes:
                 moments[f"{name}/{key}"] = full
     done = "written"
@@ -95,19 +95,19 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     about: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
-    own = {name: (parameter, stored) for name, parameter, stored in stored_parameters(model)}
+    own = {name: (parameter, sharding) for name, parameter, sharding in named_shardings(model)}
     with _opened(folder / _MODEL) as file, torch.no_grad():
         _check_names(set(file.keys()), set(own), folder)
-        for name, (parameter, stored) in own.items():
-            parameter.copy_(_part(file.get_tensor(name), name, parameter, stored, folder))
+        for name, (parameter, sharding) in own.items():
+            parameter.copy_(_part(file.get_tensor(name), name, parameter, sharding, folder))
     if optimizer is not None:
         with _opened(folder / _OPTIMIZER) as file:
             for entry in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, key = entry.rpartition("/")
-                parameter, stored = own[name]
+                parameter, sharding = own[name]
                 value = file.get_tensor(entry)
                 if value.dim():
-                    value = _part(value, entry, parameter, stored, folder).to(parameter.device)
+                    value = _part(value, entry, parameter, sharding, folder).to(parameter.device)
                 optimizer.state[parameter][key] = value
     return about
 
@@ -133,18 +133,18 @@ def _optimizer_state(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _whole(local: Tensor, stored: Stored | None) -> Tensor:
+def _whole(local: Tensor, sharding: ParamSharding | None) -> Tensor:
     """The global tensor, on the CPU and of its own memory."""
-    if stored is None or not stored.spec.axes:
+    if sharding is None or not sharding.spec.axes:
         return local.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return unshard(local, stored.spec, stored.mesh, stored.sizes).cpu()
+    return unshard(local, sharding.spec, sharding.mesh, sharding.sizes).cpu()
 
 
-def _part(full: Tensor, name: str, parameter: Tensor, stored: Stored | None, folder: Path) -> Tensor:
-    shape = tuple(parameter.shape) if stored is None else stored.shape
+def _part(full: Tensor, name: str, parameter: Tensor, sharding: ParamSharding | None, folder: Path) -> Tensor:
+    shape = tuple(parameter.shape) if sharding is None else sharding.shape
     if tuple(full.shape) != shape:
         raise ValueError(f"{name} has global shape {shape} in this model, but {tuple(full.shape)} in {folder}")
-    return full if stored is None else shard(full, stored.spec, stored.mesh)
+    return full if sharding is None else shard(full, sharding.spec, sharding.mesh)
 
 
 def _check_names(found: set[str], wanted: set[str], folder: Path) -> None:

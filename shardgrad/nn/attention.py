@@ -264,7 +264,7 @@ class Attention(ShardedModule):
             coordinate=mesh_view.coordinate,
         )
         if not self.heads.aligned:
-            parameters = [self.get_parameter(name) for name in self._stored if name.startswith(("key", "value"))]
+            parameters = [self.get_parameter(name) for name in self._shardings if name.startswith(("key", "value"))]
             output += summed_together("dWk and dWv", parameters, self.mesh, self.axis, self.output_weight.dtype)
         return [*shared, *output]
 

@@ -10,8 +10,8 @@ from torch import nn
 from shardgrad.comm.collectives import all_reduce
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.layout.cost import Collective, sent
-from shardgrad.nn.module import Stored
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.shardings import named_shardings
 
 BUCKET = 1 << 24
 """Elements reduced together: enough that latency does not count, and a copy of them is small beside a model."""
@@ -56,14 +56,14 @@ def reduce_gradients_collectives(model: nn.Module) -> list[Collective]:
 def _buckets(model: nn.Module) -> Iterator[tuple[Axis, list[nn.Parameter]]]:
     """Parameters that are marked alike and have one dtype and device, in the model's order, with the axis to sum over:
     in turn for each axis of a mark."""
-    groups: dict[object, tuple[Stored, list[nn.Parameter]]] = {}
-    for _, parameter, stored in stored_parameters(model):
-        if stored is not None and stored.spec.grad_partial and parameter.requires_grad and parameter.numel():
-            key = (id(stored.mesh), stored.spec.grad_partial, parameter.dtype, parameter.device)
-            groups.setdefault(key, (stored, []))[1].append(parameter)
-    for stored, parameters in groups.values():
-        for name in stored.spec.grad_partial:
-            axis = view(stored.mesh).axis(name)
+    groups: dict[object, tuple[ParamSharding, list[nn.Parameter]]] = {}
+    for _, parameter, sharding in named_shardings(model):
+        if sharding is not None and sharding.spec.grad_partial and parameter.requires_grad and parameter.numel():
+            key = (id(sharding.mesh), sharding.spec.grad_partial, parameter.dtype, parameter.device)
+            groups.setdefault(key, (sharding, []))[1].append(parameter)
+    for sharding, parameters in groups.values():
+        for name in sharding.spec.grad_partial:
+            axis = view(sharding.mesh).axis(name)
             if axis.size == 1:
                 continue
             bucket: list[nn.Parameter] = []

@@ -82,7 +82,7 @@ class VocabParallelEmbedding(ShardedModule):
         self.sequence_dim, self.data, self.reduce_dtype = sequence_dim, data, reduce_dtype
         sizes = {"v": num_embeddings, "m": embedding_dim}
         self.declare("weight", stored_over(data, f"W[v/{axis},m]", sizes), sizes, device, dtype)
-        (self.first, _), (self.rows, _) = self._stored["weight"].block()
+        (self.first, _), (self.rows, _) = self._shardings["weight"].block()
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -135,7 +135,7 @@ class VocabParallelEmbedding(ShardedModule):
     def logits_layout(self, dims: int) -> Layout:
         """The layout of `logits` for x of so many dims."""
         rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, self.data, type(self).__name__)
-        return Layout(f"X[{cut}m] {self._stored['weight'].spec} -> L[{rows}v/{self.axis}]")
+        return Layout(f"X[{cut}m] {self._shardings['weight'].spec} -> L[{rows}v/{self.axis}]")
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's lookup, forward and backward, for ids of a global shape. (Those of `logits`:
@@ -151,7 +151,7 @@ class VocabParallelEmbedding(ShardedModule):
         sizes = Sizes(mesh_view.shape, mesh_view.coordinate, known)
         whole, stored = parse_tensor(f"Y[{rows}m]").dims, parse_tensor(f"Y[{cut}m]").dims
         own: Any = self.weight.dtype
-        table = [] if self.data is None else for_rows_collectives(self._stored["weight"], (self.data.axis,), own)
+        table = [] if self.data is None else for_rows_collectives(self._shardings["weight"], (self.data.axis,), own)
         return [
             *table,
             *cost.moved("forward", "Y", route(whole, stored, (self.axis,)), sizes, width, width),
@@ -160,7 +160,9 @@ class VocabParallelEmbedding(ShardedModule):
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""
-        weight = self.weight if self.data is None else for_rows(self.weight, self._stored["weight"], (self.data.axis,))
+        weight = (
+            self.weight if self.data is None else for_rows(self.weight, self._shardings["weight"], (self.data.axis,))
+        )
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
         # In a compiled graph the lookup itself refuses such ids.

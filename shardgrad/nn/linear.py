@@ -155,7 +155,7 @@ class _ParallelLinear(ShardedModule):
         raise NotImplementedError
 
     def _plus_bias(self) -> str:
-        return f" + {self._stored['bias'].spec}" if self.bias is not None else ""
+        return f" + {self._shardings['bias'].spec}" if self.bias is not None else ""
 
     def _letters(self, dims: int) -> tuple[str, str, str | None]:
         return cut_rows(dims, self.sequence_dim, self.axis, self.data, type(self).__name__)
@@ -293,7 +293,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """The layout of this layer's product for an input of so many dims."""
         rows, cut, _ = self._letters(dims)
         mark = "" if self.reduce else f"{{{self.axis}}}"
-        return Layout(f"X[{cut}d]{mark} {self._stored['weight'].spec} -> Y[{rows}m/{self.axis}]{self._plus_bias()}")
+        return Layout(f"X[{cut}d]{mark} {self._shardings['weight'].spec} -> Y[{rows}m/{self.axis}]{self._plus_bias()}")
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         y = super().forward(x, sequence_size)
@@ -353,7 +353,7 @@ class RowParallelLinear(_ParallelLinear):
         """The layout of this layer's product for an input of so many dims."""
         rows, cut, _ = self._letters(dims)
         mark = "" if self.reduce else f"{{{self.axis}}}"
-        return Layout(f"X[{rows}d/{self.axis}] {self._stored['weight'].spec} -> Y[{cut}m]{mark}{self._plus_bias()}")
+        return Layout(f"X[{rows}d/{self.axis}] {self._shardings['weight'].spec} -> Y[{cut}m]{mark}{self._plus_bias()}")
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         if not self.input_is_parallel:

@@ -203,8 +203,8 @@ class SwiGLU(ShardedModule):
         mark = "" if self.reduce else f"{{{self.axis}}}"
 
         def stored(name: str) -> tuple[str, str]:
-            plus = f" + {self._stored[f'{name}_bias'].spec}" if self.bias else ""
-            return str(self._stored[f"{name}_weight"].spec), plus
+            plus = f" + {self._shardings[f'{name}_bias'].spec}" if self.bias else ""
+            return str(self._shardings[f"{name}_weight"].spec), plus
 
         (gate, plus_gate), (up, plus_up), (down, plus_down) = (stored(name) for name in ("gate", "up", "down"))
         return (

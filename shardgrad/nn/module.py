@@ -23,7 +23,7 @@ Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ParamSharding:
     """How a parameter is stored: which axes cut which of its dims, on which mesh, and its global shape.
 
     merged: its global shape in a state, where dims that are letters of their own here are one there (the groups and the
@@ -35,7 +35,7 @@ class Stored:
     mesh: DeviceMesh
     merged: tuple[int, ...] | None = None
 
-    def __deepcopy__(self, memo: object) -> Stored:
+    def __deepcopy__(self, memo: object) -> ParamSharding:
         return self  # a mesh holds process groups, which cannot be copied
 
     def block(self) -> tuple[list[int], list[int]]:
@@ -60,8 +60,8 @@ class ShardedModule(nn.Module):
         mesh_view = view(mesh)
         mesh_view.require(axes, type(self).__name__)
         self._axes = tuple(axes)
-        self._stored: dict[str, Stored] = {}
-        self._mesh = Stored(TensorSpec("", ()), (), mesh)
+        self._shardings: dict[str, ParamSharding] = {}
+        self._mesh = ParamSharding(TensorSpec("", ()), (), mesh)
         self._products: dict[Any, BoundMatmul] = {}  # bound at first use, by whatever a layer tells them apart by
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,9 +84,9 @@ class ShardedModule(nn.Module):
         """
         return self._bind(key)
 
-    def stored(self) -> dict[str, Stored]:
+    def shardings(self) -> dict[str, ParamSharding]:
         """How each parameter of this module itself is stored, by its local name."""
-        return dict(self._stored)
+        return dict(self._shardings)
 
     def declare(
         self,
@@ -102,13 +102,13 @@ class ShardedModule(nn.Module):
         Args:
             storage: how it is stored, such as `W[m/tp,d]`.
             sizes: the global size of each of its letters (others are ignored).
-            merged: as of `Stored`.
+            merged: as of `ParamSharding`.
         """
         spec = parse_tensor(storage)
-        stored = Stored(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh, merged)
-        self._stored[name] = stored
+        sharding = ParamSharding(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh, merged)
+        self._shardings[name] = sharding
         where = view(self.mesh).device if device is None else device
-        self.register_parameter(name, nn.Parameter(torch.empty(stored.block()[1], device=where, dtype=dtype)))
+        self.register_parameter(name, nn.Parameter(torch.empty(sharding.block()[1], device=where, dtype=dtype)))
 
     def fill(self, name: str, values: Fill, generator: torch.Generator | None = None) -> None:
         """Set a parameter to `values(seed, global shape, starts, lengths)`.
@@ -125,13 +125,13 @@ class ShardedModule(nn.Module):
         seed = draw_seed(generator)
         if parameter.is_meta:
             return
-        stored = self._stored[name]
+        sharding = self._shardings[name]
         mesh_view = view(self.mesh)
         lines = [f"{type(self).__name__}.{name} of {parameter.dtype}"]
-        lines += [f"{n}: {s.spec} of global shape {s.shape}" for n, s in self._stored.items()]
+        lines += [f"{n}: {s.spec} of global shape {s.shape}" for n, s in self._shardings.items()]
         text = "\n".join(lines)
         for axis in self._axes:
             seed = share_first(mesh_view, mesh_view.axis(axis), text, seed, "a layer being built")
-        starts, lengths = stored.block()
+        starts, lengths = sharding.block()
         with torch.no_grad():
-            parameter.copy_(values(seed, stored.shape, starts, lengths))
+            parameter.copy_(values(seed, sharding.shape, starts, lengths))

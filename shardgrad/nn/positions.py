@@ -82,7 +82,9 @@ class LearnedPositions(ShardedModule):
             raise ShapeError(
                 f"positions {first} to {first + sequence - 1} were asked for, of {self.num_positions} (num_positions)"
             )
-        weight = self.weight if self.data is None else for_rows(self.weight, self._stored["weight"], (self.data.axis,))
+        weight = (
+            self.weight if self.data is None else for_rows(self.weight, self._shardings["weight"], (self.data.axis,))
+        )
         rows = weight[first : first + sequence]
         return rows if self.sequence_dim is None else split(rows, self.mesh, self.axis, dim=0)
 
@@ -90,7 +92,9 @@ class LearnedPositions(ShardedModule):
         """Every collective of this rank's forward and backward for x of global shape [b, s, m], whatever its dtype: the
         table travels in its own."""
         own: Any = self.weight.dtype
-        table = [] if self.data is None else list(for_rows_collectives(self._stored["weight"], (self.data.axis,), own))
+        table = (
+            [] if self.data is None else list(for_rows_collectives(self._shardings["weight"], (self.data.axis,), own))
+        )
         if self.sequence_dim is None:
             return table
         mesh_view, width = view(self.mesh), cost.itemsize(own)

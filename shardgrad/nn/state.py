@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
-from shardgrad.nn.module import Stored
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.shard import shard, unshard
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def state_dict(
         if not isinstance(value, Tensor):
             continue
         if id(value) not in made:
-            stored = storage.get(id(value))
-            made[id(value)] = _as_dtensor(value, name, stored) if as_dtensor else _whole(value, stored, device)
+            sharding = storage.get(id(value))
+            made[id(value)] = _as_dtensor(value, name, sharding) if as_dtensor else _whole(value, sharding, device)
         live[name] = made[id(value)]
     return live
 
@@ -107,20 +107,20 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(local)
 
 
-def _live(model: nn.Module) -> tuple[MutableMapping[str, Any], dict[int, Stored]]:
+def _live(model: nn.Module) -> tuple[MutableMapping[str, Any], dict[int, ParamSharding]]:
     """torch's state of a model with its own tensors in it, and how each of them, by identity, is stored."""
-    parameters = stored_parameters(model)
+    parameters = named_shardings(model)
     live: MutableMapping[str, Any] = model.state_dict(keep_vars=True)
     there = {id(value) for value in live.values()}
-    for name, parameter, stored in parameters:
+    for name, parameter, sharding in parameters:
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values: model.to_empty(device=…) makes room")
-        if stored is not None and id(parameter) not in there:
+        if sharding is not None and id(parameter) not in there:
             raise ValueError(
                 f"{name} is not in model.state_dict() as the parameter it is: a state_dict hook has changed it, so how "
                 "it is stored is no longer known"
             )
-    return live, {id(parameter): stored for _, parameter, stored in parameters if stored is not None}
+    return live, {id(parameter): sharding for _, parameter, sharding in parameters if sharding is not None}
 
 
 def _is_tensor(name: str, value: object) -> bool:
@@ -128,40 +128,40 @@ def _is_tensor(name: str, value: object) -> bool:
     return isinstance(value, Tensor) and name.rpartition(".")[2] != "_extra_state"
 
 
-def _whole(value: Tensor, stored: Stored | None, device: torch.device | str | None) -> Tensor:
-    full = value.detach() if stored is None else unshard(value, stored.spec, stored.mesh, stored.sizes)
-    if stored is not None and stored.merged is not None:
-        full = full.reshape(stored.merged)
+def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device | str | None) -> Tensor:
+    full = value.detach() if sharding is None else unshard(value, sharding.spec, sharding.mesh, sharding.sizes)
+    if sharding is not None and sharding.merged is not None:
+        full = full.reshape(sharding.merged)
     moved = full if device is None else full.to(device)
-    return moved.clone() if stored is None and moved is full else moved
+    return moved.clone() if sharding is None and moved is full else moved
 
 
-def _as_dtensor(value: Tensor, name: str, stored: Stored | None) -> Tensor:
-    if stored is None:
+def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Tensor:
+    if sharding is None:
         return value.detach()
     from torch.distributed.tensor import DTensor  # a second of imports, for those who ask
 
-    placements = _placements(stored)
+    placements = _placements(sharding)
     if placements is None:
         raise LayoutError(
-            f"{name} is stored as {stored.spec}: a DTensor cuts a dim by the axes of its mesh in the mesh's order "
-            f"({', '.join(view(stored.mesh).shape)}). Name the axes of the mesh in the order of the layout, or take "
+            f"{name} is stored as {sharding.spec}: a DTensor cuts a dim by the axes of its mesh in the mesh's order "
+            f"({', '.join(view(sharding.mesh).shape)}). Name the axes of the mesh in the order of the layout, or take "
             "global tensors (as_dtensor=False)"
         )
-    stride = tuple(prod(stored.shape[at + 1 :]) for at in range(len(stored.shape)))
+    stride = tuple(prod(sharding.shape[at + 1 :]) for at in range(len(sharding.shape)))
     return DTensor.from_local(
-        value.detach(), stored.mesh, placements, run_check=False, shape=torch.Size(stored.shape), stride=stride
+        value.detach(), sharding.mesh, placements, run_check=False, shape=torch.Size(sharding.shape), stride=stride
     )
 
 
-def _placements(stored: Stored) -> list[Placement] | None:
+def _placements(sharding: ParamSharding) -> list[Placement] | None:
     """The storage as DTensor's placements, one for each axis of the mesh; None if they cannot say it."""
     from torch.distributed.tensor import Replicate, Shard
 
-    sizes = view(stored.mesh).shape
+    sizes = view(sharding.mesh).shape
     order = list(sizes)
     placements: list[Placement] = [Replicate() for _ in order]
-    for at, dim in enumerate(stored.spec.dims):
+    for at, dim in enumerate(sharding.spec.dims):
         cutting = [order.index(axis) for axis in dim.axes if sizes[axis] > 1]
         if cutting != sorted(cutting):
             return None
@@ -170,10 +170,12 @@ def _placements(stored: Stored) -> list[Placement] | None:
     return placements
 
 
-def _misfit(name: str, value: Tensor, stored: Stored | None, state: Mapping[str, Any], source: str) -> list[str]:
-    given, wanted = state[source], tuple(value.shape) if stored is None else stored.merged or stored.shape
-    if stored is not None and hasattr(given, "to_local"):
-        wanted = stored.shape  # a DTensor has the dims that axes cut
+def _misfit(
+    name: str, value: Tensor, sharding: ParamSharding | None, state: Mapping[str, Any], source: str
+) -> list[str]:
+    given, wanted = state[source], tuple(value.shape) if sharding is None else sharding.merged or sharding.shape
+    if sharding is not None and hasattr(given, "to_local"):
+        wanted = sharding.shape  # a DTensor has the dims that axes cut
     if not isinstance(given, Tensor):
         return [f"{name}: a {type(given).__name__}, not a tensor"]
     if tuple(given.shape) != wanted:
@@ -186,13 +188,17 @@ def _misfit(name: str, value: Tensor, stored: Stored | None, state: Mapping[str,
     return [] if alike else [f"{name}: shared with {source}, but the state has other values there"]
 
 
-def _part(given: Tensor, value: Tensor, stored: Stored | None) -> Tensor:
+def _part(given: Tensor, value: Tensor, sharding: ParamSharding | None) -> Tensor:
     """This rank's part of a global tensor, or of a DTensor."""
     if hasattr(given, "to_local"):
         from torch.distributed.tensor import DTensor
 
         assert isinstance(given, DTensor)
-        if stored is not None and given.device_mesh == stored.mesh and list(given.placements) == _placements(stored):
+        if (
+            sharding is not None
+            and given.device_mesh == sharding.mesh
+            and list(given.placements) == _placements(sharding)
+        ):
             return given.to_local()
         given = given.full_tensor()
-    return given if stored is None else shard(given.reshape(stored.shape), stored.spec, stored.mesh)
+    return given if sharding is None else shard(given.reshape(sharding.shape), sharding.spec, sharding.mesh)

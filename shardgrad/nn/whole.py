@@ -14,7 +14,7 @@ from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import all_reduce
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.cost import Collective, sent
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 
 
 def numel(model: nn.Module) -> int:
@@ -24,7 +24,7 @@ def numel(model: nn.Module) -> int:
     Raises:
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
-    return sum(p.numel() if stored is None else prod(stored.shape) for _, p, stored in stored_parameters(model))
+    return sum(p.numel() if sharding is None else prod(sharding.shape) for _, p, sharding in named_shardings(model))
 
 
 @torch.no_grad()
@@ -59,17 +59,17 @@ def clip_grad_norm_(
     order = float(norm_type)
     if not order > 0:
         raise ValueError(f"norm_type must be positive (math.inf for the largest absolute value), not {norm_type}")
-    parameters = stored_parameters(model)
+    parameters = named_shardings(model)
     if not parameters:
         return torch.tensor(0.0)
     device = parameters[0][1].device
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {}
     meshes: dict[Axis, MeshView] = {}
-    for _, parameter, stored in parameters:
+    for _, parameter, sharding in parameters:
         axes: list[Axis] = []
-        if stored is not None:
-            mesh_view = view(stored.mesh)
-            axes = [mesh_view.axes[name] for name in stored.spec.axes if mesh_view.shape[name] > 1]
+        if sharding is not None:
+            mesh_view = view(sharding.mesh)
+            axes = [mesh_view.axes[name] for name in sharding.spec.axes if mesh_view.shape[name] > 1]
             meshes.update((axis, mesh_view) for axis in axes)
         gradients = by_axes.setdefault(tuple(sorted(axes, key=lambda axis: axis.name)), [])
         if parameter.grad is not None:
@@ -97,10 +97,10 @@ def clip_grad_norm_collectives(model: nn.Module) -> list[Collective]:
     """Every collective of `clip_grad_norm_`, with its bytes, but for the comparison between ranks at first sight."""
     sets: dict[str, set[tuple[str, ...]]] = {}
     axes: dict[str, Axis] = {}
-    for _, _, stored in stored_parameters(model):
-        if stored is not None:
-            mesh_view = view(stored.mesh)
-            cutting = tuple(sorted(name for name in stored.spec.axes if mesh_view.shape[name] > 1))
+    for _, _, sharding in named_shardings(model):
+        if sharding is not None:
+            mesh_view = view(sharding.mesh)
+            cutting = tuple(sorted(name for name in sharding.spec.axes if mesh_view.shape[name] > 1))
             for name in cutting:
                 sets.setdefault(name, set()).add(cutting)
                 axes[name] = mesh_view.axes[name]

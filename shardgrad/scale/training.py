@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.layout.cost import Collective
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.scale.cell import STEP
 from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, check_ranks, load
@@ -72,10 +72,10 @@ def make(config: Config, mesh: DeviceMesh) -> TrainingStep:
 
     tokens = settings.batch * sizes.seq_len
     multiplied = 0
-    for name, _, stored in stored_parameters(model):
+    for name, _, sharding in named_shardings(model):
         looked_up = name.startswith(("embedding", "positions")) and not (sizes.tied and name.startswith("embedding"))
-        if stored is not None and len(stored.shape) > 1 and not name.endswith("bias") and not looked_up:
-            multiplied += prod(stored.shape)
+        if sharding is not None and len(sharding.shape) > 1 and not name.endswith("bias") and not looked_up:
+            multiplied += prod(sharding.shape)
     attention = 12 * sizes.layers * tokens * sizes.seq_len * sizes.d_model
     predicted = step_collectives(
         model, settings.batch, sizes.seq_len, accumulate=settings.accumulate, clip=settings.clip is not None

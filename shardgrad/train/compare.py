@@ -17,8 +17,8 @@ from torch import Tensor
 
 from shardgrad.comm.collectives import all_reduce
 from shardgrad.comm.mesh import view
-from shardgrad.nn.module import Stored
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.shard import unshard
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.reference import Reference
@@ -108,34 +108,34 @@ def compare(
 def _assembled(model: Decoder) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Name, global value and global gradient of each parameter, and how far apart the ranks' copies of the gradient
     are; a gradient that is missing is NaN."""
-    for name, parameter, stored in stored_parameters(model):
-        assert stored is not None, f"{name} belongs to no shardgrad layer"
+    for name, parameter, sharding in named_shardings(model):
+        assert sharding is not None, f"{name} belongs to no shardgrad layer"
         grad = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
         yield (
             name,
-            unshard(parameter, stored.spec, stored.mesh, stored.sizes),
-            unshard(grad, stored.spec, stored.mesh, stored.sizes),
-            _apart(grad, stored),
+            unshard(parameter, sharding.spec, sharding.mesh, sharding.sizes),
+            unshard(grad, sharding.spec, sharding.mesh, sharding.sizes),
+            _apart(grad, sharding),
         )
 
 
-def _apart(grad: Tensor, stored: Stored) -> float:
+def _apart(grad: Tensor, sharding: ParamSharding) -> float:
     """How far the copy of a gradient that is farthest from the first rank's is from it, at most; alike on every rank.
 
     A gradient is assembled from the first of the ranks that hold the same part of it: the other copies are compared
     with that one here, an axis at a time.
     """
-    axes = view(stored.mesh).axes.values()
+    axes = view(sharding.mesh).axes.values()
     total = 0.0
     for axis in axes:
-        if axis.size == 1 or axis.name in stored.spec.axes:
+        if axis.size == 1 or axis.name in sharding.spec.axes:
             continue
         first = grad.clone() if axis.index == 0 else torch.zeros_like(grad)
         first = all_reduce(first, axis, "all-reduce of the first rank's gradient").wait()
         square = (grad - first).double().square().sum().nan_to_num(inf, inf)
         for other in axes:
             if other.size > 1:
-                op = dist.ReduceOp.SUM if other.name in stored.spec.axes else dist.ReduceOp.MAX
+                op = dist.ReduceOp.SUM if other.name in sharding.spec.axes else dist.ReduceOp.MAX
                 square = all_reduce(square, other, "all-reduce of the copies' distance", op).wait()
         total += float(square.sqrt())
     return total

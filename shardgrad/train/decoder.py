@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         for path, owner in self.named_modules():
             if not isinstance(owner, ShardedModule) or path.endswith("norm"):
                 continue
-            for name in owner.stored():
+            for name in owner.shardings():
                 parameter = owner.get_parameter(name)
                 if id(parameter) in filled:  # tied to another, which has drawn its values
                     continue

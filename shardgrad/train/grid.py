@@ -176,22 +176,22 @@ class FeatureNorm(ShardedModule):
             self.weight.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = for_rows(self.weight, self._stored["weight"], ("y", "z"))
+        weight = for_rows(self.weight, self._shardings["weight"], ("y", "z"))
         wide = x.to(weight.dtype)
         squares = all_reduce(wide.square().sum(-1, keepdim=True), self.mesh, "x")
         mean = replicate(squares, self.mesh, "x") / self.features
         return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
 
     def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
-        stored, coordinate = self._stored["weight"], view(self.mesh)
+        sharding, coordinate = self._shardings["weight"], view(self.mesh)
         own: Any = self.weight.dtype
         rows = 1
         for size, axis in zip(shape, ("z", "y")):
             rows *= chunk(size, coordinate.shape[axis], coordinate.coordinate[axis])[1]
         return [
-            *for_rows_collectives(stored, ("y", "z"), own),
-            *one(stored, "forward", "all-reduce", "squares", "x", rows, own),
-            *one(stored, "dX", "all-reduce", "d squares", "x", rows, own),
+            *for_rows_collectives(sharding, ("y", "z"), own),
+            *one(sharding, "forward", "all-reduce", "squares", "x", rows, own),
+            *one(sharding, "dX", "all-reduce", "d squares", "x", rows, own),
         ]
 
 

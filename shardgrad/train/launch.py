@@ -22,7 +22,7 @@ from shardgrad.comm.backend import choose
 from shardgrad.comm.meet import start_process_group
 from shardgrad.comm.mesh import view
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.train import corpus, folder
 from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
@@ -162,7 +162,7 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     ):
         report.say(f"run folder: {told.folder}")
         report.layouts(model)
-        count = sum(prod(stored.shape) for _, _, stored in stored_parameters(model) if stored is not None)
+        count = sum(prod(sharding.shape) for _, _, sharding in named_shardings(model) if sharding is not None)
         report.corpus(count, found.text)
         metrics.write(
             "start",

@@ -8,7 +8,7 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.train.config import Train
 
 
@@ -18,7 +18,7 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
     Weight decay on matrices alone, embeddings among them; none on biases and on the parameters of norms.
     """
     return adamw(
-        ((n, p, stored is not None and len(stored.shape) > 1) for n, p, stored in stored_parameters(model)), config
+        ((n, p, sharding is not None and len(sharding.shape) > 1) for n, p, sharding in named_shardings(model)), config
     )
 
 

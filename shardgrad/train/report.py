@@ -21,7 +21,7 @@ from shardgrad.nn.attention import Attention
 from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.mlp import SwiGLU
-from shardgrad.nn.module import ShardedModule, Stored
+from shardgrad.nn.module import ParamSharding, ShardedModule
 from shardgrad.train.compare import BOUND, Comparison
 from shardgrad.train.data import Text
 from shardgrad.train.decoder import Decoder
@@ -55,9 +55,9 @@ class Report:
         )
         for column in ("parameter", "stored as", "global shape", "on rank 0"):
             parameters.add_column(column, no_wrap=True)
-        for name, stored in _grouped(model):
-            shape, local = ("×".join(map(str, sizes)) for sizes in (stored.shape, stored.block()[1]))
-            parameters.add_row(name, escape(str(stored.spec)), shape, local)
+        for name, sharding in _grouped(model):
+            shape, local = ("×".join(map(str, sizes)) for sizes in (sharding.shape, sharding.block()[1]))
+            parameters.add_row(name, escape(str(sharding.spec)), shape, local)
         self.console.print(parameters)
         products = Table(title="products", title_justify="left")
         products.add_column("layer", no_wrap=True)
@@ -207,12 +207,12 @@ def _every(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _grouped(model: Decoder) -> Iterator[tuple[str, Stored]]:
+def _grouped(model: Decoder) -> Iterator[tuple[str, ParamSharding]]:
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedModule):
-            for name, stored in module.stored().items():
+            for name, sharding in module.shardings().items():
                 where = _every(f"{path}.{name}")
                 if where not in seen:
                     seen.add(where)
-                    yield where, stored
+                    yield where, sharding

@@ -87,7 +87,7 @@ def pair(
         ShapeError: shapes do not fit together.
     """
     targets = dict(single.named_parameters(remove_duplicate=False))
-    stored = how.stored_by_layers(parallel)
+    shardings = how.shardings_by_layers(parallel)
     first_names = {id(parameter): name for name, parameter in single.named_parameters()}
     pairs, everyones = [], []
     used: set[int] = set()
@@ -104,7 +104,7 @@ def pair(
         single_shape = tuple(targets[single_name].shape)
         held = [part for part in tensors_of_all(local_part(parameter), mesh) if part is not None]
         shapes = [tuple(part.shape) for part in held]
-        split = _split(name, parameter, single_shape, shapes, stored, mesh, given)
+        split = _split(name, parameter, single_shape, shapes, shardings, mesh, given)
         unsummed, split = split.partial, Split(TensorSpec(split.spec.name, split.spec.dims), split.stride)
         shape = how.whole_shape(split, shapes, mesh, name)
         _check_shape(name, shape, single_name, single_shape, split, name in padded)
@@ -127,7 +127,7 @@ def _split(
     parameter: Tensor,
     single_shape: tuple[int, ...],
     shapes: list[tuple[int, ...]],
-    stored: dict,
+    shardings: dict,
     mesh: MeshView,
     given: how.Splits,
 ) -> Split:
@@ -136,8 +136,8 @@ def _split(
         return said
     if isinstance(parameter, DTensor):
         return how.of_dtensor(parameter, mesh, name)
-    if id(parameter) in stored:
-        spec = stored[id(parameter)].spec
+    if id(parameter) in shardings:
+        spec = shardings[id(parameter)].spec
         mesh.require(spec.axes, name)
         return Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
     megatron = how.of_megatron(parameter, mesh, name)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.notation import TensorSpec, parse_tensor
-from shardgrad.nn.module import ShardedModule, Stored
+from shardgrad.nn.module import ParamSharding, ShardedModule
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.observed import Split
 
@@ -113,13 +113,13 @@ def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
     return Split.of(axes, partial, name="T")
 
 
-def stored_by_layers(model: nn.Module) -> dict[int, Stored]:
+def shardings_by_layers(model: nn.Module) -> dict[int, ParamSharding]:
     """How shardgrad's layers store their parameters, by the parameter's identity."""
     return {
-        id(getattr(owner, name)): stored
+        id(getattr(owner, name)): sharding
         for owner in model.modules()
         if isinstance(owner, ShardedModule)
-        for name, stored in owner.stored().items()
+        for name, sharding in owner.shardings().items()
         if getattr(owner, name) is not None
     }
 

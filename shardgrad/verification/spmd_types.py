@@ -23,7 +23,7 @@ from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.nn import loss, shared
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops import shard
 from shardgrad.ops.bound import BoundMatmul, Given
 
@@ -83,10 +83,10 @@ def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
     Args:
         summed: axes over which gradients are summed by somebody else after backward (data parallelism).
     """
-    for _, parameter, stored in stored_parameters(model):
-        if stored is not None:
-            mesh_view = view(stored.mesh)
-            types = _types(stored.spec, mesh_view.axes)
+    for _, parameter, sharding in named_shardings(model):
+        if sharding is not None:
+            mesh_view = view(sharding.mesh)
+            types = _types(sharding.spec, mesh_view.axes)
             types.update({name: R for name in summed if types.get(name) is I})
             _set(parameter, types, mesh_view)
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.agree import gather_texts
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView, view
-from shardgrad.nn.stored import stored_parameters
+from shardgrad.nn.shardings import named_shardings
 
 _END = "\0"
 
@@ -45,23 +45,23 @@ def held(model: nn.Module, mesh: DeviceMesh | None) -> tuple[list[Held], list[Me
     DTensors by their placements, of plain parameters all axes of `mesh`, and none if it is not given.
 
     Raises:
-        TypeError, ShapeError, LayoutError: as `stored_parameters`.
+        TypeError, ShapeError, LayoutError: as `named_shardings`.
         ValueError: nothing says how any parameter is held.
     """
     meshes: dict[int, MeshView] = {} if mesh is None else {id(mesh): view(mesh)}
     found = []
     dtensors = any(hasattr(parameter, "to_local") for parameter in model.parameters())
-    entries = [(n, p, None) for n, p in model.named_parameters()] if dtensors else stored_parameters(model)
-    for name, parameter, stored in entries:
+    entries = [(n, p, None) for n, p in model.named_parameters()] if dtensors else named_shardings(model)
+    for name, parameter, sharding in entries:
         if hasattr(parameter, "to_local"):
             dtensor: Any = parameter
             place = meshes.setdefault(id(dtensor.device_mesh), view(dtensor.device_mesh))
             axes = [a for a, p in zip(place.axes.values(), dtensor.placements) if p.is_replicate()]
             found.append(Held(name, parameter, axes))
-        elif stored is not None:
-            place = meshes.setdefault(id(stored.mesh), view(stored.mesh))
-            axes = [axis for axis in place.axes.values() if axis.name not in stored.spec.axes]
-            found.append(Held(name, parameter, axes, stored.spec.grad_partial))
+        elif sharding is not None:
+            place = meshes.setdefault(id(sharding.mesh), view(sharding.mesh))
+            axes = [axis for axis in place.axes.values() if axis.name not in sharding.spec.axes]
+            found.append(Held(name, parameter, axes, sharding.spec.grad_partial))
         elif mesh is not None:
             found.append(Held(name, parameter, view(mesh).axes.values()))
     if not meshes:

@@ -24,10 +24,10 @@ BATCH, SEQUENCE = 2, 5
 def attention(mesh: DeviceMesh, heads: int, sequence_dim: int | None, **options: Any) -> Attention:
     """A layer whose every parameter, biases too, is some 0.5 in size: no term of the output is negligible."""
     layer = Attention(12, heads, mesh=mesh, sequence_dim=sequence_dim, dtype=D, **options)
-    for at, (_, parameter, stored) in enumerate(sg.stored_parameters(layer)):
-        assert stored is not None
+    for at, (_, parameter, sharding) in enumerate(sg.named_shardings(layer)):
+        assert sharding is not None
         with torch.no_grad():
-            parameter.copy_(sg.shard(0.5 * randn(*stored.shape, seed=20 + at), stored.spec, mesh))
+            parameter.copy_(sg.shard(0.5 * randn(*sharding.shape, seed=20 + at), sharding.spec, mesh))
     return layer
 
 
@@ -71,7 +71,7 @@ def check(layer: Attention, mesh: DeviceMesh, mask: Tensor | None = None, positi
     x, dy = randn(BATCH, SEQUENCE, 12, seed=1), randn(BATCH, SEQUENCE, 12, seed=2)
     stored_x, stored_y = layer.input_layouts[0]["X"], layer.output_layout["Y"]
     local = sg.shard(x, stored_x, mesh).requires_grad_()
-    params = {name: whole(p, stored).requires_grad_() for name, p, stored in sg.stored_parameters(layer)}
+    params = {name: whole(p, sharding).requires_grad_() for name, p, sharding in sg.named_shardings(layer)}
     theirs = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
     y = layer(local, mask=mask, positions=positions)
     y.backward(sg.shard(dy, stored_y, mesh))
@@ -90,16 +90,16 @@ def check(layer: Attention, mesh: DeviceMesh, mask: Tensor | None = None, positi
         assert theirs.grad is not None
         assert float(theirs.grad.abs().max()) > 1e-2
     largest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
-    found = sg.stored_parameters(layer)
+    found = sg.named_shardings(layer)
     assert len(found) == (8 if layer.output_bias is not None else 4)
-    for name, parameter, stored in found:
+    for name, parameter, sharding in found:
         assert parameter.grad is not None, name
         right = params[name].grad
         assert right is not None
         if name == "key_bias" and layer.rotary is None:  # adds the same to all scores of a row: softmax does not see it
             assert float(right.abs().max()) < 1e-13 * largest
         torch.testing.assert_close(
-            whole(parameter.grad, stored), right, rtol=1e-11, atol=1e-13 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            whole(parameter.grad, sharding), right, rtol=1e-11, atol=1e-13 * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -165,7 +165,7 @@ def test_kv_heads_are_stored_cut_where_the_cuts_align(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     for heads, kv_heads in (*GROUPED, (7, 7)):
         layer = attention(mesh, heads, None, num_kv_heads=kv_heads, head_dim=2)
-        query, key = (layer.stored()[name] for name in ("query_weight", "key_weight"))
+        query, key = (layer.shardings()[name] for name in ("query_weight", "key_weight"))
         assert query.shape == (heads, 2, 12)
         assert key.shape == (kv_heads, 2, 12)
         share = heads // kv_heads
@@ -177,7 +177,7 @@ def test_kv_heads_are_stored_cut_where_the_cuts_align(world_size: int) -> None:
         ]
         aligned = [{i // share for i in part} for part in cut] == cut_kv
         assert key.spec.axes == (("tp",) if aligned else ())
-        assert layer.stored()["value_bias"].spec.axes == key.spec.axes
+        assert layer.shardings()["value_bias"].spec.axes == key.spec.axes
 
 
 @distributed(world_size=[1, 2, 3, 4])
@@ -244,7 +244,7 @@ def test_mlp_equals_linear_gelu_linear(world_size: int, sequence_dim: int | None
     torch.manual_seed(5)
     mlp = MLP(5, 7, mesh=mesh, sequence_dim=sequence_dim, dtype=D)
     plain = nn.ModuleDict({"up": nn.Linear(5, 7, dtype=D), "down": nn.Linear(7, 5, dtype=D)})
-    plain.load_state_dict({name: whole(p, stored) for name, p, stored in sg.stored_parameters(mlp)})
+    plain.load_state_dict({name: whole(p, sharding) for name, p, sharding in sg.named_shardings(mlp)})
     x, dy = randn(BATCH, SEQUENCE, 5, seed=1), randn(BATCH, SEQUENCE, 5, seed=2)
     stored = mlp.up.layout(3)["X"]
     local = sg.shard(x, stored, mesh).requires_grad_()
@@ -268,7 +268,7 @@ def test_swiglu_by_its_formula_sends_what_it_predicts(world_size: int, sequence_
     layer = sg.SwiGLU(5, 7, bias=bias, mesh=mesh, sequence_dim=sequence_dim, dtype=D)
     shapes = {"gate": (5, 7), "up": (5, 7), "down": (7, 5)}
     plain = nn.ModuleDict({name: nn.Linear(*shape, bias, dtype=D) for name, shape in shapes.items()})
-    plain.load_state_dict({name.replace("_", "."): whole(p, s) for name, p, s in sg.stored_parameters(layer)})
+    plain.load_state_dict({name.replace("_", "."): whole(p, s) for name, p, s in sg.named_shardings(layer)})
     x, dy = randn(BATCH, SEQUENCE, 5, seed=1), randn(BATCH, SEQUENCE, 5, seed=2)
     stored = layer.layouts(3)[0]["X"]
     local = sg.shard(x, stored, mesh).requires_grad_()
@@ -288,7 +288,7 @@ def test_swiglu_by_its_formula_sends_what_it_predicts(world_size: int, sequence_
     torch.testing.assert_close(sg.unshard(local.grad, stored, mesh), x.grad, rtol=1e-11, atol=1e-13)
     right = {name.replace(".", "_"): p.grad for name, p in plain.named_parameters()}
     assert len(right) == (6 if bias else 3)
-    for name, parameter, how in sg.stored_parameters(layer):
+    for name, parameter, how in sg.named_shardings(layer):
         assert parameter.grad is not None
         torch.testing.assert_close(whole(parameter.grad, how), right[name], rtol=1e-11, atol=1e-13, msg=name)
     predicted = layer.collectives((BATCH, SEQUENCE, 5), D)

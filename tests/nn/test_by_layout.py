@@ -45,7 +45,7 @@ def test_linear_on_any_layout_equals_torchs(world_size: int, bias: bool) -> None
         layer = sg.Linear(7, 9, bias, layout=text, mesh=mesh, dtype=D)
         plain = nn.Linear(7, 9, bias, dtype=D)
         turn = layout["W"].letters == ("d", "m")
-        values = {name: whole(p, how) for name, p, how in sg.stored_parameters(layer)}
+        values = {name: whole(p, how) for name, p, how in sg.named_shardings(layer)}
         torch.manual_seed(6)
         seed = init.draw_seed()  # of the weight, which is the first
         shape_of_w = values["weight"].shape
@@ -67,7 +67,7 @@ def test_linear_on_any_layout_equals_torchs(world_size: int, bias: bool) -> None
         torch.testing.assert_close(sg.unshard(y.detach(), layout["Y"], mesh), expected.detach(), rtol=1e-12, atol=1e-13)
         assert local.grad is not None
         torch.testing.assert_close(sg.unshard(local.grad, layout["X"], mesh), x.grad, rtol=1e-11, atol=1e-13)
-        for name, parameter, how in sg.stored_parameters(layer):
+        for name, parameter, how in sg.named_shardings(layer):
             right = plain.get_parameter(name).grad
             assert parameter.grad is not None
             assert right is not None
@@ -83,17 +83,17 @@ def test_linear_on_any_layout_equals_torchs(world_size: int, bias: bool) -> None
 def test_features_may_be_several_letters_and_experts_a_batch(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     heads = sg.Linear(6, 15, layout="X[b,s,d] W[h/tp,k,d] -> Q[b,s,h/tp,k]", sizes={"h": 3}, mesh=mesh, dtype=D)
-    assert heads.stored()["weight"].shape == (3, 5, 6)
+    assert heads.shardings()["weight"].shape == (3, 5, 6)
     x = randn(2, 4, 6, seed=1)
     y = sg.unshard(heads(x).detach(), heads.layout["Q"], mesh)
-    p = {name: whole(q, how) for name, q, how in sg.stored_parameters(heads)}
+    p = {name: whole(q, how) for name, q, how in sg.named_shardings(heads)}
     torch.testing.assert_close(y, torch.einsum("bsd,hkd->bshk", x, p["weight"]) + p["bias"], rtol=1e-12, atol=1e-13)
     experts = sg.Linear(
         4, 5, layout="X[e/tp,n,d] W[e/tp,d,m] -> Y[e/tp,n,m] + B[e/tp,m]", sizes={"e": 3}, mesh=mesh, dtype=D
     )
     x = randn(3, 2, 4, seed=1)
     y = sg.unshard(experts(sg.shard(x, experts.layout["X"], mesh)).detach(), experts.layout["Y"], mesh)
-    p = {name: whole(q, how) for name, q, how in sg.stored_parameters(experts)}
+    p = {name: whole(q, how) for name, q, how in sg.named_shardings(experts)}
     torch.testing.assert_close(y, x @ p["weight"] + p["bias"][:, None], rtol=1e-12, atol=1e-13)
 
 

@@ -48,12 +48,12 @@ def check(sharded: nn.Module, plain: nn.Module, x: Tensor, groups: int, split: s
     assert x.grad is not None
     assert torch.equal(local.grad, cut(x.grad, layout["X"], mesh, groups))
     gradients = dict(plain.named_parameters())
-    for name, parameter, stored in sg.stored_parameters(sharded):
+    for name, parameter, sharding in sg.named_shardings(sharded):
         assert parameter.grad is not None
-        assert stored is not None
+        assert sharding is not None
         right = gradients[name].grad
         assert right is not None
-        assert torch.equal(whole(parameter.grad, stored), right.reshape(stored.shape)), name
+        assert torch.equal(whole(parameter.grad, sharding), right.reshape(sharding.shape)), name
     assert {event.operation for event in traced} == (
         {
             "out": {"all-reduce"},

@@ -79,8 +79,8 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(world_size: int) ->
     row = sg.RowParallelLinear(9, 5, mesh=mesh)
     after = torch.randint(0, 2**31, ())
     for layer, fan_in in ((column, 7), (row, 9)):
-        for _, parameter, stored in sg.stored_parameters(layer):
-            full = whole(parameter, stored)
+        for _, parameter, sharding in sg.named_shardings(layer):
+            full = whole(parameter, sharding)
             raw = np.random.Philox(key=seeds.pop(0)).random_raw(full.numel()) >> np.uint64(11)
             expected = ((raw + 0.5) * 2.0**-53 * 2 - 1) / np.sqrt(fan_in)
             np.testing.assert_allclose(full.flatten().numpy(), expected.astype(np.float32), rtol=1e-7, atol=1e-8)
@@ -88,9 +88,9 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(world_size: int) ->
     torch.randint(0, 2**63 - 1, (4,))
     assert after == torch.randint(0, 2**31, ())  # torch's generator is where four draws leave it, on every rank
     bound = 7**-0.5  # of the global in_features
-    assert float(whole(*next((p, s) for n, p, s in sg.stored_parameters(column) if n == "weight")).abs().max()) <= bound
+    assert float(whole(*next((p, s) for n, p, s in sg.named_shardings(column) if n == "weight")).abs().max()) <= bound
     again = sg.ColumnParallelLinear(7, 9, mesh=mesh)
-    twice = [whole(layer.weight, layer.stored()["weight"]) for layer in (again, column)]
+    twice = [whole(layer.weight, layer.shardings()["weight"]) for layer in (again, column)]
     assert not torch.equal(*twice)  # another draw, other values
 
 
@@ -122,7 +122,7 @@ def test_torch_habits_work(world_size: int) -> None:
     assert meta.weight.is_meta
     meta.to_empty(device="cpu").reset_parameters()
     assert meta(x).shape == (3, 3)
-    named = {name: str(stored.spec) for name, _, stored in sg.stored_parameters(model) if stored}
+    named = {name: str(sharding.spec) for name, _, sharding in sg.named_shardings(model) if sharding}
     assert named == {
         "0.weight": "W[m/tp,d]",
         "0.bias": "B[m/tp]",

@@ -46,13 +46,13 @@ def by_hand(x: Tensor, p: dict[str, Tensor], layer: sg.MoE) -> tuple[Tensor, Ten
 def run(layer: sg.MoE, world_size: int, tokens: tuple[int, ...], skew: float = 0.0) -> None:
     mesh = layer.mesh
     rank = mesh.get_local_rank("ep")
-    for at, (name, parameter, stored) in enumerate(sg.stored_parameters(layer)):
-        assert stored is not None
-        full = randn(*stored.shape, seed=at)
+    for at, (name, parameter, sharding) in enumerate(sg.named_shardings(layer)):
+        assert sharding is not None
+        full = randn(*sharding.shape, seed=at)
         if name == "router":
             full[-1] += skew  # with positive tokens, everyone's first choice
         with torch.no_grad():
-            parameter.copy_(sg.shard(full, stored.spec, mesh))
+            parameter.copy_(sg.shard(full, sharding.spec, mesh))
     count, d = sum(tokens), layer.embed_dim
     x = randn(count, d, seed=21)
     if skew:
@@ -64,7 +64,7 @@ def run(layer: sg.MoE, world_size: int, tokens: tuple[int, ...], skew: float = 0
     with sg.trace() as traced:
         y, balance = layer(local)
         ((y * dy[mine]).sum() + 3 * balance).backward()
-    params = {n: whole(p, stored).requires_grad_() for n, p, stored in sg.stored_parameters(layer)}
+    params = {n: whole(p, sharding).requires_grad_() for n, p, sharding in sg.named_shardings(layer)}
     x.requires_grad_()
     right, right_balance, choices = by_hand(x, params, layer)
     ((right * dy).sum() + 3 * right_balance).backward()
@@ -74,11 +74,11 @@ def run(layer: sg.MoE, world_size: int, tokens: tuple[int, ...], skew: float = 0
     assert local.grad is not None
     assert x.grad is not None
     torch.testing.assert_close(local.grad, x.grad[mine], **close)
-    for name, parameter, stored in sg.stored_parameters(layer):
+    for name, parameter, sharding in sg.named_shardings(layer):
         assert parameter.grad is not None, name
         grad = params[name].grad
         assert grad is not None
-        torch.testing.assert_close(whole(parameter.grad, stored), grad, msg=lambda m, n=name: f"{n}: {m}", **close)
+        torch.testing.assert_close(whole(parameter.grad, sharding), grad, msg=lambda m, n=name: f"{n}: {m}", **close)
     if skew:
         assert bool((choices == layer.num_experts - 1).any(1).all())
     if world_size == 1:

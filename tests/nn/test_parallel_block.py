@@ -43,10 +43,10 @@ PARTS = {"gptj": gptj, "palm": palm}
 
 def randomized(block: nn.Module) -> nn.Module:
     """Every parameter, norms and biases too, random."""
-    for at, (_, parameter, stored) in enumerate(sg.stored_parameters(block)):
-        assert stored is not None
+    for at, (_, parameter, sharding) in enumerate(sg.named_shardings(block)):
+        assert sharding is not None
         with torch.no_grad():
-            parameter.copy_(sg.shard(0.5 * randn(*stored.shape, seed=20 + at), stored.spec, stored.mesh))
+            parameter.copy_(sg.shard(0.5 * randn(*sharding.shape, seed=20 + at), sharding.spec, sharding.mesh))
     return block
 
 
@@ -90,7 +90,7 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
         with sg.trace() as traced:
             y = block(local, SEQUENCE)
             y.backward(sg.shard(dy, stored, mesh))
-    params = {name: whole(p, how).requires_grad_() for name, p, how in sg.stored_parameters(block)}
+    params = {name: whole(p, how).requires_grad_() for name, p, how in sg.named_shardings(block)}
     x.requires_grad_()
     expected = by_torch(x, params, kind)
     expected.backward(dy)
@@ -99,7 +99,7 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
     assert x.grad is not None
     torch.testing.assert_close(sg.unshard(local.grad, stored, mesh), x.grad, rtol=1e-11, atol=1e-12)
     largest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
-    for name, parameter, how in sg.stored_parameters(block):
+    for name, parameter, how in sg.named_shardings(block):
         assert parameter.grad is not None, name
         right = params[name].grad
         torch.testing.assert_close(
@@ -125,12 +125,12 @@ def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, se
         with sg.trace() as traced:
             y = block(sg.shard(x, stored, mesh).requires_grad_(), SEQUENCE)
             y.backward(sg.shard(dy, stored, mesh))
-    params = {name: whole(p, how).requires_grad_() for name, p, how in sg.stored_parameters(block)}
+    params = {name: whole(p, how).requires_grad_() for name, p, how in sg.named_shardings(block)}
     expected = by_torch(x, params, "gptj")
     expected.backward(dy)
     torch.testing.assert_close(sg.unshard(y.detach(), stored, mesh), expected.detach(), rtol=1e-12, atol=1e-13)
     largest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
-    for name, parameter, how in sg.stored_parameters(block):
+    for name, parameter, how in sg.named_shardings(block):
         assert parameter.grad is not None, name
         torch.testing.assert_close(whole(parameter.grad, how), params[name].grad, rtol=1e-11, atol=1e-13 * largest)
     predicted = block.collectives(3, SEQUENCE, D)  # 2 sequences here, 1 there
@@ -176,7 +176,7 @@ def test_the_terms_add_up_by_hand_as_well(world_size: int) -> None:
     torch.testing.assert_close(y.detach(), expected.detach(), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(local.grad, x.grad, rtol=1e-11, atol=1e-13)
     for layer, reference in zip((*ups, *downs), plain):
-        for name, parameter, how in sg.stored_parameters(layer):
+        for name, parameter, how in sg.named_shardings(layer):
             assert parameter.grad is not None
             torch.testing.assert_close(
                 whole(parameter.grad, how), reference.get_parameter(name).grad, rtol=1e-11, atol=1e-13

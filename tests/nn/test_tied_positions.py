@@ -42,7 +42,7 @@ def test_both_uses_of_one_table_add_up(world_size: int, sequence_dim: int | None
     model = Tied(mesh, sequence_dim, by_parameter)
     ids = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(3))
     table, rows = (
-        whole(p, how).requires_grad_() for _, p, how in sg.stored_parameters(model)
+        whole(p, how).requires_grad_() for _, p, how in sg.named_shardings(model)
     )  # the table is listed once
     dy = randn(BATCH, SEQUENCE, VOCAB, seed=4)
     logits = model.embedding.logits_layout(3)["L"]
@@ -51,7 +51,7 @@ def test_both_uses_of_one_table_add_up(world_size: int, sequence_dim: int | None
     expected = F.linear(torch.sin(F.embedding(ids, table) + rows[2 : 2 + SEQUENCE]), table)
     expected.backward(dy)
     torch.testing.assert_close(sg.unshard(y.detach(), logits, mesh), expected.detach(), rtol=1e-12, atol=1e-13)
-    for (name, parameter, how), right in zip(sg.stored_parameters(model), (table, rows)):
+    for (name, parameter, how), right in zip(sg.named_shardings(model), (table, rows)):
         assert parameter.grad is not None
         torch.testing.assert_close(whole(parameter.grad, how), right.grad, rtol=1e-11, atol=1e-13, msg=name)
 

@@ -52,9 +52,9 @@ def grid(mesh: DeviceMesh) -> nn.Module:
 def give_gradients(model: nn.Module, scale: float = 1.0) -> list[nn.Parameter]:
     """Random gradients, stored as the parameters; and one device's parameters with the same."""
     plain = []
-    for at, (_, parameter, stored) in enumerate(sg.stored_parameters(model)):
-        full = scale * randn(*(parameter.shape if stored is None else stored.shape), seed=at).to(parameter.dtype)
-        parameter.grad = full.clone() if stored is None else sg.shard(full, stored.spec, stored.mesh)
+    for at, (_, parameter, sharding) in enumerate(sg.named_shardings(model)):
+        full = scale * randn(*(parameter.shape if sharding is None else sharding.shape), seed=at).to(parameter.dtype)
+        parameter.grad = full.clone() if sharding is None else sg.shard(full, sharding.spec, sharding.mesh)
         plain.append(nn.Parameter(torch.zeros_like(full)))
         plain[-1].grad = full
     return plain
@@ -67,12 +67,12 @@ def assert_clipped_as_one_device(model: nn.Module, max_norm: float, order: float
     assert found.shape == ()
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    for one, (name, parameter, stored) in zip(plain, sg.stored_parameters(model)):
+    for one, (name, parameter, sharding) in zip(plain, sg.named_shardings(model)):
         assert parameter.grad is not None
         assert one.grad is not None
         tolerance = {"rtol": 1e-12, "atol": 1e-15} if parameter.dtype == D else {"rtol": 1e-6, "atol": 1e-8}
         torch.testing.assert_close(
-            whole(parameter.grad, stored), one.grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            whole(parameter.grad, sharding), one.grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -161,12 +161,12 @@ def test_sixteen_bit_gradients_are_summed_in_float32(world_size: int, dtype: tor
     found = clip_grad_norm_(model, 1.0)
     assert found.dtype == torch.float32
     assert abs(float(found) - exact) < 1e-5 * exact  # bfloat16 is good to 4e-3
-    for one, (_, parameter, stored) in zip(plain, sg.stored_parameters(model)):
+    for one, (_, parameter, sharding) in zip(plain, sg.named_shardings(model)):
         assert parameter.grad is not None
         assert one.grad is not None
         assert parameter.grad.dtype == dtype
         scaled = one.grad.float() / (exact + 1e-6)
-        torch.testing.assert_close(whole(parameter.grad, stored).float(), scaled, rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(whole(parameter.grad, sharding).float(), scaled, rtol=2**-8, atol=1e-6)
 
 
 @distributed(world_size=[2, 3])

@@ -37,10 +37,10 @@ def trained(mesh: torch.distributed.DeviceMesh) -> tuple[GPT, torch.optim.Optimi
 def everything(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Global tensors of model and optimizer, by the names of the files' entries."""
     found = {}
-    for name, parameter, stored in sg.stored_parameters(model):
-        found[name] = whole(parameter, stored)
+    for name, parameter, sharding in sg.named_shardings(model):
+        found[name] = whole(parameter, sharding)
         for key, value in optimizer.state[parameter].items():
-            found[f"{name}/{key}"] = whole(value, stored) if value.dim() else value
+            found[f"{name}/{key}"] = whole(value, sharding) if value.dim() else value
     return found
 
 

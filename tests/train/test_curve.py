@@ -75,9 +75,9 @@ def train(kind: str, grid: tuple[int, int], sharded: bool = False, accumulate: i
     mesh = init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp"))
     model, reference = build(config, VOCAB, mesh), initial(kind)
     with torch.no_grad():
-        for name, parameter, stored in sg.stored_parameters(model):
-            assert stored is not None
-            parameter.copy_(sg.shard(reference.parameter_of(name).view(stored.shape), stored.spec, mesh))
+        for name, parameter, sharding in sg.named_shardings(model):
+            assert sharding is not None
+            parameter.copy_(sg.shard(reference.parameter_of(name).view(sharding.shape), sharding.spec, mesh))
     optimizer = make_optimizer(model, settings)
     if planted and torch.distributed.get_rank() == 1:
         settings = settings.model_copy(update={"lr": settings.lr * planted["rate"]})

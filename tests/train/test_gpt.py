@@ -30,11 +30,11 @@ def test_loss_and_every_gradient_equal_one_device(world_size: int) -> None:
     norms = [grad.norm() for grad in grads.values() if grad is not None]
     # A tensor's rounding is some 1e-16 of the terms it is summed from; key biases are sums of terms that cancel.
     floor = 1e-15 * float(max(norms))
-    for name, parameter, stored in sg.stored_parameters(model):
+    for name, parameter, sharding in sg.named_shardings(model):
         right = grads[name]
         assert right is not None, name
         assert parameter.grad is not None, name
-        error = float((whole(parameter.grad, stored).flatten() - right.flatten()).norm())
+        error = float((whole(parameter.grad, sharding).flatten() - right.flatten()).norm())
         assert error <= 1e-12 * float(right.norm()) + floor, f"{name}: off by {error}, of {float(right.norm())}"
 
 
@@ -90,10 +90,10 @@ def test_initial_values_are_those_of_one_rank(world_size: int) -> None:
     for axis in ("tp", "alone"):
         torch.manual_seed(4)
         made[axis] = GPT(**SIZES, vocab=VOCAB, mesh=mesh, axis=axis)
-    for (name, parameter, stored), alone in zip(
-        sg.stored_parameters(made["tp"]), made["alone"].parameters(), strict=True
+    for (name, parameter, sharding), alone in zip(
+        sg.named_shardings(made["tp"]), made["alone"].parameters(), strict=True
     ):
-        assert torch.equal(whole(parameter, stored), alone), name
+        assert torch.equal(whole(parameter, sharding), alone), name
         if name.endswith("weight") and "norm" not in name:
             deviation = 0.02 / 2 if "output" in name or "down" in name else 0.02  # two layers: √(2·2) = 2
             assert alone.std().item() == pytest.approx(deviation, rel=0.5), name

@@ -66,12 +66,12 @@ def test_trains_as_one_rank_does(world_size: int) -> None:
     assert together.tokens == 4 * 3 * 5
     assert 0 < together.communication_share < 1
     assert alone.communication_share == 0
-    for (name, parameter, stored), other in zip(
-        sg.stored_parameters(models["tp"]), models["alone"].parameters(), strict=True
+    for (name, parameter, sharding), other in zip(
+        sg.named_shardings(models["tp"]), models["alone"].parameters(), strict=True
     ):
         # Adam divides by |g|: where a gradient is all rounding, as a key bias's is, so is its direction.
         if not name.endswith("key_bias"):
-            torch.testing.assert_close(whole(parameter, stored), other.detach(), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(whole(parameter, sharding), other.detach(), rtol=1e-6, atol=1e-8)
 
 
 @distributed(world_size=[1, 2], backend="shm")

@@ -65,9 +65,9 @@ def check(model: Decoder, plain: Reference, accumulate: int) -> None:
     assert abs(found[0] - found[1]) > 1e-3
     assert abs(found[0] - plain.loss(ids, targets)) > 1e-3  # nothing dropped
     floor = 1e-14 * max(float(p.grad.norm()) for p in plain.parameters())
-    for name, parameter, stored in sg.stored_parameters(model):
+    for name, parameter, sharding in sg.named_shardings(model):
         right = plain.parameter_of(name).grad
-        error = float((whole(parameter.grad, stored).flatten() - right.flatten()).norm())
+        error = float((whole(parameter.grad, sharding).flatten() - right.flatten()).norm())
         assert error <= 1e-12 * float(right.norm()) + floor, f"{name}: {error} of {float(right.norm())}"
 
 

@@ -73,12 +73,12 @@ def check(model: Decoder, plain: Reference, accumulate: int) -> None:
     assert norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-12), grid
     # A tensor's rounding is some 1e-16 of the terms it is summed from; key biases are sums of terms that cancel.
     floor = 1e-14 * max(float(p.grad.norm()) for p in plain.parameters())
-    for name, parameter, stored in sg.stored_parameters(model):
+    for name, parameter, sharding in sg.named_shardings(model):
         right = plain.parameter_of(name).grad
         assert parameter.grad is not None, name
-        error = float((whole(parameter.grad, stored).flatten() - right.flatten()).norm())
+        error = float((whole(parameter.grad, sharding).flatten() - right.flatten()).norm())
         assert error <= 1e-12 * float(right.norm()) + floor, f"{name} on {grid}: {error} of {float(right.norm())}"
-        own = sg.shard(right.view(stored.shape), stored.spec, mesh)  # this rank's own copy, not the first rank's
+        own = sg.shard(right.view(sharding.shape), sharding.spec, mesh)  # this rank's own copy, not the first rank's
         assert float((parameter.grad - own).norm()) <= 1e-12 * float(right.norm()) + floor, f"{name} on {grid}"
     predicted = step_collectives(model, BATCH, SEQUENCE, accumulate=accumulate, clip=True)
     assert totals(predicted) == traced.totals(), grid
@@ -101,7 +101,7 @@ def test_who_reduces_over_dp_and_how_often(world_size: int) -> None:
             with sg.trace() as traced:
                 backward(model, ids, targets, 3)
         sent[way] = {key: found for key, found in traced.totals().items() if key[1] == "dp"}
-        parameters = sg.stored_parameters(model)
+        parameters = sg.named_shardings(model)
         local = sum(p.numel() for _, p, _ in parameters) * 8
         losses = 3 * 2 * 8  # the sum and the number of tokens of each micro-batch: an all-reduce of one element
         count, size = sent[way]["all-reduce", "dp"]
@@ -112,7 +112,7 @@ def test_who_reduces_over_dp_and_how_often(world_size: int) -> None:
             assert size in range(local, local + losses + 1)
             assert count == 1 + 3 * 2
         else:  # vectors one time; matrices are gathered twice and reduce-scattered once a micro-batch
-            vectors = sum(p.numel() for _, p, stored in parameters if "dp" not in stored.spec.axes) * 8
+            vectors = sum(p.numel() for _, p, sharding in parameters if "dp" not in sharding.spec.axes) * 8
             matrices = local - vectors
             assert size in range(vectors, vectors + losses + 1)
             assert count == 1 + 3 * 2

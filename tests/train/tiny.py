@@ -25,11 +25,11 @@ def fill(model: Decoder) -> dict[str, Tensor]:
     """Random values everywhere, norms and biases too; returns them, global, alike on all ranks."""
     generator = torch.Generator().manual_seed(2)
     values = {}
-    for name, parameter, stored in sg.stored_parameters(model):
-        assert stored is not None
-        values[name] = 0.5 * torch.randn(stored.shape, generator=generator, dtype=torch.float64)
+    for name, parameter, sharding in sg.named_shardings(model):
+        assert sharding is not None
+        values[name] = 0.5 * torch.randn(sharding.shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            parameter.copy_(sg.shard(values[name], stored.spec, stored.mesh))
+            parameter.copy_(sg.shard(values[name], sharding.spec, sharding.mesh))
     return values
 
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.nn.module import ShardedModule, Stored
+from shardgrad.nn.module import ParamSharding, ShardedModule
 
 
-def stored_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, Stored | None]]:
+def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamSharding | None]]:
     """Name, parameter and storage of every parameter; storage is None where no shardgrad layer has it (replicated).
 
     A parameter that several modules share is listed once, under its first name, and is stored as the shardgrad layer
@@ -25,19 +25,19 @@ def stored_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, Stored 
             f"expected a module, not {type(model).__name__}: tensors alone do not say how they are stored. Pass the "
             "model, or the part of it that is meant"
         )
-    owned: dict[int, tuple[str, Stored]] = {}
+    owned: dict[int, tuple[str, ParamSharding]] = {}
     for path, owner in model.named_modules():
-        for name, stored in owner.stored().items() if isinstance(owner, ShardedModule) else ():
+        for name, sharding in owner.shardings().items() if isinstance(owner, ShardedModule) else ():
             parameter = getattr(owner, name)
             if parameter is None:
                 continue
             where = f"{path}.{name}" if path else name
-            _check(where, parameter, stored)
-            first, other = owned.setdefault(id(parameter), (where, stored))
-            if other is not stored and _storage(other) != _storage(stored):
+            _check(where, parameter, sharding)
+            first, other = owned.setdefault(id(parameter), (where, sharding))
+            if other is not sharding and _storage(other) != _storage(sharding):
                 raise LayoutError(
                     f"{first} and {where} are one parameter, but stored differently: {other.spec} of global shape "
-                    f"{other.shape} and {stored.spec} of {stored.shape}"
+                    f"{other.shape} and {sharding.spec} of {sharding.shape}"
                 )
     found = []
     for name, parameter in model.named_parameters():
@@ -48,11 +48,11 @@ def stored_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, Stored 
     return found
 
 
-def _check(name: str, parameter: object, stored: Stored) -> None:
-    shape = tuple(stored.block()[1])
+def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
+    shape = tuple(sharding.block()[1])
     if hasattr(parameter, "to_local"):
         raise TypeError(
-            f"{name} is a DTensor (FSDP2?) of a tensor that shardgrad stores as {stored.spec}: what is global over "
+            f"{name} is a DTensor (FSDP2?) of a tensor that shardgrad stores as {sharding.spec}: what is global over "
             "both is not known here. Use DDP, or write the second axis into the layout of sg.matmul (W[d/dp,m/tp])"
         )
     if not isinstance(parameter, nn.Parameter):
@@ -62,12 +62,12 @@ def _check(name: str, parameter: object, stored: Stored) -> None:
         )
     if tuple(parameter.shape) != shape:
         raise ShapeError(
-            f"{name} has local shape {tuple(parameter.shape)}, but {stored.spec} of global shape {stored.shape} leaves "
-            f"this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
+            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape {sharding.shape} "
+            f"leaves this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
         )
 
 
-def _storage(stored: Stored) -> tuple[object, ...]:
+def _storage(sharding: ParamSharding) -> tuple[object, ...]:
     """What two declarations of one parameter must have in common, whatever their letters."""
-    ranks = view(stored.mesh).axes
-    return stored.shape, tuple(tuple(ranks[axis].ranks for axis in dim.axes) for dim in stored.spec.dims)
+    ranks = view(sharding.mesh).axes
+    return sharding.shape, tuple(tuple(ranks[axis].ranks for axis in dim.axes) for dim in sharding.spec.dims)
