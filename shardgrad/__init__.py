@@ -26,15 +26,14 @@ if TYPE_CHECKING:
     from shardgrad.errors import ShapeError as ShapeError
     from shardgrad.errors import VerificationError as VerificationError
     from shardgrad.layout import PRESETS as PRESETS
+    from shardgrad.layout import BatchAxis as BatchAxis
     from shardgrad.layout import Collective as Collective
-    from shardgrad.layout import DataParallel as DataParallel
     from shardgrad.layout import Layout as Layout
     from shardgrad.layout import TensorSpec as TensorSpec
     from shardgrad.nn.attention import Attention as Attention
     from shardgrad.nn.by_layout import Linear as Linear
     from shardgrad.nn.conv import Conv1d as Conv1d
     from shardgrad.nn.conv import Conv2d as Conv2d
-    from shardgrad.nn.deferred import reduce_gradients_ as reduce_gradients_
     from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
     from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
+    from shardgrad.nn.partial_grads import all_reduce_partial_grads_ as all_reduce_partial_grads_
     from shardgrad.nn.positions import LearnedPositions as LearnedPositions
     from shardgrad.nn.rotary import Rotary as Rotary
     from shardgrad.nn.shardings import named_shardings as named_shardings
@@ -96,11 +96,11 @@ _HOME = {
     "VerificationError": "shardgrad.errors",
     "PRESETS": "shardgrad.layout",
     "Collective": "shardgrad.layout",
-    "DataParallel": "shardgrad.layout",
+    "BatchAxis": "shardgrad.layout",
     "Layout": "shardgrad.layout",
     "TensorSpec": "shardgrad.layout",
     "Attention": "shardgrad.nn.attention",
-    "reduce_gradients_": "shardgrad.nn.deferred",
+    "all_reduce_partial_grads_": "shardgrad.nn.partial_grads",
     "Conv1d": "shardgrad.nn.conv",
     "Conv2d": "shardgrad.nn.conv",
     "Dropout": "shardgrad.nn.dropout",

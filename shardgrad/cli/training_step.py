@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from shardgrad.comm.meet import start_process_group
 from shardgrad.draw.timeline import PHASES, STEP
-from shardgrad.nn.deferred import reduce_gradients_
+from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, load
 from shardgrad.train.data import BYTES
@@ -58,7 +58,7 @@ def make(config: Config) -> Callable[[], None]:
                 loss = model.loss(*mine)
             with record_function(backward):
                 loss.backward()
-                reduce_gradients_(model)
+                all_reduce_partial_grads_(model)
             with record_function(update):
                 optimizer.step()
 

@@ -15,7 +15,7 @@ from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, rows_over, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, rows_over, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Role
 from shardgrad.nn import init
@@ -97,7 +97,7 @@ class Attention(ShardedModule):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -16,7 +16,7 @@ from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.plan import route
@@ -66,7 +66,7 @@ class VocabParallelEmbedding(ShardedModule):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

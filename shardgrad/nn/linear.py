@@ -15,7 +15,7 @@ from shardgrad.comm.adjoint import gather_replicated, split
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, rows_over, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, rows_over, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.plan import route
@@ -46,7 +46,7 @@ def sequence_letter(dims: int, sequence_dim: int, who: str) -> int:
 
 
 def cut_rows(
-    dims: int, sequence_dim: int | None, axis: str, data: DataParallel | None, who: str
+    dims: int, sequence_dim: int | None, axis: str, data: BatchAxis | None, who: str
 ) -> tuple[str, str, str | None]:
     """For a tensor of `dims` dims: its row letters, without and with the sequence cut, and the sequence's letter. The
     first row letter is cut by the data parallel axis, if there is one, in either case.
@@ -113,7 +113,7 @@ class _ParallelLinear(ShardedModule):
         sequence_dim: int | None,
         reduce: bool,
         save_gathered: Collection[str],
-        data: DataParallel | None,
+        data: BatchAxis | None,
         reduce_dtype: torch.dtype | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -278,7 +278,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: int | None = None,
         reduce: bool = True,
         save_gathered: Collection[str] = (),
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -338,7 +338,7 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: int | None = None,
         reduce: bool = True,
         save_gathered: Collection[str] = (),
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, stored_over
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Role
 from shardgrad.nn import init
@@ -60,7 +60,7 @@ class MLP(nn.Module):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -163,7 +163,7 @@ class SwiGLU(ShardedModule):
         axis: str = "tp",
         sequence_dim: int | None = None,
         reduce: bool = True,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         reduce_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, stored_over
 from shardgrad.nn.linear import check_sequence_dim
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.shared import replicate_together, summed_together
@@ -30,7 +30,7 @@ class _Norm(ShardedModule):
         mesh: DeviceMesh,
         axis: str,
         sequence_dim: int | None,
-        data: DataParallel | None,
+        data: BatchAxis | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -77,7 +77,7 @@ class _Norm(ShardedModule):
     def _summed_over(self) -> list[str]:
         """The axes that cut the rows, and over which the gradients are not left to the caller."""
         sequence = [] if self.sequence_dim is None else [self.axis]
-        return sequence if self.data is None or self.data.deferred else [*sequence, self.data.axis]
+        return sequence if self.data is None or self.data.accumulate else [*sequence, self.data.axis]
 
     def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[cost.Collective]:
         """Every collective of this rank's forward and backward, whatever the shape and dtype of x."""
@@ -119,7 +119,7 @@ class LayerNorm(_Norm):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -147,7 +147,7 @@ class RMSNorm(_Norm):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

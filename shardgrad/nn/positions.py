@@ -14,7 +14,7 @@ from shardgrad.comm.adjoint import split
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.data import DataParallel, stored_over
+from shardgrad.layout.batch_axis import BatchAxis, stored_over
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import Sizes
@@ -51,7 +51,7 @@ class LearnedPositions(ShardedModule):
         mesh: DeviceMesh,
         axis: str = "tp",
         sequence_dim: int | None = None,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
-from shardgrad.layout.data import DataParallel
+from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.train.config import Config, Model
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.grid import AXES, Grid
@@ -28,7 +28,7 @@ def mesh_shape(config: Config) -> dict[str, int]:
     return {"dp": config.mesh.dp, "tp": config.mesh.tp}
 
 
-def data_parallel(config: Config, ranks: int) -> DataParallel | None:
+def batch_axis(config: Config, ranks: int) -> BatchAxis | None:
     """How layers take part in data parallelism over so many ranks.
 
     With micro-batches, what is replicated over dp is left partial (`{dp}`) and summed after the last of them; with one
@@ -36,7 +36,7 @@ def data_parallel(config: Config, ranks: int) -> DataParallel | None:
     """
     if ranks == 1:
         return None
-    return DataParallel("dp", sharded=config.mesh.fully_sharded, deferred=config.train.accumulate > 1)
+    return BatchAxis("dp", shard_params=config.mesh.fully_sharded, accumulate=config.train.accumulate > 1)
 
 
 def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Decoder:
@@ -49,7 +49,7 @@ def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | Non
     more: dict[str, Any] = {
         "vocab": vocab,
         "mesh": mesh,
-        "data": data_parallel(config, view(mesh).shape.get("dp", 1)),
+        "data": batch_axis(config, view(mesh).shape.get("dp", 1)),
         "compute_dtype": None if compute == torch.float32 else compute,
         "reduce_dtype": None if config.train.reduce_dtype is None else _DTYPES[config.train.reduce_dtype],
         "recompute": config.train.recompute,

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout.data import DataParallel
+from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn import init
 from shardgrad.nn.dropout import Dropout
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         vocab: int,
         mesh: DeviceMesh,
         axis: str,
-        data: DataParallel | None,
+        data: BatchAxis | None,
         compute_dtype: torch.dtype | None,
         recompute: Recompute,
         width: int,

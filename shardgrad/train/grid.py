@@ -29,8 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, replicate, split
 from shardgrad.comm.mesh import view
+from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective, itemsize, moved
-from shardgrad.layout.data import DataParallel
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import Sizes, chunk
@@ -70,7 +70,7 @@ class Grid(Decoder):
         recompute: Recompute = "none",
         dtype: torch.dtype | None = None,
     ) -> None:
-        data = DataParallel("z", sharded=True)
+        data = BatchAxis("z", shard_params=True)
         super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model, dropout, _STREAM)
         linear = partial(Linear, bias=False, mesh=mesh, reduce_dtype=reduce_dtype, dtype=dtype)
         hidden = hidden_features(d_model) if d_ff is None else d_ff

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.layout.data import DataParallel
+from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear
@@ -51,7 +51,7 @@ class Llama(Decoder):
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         dropout: float = 0.0,
-        data: DataParallel | None = None,
+        data: BatchAxis | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",

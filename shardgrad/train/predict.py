@@ -13,9 +13,9 @@ from shardgrad.comm.mesh import view
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn.attention import Attention
-from shardgrad.nn.deferred import reduce_gradients_collectives
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.loss import cross_entropy_collectives
+from shardgrad.nn.partial_grads import all_reduce_partial_grads_collectives
 from shardgrad.nn.whole import clip_grad_norm_collectives
 from shardgrad.train.decoder import Decoder
 
@@ -35,7 +35,7 @@ def step_collectives(
     """
     each = list(_pass(model, batch // accumulate, sequence))
     clipping = clip_grad_norm_collectives(model) if clip else []
-    return [*each * accumulate, *reduce_gradients_collectives(model), *clipping]
+    return [*each * accumulate, *all_reduce_partial_grads_collectives(model), *clipping]
 
 
 def _pass(model: Decoder, batch: int, sequence: int) -> Iterator[Collective]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardgrad.comm.collectives import cut
 from shardgrad.comm.mesh import view
-from shardgrad.nn.deferred import reduce_gradients_
+from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.nn.whole import clip_grad_norm_
 from shardgrad.train.config import Train
 from shardgrad.train.decoder import Decoder
@@ -41,14 +41,14 @@ def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) 
     """Add the gradients of the mean loss over a batch, complete on every rank; returns this loss, alike on every rank.
 
     What each micro-batch reduces and what waits for the last of them is written in how the parameters are stored: see
-    `sg.DataParallel`. With one micro-batch nothing waits.
+    `sg.BatchAxis`. With one micro-batch nothing waits.
     """
     total = torch.zeros((), device=ids.device)
     for mine in micro_batches(model, ids, targets, accumulate):
         loss = model.loss(*mine) / accumulate
         loss.backward()
         total = total + loss.detach()
-    reduce_gradients_(model)
+    all_reduce_partial_grads_(model)
     return total
 
 

@@ -19,7 +19,7 @@ BATCH, SEQUENCE, WIDTH = 2, 5, 12
 
 
 def gptj(
-    mesh: DeviceMesh, sequence_dim: int | None, reduce: bool = False, data: sg.DataParallel | None = None
+    mesh: DeviceMesh, sequence_dim: int | None, reduce: bool = False, data: sg.BatchAxis | None = None
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     return (
         sg.LayerNorm(WIDTH, mesh=mesh, sequence_dim=sequence_dim, data=data, dtype=D),
@@ -115,7 +115,7 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
 @pytest.mark.parametrize("sequence_dim", [None, 1])
 def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, sequence_dim: int | None) -> None:
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
-    data = sg.DataParallel("dp")
+    data = sg.BatchAxis("dp")
     block = randomized(sg.ParallelBlock(*gptj(mesh, sequence_dim, data=data)))
     s = "s/tp" if sequence_dim else "s"
     stored = sg.Layout(f"X[b/dp,{s},d] W[d,m] -> Y[b/dp,{s},m]")["X"]
@@ -138,7 +138,7 @@ def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, se
         (event.operation, event.axis, event.bytes) for event in traced if event.bytes
     )
     _, attention, mlp = gptj(mesh, sequence_dim, data=data)
-    with pytest.raises(sg.LayoutError, match=r"norm has data=None, attention data=DataParallel"):
+    with pytest.raises(sg.LayoutError, match=r"norm has data=None, attention data=BatchAxis"):
         sg.ParallelBlock(gptj(mesh, sequence_dim)[0], attention, mlp)
 
 

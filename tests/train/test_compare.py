@@ -82,7 +82,7 @@ def test_yardstick() -> None:
 def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
     """Micro-batches, shards over dp, bfloat16: its rounding passes, a doubled gradient fails."""
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
-    data = sg.DataParallel("dp", sharded=kind == "llama", deferred=True)
+    data = sg.BatchAxis("dp", shard_params=kind == "llama", accumulate=True)
     model, _ = decoder(mesh, kind, torch.float32, data=data, compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ids, targets = tokens(4)
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
 def test_a_copy_that_is_wrong_on_one_rank(world_size: int) -> None:
     """What the first rank holds is right; the last rank's copy of a replicated gradient is not."""
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
-    model, _ = gpt(mesh, torch.float32, data=sg.DataParallel("dp"))
+    model, _ = gpt(mesh, torch.float32, data=sg.BatchAxis("dp"))
     ids, targets = tokens(4)
     loss = backward(model, ids, targets)
     found = compare(model, loss, ids, targets, reference)

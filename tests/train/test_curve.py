@@ -125,7 +125,7 @@ def test_a_mistake_is_far(world_size: int, planted: str, measured: Measured, mon
         )
     elif planted == "no sum over dp":
         accumulate = 2
-        monkeypatch.setattr("shardgrad.train.step.reduce_gradients_", lambda model: None)
+        monkeypatch.setattr("shardgrad.train.step.all_reduce_partial_grads_", lambda model: None)
     elif planted == "no sum over tp":  # of the norms' gradients
         grid = (1, 2)
         monkeypatch.setattr("shardgrad.nn.norm.replicate_together", lambda parameters, mesh, axis: parameters)

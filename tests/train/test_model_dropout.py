@@ -76,8 +76,8 @@ def check(model: Decoder, plain: Reference, accumulate: int) -> None:
     ("kind", "accumulate", "recompute", "switches"),
     [
         ("gpt", 1, "none", {}),
-        ("gpt", 3, "full", {"deferred": True}),
-        ("llama", 3, "attention", {"sharded": True, "deferred": True}),
+        ("gpt", 3, "full", {"accumulate": True}),
+        ("llama", 3, "attention", {"shard_params": True, "accumulate": True}),
     ],
 )
 def test_masks_are_those_of_the_global_tensor(
@@ -85,7 +85,7 @@ def test_masks_are_those_of_the_global_tensor(
 ) -> None:
     for grid in GRIDS[world_size]:
         mesh = init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp"))
-        data = sg.DataParallel("dp", **switches)
+        data = sg.BatchAxis("dp", **switches)
         more: dict[str, Any] = {"kind": kind, "dropout": P}
         model, values = decoder(mesh, data=data, recompute=recompute, **more)
         check(model, reference(values, **more), accumulate)
@@ -122,7 +122,7 @@ def test_the_curve_is_that_of_one_rank(world_size: int, kind: str) -> None:
     ids, targets = tokens(BATCH)
     mesh = init_device_mesh("cpu", (world_size, 1, 1), mesh_dim_names=("tp", "dp", "alone"))
 
-    def curve(p: float, axis: str, data: sg.DataParallel | None = None) -> list[float]:
+    def curve(p: float, axis: str, data: sg.BatchAxis | None = None) -> list[float]:
         model, _ = decoder(mesh, kind, dropout=p, axis=axis, data=data)
         optimizer = make_optimizer(model, train)
         torch.manual_seed(5)
@@ -130,7 +130,7 @@ def test_the_curve_is_that_of_one_rank(world_size: int, kind: str) -> None:
 
     alone = curve(P, "alone")
     assert curve(P, "tp") == pytest.approx(alone, rel=1e-10)
-    assert curve(P, "alone", sg.DataParallel("tp")) == pytest.approx(alone, rel=1e-10)
+    assert curve(P, "alone", sg.BatchAxis("tp")) == pytest.approx(alone, rel=1e-10)
     assert curve(0.0, "alone")[0] != pytest.approx(alone[0], rel=1e-3)
 
 

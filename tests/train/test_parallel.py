@@ -25,10 +25,15 @@ BATCH = 12  # divides by 1, 2, 3 and 4 ranks, and by 3 micro-batches
 WAYS: dict[str, tuple[dict[str, bool], int, str, dict[str, Any]]] = {
     "replicated": ({}, 1, "none", {"kind": "gpt", "tied": True}),
     "replicated, micro-batches": ({}, 3, "attention", {"kind": "llama", "kv_heads": 1}),
-    "deferred": ({"deferred": True}, 3, "none", {"kind": "gpt", "kv_heads": 3}),
-    "sharded": ({"sharded": True}, 1, "full", {"kind": "llama", "tied": True, "kv_heads": 3}),
-    "sharded, deferred": ({"sharded": True, "deferred": True}, 3, "none", {"kind": "gpt", "d_ff": 10}),
-    "sharded, deferred, recomputed": ({"sharded": True, "deferred": True}, 3, "full", {"kind": "llama", "kv_heads": 1}),
+    "deferred": ({"accumulate": True}, 3, "none", {"kind": "gpt", "kv_heads": 3}),
+    "sharded": ({"shard_params": True}, 1, "full", {"kind": "llama", "tied": True, "kv_heads": 3}),
+    "sharded, deferred": ({"shard_params": True, "accumulate": True}, 3, "none", {"kind": "gpt", "d_ff": 10}),
+    "sharded, deferred, recomputed": (
+        {"shard_params": True, "accumulate": True},
+        3,
+        "full",
+        {"kind": "llama", "kv_heads": 1},
+    ),
 }
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2), (4, 1), (1, 4)]}
 
@@ -39,7 +44,7 @@ def test_loss_gradients_and_bytes(world_size: int, way: str) -> None:
     switches, accumulate, recompute, keys = WAYS[way]
     for grid in GRIDS[world_size]:
         mesh = init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp"))
-        data = sg.DataParallel("dp", **switches)
+        data = sg.BatchAxis("dp", **switches)
         model, values = decoder(mesh, data=data, recompute=recompute, **keys)
         check(model, reference(values, **keys), accumulate)
 
@@ -93,10 +98,10 @@ def test_who_reduces_over_dp_and_how_often(world_size: int) -> None:
     sent: dict[str, dict[tuple[str, str], tuple[int, int]]] = {}
     for way, switches in (
         ("at once", {}),
-        ("once", {"deferred": True}),
-        ("shards", {"sharded": True, "deferred": True}),
+        ("once", {"accumulate": True}),
+        ("shards", {"shard_params": True, "accumulate": True}),
     ):
-        model, _ = decoder(mesh, data=sg.DataParallel("dp", **switches), kind="gpt")
+        model, _ = decoder(mesh, data=sg.BatchAxis("dp", **switches), kind="gpt")
         for _ in range(2):
             with sg.trace() as traced:
                 backward(model, ids, targets, 3)
@@ -125,7 +130,7 @@ def test_who_reduces_over_dp_and_how_often(world_size: int) -> None:
 @distributed(world_size=[2])
 def test_what_is_deferred_is_partial_until_reduced(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
-    model, values = decoder(mesh, data=sg.DataParallel("dp", deferred=True), kind="gpt")
+    model, values = decoder(mesh, data=sg.BatchAxis("dp", accumulate=True), kind="gpt")
     ids, targets = tokens(BATCH)
     plain = reference(values, kind="gpt")
     plain.loss(ids, targets).backward()
@@ -135,6 +140,6 @@ def test_what_is_deferred_is_partial_until_reduced(world_size: int) -> None:
     right = plain.parameter_of("head.weight").grad
     assert float((head.grad - right).norm()) > 0.1 * float(right.norm())  # this rank's term alone
     model.get_parameter("norm.bias").grad = None  # as if this rank had not used it
-    sg.reduce_gradients_(model)
+    sg.all_reduce_partial_grads_(model)
     torch.testing.assert_close(head.grad, right, rtol=1e-12, atol=1e-15)
     assert torch.equal(model.get_parameter("norm.bias").grad, torch.zeros(12, dtype=torch.float64))

@@ -15,25 +15,25 @@ from shardgrad.layout.notation import TensorSpec, parse_tensor
 
 
 @dataclass(frozen=True, slots=True)
-class DataParallel:
+class BatchAxis:
     """How layers take part in data parallelism over an axis of the mesh, which cuts the first dim of their input.
 
         W[m/tp,d]        replicated: dW is all-reduced over dp in every backward
-        W[m/tp,d/dp]     sharded=True: W is gathered in forward and in backward, dW reduce-scattered
-        W[m/tp,d]{dp}    deferred=True: dW is left partial, for `sg.reduce_gradients_` to sum once for several backwards
+        W[m/tp,d/dp]     shard_params=True: W is gathered in forward and in backward, dW reduce-scattered
+        W[m/tp,d]{dp}    accumulate=True: dW is left partial, and `sg.all_reduce_partial_grads_` sums several at once
 
     Args:
         axis: of the mesh.
-        sharded: whether matrices are stored cut over the axis ("fully sharded"), on the longest dim that nothing cuts.
-            Vectors (biases and the parameters of norms) stay replicated: each would be a collective of its own, for a
-            thousandth of the memory.
-        deferred: whether gradients of what is replicated over the axis are left partial. What is sharded is
+        shard_params: whether matrices are stored cut over the axis ("fully sharded"), on the longest dim that nothing
+            cuts. Vectors (biases and the parameters of norms) stay replicated: each would be a collective of its own,
+            for a thousandth of the memory.
+        accumulate: whether gradients of what is replicated over the axis are left partial. What is sharded is
             reduce-scattered in every backward all the same: only then are its gradients in shards.
     """
 
     axis: str = "dp"
-    sharded: bool = False
-    deferred: bool = False
+    shard_params: bool = False
+    accumulate: bool = False
 
     def storage(self, spec: TensorSpec | str, sizes: Mapping[str, int], *, vector: bool = False) -> TensorSpec:
         """How a parameter, without the axis stored as `spec`, is stored.
@@ -48,18 +48,18 @@ class DataParallel:
         spec = parse_tensor(spec) if isinstance(spec, str) else spec
         if self.axis in spec.axes:
             raise LayoutError(f"{spec} is cut by {self.axis} already: it cannot be the data parallel axis as well")
-        if self.sharded and not vector:
+        if self.shard_params and not vector:
             free = [dim for dim in spec.dims if not dim.axes] or list(spec.dims)
             longest = max(free, key=lambda dim: sizes[dim.letter])
             return spec.with_axes({longest.letter: (*longest.axes, self.axis)})
-        return replace(spec, grad_partial=(*spec.grad_partial, self.axis)) if self.deferred else spec
+        return replace(spec, grad_partial=(*spec.grad_partial, self.axis)) if self.accumulate else spec
 
 
-def stored_over(data: DataParallel | None, spec: str, sizes: Mapping[str, int], *, vector: bool = False) -> str:
+def stored_over(data: BatchAxis | None, spec: str, sizes: Mapping[str, int], *, vector: bool = False) -> str:
     """`data.storage(spec, sizes)`, or `spec` itself without data parallelism."""
     return spec if data is None else str(data.storage(spec, sizes, vector=vector))
 
 
-def rows_over(data: DataParallel | None, letter: str) -> str:
+def rows_over(data: BatchAxis | None, letter: str) -> str:
     """The first row letter, which the data parallel axis cuts before all others do: `b/dp`."""
     return letter if data is None else f"{letter}/{data.axis}"

@@ -18,7 +18,7 @@ BUCKET = 1 << 24
 
 
 @torch.no_grad()
-def reduce_gradients_(model: nn.Module) -> None:
+def all_reduce_partial_grads_(model: nn.Module) -> None:
     """Sum, in place, the gradients that are partial: those of parameters that their layers store with a mark.
 
     For gradient accumulation: any number of backwards add up locally, then one call, on every rank of the marked axes,
@@ -43,8 +43,8 @@ def reduce_gradients_(model: nn.Module) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def reduce_gradients_collectives(model: nn.Module) -> list[Collective]:
-    """Every collective of `reduce_gradients_`, with its bytes."""
+def all_reduce_partial_grads_collectives(model: nn.Module) -> list[Collective]:
+    """Every collective of `all_reduce_partial_grads_`, with its bytes."""
     found = []
     for axis, bucket in _buckets(model):
         elements = sum(parameter.numel() for parameter in bucket)
