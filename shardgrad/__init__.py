@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from shardgrad.comm.adjoint import gather_replicated as gather_replicated
     from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
     from shardgrad.comm.adjoint import replicate as replicate
-    from shardgrad.comm.adjoint import split as split
+    from shardgrad.comm.adjoint import slice_replicated as slice_replicated
     from shardgrad.comm.agree import check_every_call as check_every_call
-    from shardgrad.comm.collectives import communication_clock as communication_clock
-    from shardgrad.comm.trace import trace as trace
+    from shardgrad.comm.collectives import comm_timer as comm_timer
+    from shardgrad.comm.trace import trace_collectives as trace_collectives
     from shardgrad.errors import CollectiveError as CollectiveError
     from shardgrad.errors import DisagreementError as DisagreementError
     from shardgrad.errors import LayoutError as LayoutError
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from shardgrad.nn.conv import Conv2d as Conv2d
     from shardgrad.nn.dropout import Dropout as Dropout
     from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
+    from shardgrad.nn.global_ops import clip_grad_norm_ as clip_grad_norm_
+    from shardgrad.nn.global_ops import num_parameters as num_parameters
     from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
     from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
     from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
@@ -52,24 +54,17 @@ if TYPE_CHECKING:
     from shardgrad.nn.shardings import named_shardings as named_shardings
     from shardgrad.nn.state import load_state_dict as load_state_dict
     from shardgrad.nn.state import state_dict as state_dict
-    from shardgrad.nn.whole import clip_grad_norm_ as clip_grad_norm_
-    from shardgrad.nn.whole import numel as numel
     from shardgrad.ops.convolve import convolve as convolve
     from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
     from shardgrad.ops.main_grad import use_main_grads as use_main_grads
     from shardgrad.ops.matmul import matmul as matmul
-    from shardgrad.ops.overlap import Costs as Costs
-    from shardgrad.ops.overlap import Link as Link
     from shardgrad.ops.overlap import measure_costs as measure_costs
-    from shardgrad.ops.overlap import overlap as overlap
+    from shardgrad.ops.overlap import set_overlap as set_overlap
     from shardgrad.ops.shard import shard as shard
     from shardgrad.ops.shard import unshard as unshard
-    from shardgrad.verification.bounds import Worst as Worst
     from shardgrad.verification.bounds import within_bound as within_bound
     from shardgrad.verification.diagnose import Diagnosis as Diagnosis
-    from shardgrad.verification.diagnose import Fit as Fit
     from shardgrad.verification.finite import check_finite as check_finite
-    from shardgrad.verification.observed import Observed as Observed
     from shardgrad.verification.product import ProductCheck as ProductCheck
     from shardgrad.verification.product import check_product as check_product
     from shardgrad.verification.replicas import check_replicas as check_replicas
@@ -84,10 +79,10 @@ _HOME = {
     "gather_replicated": "shardgrad.comm.adjoint",
     "reduce_scatter": "shardgrad.comm.adjoint",
     "replicate": "shardgrad.comm.adjoint",
-    "split": "shardgrad.comm.adjoint",
+    "slice_replicated": "shardgrad.comm.adjoint",
     "check_every_call": "shardgrad.comm.agree",
-    "communication_clock": "shardgrad.comm.collectives",
-    "trace": "shardgrad.comm.trace",
+    "comm_timer": "shardgrad.comm.collectives",
+    "trace_collectives": "shardgrad.comm.trace",
     "CollectiveError": "shardgrad.errors",
     "DisagreementError": "shardgrad.errors",
     "LayoutError": "shardgrad.errors",
@@ -117,8 +112,8 @@ _HOME = {
     "Rotary": "shardgrad.nn.rotary",
     "ParamSharding": "shardgrad.nn.module",
     "named_shardings": "shardgrad.nn.shardings",
-    "clip_grad_norm_": "shardgrad.nn.whole",
-    "numel": "shardgrad.nn.whole",
+    "clip_grad_norm_": "shardgrad.nn.global_ops",
+    "num_parameters": "shardgrad.nn.global_ops",
     "load_state_dict": "shardgrad.nn.state",
     "state_dict": "shardgrad.nn.state",
     "LayerNorm": "shardgrad.nn.norm",
@@ -127,21 +122,16 @@ _HOME = {
     "defer_weight_grads": "shardgrad.ops.deferred",
     "use_main_grads": "shardgrad.ops.main_grad",
     "matmul": "shardgrad.ops.matmul",
-    "Costs": "shardgrad.ops.overlap",
-    "Link": "shardgrad.ops.overlap",
     "measure_costs": "shardgrad.ops.overlap",
-    "overlap": "shardgrad.ops.overlap",
+    "set_overlap": "shardgrad.ops.overlap",
     "shard": "shardgrad.ops.shard",
     "unshard": "shardgrad.ops.shard",
-    "Worst": "shardgrad.verification.bounds",
     "within_bound": "shardgrad.verification.bounds",
     "check_finite": "shardgrad.verification.finite",
     "ProductCheck": "shardgrad.verification.product",
     "check_product": "shardgrad.verification.product",
     "check_replicas": "shardgrad.verification.replicas",
     "Diagnosis": "shardgrad.verification.diagnose",
-    "Fit": "shardgrad.verification.diagnose",
-    "Observed": "shardgrad.verification.observed",
     "Report": "shardgrad.verification.report",
     "verify": "shardgrad.verification.verify",
 }

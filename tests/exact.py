@@ -71,7 +71,7 @@ def check(
     for repeat in range(2):  # the first call also compares layouts between ranks
         for tensor in local:
             tensor.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = sg.matmul(
                 local[0],
                 local[1],

@@ -16,13 +16,14 @@ import shardgrad as sg
 from shardgrad.bench import peers
 from shardgrad.bench.timing import Spread, in_turns, slowest_rank
 from shardgrad.comm import collectives as raw
-from shardgrad.comm.collectives import communication_clock
+from shardgrad.comm.collectives import comm_timer
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.comm.shm.register import register
+from shardgrad.ops.overlap import Costs
 
 Size = tuple[int, int, int]
 Call = Callable[[], object]
-WHOLE, PIECES = "shardgrad", "shardgrad, sg.overlap"
+WHOLE, PIECES = "shardgrad", "shardgrad, sg.set_overlap"
 CASES = (
     "column, backward",
     "row, forward",
@@ -71,7 +72,7 @@ class _Case:
 
 def measure(
     sizes: Sequence[Size], dtypes: Sequence[torch.dtype], rounds: int, backend: str = "gloo", turn: float = 0.05
-) -> tuple[list[Row], sg.Costs]:
+) -> tuple[list[Row], Costs]:
     """Measure on the ranks of the default group. Returns the rows, and what links and multipliers were measured to do.
 
     tokens must be a multiple of the ranks, and so must the hidden features.
@@ -79,10 +80,10 @@ def measure(
     register()
     peers.warnings_off()
     group = dist.new_group(range(dist.get_world_size()), backend=backend)
-    # Two meshes on one group: what `sg.overlap` decides is decided for a mesh.
+    # Two meshes on one group: what `sg.set_overlap` decides is decided for a mesh.
     whole, pieces = (DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)) for _ in range(2))
     costs = sg.measure_costs(pieces, tuple(dtypes))
-    sg.overlap(pieces, costs)
+    sg.set_overlap(pieces, costs)
     rows = []
     for dtype in dtypes:
         for size in sizes:
@@ -123,7 +124,7 @@ def _waited(call: Call, rounds: int) -> list[float]:
     seconds = []
     for _ in range(rounds):
         dist.barrier()
-        with communication_clock() as clock:
+        with comm_timer() as clock:
             call()
         seconds.append(clock.seconds)
     return slowest_rank(seconds)
@@ -242,7 +243,7 @@ def _backward(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
     return lambda: peers.arrive(*torch.autograd.grad(y, wanted, dy, retain_graph=True))
 
 
-def as_json(rows: Sequence[Row], costs: sg.Costs) -> dict[str, object]:
+def as_json(rows: Sequence[Row], costs: Costs) -> dict[str, object]:
     rates = {str(dtype).removeprefix("torch."): 1 / seconds for dtype, seconds in costs.seconds_per_flop.items()}
     links = {axis: asdict(link) for axis, link in costs.links.items()}
     return {"unit": "µs", "links": links, "FLOP/s": rates, "rows": [asdict(row) for row in rows]}

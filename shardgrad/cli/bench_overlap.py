@@ -34,7 +34,7 @@ def overlap(
     ] = None,
 ) -> None:
     """Time products alone, communication alone, and both in one call; the share of what could be hidden that was. With
-    whole products, with `sg.overlap(mesh, sg.measure_costs(mesh))`, and in DTensor, fairscale and Megatron-core.
+    whole products, with `sg.set_overlap(mesh, sg.measure_costs(mesh))`, and in DTensor, fairscale and Megatron-core.
 
     Under a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, on other hosts too, it runs as that rank.
     """

@@ -91,14 +91,14 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
     from torch.profiler import ProfilerActivity, profile
 
     from shardgrad.cli import training_step
-    from shardgrad.comm.collectives import communication_clock
+    from shardgrad.comm.collectives import comm_timer
 
     config = training_step.read(config_path, overrides, ranks)
     rank = training_step.join(config)
     step = training_step.make(config)
     for _ in range(_WARM_UP):
         step()
-    with communication_clock(named=True):
+    with comm_timer(named=True):
         step()  # the profiler's own first use is slow as well
         with profile(activities=[ProfilerActivity.CPU]):
             step()

@@ -7,7 +7,7 @@
 | `all_gather`        | all-gather     | reduce-scatter | sharded on dim    | replicated       | partial (one term) |
 | `gather_replicated` | all-gather     | local slice    | sharded on dim    | replicated       | replicated         |
 | `reduce_scatter`    | reduce-scatter | all-gather     | partial           | sharded on dim   | sharded alike      |
-| `split`             | local slice    | all-gather     | replicated        | sharded on dim   | sharded alike      |
+| `slice_replicated`  | local slice    | all-gather     | replicated        | sharded on dim   | sharded alike      |
 | `all_to_all`        | all-to-all     | all-to-all     | sharded on concat | sharded on split | sharded alike      |
 | `all_to_all_rows`   | all-to-all     | all-to-all     | rows, by receiver | rows, by sender  | stored alike       |
 
@@ -92,7 +92,7 @@ _PAIRS: dict[str, tuple[_Local, _Local]] = {
     "all_reduce": (_all_reduce, _nothing),
     "all_gather": (_all_gather, _reduce_scatter),
     "reduce_scatter": (_reduce_scatter, _all_gather),
-    "split": (_slice, _all_gather),
+    "slice_replicated": (_slice, _all_gather),
     "gather_replicated": (_all_gather, _slice),
     "all_to_all": (_to_split, _to_concat),
     "all_to_all_rows": (_rows_out, _rows_back),
@@ -198,7 +198,7 @@ def _half(
 ) -> Tensor:
     if (pair, back) in (("replicate", False), ("all_reduce", True)):
         return x.view_as(x)
-    if (pair, back) in (("split", False), ("gather_replicated", True)):
+    if (pair, back) in (("slice_replicated", False), ("gather_replicated", True)):
         start, length = chunk(x.shape[numbers[0]], *place)
         return x.narrow(numbers[0], start, length).contiguous()
     return _collective(x, pair, back, mesh, axis, numbers, send, receive)
@@ -298,14 +298,14 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) 
     return _apply("reduce_scatter", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
-def split(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
+def slice_replicated(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
     """Keep this rank's chunk of `dim` of a tensor that all ranks hold alike; the gradient is all-gathered.
 
     Assumes of its gradient that it is stored as the result is; the gathered gradient is then alike on all ranks.
     Megatron: scatter_to_tensor_model_parallel_region.
     """
     dim = _dim(x, dim)
-    return _apply("split", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
+    return _apply("slice_replicated", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
 def all_to_all(

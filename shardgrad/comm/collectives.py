@@ -42,7 +42,7 @@ class Pending:
 Sent = tuple[Any, Tensor, Tensor, int]  # work, what comes, what went (it must outlive the work), how much to keep
 
 
-class Clock:
+class CommTimer:
     """Seconds that this process spent starting collectives and blocked on them, and how many there were.
 
     On CUDA a wait only orders streams, so this is host time there.
@@ -56,7 +56,7 @@ class Clock:
         self.named = named
 
 
-_clocks: list[Clock] = []
+_clocks: list[CommTimer] = []
 
 # A gloo thread lets go of a collective's tensors a little after `wait` has returned, and needs the interpreter lock for
 # it. If the interpreter ends first, the thread takes the process down ("terminate called without an active exception"),
@@ -65,12 +65,12 @@ atexit.register(time.sleep, 0.05)
 
 
 @contextmanager
-def communication_clock(named: bool = False) -> Iterator[Clock]:
+def comm_timer(named: bool = False) -> Iterator[CommTimer]:
     """Measure the time this process spends in communication inside the block, backward included.
 
     named: also tell torch.profiler what is started and what is waited for.
     """
-    clock = Clock(named)
+    clock = CommTimer(named)
     _clocks.append(clock)
     try:
         yield clock

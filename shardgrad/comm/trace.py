@@ -157,7 +157,7 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def trace() -> Iterator[Trace]:
+def trace_collectives() -> Iterator[Trace]:
     """Record every collective that this process starts inside the block, in forward and in backward, whoever asks.
 
     It listens to PyTorch's dispatcher, not to shardgrad's plan, so it also sees what DDP, an optimizer or your own code

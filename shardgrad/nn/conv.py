@@ -19,7 +19,7 @@ from shardgrad.nn.module import ShardedModule
 from shardgrad.ops.convolve import Convolution, Numbers, numbers
 from shardgrad.ops.matmul import bind, run
 
-Split = Literal["out", "in", "groups", "batch", "sharded"]
+ShardDim = Literal["out", "in", "groups", "batch", "sharded"]
 
 # {t}: the axis. {g}, {gt}: the groups where there are several, as they are and cut. {x}, {k}, {y}: spatial letters.
 _LAYOUTS: dict[str, str] = {
@@ -50,27 +50,29 @@ class _Conv(ShardedModule):
         *,
         mesh: DeviceMesh,
         axis: str = "tp",
-        split: Split = "out",
+        shard_dim: ShardDim = "out",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(mesh, (axis,))
         who, n = type(self).__name__, self._spatial
-        if split not in _LAYOUTS:
-            raise ShapeError(f"{who}: split is one of {', '.join(_LAYOUTS)}, not {split!r}")
+        if shard_dim not in _LAYOUTS:
+            raise ShapeError(f"{who}: shard_dim is one of {', '.join(_LAYOUTS)}, not {shard_dim!r}")
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ShapeError(
                 f"{who}: groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all at "
                 "least 1"
             )
-        if split == "groups" and groups == 1:
-            raise ShapeError(f"{who}: split='groups' of one group leaves one rank all the work: split='out' or 'in'")
+        if shard_dim == "groups" and groups == 1:
+            raise ShapeError(
+                f"{who}: shard_dim='groups' of one group leaves one rank all the work: shard_dim='out' or 'in'"
+            )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.axis, self.split = axis, split
+        self.axis, self.shard_dim = axis, shard_dim
         self.kernel_size = numbers("kernel_size", kernel_size, n, 1)
         many = groups > 1
         x, k, y = _SPATIAL[n]
-        text = _LAYOUTS[split].format(t=axis, g="g," if many else "", gt=f"g/{axis},", x=x, k=k, y=y)
+        text = _LAYOUTS[shard_dim].format(t=axis, g="g," if many else "", gt=f"g/{axis},", x=x, k=k, y=y)
         self.layout = Layout(text if bias else text.partition(" + ")[0], spatial=n)
         self.operation = Convolution.of(self.layout, stride, padding, dilation)
         self._sizes = {
@@ -126,13 +128,13 @@ class _Conv(ShardedModule):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={s.stride}, "
             f"padding={s.padding}, dilation={s.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"axis={self.axis!r}, split={self.split!r}"
+            f"axis={self.axis!r}, shard_dim={self.shard_dim!r}"
         )
 
 
 _DOC = """nn.Conv{n}d with its channels, its groups or its batch cut over an axis.
 
-    | split       | layout (without groups)                          | forward      | dX         | dW, db         |
+    | shard_dim   | layout (without groups)                          | forward      | dX         | dW, db         |
     | ----------- | ------------------------------------------------ | ------------ | ---------- | -------------- |
     | `"out"`     | `X[b,c,…] W[o/tp,c,…] -> Y[b,o/tp,…] + B[o/tp]`  | –            | all-reduce | –              |
     | `"in"`      | `X[b,c/tp,…] W[o,c/tp,…] -> Y[b,o,…] + B[o]`     | all-reduce Y | –          | –              |
@@ -147,7 +149,7 @@ _DOC = """nn.Conv{n}d with its channels, its groups or its batch cut over an axi
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of nn.Conv{n}d; global
             sizes, none of which need divide by the ranks. Padding is by zeros, and in numbers.
-        mesh, axis, split: the axis of the mesh, and what it cuts.
+        mesh, axis, shard_dim: the axis of the mesh, and what it cuts.
         device, dtype: of the parameters.
 
     Shapes: x [b, in_channels, …] → [b, out_channels, …], each cut as `layer.layout` says, channels of groups merged as

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import gather_replicated, split
+from shardgrad.comm.adjoint import gather_replicated, slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout import cost
@@ -362,7 +362,7 @@ class RowParallelLinear(_ParallelLinear):
                     f"RowParallelLinear(input_is_parallel=False) takes x whole, [..., {self.in_features}], not "
                     f"{tuple(x.shape)}"
                 )
-            x = split(x, self.mesh, self.axis, -1)
+            x = slice_replicated(x, self.mesh, self.axis, -1)
         return super().forward(x, sequence_size)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:

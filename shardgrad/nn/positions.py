@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import split
+from shardgrad.comm.adjoint import slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
@@ -86,7 +86,7 @@ class LearnedPositions(ShardedModule):
             self.weight if self.data is None else for_rows(self.weight, self._shardings["weight"], (self.data.axis,))
         )
         rows = weight[first : first + sequence]
-        return rows if self.sequence_dim is None else split(rows, self.mesh, self.axis, dim=0)
+        return rows if self.sequence_dim is None else slice_replicated(rows, self.mesh, self.axis, dim=0)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward for x of global shape [b, s, m], whatever its dtype: the

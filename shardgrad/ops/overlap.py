@@ -145,7 +145,7 @@ class Always:
         return Cut(self.count) if self.count > 1 or own else WHOLE
 
 
-def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
+def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
     """From now on, products on this mesh hide communication behind themselves, in pieces. Call it alike on all ranks.
 
     how: what `measure_costs` returned: each product is cut where that gains, and into as many pieces as gain most. A
@@ -175,7 +175,7 @@ def overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
 def choose(
     mesh_view: MeshView, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int
 ) -> Cut:
-    """`Costs.pieces`, by what `overlap` was given for a mesh."""
+    """`Costs.pieces`, by what `set_overlap` was given for a mesh."""
     how = mesh_view.compiled.get(_KEY)
     return WHOLE if how is None else how.pieces(axis, sent, flops, again, dtype, own, after)
 
@@ -203,7 +203,7 @@ def measure_costs(
     The same on all ranks.
 
     Each time is a median of `repeats`, and the slowest rank's; so every rank decides alike. Keep what is returned if a
-    run is to be repeated to the bit: it is data, and `overlap(mesh, costs)` decides by it alone.
+    run is to be repeated to the bit: it is data, and `set_overlap(mesh, costs)` decides by it alone.
     """
     mesh_view = view(mesh)
     device = mesh_view.device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardgrad.bench.memory import kept_bytes
 from shardgrad.comm import shim
-from shardgrad.comm.trace import trace
+from shardgrad.comm.trace import trace_collectives
 from shardgrad.scale import work
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.measure import by_kind
@@ -61,7 +61,7 @@ def rehearse(cell: Cell, rank: int, seed: int = 0) -> Rehearsed:
 
 def _rehearsed(made: work.Work, rank: int, cell: Cell) -> Rehearsed:
     made.step()  # the first step's comparisons between ranks are not part of the others
-    with trace() as traced:
+    with trace_collectives() as traced:
         saved = kept_bytes(made.step, made.stored.values())
     parameters = [tensor for tensor in made.stored.values() if tensor.requires_grad]
     moments = [

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardgrad.comm.collectives import communication_clock
-from shardgrad.comm.trace import trace
+from shardgrad.comm.collectives import comm_timer
+from shardgrad.comm.trace import trace_collectives
 from shardgrad.scale.work import Work
 
 
@@ -44,13 +44,13 @@ def measure(work: Work, device: torch.device, warmup: int, repeats: int, before:
     _forget_peak(device)
     for _ in range(warmup):
         work.step()
-    with trace() as traced:
+    with trace_collectives() as traced:
         work.step()
     seconds, communicating = [], []
     for _ in range(repeats):
         synchronize()
         dist.barrier()
-        with communication_clock() as clock:
+        with comm_timer() as clock:
             start = time.perf_counter()
             work.step()
             synchronize()

@@ -17,7 +17,7 @@ from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn import init
 from shardgrad.ops.matmul import matmul
-from shardgrad.ops.overlap import measure_costs, overlap
+from shardgrad.ops.overlap import measure_costs, set_overlap
 from shardgrad.scale.block import Block, flops
 from shardgrad.scale.cell import Cell
 
@@ -47,7 +47,7 @@ def make(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
     torch.manual_seed(seed)
     if cell.overlap is not None:
         dtype = getattr(torch, cell.dtype)
-        overlap(mesh, measure_costs(mesh, (dtype,)) if cell.overlap == "measured" else cell.overlap)
+        set_overlap(mesh, measure_costs(mesh, (dtype,)) if cell.overlap == "measured" else cell.overlap)
     return {"layer": _layer, "block": _block, "step": _step}[cell.kind](cell, mesh, seed)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shardgrad.comm.meet import start_process_group
-from shardgrad.comm.trace import trace
+from shardgrad.comm.trace import trace_collectives
 from shardgrad.scale import work
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.group import end_with_parent
@@ -70,7 +70,7 @@ def _load(device: torch.device) -> None:
     x = torch.ones(8, 8, device=device, requires_grad=True)
     (x @ x).sum().backward()
     dist.all_reduce(torch.ones(8, device=device))
-    with trace():
+    with trace_collectives():
         dist.barrier()
 
 

@@ -7,8 +7,8 @@ from math import inf
 
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.trace import trace
-from shardgrad.nn.whole import clip_grad_norm_
+from shardgrad.comm.trace import trace_collectives
+from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.train import data
 from shardgrad.train.build import build_reference
 from shardgrad.train.compare import BOUND, compare
@@ -42,7 +42,7 @@ def check_first_step(
     ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, step, batch, seq_len))
     for _ in range(2):  # in the first pass, layers also compare with their peers what they see for the first time
         model.zero_grad()
-        with trace() as traced, evaluating(model):
+        with trace_collectives() as traced, evaluating(model):
             loss = backward(model, ids, targets, settings.accumulate)
             if settings.clip is not None:
                 clip_grad_norm_(model, inf)

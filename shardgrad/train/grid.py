@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import all_reduce, replicate, split
+from shardgrad.comm.adjoint import all_reduce, replicate, slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective, itemsize, moved
@@ -152,7 +152,7 @@ class FeatureEmbedding(VocabParallelEmbedding):
     """The lookup [b/z,s/y,m], of which each rank of x keeps its features: → [b/z,s/y,m/x]."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return split(super().forward(ids), self.mesh, "x", 2)
+        return slice_replicated(super().forward(ids), self.mesh, "x", 2)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
         mesh_view, width = view(self.mesh), itemsize(dtype)

@@ -8,7 +8,7 @@ from math import isfinite
 
 import torch
 
-from shardgrad.comm.collectives import communication_clock
+from shardgrad.comm.collectives import comm_timer
 from shardgrad.train import data
 from shardgrad.train.config import Config
 from shardgrad.train.decoder import Decoder, evaluating
@@ -59,7 +59,7 @@ def train(
     settings = config.train
     device = next(model.parameters()).device
     history = History() if history is None else history
-    with communication_clock() as clock, report.progress(settings.steps, history.step, text.unit) as progress:
+    with comm_timer() as clock, report.progress(settings.steps, history.step, text.unit) as progress:
         for step in range(history.step, settings.steps):
             start, before = time.perf_counter(), clock.seconds
             rate = learning_rate(settings, step)

@@ -14,9 +14,9 @@ from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.global_ops import clip_grad_norm_collectives
 from shardgrad.nn.loss import cross_entropy_collectives
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_collectives
-from shardgrad.nn.whole import clip_grad_norm_collectives
 from shardgrad.train.decoder import Decoder
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shardgrad.comm.collectives import cut
 from shardgrad.comm.mesh import view
+from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
-from shardgrad.nn.whole import clip_grad_norm_
 from shardgrad.train.config import Train
 from shardgrad.train.decoder import Decoder
 

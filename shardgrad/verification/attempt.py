@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
+from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.whole import clip_grad_norm_
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.guess import Known

@@ -35,7 +35,7 @@ _PAIRS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "all_gather": ((V,), R),
     "gather_replicated": ((V,), I),
     "reduce_scatter": ((P, V), V),
-    "split": ((I,), V),
+    "slice_replicated": ((I,), V),
     "all_to_all": ((V,), V),
 }
 

@@ -61,7 +61,7 @@ def test_forward_and_backward(world_size: int, dim: int, size: int, told: bool) 
     y, g = run(sg.reduce_scatter, different[rank], mine, dim=dim)
     assert torch.equal(y, total.narrow(dim, at, length))
     assert torch.equal(g, alike)
-    y, g = run(sg.split, alike, mine, dim=dim)
+    y, g = run(sg.slice_replicated, alike, mine, dim=dim)
     assert torch.equal(y, mine)
     assert torch.equal(g, alike)
 
@@ -120,7 +120,7 @@ def test_inputs_are_not_changed_and_wrong_ones_are_refused(world_size: int) -> N
     transposed = torch.arange(6.0).view(2, 3).T
     assert torch.equal(sg.all_reduce(transposed, mesh), 2 * transposed)
     with pytest.raises(sg.ShapeError, match="dim 2 is out of range"):
-        sg.split(x, mesh, dim=2)
+        sg.slice_replicated(x, mesh, dim=2)
     with pytest.raises(sg.ShapeError, match="the dims must differ"):
         sg.all_to_all(x, mesh, split_dim=0, concat_dim=-2)
     with pytest.raises(sg.ShapeError, match="leaves rank"):
@@ -133,7 +133,7 @@ def test_inputs_are_not_changed_and_wrong_ones_are_refused(world_size: int) -> N
 def test_zero_elements_communicate_nothing(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     x = torch.ones(0, 4, requires_grad=True)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         for y in (sg.all_gather(x, mesh, size=0), sg.all_reduce(x, mesh), sg.reduce_scatter(x, mesh)):
             assert y.shape == (0, 4)
             y.sum().backward()
@@ -153,7 +153,7 @@ def test_rows_go_where_they_are_sent_and_their_gradients_come_back(world_size: i
     grads = [[numbers((sends[s][r], *width), 100 + 10 * s + r) for r in range(world_size)] for s in range(world_size)]
     receive = [sends[s][rank] for s in range(world_size)]
     x = torch.cat(blocks[rank]).requires_grad_()
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y = sg.all_to_all_rows(x, mesh, send=sends[rank], receive=receive)
         assert torch.equal(y, torch.cat([blocks[s][rank] for s in range(world_size)]))
         y.backward(torch.cat([grads[s][rank] for s in range(world_size)]))

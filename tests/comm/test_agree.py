@@ -59,13 +59,13 @@ def test_shapes_that_agreed_once_are_compared_again_only_on_request(world_size: 
     x, w = torch.ones(4, 5), torch.ones(5, 3)
     for rows in (4, 6):
         sg.matmul(torch.ones(rows, 5), w, ROW, mesh)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         sg.matmul(x, w, ROW, mesh)
     assert [event.operation for event in traced] == ["all-reduce"]
     mine = torch.ones(4 + 2 * mesh.get_local_rank("tp"), 5)  # 4 and 6 rows: both seen before, never at once
     with sg.check_every_call(), pytest.raises(sg.DisagreementError, match="n = 6"):
         sg.matmul(mine, w, ROW, mesh)
-    with sg.check_every_call(), sg.trace() as traced:
+    with sg.check_every_call(), sg.trace_collectives() as traced:
         y = sg.matmul(x.clone().requires_grad_(), w, ROW, mesh)
         y.sum().backward()
     assert [event.dtype for event in traced] == ["int64", "float32", "int64"]
@@ -117,7 +117,7 @@ def test_only_what_moves_is_compared(world_size: int) -> None:
     rank = mesh.get_local_rank("tp")
     w = torch.ones(5, 3)
     if rank == 0:
-        with sg.trace() as traced, torch.no_grad():
+        with sg.trace_collectives() as traced, torch.no_grad():
             sg.matmul(torch.ones(4, 5), w, DATA, mesh)
         assert len(traced) == 0
     w.requires_grad_()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives, shim
-from shardgrad.comm.collectives import communication_clock
+from shardgrad.comm.collectives import comm_timer
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shm import queue
 from shardgrad.layout.sizes import chunk
@@ -112,7 +112,7 @@ def test_who_is_asked(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 patch.setattr(ready, name, None)
             if name == "_told":
                 check(one)
-                with communication_clock() as clock:
+                with comm_timer() as clock:
                     check(one)
                 assert clock.count == 3
             else:

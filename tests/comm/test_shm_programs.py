@@ -162,7 +162,7 @@ def test_traces_see_the_same_as_on_gloo(rank: int, world_size: int) -> None:
     totals, counts = [], []
     for group in (None, gloo):
         x = torch.ones(4)
-        with sg.trace() as trace, CommDebugMode() as debug:
+        with sg.trace_collectives() as trace, CommDebugMode() as debug:
             dist.all_reduce(x, group=group)
             shim.all_gather_single(torch.empty(4 * world_size), x, group=group)
             dist.all_gather([torch.empty(4) for _ in range(world_size)], x, group=group)
@@ -177,7 +177,7 @@ def test_traces_see_the_same_as_on_gloo(rank: int, world_size: int) -> None:
     assert len(totals[0]) == 7
     assert counts[0] == counts[1]
     x = torch.ones(4)
-    with sg.trace() as trace:  # sizes that differ, which no backend that pretends could gather
+    with sg.trace_collectives() as trace:  # sizes that differ, which no backend that pretends could gather
         outs = [torch.empty(r + 1) for r in range(world_size)]
         dist.all_gather(outs, torch.full((rank + 1,), float(rank)))
     assert len(trace) == 1
@@ -198,7 +198,7 @@ def test_layers_of_shardgrad(rank: int, world_size: int) -> None:
     whole.load_state_dict(sg.state_dict(block))
     full = torch.randn(2, 7, 10)
     axis = view(mesh).axis("tp")
-    with sg.trace() as trace:
+    with sg.trace_collectives() as trace:
         y = block(full.chunk(axis.size, 1)[axis.index] if axis.index < len(full.chunk(axis.size, 1)) else full[:, :0])
         weights = torch.randn(2, 7, 10)
         mine = weights.chunk(axis.size, 1)

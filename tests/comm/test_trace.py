@@ -17,7 +17,7 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
     sg.shard(torch.ones(2), sg.TensorSpec("t", (sg.layout.Dim("n"),)), mesh)  # the mesh is known from here on
     dp = mesh.get_group("dp")
     x = torch.ones(6, 2)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         dist.all_reduce(x.clone(), group=dp)
         shim.all_gather_single(torch.empty(12, 2), x, group=dp)
         shim.reduce_scatter_single(torch.empty(3, 2), x, group=dp)
@@ -40,7 +40,7 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
     assert traced.bytes == 240 + (40 if first else 16)
     assert traced.totals()["all-gather", "dp"] == (2, 96)
     assert len(traced) == 7
-    with sg.trace() as quiet:
+    with sg.trace_collectives() as quiet:
         pass
     assert len(quiet) == 0
 
@@ -48,7 +48,7 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
 @distributed(world_size=2)
 def test_it_sees_the_gradients_of_ddp_in_backward(world_size: int) -> None:
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         model(torch.ones(4, 3)).sum().backward()
     assert sum(event.bytes for event in traced if event.operation == "all-reduce") == 4 * (3 * 2 + 2)
 
@@ -57,7 +57,7 @@ def test_it_sees_the_gradients_of_ddp_in_backward(world_size: int) -> None:
 def test_the_clock_counts_collectives_and_time_blocked_in_them(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     sg.all_reduce(torch.ones(3), mesh)
-    with sg.communication_clock() as clock:
+    with sg.comm_timer() as clock:
         sg.all_reduce(torch.ones(3), mesh)
         sg.all_reduce(torch.ones(3), mesh)
     assert clock.count == 2

@@ -191,7 +191,7 @@ def test_sends_what_it_predicts(
     stored_x = layer.input_layouts[0]["X"]
     local = sg.shard(randn(BATCH, SEQUENCE, 12, seed=1), stored_x, mesh).requires_grad_()
     for _ in range(2):  # in the first call, ranks also compare what they see for the first time
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = layer(local, SEQUENCE)
             y.backward(torch.ones_like(y))
     predicted = layer.collectives(BATCH, SEQUENCE, D)
@@ -276,7 +276,7 @@ def test_swiglu_by_its_formula_sends_what_it_predicts(world_size: int, sequence_
     for _ in range(2):  # in the first call, ranks also compare what they see for the first time
         layer.zero_grad()
         local.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = layer(local, size)
             y.backward(sg.shard(dy, stored, mesh))
     x.requires_grad_()

@@ -58,7 +58,7 @@ def test_linear_on_any_layout_equals_torchs(world_size: int, bias: bool) -> None
         for _ in range(2):  # in the first call, ranks also compare what they see for the first time
             layer.zero_grad()
             local.grad = None
-            with sg.trace() as traced:
+            with sg.trace_collectives() as traced:
                 y = layer(local, rows)
                 y.backward(sg.shard(dy, layout["Y"], mesh))
         x.requires_grad_()
@@ -133,7 +133,7 @@ def test_megatrons_gather_output_and_whole_input(world_size: int, sequence_dim: 
         column.zero_grad()
         row.zero_grad()
         local.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             hidden = column(local, 4)
             hidden.retain_grad()
             y = row(hidden.softmax(-1))  # over all features, on every rank
@@ -210,7 +210,7 @@ def test_a_frozen_weight_of_a_norm_is_not_reduced(world_size: int) -> None:
         for name in frozen:
             norm.get_parameter(name).requires_grad_(False)
         local = sg.shard(x, part, mesh).requires_grad_()
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             norm(local).backward(sg.shard(dy, part, mesh))
         assert [prod(event.shape) for event in traced] == [elements][: bool(elements)]
         weight, bias = torch.ones(4, dtype=D).requires_grad_(), torch.zeros(4, dtype=D).requires_grad_()

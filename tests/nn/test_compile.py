@@ -49,10 +49,10 @@ def assert_same(call: Callable[..., Tensor], inputs: list[Tensor], module: nn.Mo
     parameters = list(module.parameters())
     compiled = torch.compile(call, backend=backend, fullgraph=True)
     list(run(call, inputs, parameters))  # compares layouts between the ranks
-    with sg.trace() as plain:
+    with sg.trace_collectives() as plain:
         expected = list(run(call, inputs, parameters))
     list(run(compiled, inputs, parameters))
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         found = list(run(compiled, inputs, parameters))
     assert len(found) == len(expected) > 1
     for one, right in zip(found, expected):

@@ -154,18 +154,18 @@ def test_ranks_that_draw_otherwise_are_told(world_size: int) -> None:
     dropout = sg.Dropout(0.5, "X[n,d]", mesh=mesh)
     for _ in range(3):
         dropout(x)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         if rank == 0:
             torch.randn(1)  # another draw on one rank: noticed at the next power of two
         with pytest.raises(sg.DisagreementError):
             dropout(x)
     assert len(traced) > 0
     torch.manual_seed(0)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         for _ in range(3):
             dropout(x)
     assert len(traced) == 0
-    with sg.check_every_call(), sg.trace() as traced:
+    with sg.check_every_call(), sg.trace_collectives() as traced:
         dropout(x)
     assert [event.operation for event in traced] == ["all-to-all"]
 
@@ -178,6 +178,6 @@ def test_sizes_that_are_told_are_not_exchanged(world_size: int) -> None:
     for _ in range(4):
         dropout(x)
     for sizes, expected in (({"s": 5}, []), (None, ["all-to-all"])):
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             dropout(x, sizes)
         assert [event.operation for event in traced] == expected

@@ -93,7 +93,7 @@ def test_a_norm_reduces_both_gradients_at_once_and_only_where_rows_are_cut(world
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     for sequence_dim, expected in ((0, [2 * 6 * 4]), (None, [])):
         norm = sg.LayerNorm(6, mesh=mesh, sequence_dim=sequence_dim)
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             norm(torch.randn(3, 6)).sum().backward()
         assert [event.bytes for event in traced] == expected
     with pytest.raises(sg.ShapeError, match="is not a row dim"):

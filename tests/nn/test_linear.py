@@ -142,7 +142,7 @@ def test_a_sequence_that_is_told_is_not_exchanged_and_a_gathered_input_can_be_ke
         layer = sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=0, save_gathered=save_gathered)
         x = torch.ones(3 - mesh.get_local_rank("tp"), 4, requires_grad=True)
         layer(x, sequence_size=told).sum().backward()
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             layer(x, sequence_size=told).sum().backward()
         assert [event.operation for event in traced] == expected
 

@@ -61,7 +61,7 @@ def run(layer: sg.MoE, world_size: int, tokens: tuple[int, ...], skew: float = 0
     mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     local = x[mine].clone().requires_grad_()
     layer(local)  # ranks compare what they mean
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y, balance = layer(local)
         ((y * dy[mine]).sum() + 3 * balance).backward()
     params = {n: whole(p, sharding).requires_grad_() for n, p, sharding in sg.named_shardings(layer)}

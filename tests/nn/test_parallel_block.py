@@ -87,7 +87,7 @@ def test_equals_one_device_and_sends_what_it_predicts(world_size: int, kind: str
     for _ in range(2):  # in the first call, ranks also compare what they see for the first time
         block.zero_grad()
         local.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = block(local, SEQUENCE)
             y.backward(sg.shard(dy, stored, mesh))
     params = {name: whole(p, how).requires_grad_() for name, p, how in sg.named_shardings(block)}
@@ -122,7 +122,7 @@ def test_data_parallel_replicas_take_their_part_of_the_batch(world_size: int, se
     x, dy = randn(3, SEQUENCE, WIDTH, seed=1), randn(3, SEQUENCE, WIDTH, seed=2)
     for _ in range(2):  # in the first call, ranks also compare what they see for the first time
         block.zero_grad()
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = block(sg.shard(x, stored, mesh).requires_grad_(), SEQUENCE)
             y.backward(sg.shard(dy, stored, mesh))
     params = {name: whole(p, how).requires_grad_() for name, p, how in sg.named_shardings(block)}
@@ -165,7 +165,7 @@ def test_the_terms_add_up_by_hand_as_well(world_size: int) -> None:
     plain = [load_from(nn.Linear(u.in_features, u.out_features, dtype=D), u) for u in (*ups, *downs)]
     x, dy = randn(4, 5, seed=1), randn(4, 3, seed=2)
     local = x.clone().requires_grad_()
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         shared = sg.replicate(local, mesh)
         y = sg.all_reduce(downs[0](ups[0](shared).sin()) + downs[1](ups[1](shared).cos()), mesh)
         y.backward(dy)

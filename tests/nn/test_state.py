@@ -72,13 +72,13 @@ def test_there_and_back_on_every_mesh(world_size: int) -> None:
     for mesh in meshes(world_size):
         model = Model(mesh)
         addresses = [p.data_ptr() for p in model.parameters()]
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             load_state_dict(model, expected)
         assert len(traced) == 0
         assert [p.data_ptr() for p in model.parameters()] == addresses
         assert_same_state(state_dict(model), expected)
         assert_same_state(state_dict(model, device="cpu"), expected)
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             state_dict(model)
         assert len(traced) == (4 if mesh.size(1) > 1 else 0)  # the table once, two weights, one bias
 
@@ -119,7 +119,7 @@ def test_dtensors_of_the_same_memory(world_size: int) -> None:
     for mesh in meshes(world_size):
         model = Model(mesh)
         load_state_dict(model, filled(4).state_dict())
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             state = state_dict(model, as_dtensor=True)
         assert len(traced) == 0
         expected = state_dict(model)
@@ -136,7 +136,7 @@ def test_dtensors_of_the_same_memory(world_size: int) -> None:
         assert state["up.weight"].placements == (Replicate(), Shard(0))
         assert state["up.weight"].to_local().data_ptr() == model.up.weight.data_ptr()
         other = Model(mesh)
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             load_state_dict(other, state)  # the placements match: each rank copies its own
         assert len(traced) == 0
         assert_same_state(state_dict(other), expected)

@@ -55,7 +55,7 @@ def test_both_uses_of_one_table_add_up(world_size: int, sequence_dim: int | None
         assert parameter.grad is not None
         torch.testing.assert_close(whole(parameter.grad, how), right.grad, rtol=1e-11, atol=1e-13, msg=name)
 
-    assert sg.numel(model) == table.numel() + rows.numel()
+    assert sg.num_parameters(model) == table.numel() + rows.numel()
     norm = nn.utils.clip_grad_norm_([table, rows], 1.0)
     torch.testing.assert_close(sg.clip_grad_norm_(model, 1.0), norm, rtol=1e-12, atol=0)
     state = sg.state_dict(model)
@@ -74,7 +74,7 @@ def test_lookups_logits_and_positions_send_what_they_predict(world_size: int, se
     model = Tied(mesh, sequence_dim, False)
     ids = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(3))
     for _ in range(2):  # in the first call, ranks also compare what they see for the first time
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             model(ids).sum().backward()
     sizes = {"b": BATCH, "s": SEQUENCE, "v": VOCAB, "m": WIDTH}
     predicted = [

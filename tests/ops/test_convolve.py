@@ -105,7 +105,7 @@ def check(
     for _ in range(2):  # the first call also compares layouts between ranks
         for tensor in local:
             tensor.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             y = sg.convolve(
                 *local[:2],
                 layout,

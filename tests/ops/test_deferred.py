@@ -55,11 +55,11 @@ def test_same_bits_and_same_bytes(world_size: int, name: str, frozen: str | None
     def run() -> Tensor:
         return sg.matmul(leaves[0], leaves[1], layout, mesh, leaves[2], SIZES)
 
-    with sg.trace() as usual:
+    with sg.trace_collectives() as usual:
         expected = grads_of(run, leaves, dy, defer=False)
     assert all(grad is not None for grad, leaf in zip(expected, leaves) if leaf.requires_grad)
     grads_of(run, leaves, dy, defer=True)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         assert_same(grads_of(run, leaves, dy, defer=True), expected)
     assert traced.bytes <= usual.bytes
     assert {key: size for key, (_, size) in traced.totals().items()} == {

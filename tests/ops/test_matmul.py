@@ -154,7 +154,7 @@ def test_an_axis_that_the_layout_does_not_mention_is_never_communicated(world_si
     x, w, _, dy = (integers(t, sizes, 7 + mine) for t in (*layout.tensors[:2], layout.bias, layout.out))
     expected = reference(layout, x, w, None, dy)
     xs, ws = sg.shard(x, layout.lhs, mesh).requires_grad_(), sg.shard(w, layout.rhs, mesh).requires_grad_()
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         sg.matmul(xs, ws, layout, mesh).backward(sg.shard(dy, layout.out, mesh))
     assert {event.axis for event in traced} <= {"tp"}
     assert xs.grad is not None
@@ -174,7 +174,7 @@ def test_marks_leave_the_sum_to_the_caller(world_size: int) -> None:
         sg.shard(full, spec, mesh).requires_grad_()
         for full, spec in ((x, layout.lhs), (w, layout.rhs), (b, layout.bias))
     )
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y = sg.matmul(xs, ws, layout, mesh, bias=bs)
     assert not [event for event in traced if event.operation == "all-reduce"]
     total = sg.all_reduce(y, mesh)  # its adjoint hands every rank the same dY
@@ -212,7 +212,7 @@ def test_weights_that_share_an_input_share_its_gather_and_reduction(world_size: 
     for _ in range(2):
         for tensor in (xs, *[t for entry in weights for t in entry if isinstance(t, torch.Tensor)]):
             tensor.grad = None
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             ys = sg.matmul(xs, weights, mesh, sizes={letter: sizes[letter] for letter in "bs"})
             torch.autograd.backward(ys, [sg.shard(dy, lay.out, mesh) for dy, lay in zip(dys, layouts)])
     operations = [event.operation for event in traced]
@@ -296,7 +296,7 @@ def test_reduce_dtype_sums_16_bit_partials_in_fp32(world_size: int, dtype: torch
     terms = [big, 1, 1][:world_size]
     terms[1] = 3 if world_size == 2 else 1  # 256 + 3 rounds to 260, 256 + 1 + 1 is 258 exactly
     x = torch.full((world_size, 1), float(terms[rank]), dtype=dtype)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y = sg.matmul(
             x, torch.ones(1, 2, dtype=dtype), layout, mesh, sizes={"n": world_size}, reduce_dtype=torch.float32
         )
@@ -372,7 +372,7 @@ def test_no_grad_and_frozen_inputs_save_nothing_and_send_nothing_back(world_size
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = sg.matmul(x, w, PRESETS["column"], mesh)
     assert saved == [(2, 3)]  # X for dW; W is not needed, for there is no dX
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y.sum().backward()
     assert len(traced) == 0
     with torch.no_grad():
@@ -493,7 +493,7 @@ def test_autocast_casts_operands_as_it_does_for_torchs_own_products(world_size: 
         torch.nn.Linear(6, 6), sg.ColumnParallelLinear(6, 8, mesh=mesh), sg.RowParallelLinear(8, 6, mesh=mesh)
     )
     x = torch.randn(3, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16), sg.trace() as traced:
+    with torch.autocast("cpu", dtype=torch.bfloat16), sg.trace_collectives() as traced:
         y = model(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

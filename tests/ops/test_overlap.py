@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.layout import Layout
-from shardgrad.ops.overlap import WHOLE, Cut
+from shardgrad.ops.overlap import WHOLE, Costs, Cut, Link
 from shardgrad.testing import distributed
 
 SIZES = {"b": 3, "n": 12, "s": 24, "d": 24, "m": 12, "k": 5}
@@ -54,9 +54,9 @@ def once(
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Y, dX and dW; how many collectives forward had, and backward."""
     leaves = nn.Parameter(x.clone()), nn.Parameter(w.clone())
-    with sg.trace() as forward:
+    with sg.trace_collectives() as forward:
         y = sg.matmul(*leaves, layout, mesh, sizes=sizes)
-    with sg.trace() as backward:
+    with sg.trace_collectives() as backward:
         y.backward(dy)
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
     return [y.detach(), *grads], [len(forward), len(backward)]
@@ -75,7 +75,7 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
     whole, usual = run()
     assert len(whole) == 3
     for pieces in (1, 3, 5):
-        sg.overlap(mesh, pieces)
+        sg.set_overlap(mesh, pieces)
         cut, counts = run()
         for one, other in zip(whole, cut):
             assert torch.equal(one, other)
@@ -92,7 +92,7 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
         if "b/tp" not in text:
             expected = [cuts and world_size > 1 and pieces > 1 for cuts in LAYOUTS[text]]
             assert [now > before for now, before in zip(counts, usual)] == expected
-    sg.overlap(mesh, None)
+    sg.set_overlap(mesh, None)
     assert run()[1] == usual
 
 
@@ -122,10 +122,10 @@ def test_gathers_of_weights_and_reductions_of_their_gradients(world_size: int, t
     run()
     whole, usual = run()
     assert len(whole) == 3
-    links = {axis: sg.Link(1e-9, 1e-3, 1.0) for axis in ("dp", "tp")}
-    costs = sg.Costs(links, {torch.float32: 1e-4 if mesh["dp"].get_local_rank() == 0 else 1e-9})
+    links = {axis: Link(1e-9, 1e-3, 1.0) for axis in ("dp", "tp")}
+    costs = Costs(links, {torch.float32: 1e-4 if mesh["dp"].get_local_rank() == 0 else 1e-9})
     for how in (3, costs):
-        sg.overlap(mesh, how)
+        sg.set_overlap(mesh, how)
         run()
         cut, counts = run()
         assert len(cut) == 3
@@ -133,7 +133,7 @@ def test_gathers_of_weights_and_reductions_of_their_gradients(world_size: int, t
             assert torch.equal(one, other)
         if n > 1 or how == 3:  # a single row is too little to hide anything behind
             assert [now > before for now, before in zip(counts, usual)] == list(FULLY_SHARDED[text])
-    sg.overlap(mesh, None)
+    sg.set_overlap(mesh, None)
 
 
 @distributed(world_size=[2, 3])
@@ -147,12 +147,12 @@ def test_products_that_share_a_gather(world_size: int, save_gathered: tuple[str,
     dys = [sg.shard(integers(lay.out, sizes, 5 + at), lay.out, mesh) for at, lay in enumerate(layouts)]
     found = []
     for pieces in (None, 2):
-        sg.overlap(mesh, pieces)
+        sg.set_overlap(mesh, pieces)
         leaves = [nn.Parameter(t.clone()) for t in (x, *ws)]
         ys = sg.matmul(leaves[0], list(zip(leaves[1:], layouts)), mesh, sizes=sizes, save_gathered=save_gathered)
         torch.autograd.backward(ys, dys)
         found.append([*ys, *(leaf.grad for leaf in leaves)])
-    sg.overlap(mesh, None)
+    sg.set_overlap(mesh, None)
     for whole, cut in zip(*found):
         assert whole is not None
         assert cut is not None
@@ -165,7 +165,7 @@ def test_products_that_share_a_gather(world_size: int, save_gathered: tuple[str,
 )
 def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, text: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    sg.overlap(mesh, 3)
+    sg.set_overlap(mesh, 3)
     for sizes in (
         {"n": 5, "d": 7, "m": 3},
         {"n": 5, "d": 8, "m": 0},
@@ -173,28 +173,28 @@ def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, te
     ):
         if sizes["d"] == 8 or text != "X[n,d/tp] W[d/tp,m] -> Y[n,m]":  # whose Y is whole on every rank, whatever d is
             check(Layout(text), mesh, sizes)
-    sg.overlap(mesh, None)
+    sg.set_overlap(mesh, None)
 
 
 def test_the_number_of_pieces_follows_from_the_costs() -> None:
     """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 pieces leave 1/6 of it in sight."""
     f32 = torch.float32
-    costs = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
+    costs = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
     work = ("tp", 10**6, 10**9, 0, f32)
     assert costs.pieces(*work, None) == Cut(6)
     assert costs.pieces(*work, 0.5).count > 1
     assert costs.pieces(*work, 0.0).count > 1
-    slow = sg.Costs({"tp": sg.Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
+    slow = Costs({"tp": Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
     assert slow.pieces(*work, None) == WHOLE
     assert costs.pieces(*work, None, after=10**9 + 10**7) == WHOLE  # dW's product takes as long as dX's reduction
     assert 1 < costs.pieces(*work, None, after=5 * 10**8).count < 6
-    none = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
+    none = Costs({"tp": Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
     assert none.pieces(*work, None) == WHOLE
     assert none.pieces(*work, 0.5) == WHOLE
-    again = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
+    again = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
     assert again.pieces("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
     assert again.pieces("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
-    each = sg.Costs({"tp": sg.Link(1e-5, 1e-8, 1.0, 1e-3)}, {f32: 1e-11})  # each collective takes 1 ms of the product's
+    each = Costs({"tp": Link(1e-5, 1e-8, 1.0, 1e-3)}, {f32: 1e-11})  # each collective takes 1 ms of the product's
     assert 1 < each.pieces(*work, None).count < 8
     assert 1 <= each.pieces(*work, 0.5).count < costs.pieces(*work, 0.5).count
     assert costs.pieces("tp", 10**6, 10**5, 0, f32, None) == WHOLE  # nothing to hide behind
@@ -204,7 +204,7 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
 
 def test_pieces_shrink_where_their_communication_is_the_shorter() -> None:
     """A product of 10 ms, of which each piece takes half as long to send: the next may have half its size."""
-    costs = sg.Costs({"tp": sg.Link(1e-5, 5e-9, 1.0)}, {torch.float32: 1e-11})
+    costs = Costs({"tp": Link(1e-5, 5e-9, 1.0)}, {torch.float32: 1e-11})
     cut = costs.pieces("tp", 10**6, 10**9, 0, torch.float32, None)
     assert cut.steepness == 500
     pieces = cut.pieces(1000)
@@ -229,4 +229,4 @@ def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
     torch.distributed.all_gather_object(everyone, costs)
     assert all(one == everyone[0] for one in everyone)
     with pytest.raises(ValueError, match="at least 1 piece"):
-        sg.overlap(mesh, 0)
+        sg.set_overlap(mesh, 0)

@@ -148,6 +148,6 @@ def test_sizes_are_exchanged_only_where_they_matter_and_traced(world_size: int) 
         (held, None, ["float32"]),  # X holds n whole
     ):
         for _ in range(2):
-            with sg.trace() as traced:
+            with sg.trace_collectives() as traced:
                 sg.matmul(x, torch.ones(4, 3), layout, mesh, sizes=sizes)
         assert [event.dtype for event in traced] == expected, layout

@@ -67,7 +67,7 @@ def test_what_is_rehearsed_is_what_real_ranks_send() -> None:
     w = sg.shard(torch.randn(5, 8), layout["W"], mesh).requires_grad_()
     y = sg.matmul(x, w, layout, mesh, sizes=sizes)
     y.backward(torch.randn_like(y))
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         y = sg.matmul(x, w, layout, mesh, sizes=sizes)
         y.backward(torch.randn_like(y))
     most = -(-7 // ranks)

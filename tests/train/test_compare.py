@@ -87,7 +87,7 @@ def test_bfloat16_on_two_axes(world_size: int, kind: str) -> None:
     ids, targets = tokens(4)
     for _ in range(2):
         model.zero_grad()
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             loss = backward(model, ids, targets, 2)
     assert totals(step_collectives(model, 4, SEQUENCE, accumulate=2)) == traced.totals()
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())

@@ -39,7 +39,7 @@ def test_loss_and_every_gradient_equal_one_device(world_size: int) -> None:
 
 
 @distributed(world_size=[2, 3, 4])
-@pytest.mark.parametrize("dropped", ["replicate", "split"])
+@pytest.mark.parametrize("dropped", ["replicate", "slice_replicated"])
 def test_a_lost_reduction_is_seen(world_size: int, dropped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above allows is far less than what a mistake does."""
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
@@ -48,7 +48,7 @@ def test_a_lost_reduction_is_seen(world_size: int, dropped: str, monkeypatch: py
         affected = "blocks.0.mlp_norm.weight"
     else:  # a slice whose gradient stays on the rank that used it
         monkeypatch.setattr(
-            "shardgrad.nn.positions.split",
+            "shardgrad.nn.positions.slice_replicated",
             lambda x, mesh, axis, dim: (
                 x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
                 if mesh.get_local_rank() < len(x.chunk(mesh.size(), dim))
@@ -75,7 +75,7 @@ def test_every_byte_was_predicted(world_size: int, dtype: torch.dtype) -> None:
     model, _ = gpt(mesh, dtype)
     ids, targets = tokens()
     for _ in range(2):  # in the first pass, ranks also compare what they see for the first time
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             model.loss(ids, targets).backward()
     predicted = step_collectives(model, BATCH, SEQUENCE)
     assert totals(predicted) == traced.totals()

@@ -109,7 +109,7 @@ def test_dropout_sends_nothing_once_keys_were_compared(world_size: int) -> None:
         ids, targets = tokens(BATCH)
         for _ in range(2):  # of five calls each: the eighth compares, the next is the sixteenth
             backward(model, ids, targets)
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             backward(model, ids, targets)
         sent[p] = traced.totals()
     assert sent[P] == sent[0.0]

@@ -68,7 +68,7 @@ def check(model: Decoder, plain: Reference, accumulate: int) -> None:
     ids, targets = tokens(BATCH)
     for _ in range(2):  # in the first pass, ranks also compare what they see for the first time
         model.zero_grad()
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             loss = backward(model, ids, targets, accumulate)
             norm = sg.clip_grad_norm_(model, float("inf"))
     expected = plain.loss(ids, targets)
@@ -103,7 +103,7 @@ def test_who_reduces_over_dp_and_how_often(world_size: int) -> None:
     ):
         model, _ = decoder(mesh, data=sg.BatchAxis("dp", **switches), kind="gpt")
         for _ in range(2):
-            with sg.trace() as traced:
+            with sg.trace_collectives() as traced:
                 backward(model, ids, targets, 3)
         sent[way] = {key: found for key, found in traced.totals().items() if key[1] == "dp"}
         parameters = sg.named_shardings(model)

@@ -25,7 +25,7 @@ def test_all_ranks_name_tensor_rank_and_step(world_size: int, rank: int, bad: fl
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     model = model_of(mesh)
     stepped(model)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         sg.check_finite(model)
     assert len(traced) == (world_size > 1)
     odd = world_size - 1

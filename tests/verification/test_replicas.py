@@ -104,7 +104,7 @@ def test_training_keeps_replicas_alike_and_each_kind_of_deviation_is_named(world
     with torch.no_grad():
         model[1].weight += rank  # cut: no replica
     sg.check_replicas(model, optimizer)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         sg.check_replicas(model, optimizer)
     assert len(traced) == 2  # which tensors there are; all of their fingerprints
     odd = world_size - 1

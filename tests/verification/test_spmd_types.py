@@ -92,7 +92,7 @@ def test_each_adjoint_pair_says_its_types(world_size: int) -> None:
         (V, R): lambda x: sg.all_gather(x, mesh, size=8),
         (V, I): lambda x: sg.gather_replicated(x, mesh),
         (P, V): lambda x: sg.reduce_scatter(x, mesh),
-        (I, V): lambda x: sg.split(x, mesh),
+        (I, V): lambda x: sg.slice_replicated(x, mesh),
         (V, V): lambda x: sg.all_to_all(x, mesh, split_dim=1, concat_dim=0),
     }
     for (before, after), pair in pairs.items():

@@ -251,7 +251,7 @@ class Terms(nn.Module):
         self.mesh = mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        return sg.all_reduce(self.down(sg.split(x, self.mesh, "tp", dim=1)), self.mesh, "tp")
+        return sg.all_reduce(self.down(sg.slice_replicated(x, self.mesh, "tp", dim=1)), self.mesh, "tp")
 
 
 @distributed(world_size=[3])

@@ -26,8 +26,8 @@ from shardgrad.comm.shm.work import ShmWork
 
 
 def _told(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
-    """Tell PyTorch's dispatcher of the call, if somebody listens there (sg.trace(), CommDebugMode), and hide from it
-    the copies and sums that the call is made of, as other backends do."""
+    """Tell PyTorch's dispatcher of the call, if somebody listens there (`sg.trace_collectives`, CommDebugMode), and
+    hide from it the copies and sums that the call is made of, as other backends do."""
     name = method.__name__
 
     @functools.wraps(method)

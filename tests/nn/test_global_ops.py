@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import parametrizations
 
 import shardgrad as sg
+from shardgrad.nn.global_ops import clip_grad_norm_, num_parameters
 from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.whole import clip_grad_norm_, numel
 from shardgrad.testing import distributed
 
 D = torch.float64
@@ -101,7 +101,7 @@ def test_replicas_count_once(world_size: int, order: float) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     once = 8 + 8 + 8 + 2 + 18 + 6
-    assert numel(model) == once
+    assert num_parameters(model) == once
     torch.testing.assert_close(clip_grad_norm_(model, math.inf, order), torch.tensor(once ** (1 / order)))
     assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)  # inf only measures
 
@@ -111,7 +111,7 @@ def test_one_all_reduce_for_each_axis_that_cuts_whoever_has_gradients(world_size
     mesh = init_device_mesh("cpu", (world_size // 2 or 1, min(world_size, 2)), mesh_dim_names=("dp", "tp"))
     for model, axes in ((layers(mesh), ["tp"]), (grid(mesh), ["dp", "tp"]), (nn.Linear(2, 2), [])):
         clip_grad_norm_(model, 1.0)  # the first call also compares the ranks
-        with sg.trace() as traced:
+        with sg.trace_collectives() as traced:
             assert clip_grad_norm_(model, 1.0) == 0
         assert [(e.operation, e.axis) for e in traced] == [("all-reduce", axis) for axis in axes if world_size > 1]
     frozen = sg.ColumnParallelLinear(3, 5, mesh=mesh, dtype=D).requires_grad_(False)
@@ -198,7 +198,7 @@ def test_several_meshes_in_one_model(world_size: int) -> None:
     line = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
     submesh = nn.Sequential(layers(mesh), layers(mesh["tp"]))
     assert_clipped_as_one_device(submesh, 0.5, 2.0)
-    with sg.trace() as traced:
+    with sg.trace_collectives() as traced:
         clip_grad_norm_(submesh, 1.0)
     assert len(traced) == 1  # one group, whether the mesh or its part names it
     for order in (2.0, math.inf):
@@ -210,10 +210,10 @@ def test_the_number_of_parameters(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     model = layers(mesh)
     expected = 55 + 10 + (35 + 7) + (35 + 5) + (10 + 2) + 16
-    assert numel(model) == expected
+    assert num_parameters(model) == expected
     head = sg.ColumnParallelLinear(5, 11, bias=False, mesh=mesh, dtype=D)
     head.weight = model.get_submodule("0").get_parameter("weight")
-    assert numel(nn.Sequential(model, head)) == expected
+    assert num_parameters(nn.Sequential(model, head)) == expected
 
 
 @distributed(world_size=2)
@@ -222,7 +222,7 @@ def test_a_parameter_shared_with_a_plain_module_is_still_a_shard(world_size: int
     plain, sharded = nn.Linear(3, 4), sg.ColumnParallelLinear(3, 8, mesh=mesh)
     plain.weight = sharded.weight  # the plain one comes first
     model = nn.Sequential(plain, sharded)
-    assert numel(model) == 4 + 8 * 3 + 8
+    assert num_parameters(model) == 4 + 8 * 3 + 8
     sharded.weight.grad = torch.ones(4, 3)
     torch.testing.assert_close(clip_grad_norm_(model, 1.0), torch.tensor(24**0.5))
 
@@ -234,16 +234,16 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     with pytest.raises(TypeError, match=r"expected a module, not list: tensors alone .* Pass the model"):
         clip_grad_norm_(list(layer.parameters()), 1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a module, not generator"):
-        numel(layer.parameters())  # type: ignore[arg-type]
+        num_parameters(layer.parameters())  # type: ignore[arg-type]
     for order in (0, -1.0, -math.inf, math.nan):
         with pytest.raises(ValueError, match=r"norm_type must be positive .*, not"):
             clip_grad_norm_(layer, 1.0, order)
     with pytest.raises(sg.ShapeError, match=r"0.weight was a parameter of the layer and is a Tensor now"):
-        numel(nn.Sequential(parametrizations.weight_norm(sg.ColumnParallelLinear(3, 5, mesh=mesh))))
+        num_parameters(nn.Sequential(parametrizations.weight_norm(sg.ColumnParallelLinear(3, 5, mesh=mesh))))
     replaced = sg.ColumnParallelLinear(3, 5, mesh=mesh)
     replaced.weight = nn.Parameter(torch.ones(5, 3))
     with pytest.raises(sg.ShapeError, match=r"weight has local shape \(5, 3\), but W\[m/tp,d\] of global shape"):
-        numel(replaced)
+        num_parameters(replaced)
     replaced.weight = nn.Parameter(DTensor.from_local(torch.ones(3 - mesh.get_rank(), 3), mesh, [Shard(0)]))
     with pytest.raises(TypeError, match=r"weight is a DTensor \(FSDP2\?\) of a tensor that shardgrad stores as"):
         clip_grad_norm_(replaced, 1.0)
@@ -254,7 +254,7 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     column, row = sg.ColumnParallelLinear(4, 4, mesh=mesh), sg.RowParallelLinear(8, 2, mesh=mesh)
     row.weight = column.weight
     with pytest.raises(sg.LayoutError, match=r"0.weight and 1.weight are one parameter, but stored differently"):
-        numel(nn.Sequential(column, row))
+        num_parameters(nn.Sequential(column, row))
 
 
 @distributed(world_size=2)

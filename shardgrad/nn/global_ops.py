@@ -17,7 +17,7 @@ from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.shardings import named_shardings
 
 
-def numel(model: nn.Module) -> int:
+def num_parameters(model: nn.Module) -> int:
     """The number of a model's parameters as one device would hold them: shards added up, replicas and shared ones
     counted once. No communication.
 
