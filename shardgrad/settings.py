@@ -66,7 +66,7 @@ def load(
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        problems = list(told(model, error.errors()))
+        problems = list(format_errors(model, error.errors()))
     else:
         problems = list(disagreements(config))
         if not problems:
@@ -75,7 +75,7 @@ def load(
     raise ConfigError("\n".join([f"the configuration {where} cannot be used:", *(f"  {p}" for p in problems)]))
 
 
-def told(model: type[Section], errors: Iterable[ErrorDetails]) -> Iterator[str]:
+def format_errors(model: type[Section], errors: Iterable[ErrorDetails]) -> Iterator[str]:
     """pydantic's errors in words."""
     for detail in errors:
         yield _problem(model, detail)

@@ -69,4 +69,4 @@ def model(
         for row in rows
     ]
     style.table(columns, table, title=f"GPT, {how}", numbers=columns[1:], on=style.console(120))
-    style.say(bench_options.told_machine(machine))
+    style.say(bench_options.describe_machine(machine))

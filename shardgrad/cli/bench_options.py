@@ -94,7 +94,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def told_machine(found: dict[str, Any]) -> str:
+def describe_machine(found: dict[str, Any]) -> str:
     threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     return (
         f"{found['processor']}, {found['cores']} cores, {threads} a rank, torch {found['torch']}; load average before: "

@@ -49,5 +49,5 @@ def overhead(
     style.say(
         f"Of the least, shardgrad's is {mine / plain:.2f} times plain's and {mine / hand:.2f} times the hand-written."
     )
-    for text in (*notes, bench_options.told_machine(machine)):
+    for text in (*notes, bench_options.describe_machine(machine)):
         style.say(text)

@@ -91,7 +91,7 @@ def overlap(
             f"{1e-6 / link.seconds_per_byte:,.0f} MB/s of what a rank sends, "
             f"{link.hidden:.0%} vanishes beside a product"
         )
-    style.say(bench_options.told_machine(machine))
+    style.say(bench_options.describe_machine(machine))
 
 
 def _share(spread: Spread | None) -> str:

@@ -55,7 +55,7 @@ def step(
     if json:
         style.print_json({"machine": machine, "ranks": ranks, "rounds": rounds, **found.as_json()})
         return
-    _print(found, ranks, bench_options.told_machine(machine))
+    _print(found, ranks, bench_options.describe_machine(machine))
 
 
 def _print(found: Found, ranks: int, machine: str) -> None:

@@ -14,7 +14,7 @@ from shardgrad.errors import LayoutError
 from shardgrad.layout import PRESETS, Layout
 from shardgrad.layout.cost import itemsize
 from shardgrad.layout.steps import Step, Walk, check_rank, walk
-from shardgrad.layout.units import told
+from shardgrad.layout.units import format_si
 
 EPILOG = style.examples(
     "shardgrad explain column",
@@ -68,9 +68,9 @@ def explain(
         return
     if layout is None:
         raise style.refuse("say a layout, or one of the names that --list lists")
-    with style.told(ValueError):
+    with style.exit_on(ValueError):
         itemsize(dtype)
-    with style.told(LayoutError, OSError):
+    with style.exit_on(LayoutError, OSError):
         given = _read(layout)
         if bias and not given.has_bias:
             given = Layout(f"{given} + {given.bias}")
@@ -134,7 +134,7 @@ def _print(walked: Walk, rank: int) -> None:
                 t["stored"],
                 "×".join(map(str, t["shape"])) or "1",
                 "×".join(map(str, t["local"])) or "1",
-                told(t["bytes"], "B"),
+                format_si(t["bytes"], "B"),
                 str(t["copies"]),
             )
             for t in _tensors(walked, rank)
@@ -149,7 +149,7 @@ def _print(walked: Walk, rank: int) -> None:
         for at, (what, mine, all_of_them) in enumerate(_lines(step, rank)):
             rows.append((step.name if at == 0 else "", what, mine, all_of_them))
     sent = [_sent(step) for step in walked.steps]
-    totals = [told(sum(by_rank[rank] for by_rank in sent), "B"), told(sum(map(sum, sent)), "B")]
+    totals = [format_si(sum(by_rank[rank] for by_rank in sent), "B"), format_si(sum(map(sum, sent)), "B")]
     style.table(
         ("phase", "computes and communicates", one, every),
         rows,
@@ -170,12 +170,18 @@ def _lines(step: Step, rank: int) -> list[tuple[str, str, str]]:
         lines = []
         for one in moves:
             verb = "keep own part of" if one.move.kind == "slice" else one.move.kind
-            sent = ("–", "–") if one.move.kind == "slice" else (told(one.bytes[rank], "B"), told(sum(one.bytes), "B"))
+            sent = (
+                ("–", "–")
+                if one.move.kind == "slice"
+                else (format_si(one.bytes[rank], "B"), format_si(sum(one.bytes), "B"))
+            )
             lines.append((f"{verb} {one.tensor} over {one.move.axis}", *sent))
         return lines
 
     lines = moved(m for read in step.reads for m in read.moves)
-    amounts = ("–", "–") if not any(step.flops) else (told(step.flops[rank], "FLOP"), told(sum(step.flops), "FLOP"))
+    amounts = (
+        ("–", "–") if not any(step.flops) else (format_si(step.flops[rank], "FLOP"), format_si(sum(step.flops), "FLOP"))
+    )
     lines.append((step.formula, *amounts))
     lines += moved(step.made.moves)
     lines += [(f"leave {step.made.name} partial over {axis}", "–", "–") for axis in step.made.partial_after]

@@ -69,22 +69,22 @@ def scale(
     if compare is not None:
         if config is not None:
             raise style.refuse("--compare takes two results and no configuration")
-        with style.told(ConfigError):
+        with style.exit_on(ConfigError):
             _compare(*compare, json)
         return
     if config is None:
         raise style.refuse("say a configuration, such as configs/scaling/strong.yaml, or --compare A B")
-    with style.told(ConfigError):
+    with style.exit_on(ConfigError):
         from shardgrad.scale.config import load
 
         experiment = load(config, overrides or [])
     if dry_run:
-        with style.told(ConfigError):
+        with style.exit_on(ConfigError):
             _rehearse(experiment, rank, json)
         return
     if draw is not None and not draw.absolute().parent.is_dir():
         raise style.refuse(f"there is no folder {draw.absolute().parent}")
-    with style.told(ConfigError):
+    with style.exit_on(ConfigError):
         failed = _run(experiment, retry, draw, json)
     raise typer.Exit(1 if failed else 0)
 
@@ -133,7 +133,7 @@ def _print(experiment: Experiment, lines: list[Line], rows: list[Any], on: Conso
         on=on,
     )
     run = experiment.config.run
-    said = sorted({machine.told(line["machine"]) for line in lines})
+    said = sorted({machine.describe_machine(line["machine"]) for line in lines})
     style.say(
         f"median of {run.repeats} step{'s' if run.repeats > 1 else ''} (each as long as on its slowest rank) after "
         f"{run.warmup} of warm-up, on {'; '.join(said)}. "
@@ -180,7 +180,7 @@ class _Show:
 def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
     from dataclasses import asdict
 
-    from shardgrad.layout.units import told
+    from shardgrad.layout.units import format_si
     from shardgrad.scale.dry import rehearse
 
     found = [
@@ -201,11 +201,11 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
                 planned.name,
                 str(one.rank),
                 str(planned.cell.world),
-                *(told(amount, "B") for amount in (one.parameters, one.gradients, one.moments, one.saved)),
-                told(one.parameters + one.gradients + one.moments + one.saved, "B"),
-                told(one.flops_per_rank, "FLOP"),
-                told(sum(one.predicted.values()), "B"),
-                told(sum(one.traced.values()), "B") + ("" if one.predicted == one.traced else " !"),
+                *(format_si(amount, "B") for amount in (one.parameters, one.gradients, one.moments, one.saved)),
+                format_si(one.parameters + one.gradients + one.moments + one.saved, "B"),
+                format_si(one.flops_per_rank, "FLOP"),
+                format_si(sum(one.predicted.values()), "B"),
+                format_si(sum(one.traced.values()), "B") + ("" if one.predicted == one.traced else " !"),
             )
             for planned, one in found
         ],
@@ -223,7 +223,7 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
         listed = ", ".join(text if count == 1 else f"{count} of {text}" for text, count in shapes.items())
         style.say(f"  tensors: {listed}", on=on)
         for name, count in one.traced.items():
-            style.say(f"  {one.counts[name]} {name}: {told(count, 'B')}", on=on)
+            style.say(f"  {one.counts[name]} {name}: {format_si(count, 'B')}", on=on)
     style.say(
         "stored: parameters and inputs; saved: what forward keeps for backward. One rank was built as torch's fake "
         "backend has it, in shapes alone: bytes are those of tensors, without what an allocator adds or a product "
@@ -261,7 +261,7 @@ def _compare(a: Path, b: Path, json: bool) -> None:
     on = style.console(None if sys.stdout.isatty() else _TABLE)
     for name, path, about in (("A", a, abouts[0]), ("B", b, abouts[1])):
         host = about["machine"]
-        facts = machine.told(host) if isinstance(host, dict) else f"{len(host)} machines"
+        facts = machine.describe_machine(host) if isinstance(host, dict) else f"{len(host)} machines"
         commit = about["commit"]
         at = f"{len(commit)} commits" if isinstance(commit, list) else f"commit {str(commit)[:10]}"
         torch = about["versions"]["torch"] if isinstance(about["versions"], dict) else "several versions"

@@ -57,7 +57,7 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def told(*errors: type[Exception]) -> Iterator[None]:
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Tell these errors on standard error, without a traceback, and end with status 2: the user can mend them."""
     try:
         yield

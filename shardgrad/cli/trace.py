@@ -74,7 +74,7 @@ def _check(config: str, overrides: list[str], ranks: int, draw: Path | None, per
     from shardgrad.draw.paper import ENDINGS
     from shardgrad.train.config import ConfigError
 
-    with style.told(ConfigError):
+    with style.exit_on(ConfigError):
         training_step.read(config, overrides, ranks)
     if draw is not None and draw.suffix not in ENDINGS:
         raise style.refuse(f"a picture ends in {', '.join(ENDINGS)}, not {draw.name!r}")

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
-from shardgrad.comm.trace import heard
+from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
 
@@ -117,7 +117,7 @@ class _Pair(torch.autograd.Function):
     schema="(Tensor x, str pair, bool back, str mesh, str axis, SymInt[] numbers, SymInt[] send, SymInt[] receive)"
     " -> Tensor",
 )
-@heard
+@traced_op
 def _collective(
     x: Tensor,
     pair: str,

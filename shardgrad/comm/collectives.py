@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.rollcall import roll_call
-from shardgrad.comm.shim import dispatch_is_listened_to
+from shardgrad.comm.shim import dispatch_mode_active
 from shardgrad.comm.shm.register import register
 from shardgrad.errors import CollectiveError, ShapeError
 from shardgrad.layout.sizes import chunk
@@ -112,14 +112,14 @@ def _failure(error: BaseException, what: str, axis: Axis) -> str:
 class _Ready:
     """A collective over an axis, made ready: what is asked of the process group at every call is settled once.
 
-    direct, told: the call of what the group calls, and of the group itself, which goes through torch's dispatcher.
+    direct, via_dispatcher: the call of what the group calls, and of the group itself, through torch's dispatcher.
     """
 
-    __slots__ = ("_axis", "_direct", "_told", "_what")
+    __slots__ = ("_axis", "_direct", "_via_dispatcher", "_what")
 
-    def __init__(self, axis: Axis, what: str, direct: Callable[..., Any], told: Callable[..., Any]) -> None:
+    def __init__(self, axis: Axis, what: str, direct: Callable[..., Any], via_dispatcher: Callable[..., Any]) -> None:
         self._axis, self._what = axis, what
-        self._direct, self._told = direct, told
+        self._direct, self._via_dispatcher = direct, via_dispatcher
 
     def _begin(self, x: Tensor, *arguments: Any) -> Any:
         """Begin; what is returned is to be waited for, if it is not None.
@@ -128,7 +128,7 @@ class _Ready:
         whose memory does not hold their values as they are.
         """
         odd = type(x) is not Tensor or x.is_neg() or x.is_conj()
-        call = self._told if odd or dispatch_is_listened_to() else self._direct
+        call = self._via_dispatcher if odd or dispatch_mode_active() else self._direct
         if _clocks:
             return _start(lambda: call(*arguments), self._what, self._axis)
         try:

@@ -49,11 +49,11 @@ def process_group(argument: Any) -> dist.ProcessGroup | None:
 
 
 def _named(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group itself, where an announcer speaks for it."""
-    return group.speaks_for() or group if isinstance(group, Announcer) else group
+    """The group itself, where a shadow speaks for it."""
+    return group.shadow_of() or group if isinstance(group, DispatchShadow) else group
 
 
-def dispatch_is_listened_to() -> bool:
+def dispatch_mode_active() -> bool:
     """Whether a TorchDispatchMode is active in this thread."""
     return bool(torch._C._len_torch_dispatch_stack())
 
@@ -79,12 +79,12 @@ def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def unheard() -> Any:
+def no_dispatch() -> Any:
     """A block whose operations no TorchDispatchMode sees."""
     return torch._C._DisableTorchDispatch()
 
 
-class Announcer(dist.ProcessGroup):
+class DispatchShadow(dist.ProcessGroup):
     """Speaks to PyTorch's dispatcher for a group that is written in Python.
 
     A group of the usual backends is called through the dispatcher, where modes can listen; the methods of a Python
@@ -93,22 +93,22 @@ class Announcer(dist.ProcessGroup):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
-        self.speaks_for = weakref.ref(group)
+        self.shadow_of = weakref.ref(group)
         fake = torch._C._distributed_c10d.FakeProcessGroup._create_internal(group.rank(), group.size())
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, fake)
 
 
-_announcers: weakref.WeakKeyDictionary[dist.ProcessGroup, Announcer] = weakref.WeakKeyDictionary()
+_shadows: weakref.WeakKeyDictionary[dist.ProcessGroup, DispatchShadow] = weakref.WeakKeyDictionary()
 
 
-def announce(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> None:
+def call_shadow(group: dist.ProcessGroup, name: str, *args: Any, **kwargs: Any) -> None:
     """Make a call of a Python group known to the TorchDispatchModes that are active."""
-    speaker = _announcers.get(group)
-    if speaker is None:
-        speaker = _announcers[group] = Announcer(group)
+    shadow = _shadows.get(group)
+    if shadow is None:
+        shadow = _shadows[group] = DispatchShadow(group)
     # The fake backend may refuse what the real one does (shards of different sizes); listeners have heard it by then.
     with contextlib.suppress(RuntimeError):
-        getattr(speaker, name)(*args, **kwargs)
+        getattr(shadow, name)(*args, **kwargs)
 
 
 def ordered(operator: Any) -> None:

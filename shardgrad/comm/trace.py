@@ -85,7 +85,7 @@ class Trace:
 _paused: list[_Listener] = []
 
 
-def heard(operator: Callable[P, R]) -> Callable[P, R]:
+def traced_op(operator: Callable[P, R]) -> Callable[P, R]:
     """Let traces listen to what runs inside one of shardgrad's own operators, of which torch tells them the whole."""
 
     @functools.wraps(operator)

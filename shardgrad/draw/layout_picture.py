@@ -26,7 +26,7 @@ from shardgrad.draw.paper import ENDINGS, FAINT, GREY, Paper, colour, extent
 from shardgrad.errors import LayoutError
 from shardgrad.layout.plan import Dims
 from shardgrad.layout.steps import Moved, Step, Travel, Walk
-from shardgrad.layout.units import told
+from shardgrad.layout.units import format_si
 
 MOST_RANKS = 64
 _LONG, _SHORT, _STRIP = 1.2, 0.66, 0.22  # inches of an edge: the longest letter's, the shortest's, one that is missing
@@ -350,7 +350,7 @@ def _named(moved: Moved) -> str:
 def _bytes(moved: Moved) -> str:
     if moved.move.kind == "slice":
         return "no bytes"
-    most = told(max(moved.bytes), "B")
+    most = format_si(max(moved.bytes), "B")
     return most if len(set(moved.bytes)) == 1 else f"at most {most}"
 
 
@@ -365,7 +365,7 @@ def _footer(paper: Paper, walk: Walk, panels: Sequence[_Panel], y: float) -> Non
     for step in walk.steps:
         by_rank = [sum(moved.bytes[rank] for moved in step.moves) for rank in range(len(walk.ranks))]
         sums.append((step.name, max(by_rank), len(set(by_rank)) > 1))
-    text = ",  ".join(f"{name} {'at most ' if uneven else ''}{told(most, 'B')}" for name, most, uneven in sums)
+    text = ",  ".join(f"{name} {'at most ' if uneven else ''}{format_si(most, 'B')}" for name, most, uneven in sums)
     paper.text(x, at, f"bytes are what one rank sends;  in all:  {text}", 7)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def told(amount: float, unit: str) -> str:
+def format_si(amount: float, unit: str) -> str:
     """Three significant digits and a decimal (SI) prefix; whole numbers below a thousand as they are."""
     step = 0
     while step + 1 < len(_PREFIXES) and abs(amount) >= 999.5:

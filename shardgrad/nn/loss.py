@@ -16,7 +16,7 @@ from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.shim import is_fake
-from shardgrad.comm.trace import heard
+from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
@@ -222,7 +222,7 @@ def _gradient(grad: Tensor, saved: Sequence[Tensor], vocab_size: int, smoothing:
     schema="(Tensor logits, Tensor target, SymInt vocab_size, str mesh, str axis, SymInt ignore_index, float smoothing)"
     " -> Tensor[]",
 )
-@heard
+@traced_op
 def _compiled_losses(
     logits: Tensor, target: Tensor, vocab_size: int, mesh: str, axis: str, ignore_index: int, smoothing: float
 ) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 from shardgrad.comm.agree import checking_every_call
-from shardgrad.comm.trace import heard
+from shardgrad.comm.trace import traced_op
 from shardgrad.errors import MeshError
 from shardgrad.ops.deferred import deferring
 
@@ -74,7 +74,7 @@ def _own(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Ten
     mutates_args=(),
     schema="(str handle, Tensor[] tensors, bool[] needs, str letters, SymInt[] sizes) -> Tensor[]",
 )
-@heard
+@traced_op
 def product_forward(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
@@ -98,7 +98,7 @@ def _(
     schema="(str handle, Tensor[] saved, Tensor?[] dys, SymInt[] shapes, bool[] needs, str letters, SymInt[] sizes)"
     " -> Tensor[]",
 )
-@heard
+@traced_op
 def product_backward(
     handle: str,
     saved: Sequence[Tensor],

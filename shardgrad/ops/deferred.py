@@ -78,7 +78,7 @@ def deferring() -> bool:
     return bool(blocks)
 
 
-def can_put_off(node: Any, weights: slice) -> bool:
+def can_defer(node: Any, weights: slice) -> bool:
     """Whether the graph can still be entered at the weights of a node once its backward is over.
 
     At a leaf it can, and at a leaf's cast (autocast's); what else made a weight may have let go of what it needs.
@@ -92,6 +92,6 @@ def _is_leaf(node: Any) -> bool:
     return node is None or hasattr(node, "variable")
 
 
-def put_off(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:
+def defer(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:
     """Leave gradients for the innermost block. node: of the graph, whose inputs `compute` returns the gradients of."""
     blocks[-1]._later.append((node.next_functions, compute))

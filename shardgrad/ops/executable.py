@@ -26,7 +26,7 @@ from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.bilinear import Map, Operation
 from shardgrad.ops.contract import Contraction
-from shardgrad.ops.deferred import blocks, can_put_off, deferring, put_off
+from shardgrad.ops.deferred import blocks, can_defer, defer, deferring
 from shardgrad.ops.main_grad import in_use, main_grads
 from shardgrad.ops.overlap import WHOLE, Cut, choose, choose_together
 from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
@@ -439,16 +439,16 @@ class Executable:
         if self.count > 1 and not all(there):
             dys = self._with_zeros(dys)
             there = tuple([dy is not None for dy in dys])
-        defer = deferring() and can_put_off(ctx, slice(1, None))
+        later = deferring() and can_defer(ctx, slice(1, None))
         mains = main_grads(ctx) if in_use else {}
-        key = there, defer, tuple(mains)
+        key = there, later, tuple(mains)
         body = self._bodies.get(key)
         if body is None:
             body = self._bodies[key] = self._body(*key)
         grads = body(ctx.saved_tensors, *dys, *mains.values())
         if len(grads) > len(self._needs):
             *grads, rest = grads
-            put_off(ctx, rest)
+            defer(ctx, rest)
         return tuple(grads)
 
     def _with_zeros(self, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

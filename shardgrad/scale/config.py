@@ -109,7 +109,7 @@ def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
                 asked = Cell.model_validate(dict(zip(values, chosen)))
                 resolved = resolve(asked)
             except ValidationError as error:
-                for text, detail in zip(settings.told(Cell, error.errors()), error.errors()):
+                for text, detail in zip(settings.format_errors(Cell, error.errors()), error.errors()):
                     problems.append(f"{_where(str(detail['loc'][0]), entry, at).rpartition('.')[0]}.{text}")
             except ConfigError as error:
                 problems.append(f"{_cell(values, chosen)}: {error}")

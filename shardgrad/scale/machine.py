@@ -44,7 +44,7 @@ def commit() -> str | None:
     return found + ("+" if changed else "")
 
 
-def told(facts: dict[str, Any]) -> str:
+def describe_machine(facts: dict[str, Any]) -> str:
     """The machine in a line."""
     gpus = facts["gpus"]
     if gpus:

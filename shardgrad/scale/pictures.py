@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from shardgrad.layout.units import told
+from shardgrad.layout.units import format_si
 from shardgrad.scale import machine
 from shardgrad.scale.table import Row, seconds
 
@@ -53,7 +53,7 @@ def _figure(title: str, height: float, rows: Sequence[Row]) -> Figure:
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     repeats = sorted({line["measuring"]["repeats"] for row in rows for line in [row.line]})
-    where = sorted({machine.told(row.line["machine"]) for row in rows})
+    where = sorted({machine.describe_machine(row.line["machine"]) for row in rows})
     backends = sorted({str(row.planned.cell.backend) for row in rows})
     figure.supxlabel(
         f"{'; '.join(where)}; {', '.join(backends)}; torch {rows[0].line['versions']['torch']}; "
@@ -213,7 +213,7 @@ def _bytes(title: str, rows: Sequence[Row]) -> Figure:
                 left += count / scale
             word = what.partition("_")[0]
             count = sum(row.line[what].values())
-            axes.text(left + most / scale * 0.008, y + offset, f"{told(count, 'B')} {word}", va="center",
+            axes.text(left + most / scale * 0.008, y + offset, f"{format_si(count, 'B')} {word}", va="center",
                       fontsize=6.8, color=_INK if word == "traced" else _GREY)  # fmt: skip
     axes.set_xlim(0, max(most / scale, 1e-9) * 1.2)
     axes.set_xlabel(f"{unit} that the rank which sends most sends in a step")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardgrad.layout.units import told
+from shardgrad.layout.units import format_si
 from shardgrad.scale.config import Planned
 from shardgrad.scale.results import Line
 
@@ -89,13 +89,13 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{line['tokens_per_second']:,.0f}",
         sent(line["bytes_predicted"]),
         sent(line["bytes_traced"]) + ("" if line["as_predicted"] else " !"),
-        "–" if memory is None else told(memory, "B"),
+        "–" if memory is None else format_si(memory, "B"),
     )
 
 
 def sent(by_rank: Sequence[int]) -> str:
     """Bytes that the rank which sends most sends in a step."""
-    return told(max(by_rank), "B")
+    return format_si(max(by_rank), "B")
 
 
 def seconds(value: float) -> str:

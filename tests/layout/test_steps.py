@@ -12,7 +12,7 @@ from shardgrad import PRESETS, Layout, LayoutError
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import Dims
 from shardgrad.layout.steps import Walk, check_rank, walk
-from shardgrad.layout.units import told
+from shardgrad.layout.units import format_si
 
 
 def cases() -> list[tuple[Layout, dict[str, int], dict[str, int]]]:
@@ -101,4 +101,4 @@ def test_what_is_refused() -> None:
     ],
 )
 def test_amounts(amount: float, text: str) -> None:
-    assert told(amount, "B") == text
+    assert format_si(amount, "B") == text

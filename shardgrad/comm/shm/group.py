@@ -25,17 +25,17 @@ from shardgrad.comm.shm.tensors import dtype_name, flat_input, flat_output, word
 from shardgrad.comm.shm.work import ShmWork
 
 
-def _told(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
+def _via_dispatcher(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
     """Tell PyTorch's dispatcher of the call, if somebody listens there (`sg.trace_collectives`, CommDebugMode), and
     hide from it the copies and sums that the call is made of, as other backends do."""
     name = method.__name__
 
     @functools.wraps(method)
     def call(self: ShmGroup, *args: Any, **kwargs: Any) -> ShmWork:
-        if not shim.dispatch_is_listened_to():
+        if not shim.dispatch_mode_active():
             return method(self, *args, **kwargs)
-        shim.announce(self, name, *args, **kwargs)
-        with shim.unheard():
+        shim.call_shadow(self, name, *args, **kwargs)
+        with shim.no_dispatch():
             return method(self, *args, **kwargs)
 
     return call
@@ -131,14 +131,14 @@ class ShmGroup(dist.ProcessGroup):
 
     # Reductions
 
-    @_told
+    @_via_dispatcher
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or dist.AllreduceOptions()
         reducer, timeout = self.all_reducer(opts.reduceOp.op), self._timeout_of(opts)
         tickets = [reducer.start([tensor], opts, timeout) for tensor in tensors]
         return self._work([ticket for ticket in tickets if ticket is not None], opts, list(tensors))
 
-    @_told
+    @_via_dispatcher
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> ShmWork:
         return self.allreduce(tensors, opts or dist.AllreduceCoalescedOptions())
 
@@ -150,7 +150,7 @@ class ShmGroup(dist.ProcessGroup):
             found = self._reducers[op] = AllReducer(self._queue, op, self._label)
         return found
 
-    @_told
+    @_via_dispatcher
     def reduce(self, tensors: Sequence[Tensor], opts: Any) -> ShmWork:
         op, root, tickets = opts.reduceOp.op, opts.rootRank, []
         for tensor in tensors:
@@ -162,20 +162,20 @@ class ShmGroup(dist.ProcessGroup):
             tickets.append(self._start(text, operation, opts, [tensor], outputs if root == self._rank else []))
         return self._work(tickets, opts)
 
-    @_told
+    @_via_dispatcher
     def reduce_scatter(self, outs: Sequence[Tensor], ins: Sequence[Sequence[Tensor]], opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
         op = opts.reduceOp.op
         pairs = zip(outs, ins, strict=True)
         return self._work([self._reduce_scatter(o, [flat_input(t) for t in i], op, opts) for o, i in pairs], opts)
 
-    @_told
+    @_via_dispatcher
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
         pieces = self._equal(flat_input(whole), out, "reduce-scatter")
         return self._work([self._reduce_scatter(out, pieces, opts.reduceOp.op, opts)], opts)
 
-    @_told
+    @_via_dispatcher
     def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
         op, tickets = opts.reduceOp.op, []
@@ -197,7 +197,7 @@ class ShmGroup(dist.ProcessGroup):
 
     # Copies of what one rank has
 
-    @_told
+    @_via_dispatcher
     def broadcast(self, tensors: Sequence[Tensor], opts: Any) -> ShmWork:
         root, tickets = opts.rootRank, []
         for tensor in tensors:
@@ -210,7 +210,7 @@ class ShmGroup(dist.ProcessGroup):
             tickets.append(self._start(text, spread, opts, [tensor], outputs))
         return self._work(tickets, opts)
 
-    @_told
+    @_via_dispatcher
     def allgather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or shim.AllgatherOptions()
         pairs = list(zip(outs, ins, strict=True))
@@ -218,12 +218,12 @@ class ShmGroup(dist.ProcessGroup):
 
     allgather_coalesced = allgather
 
-    @_told
+    @_via_dispatcher
     def _allgather_base(self, out: Tensor, one: Tensor, opts: Any = None) -> ShmWork:
         opts = opts or shim.AllgatherOptions()
         return self._work([self._all_gather(out, one, opts)], opts)
 
-    @_told
+    @_via_dispatcher
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or shim.AllgatherOptions()
         return self._work([self._all_gather(out, one, opts) for out, one in zip(outs, ins, strict=True)], opts)
@@ -254,7 +254,7 @@ class ShmGroup(dist.ProcessGroup):
         spread = c.Spread(text, one, dict(enumerate(flats)), max(sizes), one.element_size())
         return self._start(text, spread, opts, results, outputs)
 
-    @_told
+    @_via_dispatcher
     def gather(self, outs: Sequence[Sequence[Tensor]], ins: Sequence[Tensor], opts: Any) -> ShmWork:
         root, one = opts.rootRank, flat_input(ins[0])
         outputs: list[tuple[Tensor, Tensor]] = []
@@ -274,7 +274,7 @@ class ShmGroup(dist.ProcessGroup):
 
     # A tensor for each rank
 
-    @_told
+    @_via_dispatcher
     def scatter(self, outs: Sequence[Tensor], ins: Sequence[Sequence[Tensor]], opts: Any) -> ShmWork:
         root = opts.rootRank
         outputs: list[tuple[Tensor, Tensor]] = []
@@ -291,7 +291,7 @@ class ShmGroup(dist.ProcessGroup):
         parcels = c.Parcels(text, sources, {root: out}, n, size, self._size)
         return self._work([self._start(text, parcels, opts, list(outs), outputs)], opts)
 
-    @_told
+    @_via_dispatcher
     def alltoall(self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
         self._check_count(outs, "all-to-all: output tensors")
         self._check_count(ins, "all-to-all: input tensors")
@@ -299,7 +299,7 @@ class ShmGroup(dist.ProcessGroup):
         flats = [flat_output(out, outputs) for out in outs]
         return self._all_to_all(flats, [flat_input(one) for one in ins], opts, list(outs), outputs)
 
-    @_told
+    @_via_dispatcher
     def alltoall_base(
         self, out: Tensor, whole: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
     ) -> ShmWork:
@@ -341,7 +341,7 @@ class ShmGroup(dist.ProcessGroup):
 
     # Messages and barriers
 
-    @_told
+    @_via_dispatcher
     def send(self, tensors: Sequence[Tensor], target: int, tag: int) -> ShmWork:
         data = flat_input(tensors[0])
         ticket = self._ticket(
@@ -351,11 +351,11 @@ class ShmGroup(dist.ProcessGroup):
         queue.send(ticket, target, _bytes(data), tag, dtype_name(data.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
-    @_told
+    @_via_dispatcher
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int) -> ShmWork:
         return self._receive(tensors[0], source, tag, f"from rank {source} of the group")
 
-    @_told
+    @_via_dispatcher
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int) -> ShmWork:
         return self._receive(tensors[0], ANY, tag, "from any rank")
 
@@ -368,7 +368,7 @@ class ShmGroup(dist.ProcessGroup):
         self._alive().receive(ticket, source, _bytes(flat), tag, dtype_name(flat.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
-    @_told
+    @_via_dispatcher
     def barrier(self, opts: Any = None) -> ShmWork:
         opts = opts or dist.BarrierOptions()
         return self._work([self._start("barrier", c.Meeting("barrier"), opts, [], [])], opts)

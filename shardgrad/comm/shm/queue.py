@@ -196,8 +196,8 @@ class Queue:
         finished: list[Ticket] = []
         before = self.box.moves
         try:
-            if shim.dispatch_is_listened_to():
-                with shim.unheard():
+            if shim.dispatch_mode_active():
+                with shim.no_dispatch():
                     self._move(finished, patience)
             else:
                 self._move(finished, patience)
