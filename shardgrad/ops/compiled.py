@@ -81,7 +81,7 @@ def product_forward(
     """Every Y, and then the operands that are kept as gathered."""
     program = _find(handle, tensors, needs, letters, sizes, False)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(program.forward_apart(*tensors), tensors)
+        return _own(program.split_forward(*tensors), tensors)
 
 
 @product_forward.register_fake
@@ -89,7 +89,7 @@ def _(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     program = _find(handle, tensors, needs, letters, sizes, True)
-    return [tensors[0].new_empty(shape) for shape in program.shapes_apart()]
+    return [tensors[0].new_empty(shape) for shape in program.split_shapes()]
 
 
 @torch.library.custom_op(
@@ -119,7 +119,7 @@ def product_backward(
     if checking_every_call():
         program.check(dys)
     with torch.autocast(like[0].device.type, enabled=False):
-        return _own(program.backward_apart(saved, dys), (*saved, *dys))
+        return _own(program.split_backward(saved, dys), (*saved, *dys))
 
 
 @product_backward.register_fake
@@ -133,8 +133,8 @@ def _(
     sizes: Sequence[int],
 ) -> list[Tensor]:
     like = _like(handle, dys, shapes, needs)
-    there = _find(handle, like, needs, letters, sizes, True).gradients_apart([dy is not None for dy in dys])
-    return [torch.empty_like(tensor) for tensor, is_there in zip(like, there) if is_there]
+    has_grad = _find(handle, like, needs, letters, sizes, True).split_gradients([dy is not None for dy in dys])
+    return [torch.empty_like(tensor) for tensor, has in zip(like, has_grad) if has]
 
 
 def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], needs: Sequence[bool]) -> list[Tensor]:
@@ -149,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     handle, tensors, needs, letters, sizes = inputs
     program = _find(handle, tensors, needs, letters, sizes, True)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*program.saved_apart(tensors, output))
+    ctx.save_for_backward(*program.split_saved(tensors, output))
     shapes = [number for tensor in tensors for number in (tensor.dim(), *tensor.shape)]
     ctx.rest = shapes, list(needs), letters, list(sizes)
     ctx.handle, ctx.count = handle, program.count
@@ -163,8 +163,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     like = _like(ctx.handle, dys, shapes, needs)
     program = _find(ctx.handle, like, needs, letters, sizes, True)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
-    there = program.gradients_apart([dy is not None for dy in dys])
-    return None, [next(made) if is_there else None for is_there in there], None, None, None
+    has_grad = program.split_gradients([dy is not None for dy in dys])
+    return None, [next(made) if has else None for has in has_grad], None, None, None
 
 
 product_forward.register_autograd(_backward, setup_context=_setup)

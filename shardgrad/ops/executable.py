@@ -25,11 +25,11 @@ from shardgrad.layout.plan import Move, Phase, Plan, Read, Role, backward_phases
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops import source
 from shardgrad.ops.bilinear import Map, Operation
+from shardgrad.ops.chunks import ChunkedGatherMatmul, ChunkedMatmulReduce, ChunkedRhsGatherMatmul
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.deferred import blocks, can_defer, defer, deferring
 from shardgrad.ops.main_grad import in_use, main_grads
-from shardgrad.ops.overlap import WHOLE, Cut, choose, choose_together
-from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
+from shardgrad.ops.overlap import WHOLE, Chunking, choose, choose_together
 from shardgrad.ops.route import Step, steps
 from shardgrad.ops.stages import Forward, Piecewise, Route, Stage, Start
 from shardgrad.ops.terms import Terms
@@ -82,7 +82,7 @@ class Executable:
         # Backward, by which dYs there are, whether the weights' gradients are put off, and which go to a main_grad.
         self._bodies: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
         self._biased = biased
-        self._apart: Callable[..., tuple[Tensor, ...]] | None = None
+        self._split: Callable[..., tuple[Tensor, ...]] | None = None
         self.function: type[torch.autograd.Function] | None = None
         # Every Y (a tensor if there is one), differentiably, of X, the weights and the biases that are there.
         self.call = self._build(biased)
@@ -90,7 +90,7 @@ class Executable:
     @property
     def source(self) -> str:
         """What runs, as Python: forward, and backward with every dY there."""
-        bodies = [body for (there, *_), body in self._bodies.items() if all(there)]
+        bodies = [body for (has_grad, *_), body in self._bodies.items() if all(has_grad)]
         return "\n".join(str(function.__doc__) for function in (self._forward_body, *bodies))
 
     # Compiling: from the plan's phases to slots.
@@ -134,32 +134,32 @@ class Executable:
                 made: list[tuple[int, Map, Role]]
                 made = [(at, products[at].terms.out, "out") for at in readers]
                 gathers.append(
-                    self._gather_in_pieces(start, made, self._slot_role(start.target) in self._save_gathered)
+                    self._gather_in_chunks(start, made, self._slot_role(start.target) in self._save_gathered)
                 )
         piecewise = tuple(gather for gather in gathers if gather is not None)
-        beside = {gather.start.target for gather in piecewise}
+        overlap_with = {gather.start.target for gather in piecewise}
         last = len(products) - 1
-        if products[last].lhs not in beside:
-            reduced = self._reduce_in_pieces(products[last].route, last, products[last].terms.out, "out")
-            products[last] = replace(products[last], pieces=reduced)
+        if products[last].lhs not in overlap_with:
+            reduced = self._reduce_in_chunks(products[last].route, last, products[last].terms.out, "out")
+            products[last] = replace(products[last], chunks=reduced)
         first = products[0]  # what later ones read arrives under this one
-        if first.lhs not in beside and first.pieces is None:
+        if first.lhs not in overlap_with and first.chunks is None:
             for start in starts:
                 if start.target == first.rhs:
                     kept = self._slot_role(start.target) in self._save_gathered
-                    weight = self._gather_second_in_pieces(start, 0, first.terms.out, "out", kept)
+                    weight = self._gather_rhs_in_chunks(start, 0, first.terms.out, "out", kept)
                     piecewise += (weight,) if weight is not None else ()
         return tuple(starts), tuple(products), piecewise
 
     def _slot_role(self, slot: int) -> Key | None:
         return next((key for key, at in self._slot.items() if at == slot), None)
 
-    def _backward(self, there: tuple[bool, ...], defer: bool) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    def _backward(self, has_grad: tuple[bool, ...], defer: bool) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """The stages of backward, given which of the dYs there are; and those left for later, if any are to be."""
         needs: list[set[Role]] = []
         for at in range(self.count):
             need: set[Role] = set()
-            if there[at]:
+            if has_grad[at]:
                 if self._needs[0]:
                     need.add("lhs")
                 if self._needs[1 + at]:
@@ -198,8 +198,8 @@ class Executable:
             stages[0] = self._gather_in_stage(stages[0], phases[0].reads[0].index, operands)
             if now > 1:
                 rest = [phase.index for phase in phases[1:now] if phase.made != "bias"]
-                after = 2 * sum(self._multiplications(index) for index in rest)
-                stages[0] = self._reduce_in_stage(stages[0], phases[0], after)
+                following_flops = 2 * sum(self._multiplications(index) for index in rest)
+                stages[0] = self._reduce_in_stage(stages[0], phases[0], following_flops)
         for end in {now - 1, len(phases) - 1}:
             if end >= 0:
                 stages[end] = self._reduce_in_stage(stages[end], phases[end])
@@ -213,27 +213,27 @@ class Executable:
         for start in stage.starts:
             if start.target == dy:
                 again = any(dy in slots for slots in operands[1:])
-                gather = self._gather_in_pieces(start, [(at, made, "lhs")], again)
+                gather = self._gather_in_chunks(start, [(at, made, "lhs")], again)
                 return stage if gather is None else replace(stage, gather=gather)
         for start in stage.starts:
             if start.target == weight:
-                return replace(stage, gather=self._gather_second_in_pieces(start, at, made, "lhs", False))
+                return replace(stage, gather=self._gather_rhs_in_chunks(start, at, made, "lhs", False))
         return stage
 
-    def _reduce_in_stage(self, stage: Stage, phase: Phase, after: int = 0) -> Stage:
+    def _reduce_in_stage(self, stage: Stage, phase: Phase, following_flops: int = 0) -> Stage:
         """A gradient side by side with its reduction, which has only so many multiplications and additions to run
         behind otherwise: the last one, none."""
-        if len(stage.terms) != 1 or stage.gather is not None or stage.pieces is not None:
+        if len(stage.terms) != 1 or stage.gather is not None or stage.chunks is not None:
             return stage
         made, at = stage.terms[0][0], phase.reads[0].index
-        return replace(stage, pieces=self._reduce_in_pieces(stage.route, at, made, phase.made, after))
+        return replace(stage, chunks=self._reduce_in_chunks(stage.route, at, made, phase.made, following_flops))
 
     def _cuttable(self, route: Route, at: int, made: Map, moved: TensorSpec) -> tuple[Step, bool] | None:
         """The one step of a route, if what it moves and the product can be cut into pieces; and whether all ranks of
         its axis know the same sizes, and so decide alike."""
         if len(route) != 1 or not isinstance(made, Contraction) or not made.rows:
             return None
-        step, layout, alike = route[0], self._layouts[at], True
+        step, layout, same_on_all_ranks = route[0], self._layouts[at], True
         assert step.axis is not None
         for spec in (layout.lhs, layout.rhs, layout.out):
             for dim in spec.dims:
@@ -242,17 +242,19 @@ class Executable:
                     if whole is None or whole % step.axis.size:
                         if dim.letter in moved.letters:
                             return None
-                        alike = False
-        return step, alike
+                        same_on_all_ranks = False
+        return step, same_on_all_ranks
 
-    def _reduce_in_pieces(self, route: Route, at: int, made: Map, role: Role, after: int = 0) -> ReducedInPieces | None:
+    def _reduce_in_chunks(
+        self, route: Route, at: int, made: Map, role: Role, following_flops: int = 0
+    ) -> ChunkedMatmulReduce | None:
         if role == "bias":
             return None
         found = self._cuttable(route, at, made, self._spec(at, role))
         if found is None or found[0].kind not in ("all-reduce", "reduce-scatter"):
             return None
         assert isinstance(made, Contraction)
-        step, alike = found
+        step, same_on_all_ranks = found
         shape = self._used_shape(at, role)
         rows, columns = prod(shape[: made.rows]), prod(shape[made.rows :])
         inner = self._multiplications(at) // max(1, rows * columns)
@@ -260,12 +262,14 @@ class Executable:
         by_rows = columns * inner <= rows * (inner + columns)
         if step.kind == "reduce-scatter":
             by_rows = step.dim >= made.rows
-        elif not alike:
+        elif not same_on_all_ranks:
             by_rows = rows >= columns
-        cut = self._cut(step, alike, shape, at, 1, (columns if by_rows else rows) * inner, None, after)
-        return ReducedInPieces(made, step, cut, by_rows=by_rows) if cut != WHOLE else None
+        chunking = self._chunking(
+            step, same_on_all_ranks, shape, at, 1, (columns if by_rows else rows) * inner, None, following_flops
+        )
+        return ChunkedMatmulReduce(made, step, chunking, by_rows=by_rows) if chunking != WHOLE else None
 
-    def _gather_in_pieces(
+    def _gather_in_chunks(
         self, start: Start, products: Sequence[tuple[int, Map, Role]], assemble: bool
     ) -> Piecewise | None:
         at, _, role = products[0]
@@ -274,27 +278,29 @@ class Executable:
         contractions = [made for _, made, _ in products if isinstance(made, Contraction)]
         if found[0] is None or None in found or found[0][0].kind != "all-gather":
             return None
-        step, alike = found[0][0], all(one is not None and one[1] for one in found)
+        step, same_on_all_ranks = found[0][0], all(one is not None and one[1] for one in found)
         if any(step.dim >= made.rows or not made.lhs_has_rows for made in contractions):
             return None
         assert step.axis is not None
         stored = self._sizes.shape_of(spec.dims)
         if stored[step.dim] * step.axis.size != step.whole:
             return None
-        again = sum(prod(self._used_shape(index, "rhs")) for index, _, _ in products) * (step.axis.size - 1)
-        cut = self._cut(step, alike, stored, at, len(products), again, 1 / step.axis.size)
-        return Piecewise(start, GatheredInPieces(contractions, step, cut, assemble=assemble)) if cut != WHOLE else None
+        reread = sum(prod(self._used_shape(index, "rhs")) for index, _, _ in products) * (step.axis.size - 1)
+        chunking = self._chunking(step, same_on_all_ranks, stored, at, len(products), reread, 1 / step.axis.size)
+        return (
+            Piecewise(start, ChunkedGatherMatmul(contractions, step, chunking, assemble=assemble))
+            if chunking != WHOLE
+            else None
+        )
 
-    def _gather_second_in_pieces(
-        self, start: Start, at: int, made: Map, role: Role, assemble: bool
-    ) -> Piecewise | None:
+    def _gather_rhs_in_chunks(self, start: Start, at: int, made: Map, role: Role, assemble: bool) -> Piecewise | None:
         """The gather of a weight beside the product, Y or dX, that reads it."""
         second, out = self._spec(at, "rhs"), self._spec(at, role)
         found = self._cuttable(start.route, at, made, second)
         if found is None or found[0].kind != "all-gather":
             return None
         assert isinstance(made, Contraction)
-        step, alike = found
+        step, same_on_all_ranks = found
         assert step.axis is not None
         stored = self._sizes.shape_of(second.dims)
         places = {letter: out.letters.index(letter) for letter in second.letters if letter in out.letters}
@@ -303,13 +309,15 @@ class Executable:
         gathered = second.letters[step.dim]
         # A letter that is whole here leaves whole pieces; the gathered one, the own shard's part to begin with.
         letter = max(places, key=lambda one: (one != gathered, stored[second.letters.index(one)]))
-        own = 1 / step.axis.size if letter == gathered else 0.0
+        local_fraction = 1 / step.axis.size if letter == gathered else 0.0
         left = prod(self._used_shape(at, "lhs" if role == "out" else "out"))
-        cut = self._cut(step, alike, stored, at, 1, left * (step.axis.size - 1 if own else 1), own)
-        if cut == WHOLE:
+        chunking = self._chunking(
+            step, same_on_all_ranks, stored, at, 1, left * (step.axis.size - 1 if local_fraction else 1), local_fraction
+        )
+        if chunking == WHOLE:
             return None
         along, place = second.letters.index(letter), places[letter]
-        return Piecewise(start, SecondGatheredInPieces(made, step, cut, along, place, assemble=assemble))
+        return Piecewise(start, ChunkedRhsGatherMatmul(made, step, chunking, along, place, assemble=assemble))
 
     def _spec(self, at: int, role: Role) -> TensorSpec:
         layout = self._layouts[at]
@@ -365,30 +373,31 @@ class Executable:
             sizes.update(zip(spec.letters, self._used_shape(at, role)))  # type: ignore[arg-type]
         return prod(sizes.values())
 
-    def _cut(
+    def _chunking(
         self,
         step: Step,
-        alike: bool,
+        same_on_all_ranks: bool,
         moved: tuple[int, ...],
         at: int,
         products: int,
-        again: int,
-        own: float | None,
-        after: int = 0,
-    ) -> Cut:
+        reread: int,
+        local_fraction: float | None,
+        following_flops: int = 0,
+    ) -> Chunking:
         """The pieces in which to do a product with one of its collectives, which is given a tensor of shape `moved`.
 
-        again: elements that each piece beyond the first reads once more. own, after: see `Costs.pieces`.
+        reread: elements that each piece beyond the first reads once more. local_fraction, following_flops: see
+        `Costs.chunks`.
         """
         assert step.axis is not None
         size, name = self._dtype.itemsize, step.axis.name
         count = sent(step.kind, prod(moved), step.axis.size) * size
         flops = 2 * products * self._multiplications(at)
 
-        def choice() -> Cut:
-            return choose(self._view, name, count, flops, again * size, self._dtype, own, after)
+        def choice() -> Chunking:
+            return choose(self._view, name, count, flops, reread * size, self._dtype, local_fraction, following_flops)
 
-        if alike:
+        if same_on_all_ranks:
             return choice() if flops else WHOLE
         if self._traced or not prod(moved):
             return WHOLE
@@ -411,8 +420,8 @@ class Executable:
         )
         if not wanted:
             return forward
-        all_there = (True,) * self.count
-        usual = self._bodies[all_there, False, ()] = self._body(all_there, False, ())
+        all_have_grads = (True,) * self.count
+        usual = self._bodies[all_have_grads, False, ()] = self._body(all_have_grads, False, ())
         unusual, several = self._run_backward, self.count > 1
         refusing = once_differentiable(unusual)
 
@@ -427,21 +436,21 @@ class Executable:
         self.function = type("ShardedProduct", (torch.autograd.Function,), members)
         return shim.call_of(self.function)
 
-    def _body(self, there: tuple[bool, ...], defer: bool, into: tuple[int, ...]) -> Callable[..., Any]:
-        stages = self._backward(there, defer)
-        return source.backward(*stages, self._names(), self._saved, self._given, len(self._needs), there, into)
+    def _body(self, has_grad: tuple[bool, ...], defer: bool, into: tuple[int, ...]) -> Callable[..., Any]:
+        stages = self._backward(has_grad, defer)
+        return source.backward(*stages, self._names(), self._saved, self._given, len(self._needs), has_grad, into)
 
     def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of X, each weight and each bias; None where none is needed, or where it goes another way."""
         if checking_every_call():
             self.check(dys)
-        there = tuple([dy is not None for dy in dys])
-        if self.count > 1 and not all(there):
+        has_grad = tuple([dy is not None for dy in dys])
+        if self.count > 1 and not all(has_grad):
             dys = self._with_zeros(dys)
-            there = tuple([dy is not None for dy in dys])
+            has_grad = tuple([dy is not None for dy in dys])
         later = deferring() and can_defer(ctx, slice(1, None))
         mains = main_grads(ctx) if in_use else {}
-        key = there, later, tuple(mains)
+        key = has_grad, later, tuple(mains)
         body = self._bodies.get(key)
         if body is None:
             body = self._bodies[key] = self._body(*key)
@@ -463,20 +472,20 @@ class Executable:
             full.append(like.new_zeros(self._sizes.shape_of(self._plans[at].out_dims)) if absent else dy)
         return tuple(full)
 
-    def _computed(self, there: Sequence[bool]) -> tuple[bool, ...]:
+    def _computed(self, has_grad: Sequence[bool]) -> tuple[bool, ...]:
         """Which products have a backward, given the dYs that there are: theirs, and those where all must take part."""
-        used = {self._share[at] for at in range(self.count) if there[at]}
+        used = {self._share[at] for at in range(self.count) if has_grad[at]}
         if self.count == 1 or not used:
-            return tuple(there)
-        return tuple([there[at] or self._talks[at] or self._share[at] not in used for at in range(self.count)])
+            return tuple(has_grad)
+        return tuple([has_grad[at] or self._talks[at] or self._share[at] not in used for at in range(self.count)])
 
     # Forward and backward apart, with what backward needs in the hands of the caller: torch.compile's.
 
-    def forward_apart(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def split_forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Every Y, and then the operands that backward reads as gathered."""
-        if self._apart is None:
+        if self._split is None:
             keep = {self._slot[key] for key in self._save_gathered}
-            self._apart = source.forward(
+            self._split = source.forward(
                 *self._forward(self._biased),
                 self._names(),
                 self._inputs,
@@ -486,36 +495,36 @@ class Executable:
                 in_autograd=False,
                 with_kept=True,
             )
-        return self._apart(*tensors)
+        return self._split(*tensors)
 
     def _kept_slots(self) -> list[int]:
         keep = {self._slot[key] for key in self._save_gathered}
         return [slot for slot in self._saved if slot in keep]
 
-    def shapes_apart(self) -> list[tuple[int, ...]]:
-        """The shapes of what `forward_apart` returns."""
+    def split_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of what `split_forward` returns."""
         kept = [key for slot in self._kept_slots() if (key := self._slot_role(slot)) is not None]
         made = [self._sizes.shape_of(plan.out_dims) for plan in self._plans]
         return [*made, *(self._used_shape(at, role) for role, at in kept)]
 
-    def saved_apart(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
-        """What backward reads, of the inputs of `forward_apart` and of what it returned."""
+    def split_saved(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
+        """What backward reads, of the inputs of `split_forward` and of what it returned."""
         kept = dict(zip(self._kept_slots(), returned[self.count :]))
         inputs = {slot: tensors[max(0, slot - self._inputs + 1)] for slot in self._saved}
         return [kept.get(slot, inputs[slot]) for slot in self._saved]
 
-    def gradients_apart(self, there: Sequence[bool]) -> list[bool]:
+    def split_gradients(self, has_grad: Sequence[bool]) -> list[bool]:
         """For X, each weight and each bias, whether backward makes a gradient, given the dYs that there are."""
-        computed = self._computed(there)
+        computed = self._computed(has_grad)
         at = [*range(self.count), *self._biases]
         made = [any(computed), *(computed[index] for index in at)]
         return [need and is_made for need, is_made in zip(self._needs, made)]
 
-    def backward_apart(self, saved: Sequence[Tensor], dys: Sequence[Tensor | None]) -> list[Tensor]:
+    def split_backward(self, saved: Sequence[Tensor], dys: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients that there are."""
         dys = self._with_zeros(dys)
-        there = tuple([dy is not None for dy in dys])
-        key = there, False, ()
+        has_grad = tuple([dy is not None for dy in dys])
+        key = has_grad, False, ()
         body = self._bodies.get(key)
         if body is None:
             body = self._bodies[key] = self._body(*key)

@@ -24,14 +24,14 @@ _KEY, _DECIDED = "overlap", "overlap decided"
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Chunking:
     """Into how many pieces, and how many thousandths of each piece the next one has. Of whole numbers, so that ranks
     can tell each other."""
 
     count: int
     steepness: int = 1000
 
-    def pieces(self, size: int) -> list[tuple[int, int]]:
+    def chunks(self, size: int) -> list[tuple[int, int]]:
         """Start and length of each piece that is not empty, of so many rows or columns."""
         grain = _GRAIN if size >= 4 * _GRAIN * self.count else 1
         edges, so_far = [0], 0.0
@@ -48,7 +48,7 @@ class Cut:
         return [size / sum(sizes) for size in sizes]
 
 
-WHOLE = Cut(0)
+WHOLE = Chunking(0)
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,39 @@ class Costs:
     seconds_per_flop: Mapping[torch.dtype, float] = field(default_factory=dict)
     seconds_per_byte_again: Mapping[torch.dtype, float] = field(default_factory=dict)
 
-    def pieces(
-        self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int = 0
-    ) -> Cut:
+    def chunks(
+        self,
+        axis: str,
+        sent: int,
+        flops: int,
+        reread_bytes: int,
+        dtype: torch.dtype,
+        local_fraction: float | None,
+        following_flops: int = 0,
+    ) -> Chunking:
         """The pieces for which communication and product together should take about the least time; none if that gains
         too little.
 
-        sent: bytes that a rank sends. flops: multiplications and additions of the whole product. again: bytes that each
-        piece beyond the first reads once more. own: for a gather, the share of the product that can be computed before
-        anything has come; None for a reduction. after: multiplications and additions of products that follow
-        before a reduction is waited for.
+        sent: bytes that a rank sends. flops: multiplications and additions of the whole product. reread_bytes: bytes
+        that each piece beyond the first reads once more. local_fraction: for a gather, the share of the product that
+        can be computed before anything has come; None for a reduction. following_flops: multiplications and additions
+        of products that follow before a reduction is waited for.
         """
         link, rate = self.links.get(axis), self.seconds_per_flop.get(dtype)
         if link is None or rate is None:
             return WHOLE
-        talk, work = sent * link.seconds_per_byte, flops * rate
-        more = again * self.seconds_per_byte_again.get(dtype, 0.0)
-        rest = after * rate
-        whole = link.latency + talk + work if own is not None else _taken((1.0,), link, talk, work, 0.0, None, rest)
-        taken = {cut: _taken(cut.shares, link, talk, work, more, own, rest) for cut in _choices(talk, work, own)}
+        comm, compute = sent * link.seconds_per_byte, flops * rate
+        more = reread_bytes * self.seconds_per_byte_again.get(dtype, 0.0)
+        tail = following_flops * rate
+        whole = (
+            link.latency + comm + compute
+            if local_fraction is not None
+            else _taken((1.0,), link, comm, compute, 0.0, None, tail)
+        )
+        taken = {
+            cut: _taken(cut.shares, link, comm, compute, more, local_fraction, tail)
+            for cut in _choices(comm, compute, local_fraction)
+        }
         least = min(taken.values())
         if least > whole * (1 - _LEAST_GAIN):
             return WHOLE
@@ -103,33 +117,39 @@ class Costs:
         )
 
 
-def _choices(talk: float, work: float, own: float | None) -> Iterator[Cut]:
+def _choices(comm: float, compute: float, local_fraction: float | None) -> Iterator[Chunking]:
     """Equal pieces; and such that each is communicated in the time of its neighbour's product, so that little is left
     at the end."""
-    before, after = (talk, work) if own is None else (work * (1 - own), talk)
+    before, after = (comm, compute) if local_fraction is None else (compute * (1 - local_fraction), comm)
     steepness = min(max(before / after, 1 / _STEEPEST), _STEEPEST) if after > 0 else 1.0
-    for count in range(2 if own is None or own == 0 else 1, _MOST + 1):
+    for count in range(2 if local_fraction is None or local_fraction == 0 else 1, _MOST + 1):
         for thousandths in dict.fromkeys((1000, round(1000 * steepness))):
-            yield Cut(count, thousandths)
+            yield Chunking(count, thousandths)
 
 
 def _taken(
-    shares: Sequence[float], link: Link, talk: float, work: float, more: float, own: float | None, after: float = 0.0
+    shares: Sequence[float],
+    link: Link,
+    comm: float,
+    compute: float,
+    more: float,
+    local_fraction: float | None,
+    tail: float = 0.0,
 ) -> float:
     """Seconds until the last piece is there, if products follow one another, and so do collectives."""
     sent = 0.0
-    if own is None:
+    if local_fraction is None:
         made = -more
         for share in shares:
-            made += work * share + more + link.each
-            sent = max(sent, made) + link.latency + talk * share
-        end, spent = max(sent, made + after), made + after + link.latency * len(shares) + talk
+            made += compute * share + more + link.each
+            sent = max(sent, made) + link.latency + comm * share
+        end, spent = max(sent, made + tail), made + tail + link.latency * len(shares) + comm
     else:
-        made = work * own - (0.0 if own else more)
+        made = compute * local_fraction - (0.0 if local_fraction else more)
         for share in shares:
-            sent += link.latency + talk * share
-            made = max(made, sent) + work * (1 - own) * share + more + link.each
-        end, spent = made, work + more * (len(shares) - (not own)) + link.each * len(shares) + sent
+            sent += link.latency + comm * share
+            made = max(made, sent) + compute * (1 - local_fraction) * share + more + link.each
+        end, spent = made, compute + more * (len(shares) - (not local_fraction)) + link.each * len(shares) + sent
     return end + (1 - link.hidden) * (spent - end)
 
 
@@ -139,10 +159,17 @@ class Always:
 
     count: int
 
-    def pieces(
-        self, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int = 0
-    ) -> Cut:
-        return Cut(self.count) if self.count > 1 or own else WHOLE
+    def chunks(
+        self,
+        axis: str,
+        sent: int,
+        flops: int,
+        reread_bytes: int,
+        dtype: torch.dtype,
+        local_fraction: float | None,
+        following_flops: int = 0,
+    ) -> Chunking:
+        return Chunking(self.count) if self.count > 1 or local_fraction else WHOLE
 
 
 def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
@@ -173,14 +200,21 @@ def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
 
 
 def choose(
-    mesh_view: MeshView, axis: str, sent: int, flops: int, again: int, dtype: torch.dtype, own: float | None, after: int
-) -> Cut:
-    """`Costs.pieces`, by what `set_overlap` was given for a mesh."""
+    mesh_view: MeshView,
+    axis: str,
+    sent: int,
+    flops: int,
+    reread_bytes: int,
+    dtype: torch.dtype,
+    local_fraction: float | None,
+    following_flops: int,
+) -> Chunking:
+    """`Costs.chunks`, by what `set_overlap` was given for a mesh."""
     how = mesh_view.compiled.get(_KEY)
-    return WHOLE if how is None else how.pieces(axis, sent, flops, again, dtype, own, after)
+    return WHOLE if how is None else how.chunks(axis, sent, flops, reread_bytes, dtype, local_fraction, following_flops)
 
 
-def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable[[], Cut]) -> Cut:
+def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable[[], Chunking]) -> Chunking:
     """What the first rank of an axis would choose, where ranks that have different shapes might differ.
 
     Asked when `what`, which all ranks of the axis have alike, is first to be done; remembered from then on.
@@ -192,7 +226,7 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
     if (axis.name, what) not in decided:
         mine = choose()
         value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "pieces of a product")
-        decided[axis.name, what] = Cut(*divmod(value, 10**6))
+        decided[axis.name, what] = Chunking(*divmod(value, 10**6))
     return decided[axis.name, what]
 
 
@@ -207,22 +241,22 @@ def measure_costs(
     """
     mesh_view = view(mesh)
     device = mesh_view.device
-    rates, again, links = {}, {}, {}
-    rows, size, pieces = 256, 1024, 8
+    rates, reread, links = {}, {}, {}
+    rows, size, chunks = 256, 1024, 8
     for dtype in dtypes:
         a, b = (torch.randn(count, size, device=device).to(dtype) for count in (rows, size))
-        parts = a.chunk(pieces)
+        parts = a.chunk(chunks)
         whole = _slowest(_seconds(lambda a=a, b=b: torch.mm(a, b), repeats, device), mesh_view)  # type: ignore[misc]
         cut = _slowest(
             _seconds(lambda parts=parts, b=b: [torch.mm(part, b) for part in parts], repeats, device),  # type: ignore[misc]
             mesh_view,
         )
         rates[dtype] = whole / (2 * rows * size**2)
-        again[dtype] = max(0.0, cut - whole) / ((pieces - 1) * b.numel() * b.element_size())
+        reread[dtype] = max(0.0, cut - whole) / ((chunks - 1) * b.numel() * b.element_size())
     for name, axis in mesh_view.axes.items():
         if axis.size > 1:
             links[name] = _link(axis, mesh_view, repeats)
-    return Costs(links, rates, again)
+    return Costs(links, rates, reread)
 
 
 def _link(axis: Axis, mesh_view: MeshView, repeats: int) -> Link:
@@ -230,34 +264,34 @@ def _link(axis: Axis, mesh_view: MeshView, repeats: int) -> Link:
     small, large = torch.zeros(1, device=device), torch.zeros(2**19, device=device)  # 4 bytes and 2 MiB
     reduce = raw.AllReduce(axis, "measuring a link")
 
-    def talk(x: torch.Tensor) -> None:
+    def comm(x: torch.Tensor) -> None:
         reduce.wait(reduce.start(x))
 
-    latency = _slowest(_seconds(lambda: talk(small), 2 * repeats, device), mesh_view)
-    alone = _slowest(_seconds(lambda: talk(large), repeats, device), mesh_view)
+    latency = _slowest(_seconds(lambda: comm(small), 2 * repeats, device), mesh_view)
+    alone = _slowest(_seconds(lambda: comm(large), repeats, device), mesh_view)
     sent = 2 * (axis.size - 1) / axis.size * large.numel() * large.element_size()
     rate = max(alone - latency, 0.0) / sent
     a = torch.randn(384, 384, device=device)
     once = _slowest(_seconds(lambda: torch.mm(a, a), repeats, device), mesh_view)
     times = max(1, round(alone / once))
 
-    def work() -> None:
+    def compute() -> None:
         for _ in range(times):
             torch.mm(a, a)
 
     def both() -> None:
         started = reduce.start(large)
-        work()
+        compute()
         reduce.wait(started)
 
     def disturbed() -> None:
         started = [reduce.start(small) for small in smalls]
-        work()
+        compute()
         for one in started:
             reduce.wait(one)
 
     smalls = [torch.zeros(1, device=device) for _ in range(_MOST)]
-    product = _slowest(_seconds(work, repeats, device), mesh_view)
+    product = _slowest(_seconds(compute, repeats, device), mesh_view)
     together = _slowest(_seconds(both, repeats, device), mesh_view)
     each = (_slowest(_seconds(disturbed, repeats, device), mesh_view) - product) / len(smalls)
     hidden = (alone + product - together) / min(alone, product)

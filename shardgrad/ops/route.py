@@ -59,7 +59,7 @@ def steps(
     return tuple(made)
 
 
-class Transit:
+class RouteRunner:
     """A tensor on its way along steps. Collectives start as early as their input exists; `result` waits for the last.
 
     The tensor must be the route's own where a step reduces it (a fresh local product is).

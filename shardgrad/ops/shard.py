@@ -14,7 +14,7 @@ from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import slab
 from shardgrad.ops import sizing
-from shardgrad.ops.route import Transit, steps
+from shardgrad.ops.route import RouteRunner, steps
 
 
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
@@ -65,5 +65,5 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
         sizing.exchange(missing, known, mesh_view, spec)
     concrete = steps(moves, spec.name, mesh_view, known, None, local.dtype)
     own = local.detach().clone() if any(step.kind == "all-reduce" for step in concrete) else local.detach()
-    full = Transit(own, concrete).result()
+    full = RouteRunner(own, concrete).result()
     return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from shardgrad.ops.bilinear import Map
-from shardgrad.ops.pieces import ReducedInPieces
-from shardgrad.ops.route import Transit
+from shardgrad.ops.chunks import ChunkedMatmulReduce
+from shardgrad.ops.route import RouteRunner
 from shardgrad.ops.stages import Forward, Piecewise, Route, Stage, Start
 
 
@@ -22,7 +22,7 @@ class _Writer:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.lines: list[str] = []
-        self.constants: dict[str, Any] = {"Transit": Transit, "linear": F.linear, "matmul": torch.matmul}
+        self.constants: dict[str, Any] = {"RouteRunner": RouteRunner, "linear": F.linear, "matmul": torch.matmul}
         self._names = names
         self._coming: dict[int, str] = {}
         self._indent = ""
@@ -59,7 +59,7 @@ class _Writer:
             ready = self.constant(stem, route[0].ready)
             self.say(f"{name}_sent = {ready}.start({tensor})")
             return f"{ready}.finish({name}_sent)"
-        self.say(f"{name}_sent = Transit({tensor}, {self.constant('route', route)})")
+        self.say(f"{name}_sent = RouteRunner({tensor}, {self.constant('route', route)})")
         return f"{name}_sent.result()"
 
     def read(self, slot: int) -> str:
@@ -81,7 +81,7 @@ class _Writer:
         """Gather a slot's tensor side by side with the products that read it and one of the others each."""
         start = gather.start
         whole = f"{self._names[start.target]}_here"
-        call = f"{self.constant('pieces', gather.pieces)}({self.here[start.source]}, ({', '.join(others)},))"
+        call = f"{self.constant('pieces', gather.chunks)}({self.here[start.source]}, ({', '.join(others)},))"
         self.say(f"({', '.join(outs)},), {whole} = {call}")
         self.here[start.target] = whole
 
@@ -110,7 +110,7 @@ class _Writer:
         result = self._send(name, name, route)
         return lambda: self._arrive(name, f"{name}_sent", result)
 
-    def in_pieces(self, name: str, pieces: ReducedInPieces, left: str, right: str) -> Callable[[], None]:
+    def in_pieces(self, name: str, pieces: ChunkedMatmulReduce, left: str, right: str) -> Callable[[], None]:
         """Compute a product and start to sum it, side by side; the returned call writes the line that waits for it."""
         self.say(f"{name}_sent = {self.constant('pieces', pieces)}.start({left}, {right})")
         return lambda: self._arrive(name, f"{name}_sent", f"{name}_sent()")
@@ -170,8 +170,8 @@ def forward(
             arrivals.append(writer.leave(out, one.route))
             continue
         left, right = writer.read(one.lhs), writer.read(one.rhs)
-        if one.pieces is not None:
-            arrivals.append(writer.in_pieces(out, one.pieces, left, right))
+        if one.chunks is not None:
+            arrivals.append(writer.in_pieces(out, one.chunks, left, right))
             continue
         if one.bias is not None and not one.route and one.bias not in {start.target for start in starts}:
             fused = one.terms.out_and_bias_source(left, right, came[one.bias])
@@ -248,8 +248,8 @@ def _gradients(writer: _Writer, stages: Sequence[Stage], results: int, into: Col
                 writer.beside(stage.gather, [name], [writer.read(other if stage.gather.start.target == dy else dy)])
                 continue
             left, right = writer.read(dy), writer.read(other)
-            if stage.pieces is not None:
-                arrive = writer.in_pieces(name, stage.pieces, left, right)
+            if stage.chunks is not None:
+                arrive = writer.in_pieces(name, stage.chunks, left, right)
             elif straight:
                 writer.say(f"{writer.constant('add', made.add_to)}(main{stage.output}, {left}, {right})")
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardgrad.ops.bilinear import Map
-from shardgrad.ops.pieces import GatheredInPieces, ReducedInPieces, SecondGatheredInPieces
+from shardgrad.ops.chunks import ChunkedGatherMatmul, ChunkedMatmulReduce, ChunkedRhsGatherMatmul
 from shardgrad.ops.route import Step
 from shardgrad.ops.terms import Terms
 
@@ -25,7 +25,7 @@ class Start:
 class Forward:
     """One product: the slots of its operands, the route of what it makes, the slot of its bias (None without).
 
-    pieces: does the product and its reduction side by side, in place of the route.
+    chunks: does the product and its reduction side by side, in place of the route.
     """
 
     terms: Terms
@@ -33,7 +33,7 @@ class Forward:
     rhs: int
     route: Route
     bias: int | None
-    pieces: ReducedInPieces | None = None
+    chunks: ChunkedMatmulReduce | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Piecewise:
     """A gather that is done side by side with the products that read it, in place of its start."""
 
     start: Start
-    pieces: GatheredInPieces | SecondGatheredInPieces
+    chunks: ChunkedGatherMatmul | ChunkedRhsGatherMatmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Stage:
     output: its position among the results.
     done: slots that no later phase reads.
     gather: does the gather of one operand and the product side by side.
-    pieces: does the product and its reduction side by side, in place of the route.
+    chunks: does the product and its reduction side by side, in place of the route.
     """
 
     starts: tuple[Start, ...]
@@ -65,4 +65,4 @@ class Stage:
     output: int
     done: tuple[int, ...]
     gather: Piecewise | None = None
-    pieces: ReducedInPieces | None = None
+    chunks: ChunkedMatmulReduce | None = None

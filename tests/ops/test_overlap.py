@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.layout import Layout
-from shardgrad.ops.overlap import WHOLE, Costs, Cut, Link
+from shardgrad.ops.overlap import WHOLE, Chunking, Costs, Link
 from shardgrad.testing import distributed
 
 SIZES = {"b": 3, "n": 12, "s": 24, "d": 24, "m": 12, "k": 5}
@@ -82,9 +82,8 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
         again = nn.Parameter(x.clone())
         for save_gathered in ((layout.lhs.name,), (layout.lhs.name, layout.rhs.name)):
             again.grad = None
-            y = sg.matmul(
-                again, w, layout, mesh, sizes=sizes, save_gathered=save_gathered
-            )  # no gradient of W: dX comes last
+            # No gradient of W: dX comes last.
+            y = sg.matmul(again, w, layout, mesh, sizes=sizes, save_gathered=save_gathered)
             y.backward(dy)
             assert again.grad is not None
             assert torch.equal(y, whole[0])
@@ -181,38 +180,40 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     f32 = torch.float32
     costs = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
     work = ("tp", 10**6, 10**9, 0, f32)
-    assert costs.pieces(*work, None) == Cut(6)
-    assert costs.pieces(*work, 0.5).count > 1
-    assert costs.pieces(*work, 0.0).count > 1
+    assert costs.chunks(*work, None) == Chunking(6)
+    assert costs.chunks(*work, 0.5).count > 1
+    assert costs.chunks(*work, 0.0).count > 1
     slow = Costs({"tp": Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
-    assert slow.pieces(*work, None) == WHOLE
-    assert costs.pieces(*work, None, after=10**9 + 10**7) == WHOLE  # dW's product takes as long as dX's reduction
-    assert 1 < costs.pieces(*work, None, after=5 * 10**8).count < 6
+    assert slow.chunks(*work, None) == WHOLE
+    assert (
+        costs.chunks(*work, None, following_flops=10**9 + 10**7) == WHOLE
+    )  # dW's product takes as long as dX's reduction
+    assert 1 < costs.chunks(*work, None, following_flops=5 * 10**8).count < 6
     none = Costs({"tp": Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
-    assert none.pieces(*work, None) == WHOLE
-    assert none.pieces(*work, 0.5) == WHOLE
+    assert none.chunks(*work, None) == WHOLE
+    assert none.chunks(*work, 0.5) == WHOLE
     again = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
-    assert again.pieces("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
-    assert again.pieces("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
+    assert again.chunks("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
+    assert again.chunks("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
     each = Costs({"tp": Link(1e-5, 1e-8, 1.0, 1e-3)}, {f32: 1e-11})  # each collective takes 1 ms of the product's
-    assert 1 < each.pieces(*work, None).count < 8
-    assert 1 <= each.pieces(*work, 0.5).count < costs.pieces(*work, 0.5).count
-    assert costs.pieces("tp", 10**6, 10**5, 0, f32, None) == WHOLE  # nothing to hide behind
-    assert costs.pieces("dp", 10**6, 10**9, 0, f32, None) == WHOLE  # not measured
-    assert costs.pieces("tp", 10**6, 10**9, 0, torch.float16, 0.5) == WHOLE
+    assert 1 < each.chunks(*work, None).count < 8
+    assert 1 <= each.chunks(*work, 0.5).count < costs.chunks(*work, 0.5).count
+    assert costs.chunks("tp", 10**6, 10**5, 0, f32, None) == WHOLE  # nothing to hide behind
+    assert costs.chunks("dp", 10**6, 10**9, 0, f32, None) == WHOLE  # not measured
+    assert costs.chunks("tp", 10**6, 10**9, 0, torch.float16, 0.5) == WHOLE
 
 
 def test_pieces_shrink_where_their_communication_is_the_shorter() -> None:
     """A product of 10 ms, of which each piece takes half as long to send: the next may have half its size."""
     costs = Costs({"tp": Link(1e-5, 5e-9, 1.0)}, {torch.float32: 1e-11})
-    cut = costs.pieces("tp", 10**6, 10**9, 0, torch.float32, None)
+    cut = costs.chunks("tp", 10**6, 10**9, 0, torch.float32, None)
     assert cut.steepness == 500
-    pieces = cut.pieces(1000)
+    pieces = cut.chunks(1000)
     assert pieces[0][0] == 0
     assert all(start + length == following for (start, length), (following, _) in pairwise(pieces))
     assert sum(length for _, length in pieces) == 1000
     assert all(length > 1.5 * shorter for (_, length), (_, shorter) in pairwise(pieces[:4]))
-    assert Cut(3).pieces(2) == [(0, 1), (1, 1)]
+    assert Chunking(3).chunks(2) == [(0, 1), (1, 1)]
 
 
 @distributed(world_size=[1, 2, 3])

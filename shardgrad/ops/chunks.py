@@ -17,20 +17,20 @@ from torch import Tensor
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import Axis
 from shardgrad.ops.contract import Contraction
-from shardgrad.ops.overlap import Cut
+from shardgrad.ops.overlap import Chunking
 from shardgrad.ops.route import Step
 
 
-class ReducedInPieces:
+class ChunkedMatmulReduce:
     """A product that is summed over an axis, piece by piece: by all-reduces or reduce-scatters.
 
     by_rows: whether it is cut along its rows; else along its columns. A reduce-scatter needs the other side whole.
     """
 
-    def __init__(self, product: Contraction, step: Step, cut: Cut, *, by_rows: bool) -> None:
+    def __init__(self, product: Contraction, step: Step, chunking: Chunking, *, by_rows: bool) -> None:
         assert step.axis is not None
         assert step.ready is not None
-        self._product, self._cut, self._by_rows = product, cut, by_rows
+        self._product, self._chunking, self._by_rows = product, chunking, by_rows
         self._ready = step.ready
         if by_rows and step.kind == "reduce-scatter":  # rows are one dim there
             self._ready = raw.ReduceScatter(step.axis, step.dim - product.rows + 1, step.what)
@@ -48,7 +48,7 @@ class ReducedInPieces:
         out = left.new_empty(shape)
         flat = out.view(left.shape[0], right.shape[1])
         works = []
-        for start, length in self._cut.pieces(left.shape[0]):
+        for start, length in self._chunking.chunks(left.shape[0]):
             piece = flat[start : start + length]
             torch.mm(left[start : start + length], right, out=piece)
             works.append(reduce.start(piece))
@@ -63,7 +63,7 @@ class ReducedInPieces:
     def _rows(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
         rows, count = self._product.rows, left.shape[0]
         coming = []
-        for start, length in self._cut.pieces(count):
+        for start, length in self._chunking.chunks(count):
             piece = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
             coming.append(raw.begin(self._ready, piece))
 
@@ -78,7 +78,7 @@ class ReducedInPieces:
     def _columns(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
         rows, count = self._product.rows, right.shape[1]
         coming = []
-        for start, length in self._cut.pieces(count):
+        for start, length in self._chunking.chunks(count):
             piece = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
             coming.append(raw.begin(self._ready, piece))
 
@@ -91,12 +91,12 @@ class ReducedInPieces:
         return wait
 
 
-class GatheredInPieces:
+class ChunkedGatherMatmul:
     """Products of one tensor that is gathered along a row dim, piece by piece, the own shard's part first."""
 
-    def __init__(self, products: Sequence[Contraction], step: Step, cut: Cut, *, assemble: bool) -> None:
+    def __init__(self, products: Sequence[Contraction], step: Step, chunking: Chunking, *, assemble: bool) -> None:
         assert step.axis is not None
-        self._products, self._step, self._cut = tuple(products), step, cut
+        self._products, self._step, self._chunking = tuple(products), step, chunking
         self._axis: Axis = step.axis
         self._gather = raw.AllGather(step.axis, 0, step.axis.size, step.what)
         self._assemble = assemble
@@ -108,7 +108,7 @@ class GatheredInPieces:
         before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
         mine = stored.reshape(before, own, after)
         coming = []
-        for start, length in self._cut.pieces(own):
+        for start, length in self._chunking.chunks(own):
             piece = mine[:, start : start + length].contiguous().unsqueeze(0)
             coming.append((start, length, raw.begin(self._gather, piece)))
         whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
@@ -125,14 +125,14 @@ class GatheredInPieces:
             outs.append((product, rows, right))
             made_whole.append(made)
         for start, length, pending in coming:
-            pieces = pending.wait()
+            chunks = pending.wait()
             for rank in range(axis.size):
                 if rank == axis.index:
                     continue
                 if parts is not None:
-                    parts[:, rank, start : start + length] = pieces[rank]
+                    parts[:, rank, start : start + length] = chunks[rank]
                 for product, rows, right in outs:
-                    matrix = pieces[rank].view(before * length * prod(shape[at + 1 : product.rows]), right.shape[0])
+                    matrix = chunks[rank].view(before * length * prod(shape[at + 1 : product.rows]), right.shape[0])
                     _multiply(matrix, right, rows[:, rank, start : start + length])
         return made_whole, whole
 
@@ -146,17 +146,19 @@ def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
         into.copy_(torch.mm(left, right).view(into.shape))
 
 
-class SecondGatheredInPieces:
+class ChunkedRhsGatherMatmul:
     """A product whose second operand, a stored weight, is gathered piece by piece, along a letter of the product.
 
     along: the dim of the second operand that is cut, and that becomes dim `place` of the product. If it is also the dim
     that is gathered, the own shard's part comes first.
     """
 
-    def __init__(self, product: Contraction, step: Step, cut: Cut, along: int, place: int, *, assemble: bool) -> None:
+    def __init__(
+        self, product: Contraction, step: Step, chunking: Chunking, along: int, place: int, *, assemble: bool
+    ) -> None:
         assert step.axis is not None
         assert step.ready is not None
-        self._product, self._step, self._cut = product, step, cut
+        self._product, self._step, self._chunking = product, step, chunking
         self._axis: Axis = step.axis
         self._along, self._place, self._assemble = along, place, assemble
         # Every rank's piece by itself, or already side by side.
@@ -167,7 +169,7 @@ class SecondGatheredInPieces:
         (left,), axis, at, along = others, self._axis, self._step.dim, self._along
         own_first = at == along
         blocks: list[tuple[int, raw.Pending]] = []  # where each begins along that dim of a shard
-        for start, length in self._cut.pieces(stored.shape[along]):
+        for start, length in self._chunking.chunks(stored.shape[along]):
             piece = stored.narrow(along, start, length)
             blocks.append((start, raw.begin(self._gather, piece.unsqueeze(0) if own_first else piece)))
         shape = list(stored.shape)
