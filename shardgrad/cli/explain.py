@@ -13,7 +13,7 @@ from shardgrad.cli import style
 from shardgrad.errors import LayoutError
 from shardgrad.layout import PRESETS, Layout
 from shardgrad.layout.cost import itemsize
-from shardgrad.layout.steps import Step, Walk, check_rank, walk
+from shardgrad.layout.steps import Step, Timeline, check_rank, timeline
 from shardgrad.layout.units import format_si
 
 EPILOG = style.examples(
@@ -79,7 +79,7 @@ def explain(
                 raise LayoutError(_wanted(given, f"{'--draw' if draw else '--json'} also needs sizes and a mesh"))
             typer.echo(given.explain())
             return
-        walked = walk(
+        walked = timeline(
             given,
             style.read_pairs(sizes, _SIZES),
             style.read_pairs(mesh, _MESH),
@@ -123,7 +123,7 @@ def _list(json: bool) -> None:
         style.table(("name", "layout"), [(name, str(layout)) for name, layout in PRESETS.items()])
 
 
-def _print(walked: Walk, rank: int) -> None:
+def _print(walked: Timeline, rank: int) -> None:
     on = style.console()
     style.say(str(walked.layout), on=on)
     style.say(f"{_numbers(walked.sizes)};  mesh {_numbers(walked.mesh) or 'of one rank'};  {walked.dtype}\n", on=on)
@@ -196,7 +196,7 @@ def _sent(step: Step) -> list[int]:
     return [sum(moved.bytes[rank] for moved in step.moves) for rank in range(len(step.flops))]
 
 
-def _tensors(walked: Walk, rank: int) -> list[dict[str, Any]]:
+def _tensors(walked: Timeline, rank: int) -> list[dict[str, Any]]:
     layout, here = walked.layout, walked.ranks[rank]
     rows = []
     for spec in layout.tensors if layout.has_bias else layout.tensors[:3]:
@@ -217,7 +217,7 @@ def _tensors(walked: Walk, rank: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _as_json(walked: Walk, rank: int) -> dict[str, Any]:
+def _as_json(walked: Timeline, rank: int) -> dict[str, Any]:
     phases = []
     for step in walked.steps:
         moves = [

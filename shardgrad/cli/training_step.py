@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
-from shardgrad.comm.meet import start_process_group
+from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.draw.timeline import PHASES, STEP
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.build import build, mesh_shape

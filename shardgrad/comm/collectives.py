@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from shardgrad.comm import shim
+from shardgrad.comm.failure_report import failure_report
 from shardgrad.comm.mesh import Axis
-from shardgrad.comm.rollcall import roll_call
 from shardgrad.comm.shim import dispatch_mode_active
 from shardgrad.comm.shm.register import register
 from shardgrad.errors import CollectiveError, ShapeError
@@ -103,7 +103,7 @@ def _start(call: Callable[[], Any], what: str, axis: Axis) -> Any:
 def _failure(error: BaseException, what: str, axis: Axis) -> str:
     return (
         f"rank {axis.ranks[axis.index]}: {what} over {axis} failed: {str(error).strip()}\n"
-        f"{roll_call(what, axis)}"
+        f"{failure_report(what, axis)}"
         "A rank that died, that raised before this operation, or that came here with another layout or shape leaves "
         "the others waiting; run the block under sg.check_every_call() to compare layouts and shapes at every call."
     )

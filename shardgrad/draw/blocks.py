@@ -16,7 +16,7 @@ from math import prod
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import Dims
 from shardgrad.layout.sizes import slab
-from shardgrad.layout.steps import Walk
+from shardgrad.layout.steps import Timeline
 
 Interval = tuple[float, float]  # start and length, as parts of 1
 Rectangle = tuple[float, float, float, float]  # left, top, width, height, as parts of 1
@@ -68,20 +68,20 @@ def listed(ranks: Sequence[int]) -> str:
 class Rulers:
     """Where a letter is cut anywhere in the picture, and with that how parts of it are laid along an edge."""
 
-    def __init__(self, walk: Walk) -> None:
-        self.walk = walk
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
         self.cuts: dict[str, list[int]] = {}
-        for step in walk.steps:
+        for step in timeline.steps:
             for travel in (*step.reads, step.made, *((step.bias,) if step.bias else ())):
                 for dims in (travel.before, travel.after):
                     self._note(dims)
 
     def _note(self, dims: Dims) -> None:
         for dim in dims:
-            if any(self.walk.mesh[axis] > 1 for axis in dim.axes):
-                found = {0, self.walk.sizes[dim.letter], *self.cuts.get(dim.letter, ())}
-                for rank in self.walk.ranks:
-                    start, length = slab(self.walk.sizes[dim.letter], dim.axes, rank.shape, rank.coordinate)
+            if any(self.timeline.mesh[axis] > 1 for axis in dim.axes):
+                found = {0, self.timeline.sizes[dim.letter], *self.cuts.get(dim.letter, ())}
+                for rank in self.timeline.ranks:
+                    start, length = slab(self.timeline.sizes[dim.letter], dim.axes, rank.shape, rank.coordinate)
                     found |= {start, start + length}
                 self.cuts[dim.letter] = sorted(found)
 
@@ -98,7 +98,7 @@ class Rulers:
         if not dims:
             return [(0.0, 1.0)]
         dim, inner = dims[0], dims[1:]
-        size = self.walk.sizes[dim.letter]
+        size = self.timeline.sizes[dim.letter]
         if size == 0:
             return []
         start, length = self._slab(dim, rank)
@@ -125,8 +125,8 @@ class Rulers:
         return set(numbers)
 
     def _slab(self, dim: Dim, rank: int) -> tuple[int, int]:
-        sizes = self.walk.ranks[rank]
-        return slab(self.walk.sizes[dim.letter], dim.axes, sizes.shape, sizes.coordinate)
+        sizes = self.timeline.ranks[rank]
+        return slab(self.timeline.sizes[dim.letter], dim.axes, sizes.shape, sizes.coordinate)
 
 
 def along(dims: Dims, letters: Sequence[str]) -> Dims:
@@ -141,12 +141,12 @@ def sheets(
 
     Letters of `dims` in neither are batched: a sheet for each part of them.
     """
-    walk = rulers.walk
+    timeline = rulers.timeline
     down, across = along(dims, height), along(dims, width)
     batched = tuple(dim for dim in dims if dim.letter not in height and dim.letter not in width)
     found: dict[tuple[int, int], dict[tuple[Rectangle, ...], list[int]]] = {}
-    terms = list(every(*(range(walk.mesh[axis]) for axis in partial)))
-    for rank, sizes in enumerate(walk.ranks):
+    terms = list(every(*(range(timeline.mesh[axis]) for axis in partial)))
+    for rank, sizes in enumerate(timeline.ranks):
         term = terms.index(tuple(sizes.coordinate[axis] for axis in partial))
         rectangles = tuple(
             (x, y, w, h) for y, h in rulers.intervals(down, rank) for x, w in rulers.intervals(across, rank)

@@ -25,7 +25,7 @@ from shardgrad.draw.blocks import Block, Rulers, Sheet
 from shardgrad.draw.paper import ENDINGS, FAINT, GREY, Paper, colour, extent
 from shardgrad.errors import LayoutError
 from shardgrad.layout.plan import Dims
-from shardgrad.layout.steps import Moved, Step, Travel, Walk
+from shardgrad.layout.steps import Moved, Step, TensorFlow, Timeline
 from shardgrad.layout.units import format_si
 
 MOST_RANKS = 64
@@ -39,7 +39,7 @@ _SIGMA = re.compile(r"(Σ)_(\S+) ")
 _LOCAL = {"slice": "keep own part of"}
 
 
-def draw(walk: Walk, path: Path) -> None:
+def draw(timeline: Timeline, path: Path) -> None:
     """Draw a layout on its mesh, to a .svg, .png or .pdf.
 
     Raises:
@@ -47,26 +47,26 @@ def draw(walk: Walk, path: Path) -> None:
     """
     if path.suffix not in ENDINGS:
         raise LayoutError(f"a picture ends in {', '.join(ENDINGS)}, not {path.name!r}")
-    picture(walk).save(path)
+    picture(timeline).save(path)
 
 
-def picture(walk: Walk) -> Paper:
+def picture(timeline: Timeline) -> Paper:
     """The whole picture: heading, a panel for each phase, the mesh, what the signs mean.
 
     Raises:
         LayoutError: more ranks than can be told apart.
     """
-    if len(walk.ranks) > MOST_RANKS:
+    if len(timeline.ranks) > MOST_RANKS:
         raise LayoutError(
-            f"a picture has room for {MOST_RANKS} ranks, not {len(walk.ranks)}: draw the layout on a smaller mesh, as "
-            f"{','.join(f'{axis}=2' for axis in walk.layout.axes)}; what is communicated stays the same"
+            f"a picture has room for {MOST_RANKS} ranks, not {len(timeline.ranks)}: draw the layout on a smaller mesh, "
+            f"as {','.join(f'{axis}=2' for axis in timeline.layout.axes)}; what is communicated stays the same"
         )
     paper = Paper()
-    paper.text(0, 0.1, str(walk.layout), 11, bold=True, mono=True)
-    sizes = ", ".join(f"{letter} = {size}" for letter, size in walk.sizes.items())
-    mesh = ", ".join(f"{axis} = {size}" for axis, size in walk.mesh.items())
-    paper.text(0, 0.32, f"{sizes};  mesh {mesh};  {walk.dtype}", 8, ink=GREY)
-    panels = [_Panel(walk, step) for step in walk.steps]
+    paper.text(0, 0.1, str(timeline.layout), 11, bold=True, mono=True)
+    sizes = ", ".join(f"{letter} = {size}" for letter, size in timeline.sizes.items())
+    mesh = ", ".join(f"{axis} = {size}" for axis, size in timeline.mesh.items())
+    paper.text(0, 0.32, f"{sizes};  mesh {mesh};  {timeline.dtype}", 8, ink=GREY)
+    panels = [_Panel(timeline, step) for step in timeline.steps]
     above = max(panel.above for panel in panels)
     x, top, between = 0.0, 0.55, []
     for panel in panels:
@@ -75,7 +75,7 @@ def picture(walk: Walk) -> Paper:
         x += panel.width + _SPACE
     for x in between[:-1]:
         paper.line([(x, top), (x, paper.bottom)], ink=FAINT, width=0.6)
-    _footer(paper, walk, panels, paper.bottom + 0.3)
+    _footer(paper, timeline, panels, paper.bottom + 0.3)
     return paper
 
 
@@ -181,12 +181,12 @@ def _broken(text: str) -> Iterable[list[str]]:
 class _Panel:
     """One phase."""
 
-    def __init__(self, walk: Walk, step: Step) -> None:
-        self.walk, self.step = walk, step
-        self.rulers = Rulers(walk)
-        layout = walk.layout
+    def __init__(self, timeline: Timeline, step: Step) -> None:
+        self.timeline, self.step = timeline, step
+        self.rulers = Rulers(timeline)
+        layout = timeline.layout
         r, c, k = layout.rows, layout.contracted, layout.columns
-        largest = max((prod(walk.sizes[x] for x in group) for group in (r, c, k) if group), default=1)
+        largest = max((prod(timeline.sizes[x] for x in group) for group in (r, c, k) if group), default=1)
         self.lengths = {group: self._length(group, largest) for group in (r, c, k)}
         reads = {read.role: read for read in step.reads}
         self.left: list[_Matrix] = []
@@ -222,23 +222,23 @@ class _Panel:
     def _length(self, group: tuple[str, ...], largest: int) -> float:
         if not group:
             return _STRIP
-        share = prod(self.walk.sizes[letter] for letter in group) / max(1, largest)
+        share = prod(self.timeline.sizes[letter] for letter in group) / max(1, largest)
         natural = max(_SHORT, _LONG * min(1.0, share))
         return min(2.6, max(natural, _PIECE * self.rulers.pieces(group)))
 
-    def _chain(self, travel: Travel, height: tuple[str, ...], width: tuple[str, ...]) -> list[_Matrix]:
+    def _chain(self, flow: TensorFlow, height: tuple[str, ...], width: tuple[str, ...]) -> list[_Matrix]:
         """The tensor before and, if it moves, after."""
-        if not travel.moves:
-            note = travel.note or self._partial(travel.partial_before)
-            return [self._matrix(travel, travel.before, travel.partial_before, height, width, note)]
-        gathered = not travel.partial_before
-        before = "stored" if gathered else self._partial(travel.partial_before)
-        after = "gathered" if gathered else self._partial(travel.partial_after) or "stored"
-        if travel.role == "bias" and gathered:
+        if not flow.moves:
+            note = flow.note or self._partial(flow.partial_before)
+            return [self._matrix(flow, flow.before, flow.partial_before, height, width, note)]
+        gathered = not flow.partial_before
+        before = "stored" if gathered else self._partial(flow.partial_before)
+        after = "gathered" if gathered else self._partial(flow.partial_after) or "stored"
+        if flow.role == "bias" and gathered:
             after = "as added"
         return [
-            self._matrix(travel, travel.before, travel.partial_before, height, width, before),
-            self._matrix(travel, travel.after, travel.partial_after, height, width, after),
+            self._matrix(flow, flow.before, flow.partial_before, height, width, before),
+            self._matrix(flow, flow.after, flow.partial_after, height, width, after),
         ]
 
     @staticmethod
@@ -247,7 +247,7 @@ class _Panel:
 
     def _matrix(
         self,
-        travel: Travel,
+        flow: TensorFlow,
         dims: Dims,
         partial: Sequence[str],
         height: tuple[str, ...],
@@ -259,10 +259,12 @@ class _Panel:
         turned = first in width and any(letter in letters for letter in height)
         batched = tuple(dim for dim in dims if dim.letter not in height and dim.letter not in width)
         if batched:
-            text, numbers = blocks.edge(batched, [dim.letter for dim in batched], self.walk.sizes, self.walk.mesh)
+            text, numbers = blocks.edge(
+                batched, [dim.letter for dim in batched], self.timeline.sizes, self.timeline.mesh
+            )
             note = f"{f'{note}, ' if note else ''}sheets {text} = {numbers}"
         return _Matrix(
-            travel.name + ("ᵀ" if turned else ""),
+            flow.name + ("ᵀ" if turned else ""),
             note,
             blocks.sheets(self.rulers, dims, partial, height, width),
             self._edge(dims, width),
@@ -272,7 +274,7 @@ class _Panel:
         )
 
     def _edge(self, dims: Dims, letters: tuple[str, ...]) -> tuple[str, str]:
-        return blocks.edge(dims, letters, self.walk.sizes, self.walk.mesh)
+        return blocks.edge(dims, letters, self.timeline.sizes, self.timeline.mesh)
 
     @staticmethod
     def _gap(moves: Sequence[Moved]) -> float:
@@ -354,16 +356,16 @@ def _bytes(moved: Moved) -> str:
     return most if len(set(moved.bytes)) == 1 else f"at most {most}"
 
 
-def _footer(paper: Paper, walk: Walk, panels: Sequence[_Panel], y: float) -> None:
+def _footer(paper: Paper, timeline: Timeline, panels: Sequence[_Panel], y: float) -> None:
     """The mesh in the ranks' colours, what the signs mean, and what is sent in all."""
-    end = _mesh(paper, walk, y)
+    end = _mesh(paper, timeline, y)
     x, at = end + 0.45, y + 0.06
     for line in _signs(panels):
         paper.text(x, at, line, 7)
         at += 0.16
     sums = []
-    for step in walk.steps:
-        by_rank = [sum(moved.bytes[rank] for moved in step.moves) for rank in range(len(walk.ranks))]
+    for step in timeline.steps:
+        by_rank = [sum(moved.bytes[rank] for moved in step.moves) for rank in range(len(timeline.ranks))]
         sums.append((step.name, max(by_rank), len(set(by_rank)) > 1))
     text = ",  ".join(f"{name} {'at most ' if uneven else ''}{format_si(most, 'B')}" for name, most, uneven in sums)
     paper.text(x, at, f"bytes are what one rank sends;  in all:  {text}", 7)
@@ -382,9 +384,9 @@ def _signs(panels: Sequence[_Panel]) -> list[str]:
     return signs
 
 
-def _mesh(paper: Paper, walk: Walk, y: float) -> float:
+def _mesh(paper: Paper, timeline: Timeline, y: float) -> float:
     """Ranks in their places: the last axis to the right, the one before it down, others side by side."""
-    axes = [(axis, size) for axis, size in walk.mesh.items()]
+    axes = [(axis, size) for axis, size in timeline.mesh.items()]
     across = axes[-1] if axes else ("", 1)
     down = axes[-2] if len(axes) > 1 else ("", 1)
     outer = axes[:-2]
@@ -394,10 +396,10 @@ def _mesh(paper: Paper, walk: Walk, y: float) -> float:
     per = across[1] * down[1]
     per_row = 8 if across[1] <= 2 else 4
     start, right = x, x
-    for number in range(len(walk.ranks) // per):
+    for number in range(len(timeline.ranks) // per):
         if number and number % per_row == 0:
             x, top = start, top + down[1] * cell + 0.62
-        coordinate = walk.ranks[number * per].coordinate
+        coordinate = timeline.ranks[number * per].coordinate
         label = ", ".join(f"{axis} {coordinate[axis]}" for axis, _ in outer)
         paper.text(x, top - 0.28, label, 7, ink=GREY)
         paper.text(x, top - 0.11, f"{across[0]} →" if across[0] else "", 8)

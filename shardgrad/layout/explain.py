@@ -37,7 +37,7 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
         made = specs[phase.made]
         if phase.made == "bias":
             gathered = plan.bias_reads_gathered(need)
-            dims = reading.used(layout.out).dims if gathered else layout.out.dims
+            dims = reading.compute_layout(layout.out).dims if gathered else layout.out.dims
             dy = TensorSpec(f"d{layout.out.name}", dims)
             summed = [d.letter for d in dims if d.letter not in made.letters]
             sigma = f"Σ_{','.join(summed)} " if summed else ""
@@ -45,9 +45,9 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
             left = made.grad_partial
         else:
             target, left = (made, made.partial) if forward else (made.grad, made.grad_partial)
-            operands = [reading.used(specs[read.role]) for read in phase.reads if read.role != "bias"]
+            operands = [reading.compute_layout(specs[read.role]) for read in phase.reads if read.role != "bias"]
             operands = [t if forward or t.name != layout.out.name else t.grad for t in operands]
-            steps.append(f"compute     {formula(reading.used(target), operands, layout.spatial_letters)}")
+            steps.append(f"compute     {formula(reading.compute_layout(target), operands, layout.spatial_letters)}")
         name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
         steps += _moves(name, phase.reduce)
         steps += [f"leave       {name} partial over {axis}: the caller sums it" for axis in left]

@@ -167,14 +167,14 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     gather: dict[Role, tuple[Move, ...]] = {}
     reduce: dict[Role, tuple[Move, ...]] = {}
     for role, spec in tensors.items():
-        used = reading.used(spec).dims
+        used = reading.compute_layout(spec).dims
         gather[role] = route(spec.dims, used)
-        reduce[role] = route(used, spec.dims, reading.lacking(spec), (*spec.partial, *spec.grad_partial))
+        reduce[role] = route(used, spec.dims, reading.communicated_over(spec), (*spec.partial, *spec.grad_partial))
     product, bias = layout.out, reading.bias
     at_product = tuple(Dim(d.letter, product.axes_of(d.letter)) for d in bias.dims)
-    at_gathered = tuple(Dim(d.letter, reading.used(product).axes_of(d.letter)) for d in bias.dims)
+    at_gathered = tuple(Dim(d.letter, reading.compute_layout(product).axes_of(d.letter)) for d in bias.dims)
     missing = [axis for dim in product.dims if dim.letter not in bias.letters for axis in dim.axes]
-    missing_gathered = [a for d in reading.used(product).dims if d.letter not in bias.letters for a in d.axes]
+    missing_gathered = [a for d in reading.compute_layout(product).dims if d.letter not in bias.letters for a in d.axes]
     return Plan(
         out_dims=product.dims,
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},

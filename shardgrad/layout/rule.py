@@ -40,11 +40,11 @@ class Reading:
     batched: tuple[str, ...]
     bias: TensorSpec
 
-    def used(self, spec: TensorSpec) -> TensorSpec:
+    def compute_layout(self, spec: TensorSpec) -> TensorSpec:
         """The tensor as a local product reads or makes it: cut only by the axes that split its letters."""
         return spec.with_axes({d.letter: tuple(a for a in d.axes if self.splits[a] == d.letter) for d in spec.dims})
 
-    def lacking(self, spec: TensorSpec) -> tuple[str, ...]:
+    def communicated_over(self, spec: TensorSpec) -> tuple[str, ...]:
         """The axes that split a letter which the tensor does not carry: it is communicated along these, no others."""
         return tuple(axis for axis, letter in self.splits.items() if letter not in spec.letters)
 
@@ -201,7 +201,7 @@ def _check_marks(layout: Notation, reading: Reading) -> None:
         if tensor is layout.bias:
             summed = tuple(a for d in product.dims if d.letter not in tensor.letters for a in d.axes)
         else:
-            summed = reading.lacking(tensor)
+            summed = reading.communicated_over(tensor)
         marks = (*tensor.partial, *tensor.grad_partial)
         for axis in marks:
             if marks.count(axis) > 1:

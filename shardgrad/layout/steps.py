@@ -26,7 +26,7 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
-class Travel:
+class TensorFlow:
     """A tensor from one storage to another.
 
     partial_before, partial_after: the axes over which it is a sum not yet summed, at either end.
@@ -55,23 +55,23 @@ class Step:
 
     name: str
     formula: str
-    reads: tuple[Travel, ...]
-    made: Travel
-    bias: Travel | None
+    reads: tuple[TensorFlow, ...]
+    made: TensorFlow
+    bias: TensorFlow | None
     flops: tuple[int, ...]
 
     @property
     def moves(self) -> tuple[Moved, ...]:
         """Every move of this phase, in order."""
-        travels = (*self.reads, *((self.bias,) if self.bias else ()), self.made)
-        return tuple(moved for travel in travels for moved in travel.moves)
+        flows = (*self.reads, *((self.bias,) if self.bias else ()), self.made)
+        return tuple(moved for flow in flows for moved in flow.moves)
 
 
 MOST_RANKS = 2**16  # in some ten seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class Timeline:
     """All phases of a layout on a mesh.
 
     ranks: of every rank, in torch's order (the last axis runs fastest), its sizes and its place on the mesh.
@@ -85,14 +85,14 @@ class Walk:
     steps: tuple[Step, ...]
 
 
-def walk(
+def timeline(
     layout: Layout,
     sizes: Mapping[str, int],
     mesh: Mapping[str, int],
     dtype: Any = "float32",
     *,
     save_gathered: Collection[str] = (),
-) -> Walk:
+) -> Timeline:
     """Forward and backward, every gradient wanted; arguments as those of `Layout.collectives`.
 
     Raises:
@@ -121,7 +121,7 @@ def walk(
     maker = _Maker(layout, mesh, ranks, sent, need)
     phases = forward_phases([layout.plan], [layout.has_bias]), backward_phases([layout.plan], [need], kept)
     steps = tuple(maker.step(phase) for group in phases for phase in group)
-    return Walk(layout, sizes, mesh, str(dtype).removeprefix("torch."), ranks, steps)
+    return Timeline(layout, sizes, mesh, str(dtype).removeprefix("torch."), ranks, steps)
 
 
 class _Maker:
@@ -149,9 +149,9 @@ class _Maker:
             spec = self.specs[read.role]
             gradient = read.role == "out" and not forward
             name = f"d{spec.name}" if gradient else spec.name
-            used = self.layout.reading.used(spec).dims
+            used = self.layout.reading.compute_layout(spec).dims
             if read.role == "bias":
-                bias = self._travel(phase.name, name, "bias", spec.dims, (), read.moves)
+                bias = self._flow(phase.name, name, "bias", spec.dims, (), read.moves)
                 continue
             note, before = "", spec.dims
             if phase.made == "bias" and not self.layout.plan.bias_reads_gathered(self.need):
@@ -161,17 +161,17 @@ class _Maker:
                 note, before = f"gathered for {since}" if since else "kept from forward", used
             elif read.moves and not forward:
                 self.moved_in[read.role] = phase.name
-            reads.append(self._travel(phase.name, name, read.role, before, (), read.moves, note))
+            reads.append(self._flow(phase.name, name, read.role, before, (), read.moves, note))
         made = self.specs[phase.made]
         name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
         left = made.partial if forward else made.grad_partial
         before = phase.reduce[0].before if phase.reduce else made.dims
-        result = self._travel(phase.name, name, phase.made, before, left, phase.reduce)
+        result = self._flow(phase.name, name, phase.made, before, left, phase.reduce)
         operands = [TensorSpec(r.name, r.after) for r in reads]
         flops = tuple(self._flops(sizes) if phase.made != "bias" else 0 for sizes in self.ranks)
         return Step(phase.name, formula(TensorSpec(name, before), operands), tuple(reads), result, bias, flops)
 
-    def _travel(
+    def _flow(
         self,
         phase: str,
         name: str,
@@ -180,7 +180,7 @@ class _Maker:
         left: tuple[str, ...],
         moves: tuple[Move, ...],
         note: str = "",
-    ) -> Travel:
+    ) -> TensorFlow:
         told = []
         for move in moves:
             if self.mesh[move.axis] == 1:
@@ -190,23 +190,25 @@ class _Maker:
         summed = tuple(m.move.axis for m in told if m.move.kind in ("reduce-scatter", "all-reduce"))
         left = tuple(axis for axis in left if self.mesh[axis] > 1)
         after = moves[-1].after if moves else before
-        return Travel(name, role, before, after, (*summed, *left), left, tuple(told), note)
+        return TensorFlow(name, role, before, after, (*summed, *left), left, tuple(told), note)
 
     def _flops(self, sizes: Sizes) -> int:
         """Two for every choice of one index of every letter, each letter cut by the axes that split it."""
         cut: dict[str, tuple[str, ...]] = {}
         for spec in (self.layout.lhs, self.layout.rhs, self.layout.out):
-            cut |= {dim.letter: dim.axes for dim in self.layout.reading.used(spec).dims}
+            cut |= {dim.letter: dim.axes for dim in self.layout.reading.compute_layout(spec).dims}
         local = [sizes.get(letter, axes) for letter, axes in cut.items()]
         return 2 * prod(size for size in local if size is not None)
 
 
-def check_rank(walk: Walk, rank: int) -> int:
+def check_rank(timeline: Timeline, rank: int) -> int:
     """The rank, if the mesh has it.
 
     Raises:
         LayoutError: it has fewer.
     """
-    if not 0 <= rank < len(walk.ranks):
-        raise LayoutError(f"rank {rank} is not one of the {len(walk.ranks)} ranks of the mesh {dict(walk.mesh)}")
+    if not 0 <= rank < len(timeline.ranks):
+        raise LayoutError(
+            f"rank {rank} is not one of the {len(timeline.ranks)} ranks of the mesh {dict(timeline.mesh)}"
+        )
     return rank

@@ -203,7 +203,7 @@ class _Map:
 
 
 def _local(settings: Convolution, layout: Layout, sizes: Sizes) -> Local:
-    used = [layout.reading.used(spec).dims for spec in (layout.lhs, layout.rhs, layout.out)]
+    used = [layout.reading.compute_layout(spec).dims for spec in (layout.lhs, layout.rhs, layout.out)]
     rows, groups, inner, columns = layout.rows, layout.batched, layout.contracted, layout.columns
     x = _Order(layout.lhs.letters, rows, (*groups, *inner), sizes.shape_of(used[0]))
     w = _Order(layout.rhs.letters, (*groups, *columns), inner, sizes.shape_of(used[1]))

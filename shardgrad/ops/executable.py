@@ -324,7 +324,7 @@ class Executable:
         return {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out}[role]
 
     def _used_shape(self, at: int, role: Role) -> tuple[int, ...]:
-        return self._sizes.shape_of(self._layouts[at].reading.used(self._spec(at, role)).dims)
+        return self._sizes.shape_of(self._layouts[at].reading.compute_layout(self._spec(at, role)).dims)
 
     def _best_order(self, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
         """dX before dW, so that its reduction runs under dW's product; the other way round where only dW is reduced."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shardgrad.comm.meet import start_process_group
+from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.comm.trace import trace_collectives
 from shardgrad.scale import work
 from shardgrad.scale.cell import Cell

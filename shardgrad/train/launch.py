@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.backend import choose
-from shardgrad.comm.meet import start_process_group
 from shardgrad.comm.mesh import view
+from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.train import corpus, folder

@@ -175,7 +175,7 @@ def computed(layout: Layout, made: str, sizes: Mapping[str, int], mesh_shape: Ma
         LayoutError: a letter or an axis is missing.
     """
     known = layout.resolve(sizes, mesh_shape)  # the first rank has the largest shards
-    plan, y, used = layout.plan, layout.out, layout.reading.used
+    plan, y, used = layout.plan, layout.out, layout.reading.compute_layout
 
     def whole(letters: Sequence[str]) -> int:
         return prod(sizes[letter] for letter in letters)

@@ -16,7 +16,7 @@ from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.module import ShardedModule
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exchange import coordinates
-from shardgrad.verification.guess import Known
+from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.observed import Split
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
@@ -97,7 +97,7 @@ class Attempt:
             for one, (key, tensor) in zip(found, singles)
         ]
 
-    def known(self, measured: Sequence[Measured], seed: int, *, constants: bool) -> Known:
+    def known(self, measured: Sequence[Measured], seed: int, *, constants: bool) -> Context:
         """What explanations may use of an attempt, which was not nudged."""
         values = self._perturbed(seed, constants, False)
         by_key = {one.key: one for one in measured}
@@ -125,7 +125,7 @@ class Attempt:
 
             return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, step)]
 
-        return Known(
+        return Context(
             exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
             before={one.name: (value.double(), one.split) for one, value in zip(self.pairs, values)},
             real={one.key: one.real for one in measured if one.real is not None},

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
 
 _RUNS = 64
@@ -19,7 +19,7 @@ _MOST = 1 << 24
 """Products of elements to compute at most: larger tables are not searched."""
 
 
-def _parameters(seen: Seen, known: Known) -> list[tuple[str, Tensor, Split]]:
+def _parameters(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split]]:
     """Those of the module whose output it is; of the whole model, all."""
     if seen.kind != "output" or not seen.fits:
         return []
@@ -29,7 +29,7 @@ def _parameters(seen: Seen, known: Known) -> list[tuple[str, Tensor, Split]]:
     return own if len(own) <= 8 else []
 
 
-def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
+def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Each rank has what its own shard of a parameter gives, or all have what one rank's shard is missing from.
 
     In backward too: there a gradient of what a cut parameter is multiplied with is a sum over its shards.
@@ -62,7 +62,7 @@ def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
             else "all-reduce, or reduce-scatter, after the product; and use what the collective returns"
         )
         says = f"each rank has the term of its own shard of {name}"
-        yield Guess(f"sum over {over} missing", says, remedy, parts, seen.size, cost=1)
+        yield Hypothesis(f"sum over {over} missing", says, remedy, parts, seen.size, cost=1)
         for each, p in seen.axes() if backward else ():
             for made_so, by in (
                 (f"summed twice over {list_of(each)}", p),
@@ -77,14 +77,14 @@ def own_terms(seen: Seen, known: Known) -> Iterator[Guess]:
                     f"what comes back through {name} is {by:.4g} times what it should be",
                     "look at what reduces it",
                 )
-                yield Guess(made_so, says, f"{remedy} over {list_of(each)} in backward", parts, seen.size, cost=1)
+                yield Hypothesis(made_so, says, f"{remedy} over {list_of(each)} in backward", parts, seen.size, cost=1)
         for rank, full in enumerate(without):
             parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
             says, remedy = (
                 f"the term of rank {rank}'s shard of {name} is not in it",
                 "let every rank take part in the sum",
             )
-            yield Guess("one rank's term missing", says, remedy, parts, seen.size, cost=1)
+            yield Hypothesis("one rank's term missing", says, remedy, parts, seen.size, cost=1)
 
 
 def _mask(value: Tensor, indices: list[Tensor]) -> Tensor:
@@ -97,7 +97,7 @@ def _mask(value: Tensor, indices: list[Tensor]) -> Tensor:
     return mask
 
 
-def other_parameters(seen: Seen, known: Known) -> Iterator[Guess]:
+def other_parameters(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The output that one device has with a parameter left out, counted p times, permuted, transposed, or exchanged."""
     runs = 0
     for name, value, split in _parameters(seen, known):
@@ -107,11 +107,11 @@ def other_parameters(seen: Seen, known: Known) -> Iterator[Guess]:
             if full is None or runs > _RUNS:
                 return
             parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
-            yield Guess(made, says, remedy, parts, seen.size, cost=1)
+            yield Hypothesis(made, says, remedy, parts, seen.size, cost=1)
 
 
 def _changes(
-    name: str, value: Tensor, split: Split, seen: Seen, known: Known
+    name: str, value: Tensor, split: Split, seen: Evidence, known: Context
 ) -> Iterator[tuple[str, str, str, dict[str, Tensor]]]:
     what = "bias" if "bias" in name.rsplit(".", 1)[-1] else "parameter"
     yield f"{what} left out", f"it is what comes out without {name}", f"use {name}", {name: torch.zeros_like(value)}
@@ -169,7 +169,7 @@ def _halves(t: Tensor, dim: int) -> Tensor:
     return torch.cat(t.chunk(2, dim)[::-1], dim)
 
 
-def some_uses(seen: Seen, known: Known) -> Iterator[Guess]:
+def some_uses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """A gradient in which one use of the parameter is not counted (tied weights, micro-batches), or one alone is."""
     uses = known.uses(seen.name) if seen.kind == "gradient" and seen.fits else ()
     if not 1 < len(uses) <= _RUNS:
@@ -186,10 +186,10 @@ def some_uses(seen: Seen, known: Known) -> Iterator[Guess]:
              "hand, or by two hooks, there"),
         ):  # fmt: skip
             parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
-            yield Guess(made, what, remedy, parts, seen.size, cost=1)
+            yield Hypothesis(made, what, remedy, parts, seen.size, cost=1)
 
 
-def looked_up(seen: Seen, known: Known) -> Iterator[Guess]:
+def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """An embedding's rows: others than the ids', none, or one more than should be."""
     own = _parameters(seen, known)
     if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
@@ -225,4 +225,4 @@ def looked_up(seen: Seen, known: Known) -> Iterator[Guess]:
             "look at which ids a rank takes for its own, first <= id < first + rows, at the row that it reads, "
             "id - first, and at the zeros for all others"
         )
-        yield Guess("wrong rows looked up", says, remedy, wanted, seen.size, cost=3)
+        yield Hypothesis("wrong rows looked up", says, remedy, wanted, seen.size, cost=3)

@@ -16,8 +16,8 @@ from math import inf, log2
 import torch
 from torch import Tensor
 
-from shardgrad.verification.explanations import guesses
-from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.explanations import hypotheses
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Kind, Observed
 
 MOST = 8
@@ -72,7 +72,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose(found: Sequence[Observed], known: Known) -> tuple[Diagnosis, ...]:
+def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]:
     """Of wrong tensors in the order of execution: the first and those after it, until one is explained.
 
     Later ones are wrong in consequence, mostly; they are looked at only where the first tells nothing.
@@ -87,12 +87,15 @@ def diagnose(found: Sequence[Observed], known: Known) -> tuple[Diagnosis, ...]:
     return tuple(told)
 
 
-def explain(found: Observed, known: Known) -> Diagnosis:
+def explain(found: Observed, known: Context) -> Diagnosis:
     """Try every explanation of the table on one tensor."""
-    seen = Seen(found, known.real.get((found.kind, found.name)))
+    seen = Evidence(found, known.real.get((found.kind, found.name)))
     before = _worst(seen.held, seen.right, seen.size, None) if seen.fits else inf
     tried = [
-        (guess, level, fit) for guess in guesses(seen, known) for level, fit in [_fit(guess, seen)] if fit is not None
+        (guess, level, fit)
+        for guess in hypotheses(seen, known)
+        for level, fit in [_fit(guess, seen)]
+        if fit is not None
     ]
     fits: list[Fit] = []
     if tried:
@@ -104,7 +107,7 @@ def explain(found: Observed, known: Known) -> Diagnosis:
     return Diagnosis(found.kind, found.name, before, tuple(reversed(unique.values())), "" if unique else _off(seen))
 
 
-def _fit(guess: Guess, seen: Seen) -> tuple[int, tuple[Fit, float] | None]:
+def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | None]:
     """How widely a guess fits (0: everywhere, 1: on the wrong ranks, 2: at the wrong elements), and what it leaves:
     of its worst element, and the root mean square over all, in units of rounding."""
     if guess.size == ():  # nothing to compare: it is so
@@ -137,7 +140,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _where(level: int, seen: Seen) -> str:
+def _where(level: int, seen: Evidence) -> str:
     if level == 0:
         return ""
     ranks = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
@@ -157,7 +160,7 @@ def _where(level: int, seen: Seen) -> str:
     return f"{inside} alone" + (f", {on}" if on else "")
 
 
-def _off(seen: Seen) -> str:
+def _off(seen: Evidence) -> str:
     """How far it is from the exact tensor, and where, for want of an explanation."""
     if not seen.fits or not any(bool(wrong.any()) for wrong in seen.wrong):
         return ""

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from shardgrad.verification.counterfactual import looked_up, other_parameters, own_terms, some_uses
-from shardgrad.verification.guess import Guess, Known, Seen, list_of
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
 from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
 from shardgrad.verification.rounding import floor
 
-Explanation = Callable[[Seen, Known], Iterator[Guess]]
+Explanation = Callable[[Evidence, Context], Iterator[Hypothesis]]
 
 
-def _scaled(seen: Seen, c: float) -> tuple[list[Tensor], list[Tensor]]:
+def _scaled(seen: Evidence, c: float) -> tuple[list[Tensor], list[Tensor]]:
     return [c * right for right in seen.right], [abs(c) * size for size in seen.size]
 
 
-def _reduce(seen: Seen, axes: Sequence[str]) -> str:
+def _reduce(seen: Evidence, axes: Sequence[str]) -> str:
     """Where the reduction belongs, by what the tensor is."""
     over = list_of(axes)
     return {
@@ -40,24 +40,24 @@ def _reduce(seen: Seen, axes: Sequence[str]) -> str:
     }.get(seen.kind, f"all-reduce it over {over}")
 
 
-def missing(seen: Seen, known: Known) -> Iterator[Guess]:
+def missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """A rank has none, or one device has none."""
     none = [rank for rank, tensor in enumerate(seen.found.locals) if tensor is None]
     if none:
         says = f"rank{'s' if len(none) > 1 else ''} {list_of(none)} never computed it"
-        yield Guess(
+        yield Hypothesis(
             "never computed", says, "look for detach(), no_grad(), or a parameter that is not used there", (), ()
         )
     elif (seen.kind, seen.name) in known.exact and not seen.fits and seen.exact.dim():
         whole = [seen.exact] * len(seen.ranks)
         says = "every rank holds the whole tensor, where it should hold its part"
-        yield Guess("not cut", says, f"cut it: store it as {seen.split}", whole, [seen.scale] * len(seen.ranks))
+        yield Hypothesis("not cut", says, f"cut it: store it as {seen.split}", whole, [seen.scale] * len(seen.ranks))
 
 
-def not_finite(seen: Seen, known: Known) -> Iterator[Guess]:
+def not_finite(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     bad = [rank for rank in seen.ranks if not bool(seen.held[rank].isfinite().all())]
     if bad:
-        yield Guess(
+        yield Hypothesis(
             "not finite",
             f"rank{'s' if len(bad) > 1 else ''} {list_of(bad)} ha{'ve' if len(bad) > 1 else 's'} "
             f"{sum(int((~seen.held[r].isfinite()).sum()) for r in bad)} elements that are NaN or infinite",
@@ -67,16 +67,18 @@ def not_finite(seen: Seen, known: Known) -> Iterator[Guess]:
         )
 
 
-def drifted(seen: Seen, known: Known) -> Iterator[Guess]:
+def drifted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Replicas that are not the same bits before the step."""
     if seen.kind == "value":
         off = [rank for rank in seen.ranks if not torch.equal(seen.held[rank], seen.right[rank])]
         says = f"rank{'s' if len(off) > 1 else ''} {list_of(off)} hold{'s' if len(off) == 1 else ''} other values than "
         remedy = "initialise replicas with one seed or broadcast them, and give every replica the same gradient"
-        yield Guess("replicas have drifted apart", says + "the first rank that should hold the same", remedy, (), ())
+        yield Hypothesis(
+            "replicas have drifted apart", says + "the first rank that should hold the same", remedy, (), ()
+        )
 
 
-def nothing(seen: Seen, known: Known) -> Iterator[Guess]:
+def nothing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Zero, or as it was before the step."""
     zero = [torch.zeros_like(right) for right in seen.right]
     if seen.kind == "step":
@@ -84,7 +86,7 @@ def nothing(seen: Seen, known: Known) -> Iterator[Guess]:
             value, split = known.before[seen.name]
             at = [split.cut(value.double(), seen.mesh, c) for c in seen.found.coordinates]
             says = "it is what it was before the step"
-            yield Guess(
+            yield Hypothesis(
                 "stale",
                 says,
                 "give the parameter to the optimizer, and step after its gradient is there",
@@ -96,10 +98,10 @@ def nothing(seen: Seen, known: Known) -> Iterator[Guess]:
         remedy = {
             "gradient": "look for a gradient that is computed but not stored, or kept under another name or replica",
         }.get(seen.kind, "look for a buffer that was not filled, a result that was dropped, or a mask")
-        yield Guess("stale", says, remedy, zero, seen.size)
+        yield Hypothesis("stale", says, remedy, zero, seen.size)
 
 
-def padding_counted(seen: Seen, known: Known) -> Iterator[Guess]:
+def padding_counted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """What is wrong lies beyond the tensor of one device."""
     real = known.real.get((seen.kind, seen.name))
     if real is None or real == tuple(seen.exact.shape) or len(real) != seen.exact.dim():
@@ -109,7 +111,7 @@ def padding_counted(seen: Seen, known: Known) -> Iterator[Guess]:
     mine = [seen.split.cut(inside, seen.mesh, c) for c in seen.found.coordinates]
     wanted = [torch.where(m, right, held) for m, right, held in zip(mine, seen.right, seen.held)]
     says = "it is right but for what belongs to the padding, which should be zero"
-    yield Guess(
+    yield Hypothesis(
         "padding counted",
         says,
         "mask the padded classes before the loss (or the rows, in the mean)",
@@ -119,7 +121,7 @@ def padding_counted(seen: Seen, known: Known) -> Iterator[Guess]:
     )
 
 
-def sum_missing(seen: Seen, known: Known) -> Iterator[Guess]:
+def sum_missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The ranks' tensors are terms: only their sum (or mean) is right."""
     for axes, ranks in seen.axes(cut=False) if seen.fits else ():
         alike = all(
@@ -133,50 +135,50 @@ def sum_missing(seen: Seen, known: Known) -> Iterator[Guess]:
         squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
         size = [square.sqrt() for square in seen.summed(squares, axes)]
         says = f"the ranks of {over} hold different terms, which add up to the right tensor"
-        yield Guess(f"sum over {over} missing", says, _reduce(seen, axes), seen.right, size, total)
+        yield Hypothesis(f"sum over {over} missing", says, _reduce(seen, axes), seen.right, size, total)
         mean, part = [t / ranks for t in total], [s / ranks for s in size]
         says = f"the ranks of {over} hold different tensors, of which the mean is right"
         remedy = f"all-reduce it over {over} and divide by {ranks}"
-        yield Guess(f"mean over {over} missing", says, remedy, seen.right, part, mean)
+        yield Hypothesis(f"mean over {over} missing", says, remedy, seen.right, part, mean)
         for other, factor in seen.axes():
             if not set(other) & set(axes):
                 wanted, scaled = _scaled(seen, factor)
                 says = f"it was summed over {list_of(other)}, but its terms lie over {over}"
                 remedy = f"reduce over {over} instead of {list_of(other)}"
                 bound = [torch.maximum(a, b) for a, b in zip(scaled, size)]
-                yield Guess(f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total)
+                yield Hypothesis(f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total)
 
 
-def factors(seen: Seen, known: Known) -> Iterator[Guess]:
+def factors(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """p times, or a p-th, of what it should be."""
     bias = seen.exact.dim() == 1 and "bias" in seen.name.rsplit(".", 1)[-1]
     for axes, p in seen.axes():
         over = list_of(axes)
         more, less = _scaled(seen, p), _scaled(seen, 1 / p)
-        yield Guess(
+        yield Hypothesis(
             f"summed twice over {over}", f"it is {p} times what it should be: complete tensors were added up",
             f"leave out one of the two reductions over {over}: the tensor was already complete on every rank "
             "(sg.all_reduce's backward is nothing, sg.gather_replicated's a slice)", *more,
         )  # fmt: skip
-        yield Guess(
+        yield Hypothesis(
             f"sum over {over} where a mean belongs", f"it is {p} times what it should be", f"divide by {p}", *more
         )
-        yield Guess(
+        yield Hypothesis(
             f"mean over {over} where a sum belongs", f"it is 1/{p} of what it should be",
             f"do not divide by {p}: the ranks' tensors are terms of one sum, or are complete already", *less,
         )  # fmt: skip
         if bias:
             says = f"it is {p} times what it should be: every rank of {over} adds the bias, or its gradient"
             remedy = f"add the bias once, after the reduction over {over}, and do not all-reduce its gradient"
-            yield Guess(f"bias counted by every rank of {over}", says, remedy, *more)
+            yield Hypothesis(f"bias counted by every rank of {over}", says, remedy, *more)
             says = f"it is 1/{p} of what it should be: a bias divided by {p} in forward has that gradient"
             remedy = f"add the whole bias once after the reduction over {over}, instead of bias/{p} before it"
-            yield Guess(f"bias divided by the ranks of {over}", says, remedy, *less)
+            yield Hypothesis(f"bias divided by the ranks of {over}", says, remedy, *less)
     says = "it is what it should be, but for the sign"
-    yield Guess("sign flipped", says, "look for a minus, or an update that goes uphill", *_scaled(seen, -1.0))
+    yield Hypothesis("sign flipped", says, "look for a minus, or an update that goes uphill", *_scaled(seen, -1.0))
 
 
-def constant(seen: Seen, known: Known) -> Iterator[Guess]:
+def constant(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Some other constant, of the whole tensor or of each rank."""
     if not seen.fits or seen.kind in ("loss", "norm") or seen.exact.numel() < 2:
         return
@@ -190,14 +192,16 @@ def constant(seen: Seen, known: Known) -> Iterator[Guess]:
     at_wrong = sum(over[r] for r in wrong) / sum(under[r] for r in wrong)
     remedy = "look for a scale, a learning rate, a count of tokens or a dtype's loss scale that one device has not"
     if at_wrong and at_wrong == at_wrong:
-        yield Guess("scaled by a constant", f"it is {_number(at_wrong, seen)} times what it should be", remedy,
+        yield Hypothesis("scaled by a constant", f"it is {_number(at_wrong, seen)} times what it should be", remedy,
                     *_scaled(seen, at_wrong), cost=2, fitted=1)  # fmt: skip
     own = [over[r] / under[r] if r in wrong else 1.0 for r in seen.ranks]
     if len(wrong) > 1 and all(own):
         says = "rank by rank it is " + list_of([f"{c:.4g}" for c in own]) + " times what it should be"
         wanted = [c * right for c, right in zip(own, seen.right)]
         size = [abs(c) * one for c, one in zip(own, seen.size)]
-        yield Guess("scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong))
+        yield Hypothesis(
+            "scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong)
+        )
     for dim in range(seen.exact.dim()):
         others = [d for d in range(seen.exact.dim()) if d != dim]
         if not others or seen.exact.shape[dim] < 2:
@@ -210,10 +214,10 @@ def constant(seen: Seen, known: Known) -> Iterator[Guess]:
         size = [rate.abs() * one + one for rate, one in zip(rates, seen.size)]
         says = f"each index of dim {dim} has another factor"
         remedy = f"look for a weight, a mask or a normalisation along dim {dim} that is applied twice or not at all"
-        yield Guess(f"scaled along dim {dim}", says, remedy, wanted, size, cost=8, fitted=seen.exact.shape[dim])
+        yield Hypothesis(f"scaled along dim {dim}", says, remedy, wanted, size, cost=8, fitted=seen.exact.shape[dim])
 
 
-def _number(c: float, seen: Seen) -> str:
+def _number(c: float, seen: Evidence) -> str:
     for axis, p in seen.mesh.items():
         for power, name in ((0.5, f"√{axis}"), (-0.5, f"1/√{axis}"), (2, f"{axis}²"), (-2, f"1/{axis}²")):
             if p > 1 and abs(c / p**power - 1) < 1e-3:
@@ -221,7 +225,7 @@ def _number(c: float, seen: Seen) -> str:
     return f"{c:.6g}"
 
 
-def summed_shards(seen: Seen, known: Known) -> Iterator[Guess]:
+def summed_shards(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Shards, which are different parts, were added up or averaged as if they were terms or replicas."""
     for axes, p in seen.axes(cut=True):
         if not seen.fits or any(len({seen.right[r].shape for r in group}) > 1 for group in seen.groups(axes)):
@@ -231,12 +235,12 @@ def summed_shards(seen: Seen, known: Known) -> Iterator[Guess]:
         over = list_of(axes)
         remedy = f"take it out of what is reduced over {over}: {seen.split} is cut there"
         says = f"the shards of the ranks of {over}, which are different parts of it, were added up"
-        yield Guess(f"shards summed over {over}", says, remedy, total, size)
+        yield Hypothesis(f"shards summed over {over}", says, remedy, total, size)
         says = f"the shards of the ranks of {over}, which are different parts of it, were averaged"
-        yield Guess(f"shards averaged over {over}", says, remedy, [t / p for t in total], [s / p for s in size])
+        yield Hypothesis(f"shards averaged over {over}", says, remedy, [t / p for t in total], [s / p for s in size])
 
 
-def other_tensor(seen: Seen, known: Known) -> Iterator[Guess]:
+def other_tensor(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """It is what another tensor of the step should be."""
     for (kind, name), (exact, split) in known.exact.items():
         if (kind, name) == (seen.kind, seen.name) or kind in ("norm", "loss") or exact.dim() != seen.exact.dim():
@@ -251,12 +255,12 @@ def other_tensor(seen: Seen, known: Known) -> Iterator[Guess]:
         size = [torch.maximum(a, b) for a, b in zip(size, seen.size)]
         what = f"the {kind} of {name}" if kind != seen.kind else name
         remedy = f"two tensors were exchanged, or one is used for both: look where {seen.name} and {name} are named"
-        yield Guess(
+        yield Hypothesis(
             "another tensor", f"it is what {what} should be", remedy, wanted, size, cost=1 + (kind != seen.kind)
         )
 
 
-def update(seen: Seen, known: Known) -> Iterator[Guess]:
+def update(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """After the optimizer: the step is p times, a p-th, uphill, or another constant times what it should be."""
     if seen.kind != "step" or seen.name not in known.before or not seen.fits:
         return
@@ -270,7 +274,7 @@ def update(seen: Seen, known: Known) -> Iterator[Guess]:
         wanted = [right + decay * at for right, at in zip(seen.right, before)]
         says = f"besides the right step it is {'decayed' if decay < 0 else 'grown'} by {abs(decay):.4g} times its value"
         remedy = "look at the weight decay: other groups of parameters, applied twice, scaled by another learning rate"
-        yield Guess("decayed by another factor", says, remedy, wanted, seen.size, cost=2, fitted=1)
+        yield Hypothesis("decayed by another factor", says, remedy, wanted, seen.size, cost=2, fitted=1)
     named: list[tuple[float, str]] = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
     named += [(1 / p, f"mean over {list_of(axes)} where a sum belongs") for axes, p in seen.axes()]
     wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
@@ -284,7 +288,9 @@ def update(seen: Seen, known: Known) -> Iterator[Guess]:
         remedy = "give every rank the same learning rate, and the same factor of clipping"
         wanted = [at + c * s for at, c, s in zip(before, own, step)]
         size = [(1 + abs(c)) * one for c, one in zip(own, seen.size)]
-        yield Guess("scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong))
+        yield Hypothesis(
+            "scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong)
+        )
     for c, name, cost in [
         *((c, n, 0) for c, n in named),
         (-1.0, "sign flipped", 0),
@@ -294,12 +300,12 @@ def update(seen: Seen, known: Known) -> Iterator[Guess]:
             wanted = [at + c * s for at, s in zip(before, step)]
             says = f"the step is {c:.4g} times what it should be"
             remedy = "look at what happens between backward and the optimizer: clipping, averaging, the learning rate"
-            yield Guess(
+            yield Hypothesis(
                 name, says, remedy, wanted, [(1 + abs(c)) * size for size in seen.size], cost=cost, fitted=cost // 2
             )
 
 
-def norm(seen: Seen, known: Known) -> Iterator[Guess]:
+def norm(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The norm of all gradients: which of them were counted how often."""
     if seen.kind != "norm":
         return
@@ -338,14 +344,14 @@ def norm(seen: Seen, known: Known) -> Iterator[Guess]:
         )
         for name, says, squares in possible:
             wanted = [torch.tensor(sqrt(max(square, 0.0)), dtype=torch.float64) for square in squares]
-            yield Guess(name, says, remedy, wanted, seen.size)
+            yield Hypothesis(name, says, remedy, wanted, seen.size)
 
 
 def _axes_of(split: Split) -> tuple[str, ...]:
     return tuple(axis for dim in split.spec.dims for axis in dim.axes)
 
 
-def lower_precision(seen: Seen, known: Known) -> Iterator[Guess]:
+def lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The numbers have fewer digits than the working precision."""
     for narrow in (torch.bfloat16, torch.float16):
         narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
@@ -358,7 +364,7 @@ def lower_precision(seen: Seen, known: Known) -> Iterator[Guess]:
             ]
             says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
             remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
-            yield Guess("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
+            yield Hypothesis("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
 
 
 EXPLANATIONS: tuple[Explanation, ...] = (
@@ -385,7 +391,7 @@ EXPLANATIONS: tuple[Explanation, ...] = (
 )
 
 
-def guesses(seen: Seen, known: Known) -> Iterator[Guess]:
+def hypotheses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Every guess of every explanation."""
     for explanation in EXPLANATIONS:
         yield from explanation(seen, known)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from shardgrad.layout.sizes import chunk
-from shardgrad.verification.guess import Guess, Known, Seen
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis
 
 _MOST = 1 << 22
 """Distances between rows to compute at most: larger tensors are not searched row by row."""
 
 
-def wrong_slices(seen: Seen, known: Known) -> Iterator[Guess]:
+def wrong_slices(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Every rank has some rank's part."""
     if not seen.fits or not seen.exact.dim():
         return
@@ -41,13 +41,13 @@ def wrong_slices(seen: Seen, known: Known) -> Iterator[Guess]:
         remedy = (
             "look at the order of ranks where the tensor is cut or loaded: rank i of the axis has torch.chunk's piece i"
         )
-        yield Guess("shards permuted", says, remedy, wanted, rounding, cost=1)
+        yield Hypothesis("shards permuted", says, remedy, wanted, rounding, cost=1)
     else:
         remedy = "let each rank cut by its own index on the axis (mesh.get_local_rank), not by 0 or by the global rank"
-        yield Guess("another rank's shard", says, remedy, wanted, rounding, cost=1)
+        yield Hypothesis("another rank's shard", says, remedy, wanted, rounding, cost=1)
 
 
-def rearranged(seen: Seen, known: Known) -> Iterator[Guess]:
+def rearranged(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Along one dim, rows stand in another order."""
     if not seen.fits:
         return
@@ -66,11 +66,11 @@ def rearranged(seen: Seen, known: Known) -> Iterator[Guess]:
 
 
 def _orders(
-    seen: Seen, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor], wholes: list[Tensor], where: str
-) -> Iterator[Guess]:
+    seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor], wholes: list[Tensor], where: str
+) -> Iterator[Hypothesis]:
     """Orders that have a name. `wholes`: for each rank, the global indices that are reordered."""
 
-    def made(how: Callable[[Tensor], Tensor], name: str, says: str, remedy: str, cost: int) -> Guess:
+    def made(how: Callable[[Tensor], Tensor], name: str, says: str, remedy: str, cost: int) -> Hypothesis:
         rows = []
         for mine, whole in zip(own, wholes):
             source = torch.arange(seen.exact.shape[dim])
@@ -97,7 +97,7 @@ def _interleaved(parts: int, index: Tensor) -> Tensor:
 
 
 def _taken(
-    seen: Seen,
+    seen: Evidence,
     dim: int,
     pools: list[tuple[Tensor, Tensor]],
     rows: list[Tensor],
@@ -105,14 +105,14 @@ def _taken(
     says: str,
     remedy: str,
     cost: int,
-) -> Guess:
+) -> Hypothesis:
     wanted = [pool.index_select(dim, index) for (pool, _), index in zip(pools, rows)]
     size = [scale.index_select(dim, index) for (_, scale), index in zip(pools, rows)]
     size = [torch.maximum(a, b) for a, b in zip(size, seen.size)]
-    return Guess(name, says, remedy, wanted, size, cost=cost)
+    return Hypothesis(name, says, remedy, wanted, size, cost=cost)
 
 
-def _blocks(seen: Seen, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> Iterator[Guess]:
+def _blocks(seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> Iterator[Hypothesis]:
     """The dim in k pieces, in another order; of the whole where a rank has it whole, else of the rank's own part."""
     axes = seen.split.spec.dims[dim].axes
     ranks = {n: axis for axis, n in seen.mesh.items() if n > 1}
@@ -155,7 +155,7 @@ def _nearest(held: Tensor, pieces: list[tuple[Tensor, Tensor]], names: list[int]
     return names[far.index(min(far))]
 
 
-def _any_order(seen: Seen, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> Iterator[Guess]:
+def _any_order(seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> Iterator[Hypothesis]:
     """Each row is the one that is nearest to it."""
     rows = []
     for rank in seen.ranks:
@@ -181,7 +181,7 @@ def _any_order(seen: Seen, dim: int, pools: list[tuple[Tensor, Tensor]], own: li
     yield _taken(seen, dim, pools, rows, name, says, remedy, cost=4)
 
 
-def transposed(seen: Seen, known: Known) -> Iterator[Guess]:
+def transposed(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Two dims exchanged, or read in the other order."""
     for a, b in combinations(range(seen.exact.dim()), 2):
         if min(seen.exact.shape[a], seen.exact.shape[b]) < 2:
@@ -192,10 +192,10 @@ def transposed(seen: Seen, known: Known) -> Iterator[Guess]:
                 [seen.split.cut(how(t, a, b), seen.mesh, at) for at in seen.found.coordinates]
                 for t in (seen.exact, seen.scale)
             )
-            yield Guess("transposed", f"dims {a} and {b} of the whole are exchanged", remedy, wanted, size, cost=1)
+            yield Hypothesis("transposed", f"dims {a} and {b} of the whole are exchanged", remedy, wanted, size, cost=1)
             says = f"dims {a} and {b} of each rank's part are exchanged"
             wanted, size = ([how(t, a, b) for t in each] for each in (seen.right, seen.size))
-            yield Guess("transposed", says, remedy, wanted, size, cost=1)
+            yield Hypothesis("transposed", says, remedy, wanted, size, cost=1)
 
 
 def _viewed(t: Tensor, a: int, b: int) -> Tensor:

@@ -12,16 +12,18 @@ from layouts import random_layout, random_sizes
 
 from shardgrad import PRESETS, Layout
 from shardgrad.draw.blocks import Rulers, Sheet, edge, listed, sheets
-from shardgrad.layout.steps import Walk, walk
+from shardgrad.layout.steps import Timeline, timeline
 
 
-def drawn(layout: Layout, walked: Walk, name: str, height: Sequence[str], width: Sequence[str]) -> tuple[Sheet, ...]:
+def drawn(
+    layout: Layout, walked: Timeline, name: str, height: Sequence[str], width: Sequence[str]
+) -> tuple[Sheet, ...]:
     return sheets(Rulers(walked), layout[name].dims, (), height, width)
 
 
 def test_columns_are_cut_as_torch_cuts() -> None:
     layout, sizes = PRESETS["column"], {"n": 3, "d": 5, "m": 10}
-    walked = walk(layout, sizes, {"tp": 4})
+    walked = timeline(layout, sizes, {"tp": 4})
     (sheet,) = drawn(layout, walked, "W", "d", "m")
     expected, at = [], 0
     for rank, part in enumerate(torch.arange(10).chunk(4)):
@@ -34,14 +36,14 @@ def test_columns_are_cut_as_torch_cuts() -> None:
 
 def test_a_rank_without_elements_has_no_block() -> None:
     layout = PRESETS["column"]
-    walked = walk(layout, {"n": 3, "d": 5, "m": 4}, {"tp": 3})  # chunks of 2, 2, 0
+    walked = timeline(layout, {"n": 3, "d": 5, "m": 4}, {"tp": 3})  # chunks of 2, 2, 0
     (sheet,) = drawn(layout, walked, "W", "d", "m")
     assert [block.label for block in sheet.blocks] == ["0", "1"]
 
 
 def test_3d_has_every_rank_in_its_place() -> None:
     layout = PRESETS["3d"]  # X[n/a,d/b/c] W[d/b/a,m/c] -> Y[n/a/b,m/c]; rank = 4a + 2b + c
-    walked = walk(layout, {"n": 8, "d": 8, "m": 8}, {"a": 2, "b": 2, "c": 2})
+    walked = timeline(layout, {"n": 8, "d": 8, "m": 8}, {"a": 2, "b": 2, "c": 2})
     rulers = Rulers(walked)
 
     def places(sheet: Sheet) -> dict[str, tuple[float, float]]:
@@ -60,7 +62,7 @@ def test_3d_has_every_rank_in_its_place() -> None:
 
 def test_two_cut_letters_along_one_edge_are_nested() -> None:
     layout = Layout("X[b/dp,s/tp,d] W[d,m/tp] -> Y[b/dp,s,m/tp]")
-    walked = walk(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
+    walked = timeline(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
     (x,) = drawn(layout, walked, "X", ("b", "s"), "d")
     assert [(b.label, b.rectangles[0][1], b.rectangles[0][3]) for b in x.blocks] == [
         ("0", 0.0, 0.25),
@@ -74,7 +76,7 @@ def test_two_cut_letters_along_one_edge_are_nested() -> None:
 
 def test_what_is_not_contiguous_is_several_rectangles() -> None:
     layout = Layout("X[b/tp,s/dp,d] W[d,m/tp] -> Y[b,s/dp,m/tp]")  # X is gathered along b, whose halves Y has as well
-    walked = walk(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
+    walked = timeline(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"dp": 2, "tp": 2})
     (y,) = drawn(layout, walked, "Y", ("b", "s"), "m")
     assert [(b.label, b.rectangles) for b in y.blocks] == [
         ("0", ((0.0, 0.0, 0.5, 0.25), (0.0, 0.5, 0.5, 0.25))),
@@ -86,7 +88,7 @@ def test_what_is_not_contiguous_is_several_rectangles() -> None:
 
 def test_batched_letters_are_sheets() -> None:
     layout = PRESETS["expert"]
-    walked = walk(layout, {"e": 5, "n": 2, "d": 3, "m": 4}, {"ep": 3})
+    walked = timeline(layout, {"e": 5, "n": 2, "d": 3, "m": 4}, {"ep": 3})
     found = drawn(layout, walked, "W", "d", "m")
     assert [(sheet.batch, sheet.term, [b.label for b in sheet.blocks]) for sheet in found] == [
         *((0, 0, ["0"]), (1, 0, ["1"]), (2, 0, ["2"]))
@@ -95,7 +97,7 @@ def test_batched_letters_are_sheets() -> None:
 
 def test_two_batched_letters_are_numbered_through() -> None:
     layout = Layout("X[e/ep,g/gp,n] W[e/ep,g/gp,n,m] -> Y[e/ep,g/gp,m]")
-    walked = walk(layout, {"e": 2, "g": 3, "n": 2, "m": 4}, {"ep": 2, "gp": 3})
+    walked = timeline(layout, {"e": 2, "g": 3, "n": 2, "m": 4}, {"ep": 2, "gp": 3})
     found = drawn(layout, walked, "W", "n", "m")
     assert [(sheet.batch, [b.label for b in sheet.blocks]) for sheet in found] == [(n, [str(n)]) for n in range(6)]
 
@@ -106,7 +108,7 @@ def test_areas_are_the_shards_sizes(seed: int) -> None:
     rng = random.Random(seed)
     layout = random_layout(rng, ("a", "b", "c"))
     sizes = {letter: size or 1 for letter, size in random_sizes(rng, layout).items()}
-    walked = walk(layout, sizes, {axis: rng.choice((1, 2, 3)) for axis in ("a", "b", "c")})
+    walked = timeline(layout, sizes, {axis: rng.choice((1, 2, 3)) for axis in ("a", "b", "c")})
     rulers = Rulers(walked)
     groups = {
         layout.lhs.name: (layout.rows, layout.contracted),

@@ -14,7 +14,7 @@ from shardgrad import PRESETS, Layout, LayoutError
 from shardgrad.cli.app import app
 from shardgrad.draw.layout_picture import draw, picture
 from shardgrad.draw.paper import Paper, colour
-from shardgrad.layout.steps import walk
+from shardgrad.layout.steps import timeline
 
 ROOT = Path(__file__).parents[2]
 SIZES = (4096, 1024, 4096, 8)
@@ -28,7 +28,7 @@ OTHERS = (
 
 def made(text: str, ranks: int = 2) -> Paper:
     layout = PRESETS[text] if text in PRESETS else Layout(text)
-    return picture(walk(layout, dict(zip(layout.letters, SIZES)), dict.fromkeys(layout.axes, ranks), "bfloat16"))
+    return picture(timeline(layout, dict(zip(layout.letters, SIZES)), dict.fromkeys(layout.axes, ranks), "bfloat16"))
 
 
 @pytest.mark.parametrize("text", [*PRESETS, *OTHERS])
@@ -76,7 +76,7 @@ def test_the_column_picture_says_what_the_layout_does() -> None:
 
 def test_arrows_are_what_travels() -> None:
     for name, layout in PRESETS.items():
-        walked = walk(layout, dict(zip(layout.letters, SIZES)), dict.fromkeys(layout.axes, 2))
+        walked = timeline(layout, dict(zip(layout.letters, SIZES)), dict.fromkeys(layout.axes, 2))
         travels = [t for s in walked.steps for t in (*s.reads, s.made, *((s.bias,) if s.bias else ())) if t.moves]
         paper = picture(walked)
         assert sum(kind == "arrow" for kind, _, _ in paper.patches) == len(travels), name
@@ -88,7 +88,7 @@ def test_arrows_are_what_travels() -> None:
 
 def test_edges_that_meet_are_of_one_length() -> None:
     """X's height is Y's, W's width is Y's, X's width is W's height: on one rank, where a tensor is one rectangle."""
-    paper = picture(walk(PRESETS["column"], {"n": 100, "d": 30, "m": 70}, {"tp": 1}))
+    paper = picture(timeline(PRESETS["column"], {"n": 100, "d": 30, "m": 70}, {"tp": 1}))
     (wx, wy, ww, wh, _), (xx, xy, xw, xh, _), (yx, yy, yw, yh, _) = [w for k, w, _ in paper.patches if k == "stripes"][
         :3
     ]
@@ -100,12 +100,12 @@ def test_edges_that_meet_are_of_one_length() -> None:
 
 
 def test_uneven_ranks_are_told_apart() -> None:
-    walked = walk(PRESETS["row"], {"n": 1, "d": 4, "m": 5}, {"tp": 3})
+    walked = timeline(PRESETS["row"], {"n": 1, "d": 4, "m": 5}, {"tp": 3})
     assert "at most 28 B" in [t.text for t in picture(walked).texts]
 
 
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
-    walked = walk(PRESETS["row"], {"n": 4, "d": 8, "m": 4}, {"tp": 2})
+    walked = timeline(PRESETS["row"], {"n": 4, "d": 8, "m": 4}, {"tp": 2})
     for ending in ("svg", "png"):
         one, other = tmp_path / f"one.{ending}", tmp_path / f"other.{ending}"
         draw(walked, one)
@@ -115,7 +115,7 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
-    walked = walk(PRESETS["row"], {"n": 4, "d": 8, "m": 4}, {"tp": 65})
+    walked = timeline(PRESETS["row"], {"n": 4, "d": 8, "m": 4}, {"tp": 65})
     with pytest.raises(LayoutError, match=r"room for 64 ranks, not 65: draw the layout on a smaller mesh, as tp=2"):
         draw(walked, tmp_path / "a.svg")
     with pytest.raises(LayoutError, match=r"a picture ends in .svg, .png, .pdf, not 'a.gif'"):

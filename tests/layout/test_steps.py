@@ -11,7 +11,7 @@ from layouts import random_layout, random_sizes
 from shardgrad import PRESETS, Layout, LayoutError
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import Dims
-from shardgrad.layout.steps import Walk, check_rank, walk
+from shardgrad.layout.steps import Timeline, check_rank, timeline
 from shardgrad.layout.units import format_si
 
 
@@ -27,7 +27,7 @@ def cases() -> list[tuple[Layout, dict[str, int], dict[str, int]]]:
 CASES = cases()
 
 
-def real(dims: Dims, walked: Walk) -> Dims:
+def real(dims: Dims, walked: Timeline) -> Dims:
     """Without the axes of one rank."""
     return tuple(Dim(d.letter, tuple(a for a in d.axes if walked.mesh[a] > 1)) for d in dims)
 
@@ -35,7 +35,7 @@ def real(dims: Dims, walked: Walk) -> Dims:
 @pytest.mark.parametrize("case", CASES, ids=[str(layout) for layout, _, _ in CASES])
 def test_walk(case: tuple[Layout, dict[str, int], dict[str, int]]) -> None:
     layout, sizes, mesh = case
-    walked = walk(layout, sizes, mesh, "bfloat16")
+    walked = timeline(layout, sizes, mesh, "bfloat16")
     assert len(walked.ranks) == prod(mesh.values())
     for rank, here in enumerate(walked.ranks):
         listed = layout.collectives(sizes, mesh, "bfloat16", coordinate=here.coordinate)
@@ -55,19 +55,19 @@ def test_walk(case: tuple[Layout, dict[str, int], dict[str, int]]) -> None:
             if not read.note:
                 assert read.before == spec.dims
             if step.made.role != "bias":
-                assert real(read.after, walked) == real(layout.reading.used(spec).dims, walked)
+                assert real(read.after, walked) == real(layout.reading.compute_layout(spec).dims, walked)
         made = {"out": layout.out, "lhs": layout.lhs, "rhs": layout.rhs, "bias": layout.bias}
         spec = made[step.made.role]
         assert real(step.made.after, walked) == real(spec.dims, walked)
         left = spec.partial if step.name == "forward" else spec.grad_partial
         assert step.made.partial_after == tuple(axis for axis in left if mesh[axis] > 1)
         if step.made.role != "bias":
-            lacking = {axis for axis in layout.reading.lacking(spec) if mesh[axis] > 1}
+            lacking = {axis for axis in layout.reading.communicated_over(spec) if mesh[axis] > 1}
             assert set(step.made.partial_before) == lacking
 
 
 def test_ranks_are_numbered_as_torch_numbers_them() -> None:
-    walked = walk(PRESETS["2d"], {"n": 2, "d": 2, "m": 2}, {"r": 2, "c": 3})
+    walked = timeline(PRESETS["2d"], {"n": 2, "d": 2, "m": 2}, {"r": 2, "c": 3})
     assert [tuple(here.coordinate.values()) for here in walked.ranks] == [
         *((0, 0), (0, 1), (0, 2)),
         *((1, 0), (1, 1), (1, 2)),
@@ -76,20 +76,20 @@ def test_ranks_are_numbered_as_torch_numbers_them() -> None:
 
 def test_where_a_gathered_operand_comes_from() -> None:
     sizes, mesh = {"n": 4, "d": 3, "m": 5}, {"tp": 2}
-    row = walk(PRESETS["row_sequence"], sizes, mesh)
+    row = timeline(PRESETS["row_sequence"], sizes, mesh)
     assert [read.note for step in row.steps for read in step.reads] == ["", "", "", "", "gathered for dX", ""]
-    column = walk(PRESETS["column_sequence"], sizes, mesh, save_gathered=["X"])
+    column = timeline(PRESETS["column_sequence"], sizes, mesh, save_gathered=["X"])
     assert {read.note for step in column.steps for read in step.reads} == {"", "kept from forward"}
 
 
 def test_what_is_refused() -> None:
-    walked = walk(PRESETS["column"], {"n": 4, "d": 3, "m": 5}, {"tp": 2})
+    walked = timeline(PRESETS["column"], {"n": 4, "d": 3, "m": 5}, {"tp": 2})
     assert check_rank(walked, 1) == 1
     for rank in (-1, 2):
         with pytest.raises(LayoutError, match=f"rank {rank} is not one of the 2 ranks"):
             check_rank(walked, rank)
     with pytest.raises(LayoutError, match="lacks axis 'tp'"):
-        walk(PRESETS["column"], {"n": 4, "d": 3, "m": 5}, {"dp": 2})
+        timeline(PRESETS["column"], {"n": 4, "d": 3, "m": 5}, {"dp": 2})
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,8 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     assert costs.chunks(*work, 0.0).count > 1
     slow = Costs({"tp": Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
     assert slow.chunks(*work, None) == WHOLE
-    assert (
-        costs.chunks(*work, None, following_flops=10**9 + 10**7) == WHOLE
-    )  # dW's product takes as long as dX's reduction
+    # dW's product takes as long as dX's reduction.
+    assert costs.chunks(*work, None, following_flops=10**9 + 10**7) == WHOLE
     assert 1 < costs.chunks(*work, None, following_flops=5 * 10**8).count < 6
     none = Costs({"tp": Link(1e-5, 1e-8, 0.0)}, {f32: 1e-11})  # nothing runs side by side
     assert none.chunks(*work, None) == WHOLE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardgrad.verification.diagnose import explain
-from shardgrad.verification.guess import Known
+from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.observed import Kind, Observed, Split
 
 MESH = {"dp": 2, "tp": 3}
@@ -31,8 +31,8 @@ def observed(
     return Observed(name, kind, locals_, exact, split, MESH, AT, scale)
 
 
-def names(found: Observed, known: Known | None = None) -> list[str]:
-    return [fit.name for fit in explain(found, known or Known()).fits]
+def names(found: Observed, known: Context | None = None) -> list[str]:
+    return [fit.name for fit in explain(found, known or Context()).fits]
 
 
 def terms(axis: str, times: float = 1.0) -> Callable[[int, Tensor], Tensor]:
@@ -75,7 +75,7 @@ def terms(axis: str, times: float = 1.0) -> Callable[[int, Tensor], Tensor]:
     ],
 )
 def test_each_is_named(expected: str, split: Split, made: Callable, dtype: torch.dtype) -> None:
-    found = explain(observed(made, split, dtype), Known())
+    found = explain(observed(made, split, dtype), Context())
     assert expected in [fit.name for fit in found.fits], found
     assert all(fit.error <= fit.allowed for fit in found.fits)
 
@@ -118,14 +118,14 @@ def test_shards_of_other_ranks() -> None:
 
 
 def test_where_it_is_wrong_is_told() -> None:
-    one_rank = explain(observed(lambda rank, right: 2 * right if rank == 4 else right), Known())
+    one_rank = explain(observed(lambda rank, right: 2 * right if rank == 4 else right), Context())
     assert [fit.name for fit in one_rank.fits][:1] == ["summed twice over dp"]
     assert {fit.where for fit in one_rank.fits} == {"on rank 4 alone"}
 
     def last_column(rank: int, right: Tensor) -> Tensor:
         return torch.cat([right[:, :-1], 0 * right[:, -1:]], 1)
 
-    part = explain(observed(last_column), Known())
+    part = explain(observed(last_column), Context())
     assert [fit.name for fit in part.fits] == ["stale"]
     assert part.fits[0].where == "indices 4 of dim 1 of rank 0's part alone"
 
@@ -145,12 +145,12 @@ def test_padding_and_other_tensors_and_steps() -> None:
     exact = found.exact.clone()
     exact[6:] = 0
     padded = Observed(found.name, "gradient", found.locals, exact, WHOLE, MESH, AT, found.scale)
-    assert names(padded, Known(real={("gradient", "up.weight"): real})) == ["padding counted"]
+    assert names(padded, Context(real={("gradient", "up.weight"): real})) == ["padding counted"]
 
     gate = observed(lambda rank, right: right, seed=5)
     up = observed(lambda rank, right: right, seed=6)
     exchanged = Observed("up.weight", "gradient", gate.locals, up.exact, CUT, MESH, AT, up.scale)
-    known = Known(exact={("gradient", "gate.weight"): (gate.exact, CUT), ("gradient", "up.weight"): (up.exact, CUT)})
+    known = Context(exact={("gradient", "gate.weight"): (gate.exact, CUT), ("gradient", "up.weight"): (up.exact, CUT)})
     assert names(exchanged, known) == ["another tensor"]
     assert "gate.weight" in explain(exchanged, known).fits[0].says
 
@@ -164,21 +164,21 @@ def test_padding_and_other_tensors_and_steps() -> None:
         step = observed(
             lambda rank, right, c=factor: (b := CUT.cut(before, MESH, AT[rank])) + c * (right - b), kind="step"
         )
-        assert expected in names(step, Known(before={"up.weight": (before, CUT)})), factor
+        assert expected in names(step, Context(before={"up.weight": (before, CUT)})), factor
 
 
 def test_a_tensor_that_a_rank_lacks() -> None:
     found = observed(lambda rank, right: right)
     lacking = Observed(found.name, found.kind, (None, *found.locals[1:]), found.exact, CUT, MESH, AT, found.scale)
     assert names(lacking) == ["never computed"]
-    assert "rank 0 never computed it" in explain(lacking, Known()).fits[0].says
+    assert "rank 0 never computed it" in explain(lacking, Context()).fits[0].says
     whole = Observed(found.name, found.kind, (found.exact.float(),) * 6, found.exact, CUT, MESH, AT, found.scale)
-    assert names(whole, Known(exact={("gradient", "up.weight"): (found.exact, CUT)})) == ["not cut"]
+    assert names(whole, Context(exact={("gradient", "up.weight"): (found.exact, CUT)})) == ["not cut"]
 
 
 def test_steps_of_other_rates_and_decays() -> None:
     before = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    known = Known(before={"up.weight": (before, CUT)})
+    known = Context(before={"up.weight": (before, CUT)})
 
     def step(rate: Callable[[int], float], decay: float = 0.0) -> list[str]:
         def made(rank: int, right: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def test_uses_of_one_parameter(counts: tuple[int, ...], expected: str) -> None:
     terms.append(exact - sum(terms))
     full = sum(count * term for count, term in zip(counts, terms))
     found = observed(lambda rank, right: CUT.cut(full, MESH, AT[rank]))
-    known = Known(uses=lambda name: [(by, term) for by, term in zip(("embedding", "linear", "linear"), terms)])
+    known = Context(uses=lambda name: [(by, term) for by, term in zip(("embedding", "linear", "linear"), terms)])
     (fit,) = explain(found, known).fits
     assert fit.name == expected
     at = counts.index(max(counts, key=lambda count: abs(count - sum(counts) / 3)))
@@ -226,7 +226,7 @@ def test_rows_of_an_embedding(bug: str) -> None:
     }[bug]  # fmt: skip
     scale = torch.full_like(exact, torch.finfo(torch.float32).eps)
     found = Observed("tokens", "output", (wrong.float(),) * 6, exact, WHOLE, MESH, AT, scale)
-    known = Known(
+    known = Context(
         before={"tokens.weight": (table, CUT)}, again=lambda key, changes, backward: changes["tokens.weight"][ids]
     )
     diagnosis = explain(found, known)
@@ -244,7 +244,7 @@ def test_what_no_explanation_fits_is_told_with_its_place_and_size() -> None:
             changed[1, 2] = 5 + torch.randn((), generator=noise)
         return changed
 
-    text = str(explain(observed(some), Known()))
+    text = str(explain(observed(some), Context()))
     assert text.startswith("the gradient of up.weight: no explanation fits; off by ")
     assert text.endswith("in indices 1 of dim 0 and indices 2 of dim 1 of rank 1's part, on ranks 1 and 4")
 

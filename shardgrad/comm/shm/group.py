@@ -16,11 +16,11 @@ from shardgrad.comm.shm import collectives as c
 from shardgrad.comm.shm.all_reducer import AllReducer
 from shardgrad.comm.shm.errors import ShmError
 from shardgrad.comm.shm.mailbox import Mailbox
-from shardgrad.comm.shm.meeting import meet
 from shardgrad.comm.shm.pairs import ANY
 from shardgrad.comm.shm.platform import unsupported
 from shardgrad.comm.shm.progress import progress
 from shardgrad.comm.shm.queue import Queue, Ticket
+from shardgrad.comm.shm.rendezvous import rendezvous
 from shardgrad.comm.shm.tensors import dtype_name, flat_input, flat_output, words
 from shardgrad.comm.shm.work import ShmWork
 
@@ -60,7 +60,7 @@ class ShmGroup(dist.ProcessGroup):
         self._rank, self._size = rank, size
         self._group_name = group_id
         self._store = store
-        segment, peers = meet(store, rank, size, timeout, names)
+        segment, peers = rendezvous(store, rank, size, timeout, names)
         label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
         self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label, timeout)
         self._label = label

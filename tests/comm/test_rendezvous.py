@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from shardgrad.comm.meet import meeting
+from shardgrad.comm.rendezvous import rendezvous
 from shardgrad.errors import CollectiveError
 
 
@@ -20,7 +20,7 @@ def meet(shared: dist.Store, ranks: int, delays: list[float], timeout: float = 2
     def come(rank: int) -> None:
         time.sleep(delays[rank])
         try:
-            store = meeting(shared, rank, ranks, timedelta(seconds=timeout))
+            store = rendezvous(shared, rank, ranks, timedelta(seconds=timeout))
             store.set(f"address {rank}", f"{threading.get_ident()}")
             found[rank] = [store.get(f"address {other}").decode() for other in range(ranks)]
         except CollectiveError as error:
@@ -46,17 +46,17 @@ def test_every_attempt_finds_its_own_ranks(ranks: int) -> None:
 def test_who_never_comes_is_named() -> None:
     shared = dist.HashStore()
     with pytest.raises(CollectiveError, match="ranks 1, 2 never came"):
-        meeting(shared, 0, 3, timedelta(seconds=0.1))
+        rendezvous(shared, 0, 3, timedelta(seconds=0.1))
     with pytest.raises(CollectiveError, match=r"rank 2 has waited for 0.1 s .* rank 0 did not answer"):
-        meeting(shared, 2, 3, timedelta(seconds=0.1))
+        rendezvous(shared, 2, 3, timedelta(seconds=0.1))
     with pytest.raises(CollectiveError, match="ranks 1 never came"):
-        meeting(shared, 0, 3, timedelta(seconds=0.1))
+        rendezvous(shared, 0, 3, timedelta(seconds=0.1))
 
 
 def test_a_rank_that_died_while_waiting_is_not_waited_for() -> None:
     """Its mark is there, but it does not answer: the one that takes its place does."""
     shared = dist.HashStore()
     with pytest.raises(CollectiveError):
-        meeting(shared, 1, 2, timedelta(seconds=0.1))
+        rendezvous(shared, 1, 2, timedelta(seconds=0.1))
     *found, own = meet(shared, 2, [0.0, 0.3])
     assert found == [own, own]

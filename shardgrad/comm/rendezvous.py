@@ -32,11 +32,11 @@ def start_process_group(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
     shared, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-    store = meeting(shared, rank, ranks, timeout)
+    store = rendezvous(shared, rank, ranks, timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
 
 
-def meeting(shared: Store, rank: int, ranks: int, timeout: timedelta) -> Store:
+def rendezvous(shared: Store, rank: int, ranks: int, timeout: timedelta) -> Store:
     """A part of a store that only the ranks which are here now use. Called by all of them."""
     store = PrefixStore("shardgrad meeting", shared)
     mine = uuid.uuid4().hex

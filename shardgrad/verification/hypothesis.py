@@ -16,7 +16,7 @@ from shardgrad.verification.rounding import Bounds, floor
 
 
 @dataclass(frozen=True)
-class Known:
+class Context:
     """What is known of the step besides the wrong tensor.
 
     exact: every tensor that was compared, float64, in the shape that the parallel model stores, and how it is cut.
@@ -34,7 +34,7 @@ class Known:
     uses: Callable[[str], Sequence[tuple[str, Tensor]]] = lambda name: ()
 
 
-class Seen:
+class Evidence:
     """A wrong tensor whose terms, if it is a partial sum, have been added; every rank's part in float64.
 
     held, right, size: for each rank what it has, what it should have, and the size of rounding of each element.
@@ -113,7 +113,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Guess:
+class Hypothesis:
     """One explanation of one tensor, with what it predicts.
 
     name: the entry of the table of explanations.

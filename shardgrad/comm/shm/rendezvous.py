@@ -16,7 +16,7 @@ from shardgrad.comm.shm.segment import ATTACHED, Plan, Segment, create
 _STEP_S = 0.002
 
 
-def meet(store: Any, rank: int, size: int, timeout: float, names: list[int]) -> tuple[Segment, Peers]:
+def rendezvous(store: Any, rank: int, size: int, timeout: float, names: list[int]) -> tuple[Segment, Peers]:
     """Map the group's memory, with every rank's. names: the ranks as the program numbers them.
 
     Raises:

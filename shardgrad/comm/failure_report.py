@@ -17,7 +17,7 @@ PATIENCE = 5.0  # seconds that the survivors give each other to report
 _failures: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
-def roll_call(what: str, axis: Axis) -> str:
+def failure_report(what: str, axis: Axis) -> str:
     """One line for each other rank of the axis: in which operation it failed, or that it does not answer."""
     count = _failures[axis.group] = _failures.get(axis.group, 0) + 1
 
