@@ -43,9 +43,9 @@ class _Where:
 
     axis: Axis
     dim: int = 0
-    whole: int = 0
+    global_size: int = 0
     other: int = 0
-    other_whole: int = 0
+    other_global_size: int = 0
     send: tuple[int, ...] = ()
     receive: tuple[int, ...] = ()
 
@@ -59,7 +59,7 @@ def _all_reduce(x: Tensor, at: _Where) -> Tensor:
 
 
 def _all_gather(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_gather(x, at.axis, at.dim, at.whole).wait()
+    return raw.all_gather(x, at.axis, at.dim, at.global_size).wait()
 
 
 def _reduce_scatter(x: Tensor, at: _Where) -> Tensor:
@@ -71,11 +71,11 @@ def _slice(x: Tensor, at: _Where) -> Tensor:
 
 
 def _to_split(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all(x, at.axis, split=at.dim, concat=at.other, whole=at.other_whole).wait()
+    return raw.all_to_all(x, at.axis, split=at.dim, concat=at.other, global_size=at.other_global_size).wait()
 
 
 def _to_concat(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all(x, at.axis, split=at.other, concat=at.dim, whole=at.whole).wait()
+    return raw.all_to_all(x, at.axis, split=at.other, concat=at.dim, global_size=at.global_size).wait()
 
 
 def _rows_out(x: Tensor, at: _Where) -> Tensor:
@@ -129,8 +129,8 @@ def _collective(
     receive: Sequence[int],
 ) -> Tensor:
     """One half of a pair, as an operator that torch.compile does not look into. numbers: of `_Where`, in its order."""
-    dim, whole, other, other_whole = numbers
-    at = _Where(axis_of(mesh, axis), dim, whole, other, other_whole, tuple(send), tuple(receive))
+    dim, global_size, other, other_global_size = numbers
+    at = _Where(axis_of(mesh, axis), dim, global_size, other, other_global_size, tuple(send), tuple(receive))
     return _PAIRS[pair][back](x, at).contiguous()
 
 
@@ -145,14 +145,14 @@ def _(
     send: Sequence[int],
     receive: Sequence[int],
 ) -> Tensor:
-    over, (dim, whole, other, other_whole) = axis_of(mesh, axis), numbers
+    over, (dim, global_size, other, other_global_size) = axis_of(mesh, axis), numbers
     local, shape = _PAIRS[pair][back], list(x.shape)
     if local is _all_gather:
-        shape[dim] = whole
+        shape[dim] = global_size
     elif local is _reduce_scatter:
         shape[dim] = chunk(shape[dim], over.size, over.index)[1]
     elif local in (_to_split, _to_concat):
-        gathered, cut, size = (other, dim, other_whole) if local is _to_split else (dim, other, whole)
+        gathered, cut, size = (other, dim, other_global_size) if local is _to_split else (dim, other, global_size)
         shape[gathered], shape[cut] = size, chunk(shape[cut], over.size, over.index)[1]
     elif local in (_rows_out, _rows_back):
         shape[0] = sum(receive if local is _rows_out else send)
@@ -208,7 +208,7 @@ def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
     if at.axis.size == 1:
         return x
     if torch.compiler.is_compiling():
-        numbers = (at.dim, at.whole, at.other, at.other_whole)
+        numbers = (at.dim, at.global_size, at.other, at.other_global_size)
         place = at.axis.size, at.axis.index
         return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, place, numbers, at.send, at.receive)
     return _Pair.apply(name, x, at)
@@ -220,7 +220,7 @@ def _dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _whole(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: DeviceMesh) -> int:
+def _global_size(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: DeviceMesh) -> int:
     """The size of a sharded dim over all ranks: as given (and checked), else exchanged."""
     local = x.shape[dim]
     if size is None:
@@ -285,8 +285,8 @@ def gather_replicated(
 
 def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, size: int | None) -> Tensor:
     axis, dim = axis_on(mesh, axis_name), _dim(x, dim)
-    whole = _whole(x, axis, dim, size, mesh) if axis.size > 1 else 0
-    return _apply(name, x, _Where(axis, dim, whole))
+    global_size = _global_size(x, axis, dim, size, mesh) if axis.size > 1 else 0
+    return _apply(name, x, _Where(axis, dim, global_size))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
@@ -326,8 +326,8 @@ def all_to_all(
         raise ShapeError(f"all_to_all splits and concatenates dim {split_dim}: the dims must differ")
     if over.size == 1:
         return x
-    whole = _whole(x, over, concat_dim, size, mesh)
-    return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, whole))
+    global_size = _global_size(x, over, concat_dim, size, mesh)
+    return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, global_size))
 
 
 def all_to_all_rows(

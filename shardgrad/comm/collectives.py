@@ -150,19 +150,19 @@ class _Ready:
 
 
 class AllGather(_Ready):
-    """The shards of a tensor along `dim` concatenated, of size `whole` over all ranks (cut as torch.chunk cuts)."""
+    """The shards of a tensor along `dim` concatenated, `global_size` over all ranks (cut as torch.chunk cuts)."""
 
-    __slots__ = ("_dim", "_most", "_options", "_whole")
+    __slots__ = ("_dim", "_global_size", "_options", "_padded_size")
 
-    def __init__(self, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> None:
+    def __init__(self, axis: Axis, dim: int, global_size: int, what: str = "all-gather") -> None:
         super().__init__(axis, what, shim.all_gather_of(axis.backend), shim.all_gather_of(axis.group))
-        self._dim, self._whole, self._most = dim, whole, -(-whole // axis.size)
+        self._dim, self._global_size, self._padded_size = dim, global_size, -(-global_size // axis.size)
         self._options = shim.AllgatherOptions()
         self._options.asyncOp = True
 
     def start(self, x: Tensor) -> Sent:
         """Begin; what is returned is for `finish`."""
-        x = _padded(x, self._dim, self._most).contiguous()
+        x = _padded(x, self._dim, self._padded_size).contiguous()
         # Results are tensors of their own, not views: those could not be changed in place by who gets them.
         gathered = x.new_empty((self._axis.size * x.shape[0], *x.shape[1:]))
         work = self._begin(x, _real(gathered), _real(x), self._options) if gathered.numel() else None
@@ -173,9 +173,9 @@ class AllGather(_Ready):
         work, gathered, x, _ = sent
         self.wait(work)
         if self._dim == 0:
-            return gathered if gathered.shape[0] == self._whole else gathered[: self._whole].clone()
+            return gathered if gathered.shape[0] == self._global_size else gathered[: self._global_size].clone()
         blocks = gathered.unflatten(0, (self._axis.size, x.shape[0])).unbind()
-        lengths = (chunk(self._whole, self._axis.size, i)[1] for i in range(self._axis.size))
+        lengths = (chunk(self._global_size, self._axis.size, i)[1] for i in range(self._axis.size))
         return torch.cat([block.narrow(self._dim, 0, length) for block, length in zip(blocks, lengths)], self._dim)
 
 
@@ -194,12 +194,12 @@ class ReduceScatter(_Ready):
         """Begin; what is returned is for `finish`."""
         dim, axis = self._dim, self._axis
         size = x.shape[dim]
-        most = -(-size // axis.size)
-        x = _padded(x, dim, most * axis.size)
+        padded_size = -(-size // axis.size)
+        x = _padded(x, dim, padded_size * axis.size)
         if dim:
-            x = x.unflatten(dim, (axis.size, most)).movedim(dim, 0)
+            x = x.unflatten(dim, (axis.size, padded_size)).movedim(dim, 0)
         x = x.contiguous()
-        block = x.new_empty(x.shape[1:] if dim else (most, *x.shape[1:]))
+        block = x.new_empty(x.shape[1:] if dim else (padded_size, *x.shape[1:]))
         work = None
         if block.numel():
             flat = (block.view(-1), x.view(-1)) if dim else (block, x)  # gloo compares the first dims
@@ -235,9 +235,9 @@ class AllReduce(_Ready):
         return self._begin(x, [x], self._later) if x.numel() else None
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int, whole: int, what: str = "all-gather") -> Pending:
-    """Concatenate the shards of `x` along `dim`, whose size over all ranks is `whole` (cut as torch.chunk cuts)."""
-    return begin(AllGather(axis, dim, whole, what), x)
+def all_gather(x: Tensor, axis: Axis, dim: int, global_size: int, what: str = "all-gather") -> Pending:
+    """Concatenate the shards of `x` along `dim`, over all ranks of `global_size` (cut as torch.chunk cuts)."""
+    return begin(AllGather(axis, dim, global_size, what), x)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str = "reduce-scatter") -> Pending:
@@ -273,13 +273,13 @@ def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
-def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what: str = "all-to-all") -> Pending:
-    """Give each rank its chunk along `split`; concatenate what comes along `concat`, whose total size is `whole`."""
-    most_split = -(-x.shape[split] // axis.size)
-    most = -(-whole // axis.size)
+def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, global_size: int, what: str = "all-to-all") -> Pending:
+    """Give each rank its chunk along `split`; concatenate what comes along `concat`, in all of `global_size`."""
+    padded_split = -(-x.shape[split] // axis.size)
+    padded_size = -(-global_size // axis.size)
     mine = chunk(x.shape[split], axis.size, axis.index)[1]
-    x = _padded(_padded(x, split, most_split * axis.size), concat, most)
-    out = x.unflatten(split, (axis.size, most_split)).movedim(split, 0).contiguous()
+    x = _padded(_padded(x, split, padded_split * axis.size), concat, padded_size)
+    out = x.unflatten(split, (axis.size, padded_split)).movedim(split, 0).contiguous()
     received = torch.empty_like(out)
     work = None
 
@@ -287,7 +287,7 @@ def all_to_all(x: Tensor, axis: Axis, split: int, concat: int, whole: int, what:
         if work is not None:
             _timed(work.wait, what, axis)
         full = received.movedim(0, concat).flatten(concat, concat + 1)
-        return full.narrow(concat, 0, whole).narrow(split, 0, mine)
+        return full.narrow(concat, 0, global_size).narrow(split, 0, mine)
 
     if out.numel():
         work = _start(

@@ -173,7 +173,7 @@ class ChunkedRhsGatherMatmul:
             piece = stored.narrow(along, start, length)
             blocks.append((start, raw.begin(self._gather, piece.unsqueeze(0) if own_first else piece)))
         shape = list(stored.shape)
-        shape[at] = self._step.whole
+        shape[at] = self._step.global_size
         whole = stored.new_empty(shape) if self._assemble else None
         out: Tensor | None = None
 

@@ -283,7 +283,7 @@ class Executable:
             return None
         assert step.axis is not None
         stored = self._sizes.shape_of(spec.dims)
-        if stored[step.dim] * step.axis.size != step.whole:
+        if stored[step.dim] * step.axis.size != step.global_size:
             return None
         reread = sum(prod(self._used_shape(index, "rhs")) for index, _, _ in products) * (step.axis.size - 1)
         chunking = self._chunking(step, same_on_all_ranks, stored, at, len(products), reread, 1 / step.axis.size)
@@ -304,7 +304,7 @@ class Executable:
         assert step.axis is not None
         stored = self._sizes.shape_of(second.dims)
         places = {letter: out.letters.index(letter) for letter in second.letters if letter in out.letters}
-        if stored[step.dim] * step.axis.size != step.whole or not places:
+        if stored[step.dim] * step.axis.size != step.global_size or not places:
             return None
         gathered = second.letters[step.dim]
         # A letter that is whole here leaves whole pieces; the gathered one, the own shard's part to begin with.

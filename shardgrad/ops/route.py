@@ -26,7 +26,7 @@ class Step:
     what: str
     axis: Axis | None = None
     dim: int = -1
-    whole: int = 0
+    global_size: int = 0
     dtype: torch.dtype | None = None
     ready: raw.Ready | None = field(default=None, compare=False)
 
@@ -43,10 +43,10 @@ def steps(
         what = f"{move.kind} of {name}"
         if move.kind == "all-gather":
             letter = move.after[move.dim]
-            whole = sizes.get(letter.letter, letter.axes)
-            assert whole is not None, f"the size of {letter} was not resolved"
-            gather = raw.AllGather(axis, move.dim, whole, what)
-            made.append(Step(move.kind, what, axis, move.dim, whole, ready=gather))
+            global_size = sizes.get(letter.letter, letter.axes)
+            assert global_size is not None, f"the size of {letter} was not resolved"
+            gather = raw.AllGather(axis, move.dim, global_size, what)
+            made.append(Step(move.kind, what, axis, move.dim, global_size, ready=gather))
         elif move.kind == "reduce-scatter":
             made.append(Step(move.kind, what, axis, move.dim, ready=raw.ReduceScatter(axis, move.dim, what)))
         else:
