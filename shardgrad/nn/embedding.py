@@ -82,7 +82,7 @@ class VocabParallelEmbedding(ShardedModule):
         self.sequence_dim, self.data, self.reduce_dtype = sequence_dim, data, reduce_dtype
         sizes = {"v": num_embeddings, "m": embedding_dim}
         self.declare("weight", stored_over(data, f"W[v/{axis},m]", sizes), sizes, device, dtype)
-        (self.first, _), (self.rows, _) = self._shardings["weight"].block()
+        (self.first_id, _), (self.rows, _) = self._shardings["weight"].block()
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -94,9 +94,9 @@ class VocabParallelEmbedding(ShardedModule):
                 self.weight[pad].zero_()
 
     def _local_padding(self) -> int | None:
-        if self.padding_idx is None or not self.first <= self.padding_idx < self.first + self.rows:
+        if self.padding_idx is None or not self.first_id <= self.padding_idx < self.first_id + self.rows:
             return None
-        return self.padding_idx - self.first
+        return self.padding_idx - self.first_id
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self._lookup(ids)
@@ -163,7 +163,7 @@ class VocabParallelEmbedding(ShardedModule):
         weight = (
             self.weight if self.data is None else for_rows(self.weight, self._shardings["weight"], (self.data.axis,))
         )
-        local = ids - self.first
+        local = ids - self.first_id
         elsewhere = (local < 0) | (local >= self.rows)
         # In a compiled graph the lookup itself refuses such ids.
         looks = not torch.compiler.is_compiling() and not is_fake(ids)
