@@ -7,7 +7,7 @@ From the bottom up:
 | `platform`    | which machines it runs on, and why not on others                                            |
 | `futex`       | sleep until a word of memory changes; the fence                                             |
 | `segment`     | the memory: an anonymous file that all ranks map, and what lies where in it                 |
-| `meeting`     | how the ranks of a group find it, through the store                                         |
+| `rendezvous`  | how the ranks of a group find it, through the store                                         |
 | `peers`       | is a rank alive, has it left, has it failed                                                 |
 | `mailbox`     | rounds: write your slot, publish, wait for everyone's, read                                 |
 | `reduce`      | adding up what the ranks sent, always in the order of the ranks                             |
