@@ -7,12 +7,13 @@ padded to the largest in their group, as torch.distributed's single-tensor colle
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
+from shardgrad.layout.plan import Move
+from shardgrad.layout.schedule import Instruction, communication
 from shardgrad.layout.sizes import Sizes, chunk
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
@@ -80,26 +81,11 @@ def moved(
 
 
 def collectives(
-    plans: Sequence[Plan],
-    sizes: Sizes,
-    *,
-    bias: Sequence[bool],
-    needs: Sequence[Collection[Role]],
-    save_gathered: Collection[tuple[Role, int]],
-    wire: int,
-    reduce_wire: int,
+    instructions: Iterable[Instruction], sizes: Sizes, *, wire: int, reduce_wire: int
 ) -> Iterator[Collective]:
-    """The collectives of products that share their first operand, in the order in which they are listed in the plan.
+    """The collectives of a list of instructions, in order.
 
     wire, reduce_wire: bytes of an element in gathers and in reductions.
     """
-
-    for phase in (*forward_phases(plans, bias), *backward_phases(plans, needs, save_gathered)):
-        forward = phase.name == "forward"
-        for read in phase.reads:
-            name = plans[read.index].names[read.role]
-            name = f"d{name}" if read.role == "out" and not forward else name
-            yield from moved(phase.name, name, read.moves, sizes, wire, wire)
-        made = plans[phase.index].names[phase.made]
-        made = made if forward else "db" if phase.made == "bias" else f"d{made}"
-        yield from moved(phase.name, made, phase.reduce, sizes, wire, reduce_wire)
+    for one in communication(tuple(instructions)):
+        yield from moved(one.phase, one.tensor, (one.move,), sizes, wire, reduce_wire)

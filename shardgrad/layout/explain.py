@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shardgrad.layout.lower import Products, backward, forward
 from shardgrad.layout.notation import Notation, TensorSpec
-from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
+from shardgrad.layout.plan import Move, Plan, Role
 from shardgrad.layout.rule import Reading
+from shardgrad.layout.schedule import AddBias, Communicate, Instruction, Matmul, Slice, SumBias, phases
+from shardgrad.layout.sizes import Sizes
 
 _VERB = {
     "all-gather": "all-gather {tensor} over {axis}",
@@ -19,54 +22,59 @@ _VERB = {
 def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
     """For forward, dX, dW and db: what is computed locally and what is communicated, on which axis."""
     lines = [str(layout), "", *_who_talks(layout, reading), ""]
-    specs: dict[Role, TensorSpec] = {
-        "lhs": layout.lhs,
-        "rhs": layout.rhs,
-        "out": layout.out,
-        "bias": reading.bias,
-    }
+    mesh = dict.fromkeys(reading.splits, 2)  # any axis of more than one rank is told alike
+    sizes = Sizes(mesh, dict.fromkeys(mesh, 0))
+    need: list[set[Role]] = [{"lhs", "rhs", "bias"}]
     with_bias = layout.bias is not None
-    need: tuple[Role, ...] = ("lhs", "rhs", "bias")
-    for phase in (*forward_phases([plan], [with_bias]), *backward_phases([plan], [need])):
-        forward = phase.name == "forward"
-        steps: list[str] = []
-        for read in phase.reads:
-            name = specs[read.role].name if forward or read.role != "out" else f"d{specs[read.role].name}"
-            if read.role != "bias":
-                steps += _moves(name, read.moves)
-        made = specs[phase.made]
-        if phase.made == "bias":
-            gathered = plan.bias_reads_gathered(need)
-            dims = reading.compute_layout(layout.out).dims if gathered else layout.out.dims
-            dy = TensorSpec(f"d{layout.out.name}", dims)
-            summed = [d.letter for d in dims if d.letter not in made.letters]
-            sigma = f"Σ_{','.join(summed)} " if summed else ""
-            steps.append(f"compute     db = {sigma}{dy}{' (as gathered above)' if dims != layout.out.dims else ''}")
-            left = made.grad_partial
-        else:
-            target, left = (made, made.partial) if forward else (made.grad, made.grad_partial)
-            operands = [reading.compute_layout(specs[read.role]) for read in phase.reads if read.role != "bias"]
-            operands = [t if forward or t.name != layout.out.name else t.grad for t in operands]
-            steps.append(f"compute     {formula(reading.compute_layout(target), operands, layout.spatial_letters)}")
-        name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
-        steps += _moves(name, phase.reduce)
-        steps += [f"leave       {name} partial over {axis}: the caller sums it" for axis in left]
-        if forward and with_bias:
-            steps += _moves(reading.bias.name, plan.bias)
-            steps.append(f"add         {reading.bias}, once{_after(phase.reduce, left)}")
-        title = phase.name if phase.name != "db" or not with_bias else f"db, the gradient of {reading.bias}"
-        if phase.name == "db" and not with_bias:
-            title = f"db, if a bias {reading.bias} is added"
-        lines += [title, *(f"  {step}" for step in steps)]
-        if not any(m.kind != "slice" for m in (*phase.reduce, *(m for r in phase.reads for m in r.moves))):
+    made = forward(Products((plan,), (with_bias,), sizes, contraction=False))
+    gradients = backward(Products((plan,), (True,), sizes), need)
+    for phase, instructions in phases((*made, *gradients)).items():
+        title = phase
+        if phase == "db":
+            title = f"db, the gradient of {reading.bias}" if with_bias else f"db, if a bias {reading.bias} is added"
+        lines += [title, *(f"  {step}" for one in instructions for step in _told(one, layout, reading))]
+        lines += [f"  {left}" for left in _left(phase, layout, reading)]
+        if not any(isinstance(one, Communicate) for one in instructions):
             lines.append("  no communication")
     return "\n".join(lines)
 
 
-def _after(reduce: Sequence[Move], left: Sequence[str]) -> str:
+def _told(one: Instruction, layout: Notation, reading: Reading) -> list[str]:
+    """The lines for one instruction."""
+    specs: dict[Role, TensorSpec] = {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out, "bias": reading.bias}
+    if isinstance(one, Communicate | Slice):
+        return [_move(one.tensor, one.move)]
+    if isinstance(one, Matmul):
+        forward = one.role == "out"
+        made = specs[one.role] if forward else specs[one.role].grad
+        operands = [specs[role] if role != "out" else specs[role].grad for role in one.operands]
+        compute = [reading.compute_layout(spec) for spec in (made, *operands)]
+        return [f"compute     {formula(compute[0], compute[1:], layout.spatial_letters)}"]
+    if isinstance(one, SumBias):
+        stored, gathered = layout.out.dims, reading.compute_layout(layout.out).dims
+        dims = gathered if one.gathered else stored
+        summed = [dim.letter for dim in dims if dim.letter not in reading.bias.letters]
+        sigma = f"Σ_{','.join(summed)} " if summed else ""
+        again = " (as gathered above)" if dims != stored else ""
+        return [f"compute     db = {sigma}{TensorSpec(f'd{layout.out.name}', dims)}{again}"]
+    if isinstance(one, AddBias):
+        reduced = set(reading.communicated_over(layout.out)) - set(layout.out.partial)
+        return [f"add         {reading.bias}, once{_after(bool(reduced), layout.out.partial)}"]
+    return []
+
+
+def _left(phase: str, layout: Notation, reading: Reading) -> list[str]:
+    """What a phase leaves unsummed to the caller."""
+    left: dict[str, tuple[str, ...]] = {"forward": layout.out.partial, "db": reading.bias.grad_partial}
+    left |= {f"d{spec.name}": spec.grad_partial for spec in (layout.lhs, layout.rhs)}
+    name = layout.out.name if phase == "forward" else phase
+    return [f"leave       {name} partial over {axis}: the caller sums it" for axis in left[phase]]
+
+
+def _after(reduced: bool, left: Sequence[str]) -> str:
     if left:
         return f" (by the first rank of {', '.join(left)}, since the sum is left to the caller)"
-    return ", after the reduction" if reduce else ""
+    return ", after the reduction" if reduced else ""
 
 
 def _who_talks(layout: Notation, reading: Reading) -> list[str]:
@@ -88,15 +96,11 @@ def _who_talks(layout: Notation, reading: Reading) -> list[str]:
     return lines or ["no axis: every rank computes the whole product"]
 
 
-def _moves(name: str, moves: Sequence[Move]) -> list[str]:
-    lines = []
-    for move in moves:
-        before = TensorSpec(name, move.before)
-        after = TensorSpec(name, move.after)
-        text = _VERB[move.kind].format(tensor=name, axis=move.axis)
-        operation, _, rest = text.partition(" ")
-        lines.append(f"{operation:<11} {rest}" + (f"   {before} -> {after}" if before.dims != after.dims else ""))
-    return lines
+def _move(name: str, move: Move) -> str:
+    before, after = TensorSpec(name, move.before), TensorSpec(name, move.after)
+    text = _VERB[move.kind].format(tensor=name, axis=move.axis)
+    operation, _, rest = text.partition(" ")
+    return f"{operation:<11} {rest}" + (f"   {before} -> {after}" if before.dims != after.dims else "")
 
 
 def formula(made: TensorSpec, operands: Sequence[TensorSpec], spatial: Sequence[str] = ()) -> str:

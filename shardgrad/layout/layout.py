@@ -10,10 +10,13 @@ from typing import Any
 from shardgrad.errors import LayoutError
 from shardgrad.layout import cost
 from shardgrad.layout.explain import explain
+from shardgrad.layout.lower import Products, backward, forward
 from shardgrad.layout.nearest import nearest
 from shardgrad.layout.notation import TensorSpec, locate, parse, point
 from shardgrad.layout.plan import Plan, Role, derive
+from shardgrad.layout.program import backward_program, forward_program
 from shardgrad.layout.rule import Illegal, Reading, read
+from shardgrad.layout.schedule import Instructions
 from shardgrad.layout.sizes import Sizes
 
 
@@ -144,30 +147,93 @@ class Layout:
         Raises:
             LayoutError: a size, an axis or a name is missing or unknown.
         """
-        roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs", self.bias.name: "bias"}
-        for what, names in (("frozen", frozen), ("save_gathered", save_gathered)):
-            for name in names:
-                if name not in roles or (what == "save_gathered" and roles[name] == "bias"):
-                    raise LayoutError(f"{what}: no operand {name!r} in {self}")
-        has_bias = self.has_bias if bias is None else bias
-        need: set[Role] = {role for name, role in roles.items() if name not in frozen}
-        if not has_bias:
-            need.discard("bias")
         width = cost.itemsize(dtype)
         reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
         if reduce_width < width:
             raise LayoutError(f"reduce_dtype {reduce_dtype} is narrower than {dtype}: sums would lose what is there")
-        return list(
-            cost.collectives(
-                [self.plan],
-                self.resolve(sizes, mesh_shape, coordinate),
-                bias=[has_bias],
-                needs=[need],
-                save_gathered=[(roles[name], 0) for name in save_gathered],
-                wire=width,
-                reduce_wire=reduce_width,
-            )
+        known = self.resolve(sizes, mesh_shape, coordinate)
+        made = self.instructions(mesh_shape, bias=bias, frozen=frozen, save_gathered=save_gathered)
+        return list(cost.collectives(made, known, wire=width, reduce_wire=reduce_width))
+
+    def instructions(
+        self,
+        mesh_shape: Mapping[str, int],
+        *,
+        bias: bool | None = None,
+        frozen: Collection[str] = (),
+        save_gathered: Collection[str] = (),
+    ) -> Instructions:
+        """Forward and then backward, as one list of instructions in the order of the mathematics.
+
+        Arguments and errors as of `collectives`; of the ranks it is the first of each axis.
+        """
+        frozen, has_bias = self._checked(frozen, save_gathered), self.has_bias if bias is None else bias
+        operands: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs"}
+        if has_bias:
+            operands[self.bias.name] = "bias"
+        need = {role for name, role in operands.items() if name not in frozen}
+        products = self._products(mesh_shape, has_bias, save_gathered, contraction=False)
+        return (*forward(products), *backward(products, [need]))
+
+    def program(
+        self,
+        mesh_shape: Mapping[str, int],
+        *,
+        bias: bool | None = None,
+        frozen: Collection[str] = (),
+        save_gathered: Collection[str] = (),
+        dtype: Any = "float32",
+        reduce_dtype: Any = None,
+    ) -> str:
+        """The Python that `matmul` runs for this layout: `forward`, and `backward` for autograd, as text.
+
+        Names such as `all_gather_x_tp` stand for collectives that are built once, `start` and `wait` for their two
+        halves; `linear`, `matmul` and `addmm` are torch's. Sizes do not change it.
+
+        Args:
+            mesh_shape: the number of ranks along every axis that the layout mentions. Along an axis of one nothing is
+                sent.
+            bias, frozen, save_gathered: as of `collectives`.
+            dtype, reduce_dtype: of the operands, and the one in which partial sums are reduced, if it is another.
+
+        Raises:
+            LayoutError: as `collectives`.
+        """
+        frozen, has_bias = self._checked(frozen, save_gathered), self.has_bias if bias is None else bias
+        products = self._products(
+            mesh_shape,
+            has_bias,
+            save_gathered,
+            dtype=str(dtype).removeprefix("torch."),
+            reduce_dtype=None if reduce_dtype in (None, dtype) else str(reduce_dtype).removeprefix("torch."),
+            contraction=self.spatial == 0,
         )
+        needs = [t.name not in frozen for t in (self.lhs, self.rhs, self.bias)[: 2 + has_bias]]
+        if not any(needs):
+            return forward_program(products, None).text
+        return f"{forward_program(products, needs).text}\n{backward_program(products, needs, [True]).text}"
+
+    def _checked(self, frozen: Collection[str], save_gathered: Collection[str]) -> Collection[str]:
+        """frozen, once both name operands of this layout."""
+        operands = self.lhs.name, self.rhs.name
+        for what, names, known in (
+            ("frozen", frozen, (*operands, self.bias.name)),
+            ("save_gathered", save_gathered, operands),
+        ):
+            for name in names:
+                if name not in known:
+                    raise LayoutError(f"{what}: no operand {name!r} in {self}")
+        return frozen
+
+    def _products(
+        self, mesh_shape: Mapping[str, int], has_bias: bool, save_gathered: Collection[str], **more: Any
+    ) -> Products:
+        for axis in self.axes:
+            if axis not in mesh_shape:
+                raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {self}")
+        sizes = Sizes(mesh_shape, dict.fromkeys(mesh_shape, 0))
+        roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs"}
+        return Products((self.plan,), (has_bias,), sizes, frozenset((roles[name], 0) for name in save_gathered), **more)
 
     def resolve(
         self, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int] | None = None

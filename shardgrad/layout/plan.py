@@ -1,12 +1,12 @@
-"""From a layout to steps: what each phase gathers, multiplies and reduces. No sizes, no ranks, no tensors.
+"""From a layout to routes: how each tensor comes from where it is stored to where it is used, and back.
 
-Everything that moves is a `route`: a tensor stored in one way (and perhaps partial over some axes) brought to another.
-The executor runs the moves, `cost` adds up their bytes, `explain` tells them.
+A `route` brings a tensor stored in one way (and perhaps partial over some axes) to another. `lower` makes instructions
+of the routes that forward and backward need. No sizes, no ranks, no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,34 +27,6 @@ class Move:
     dim: int
     before: Dims
     after: Dims
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A tensor that a phase reads, and the moves that bring it from where it is stored to where it is used.
-
-    index: which of the products that share an input it belongs to. A tensor read before has no moves left.
-    """
-
-    role: Role
-    index: int
-    moves: tuple[Move, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Local products, summed, and what surrounds them. In backward phases the role `out` stands for dY.
-
-    made: the role whose value (forward) or gradient (backward) is produced.
-    reads: forward, both operands and perhaps the bias; backward, dY and an operand in turn; for db, dY alone.
-    reduce: the moves of what was made, from partial sums to where it is stored.
-    """
-
-    name: str
-    made: Role
-    index: int
-    reads: tuple[Read, ...]
-    reduce: tuple[Move, ...]
 
 
 def route(src: Dims, dst: Dims, partial: Collection[str] = (), left: Collection[str] = ()) -> tuple[Move, ...]:
@@ -85,9 +57,14 @@ def route(src: Dims, dst: Dims, partial: Collection[str] = (), left: Collection[
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every route of one layout, derived once; `forward_phases` and `backward_phases` pick what a call needs."""
+    """Every route of one layout, derived once.
+
+    names, letters: of each tensor. partial: the axes over which the product's sum is left to the caller.
+    """
 
     names: dict[Role, str]
+    letters: dict[Role, tuple[str, ...]]
+    partial: tuple[str, ...]
     out_dims: Dims  # as the product, and so dY, is stored
     gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `out`: dY for the products of backward
     reduce: dict[Role, tuple[Move, ...]]  # local product -> stored; of an operand: its gradient
@@ -96,69 +73,14 @@ class Plan:
     bias_grad_gathered: tuple[Move, ...]  # db from dY as gathered for a product
     bias_can_share: bool
 
+    def gathers(self, *, bias: bool) -> tuple[Move, ...]:
+        """Every all-gather that some call of the layout may need."""
+        routes = [*self.gather.values(), *((self.bias, self.bias_grad, self.bias_grad_gathered) if bias else ())]
+        return tuple(move for moves in routes for move in moves if move.kind == "all-gather")
+
     def bias_reads_gathered(self, need: Collection[Role]) -> bool:
         """Whether db is summed from the dY that was gathered for a product, rather than from dY as stored."""
         return self.bias_can_share and ("lhs" in need or "rhs" in need)
-
-
-def shares(plans: Sequence[Plan]) -> tuple[int, ...]:
-    """For each product of one input, the first product that gathers and reduces this input in the same way."""
-    keys = [(plan.gather["lhs"], plan.reduce["lhs"]) for plan in plans]
-    return tuple(keys.index(key) for key in keys)
-
-
-def forward_phases(plans: Sequence[Plan], bias: Sequence[bool]) -> tuple[Phase, ...]:
-    """The products of one input: Y, and B on its way to be added to it (after the reduction, once)."""
-    phases = []
-    for at, (plan, share) in enumerate(zip(plans, shares(plans))):
-        reads = [
-            Read("lhs", share, plan.gather["lhs"] if share == at else ()),
-            Read("rhs", at, plan.gather["rhs"]),
-        ]
-        if bias[at]:
-            reads.append(Read("bias", at, plan.bias))
-        phases.append(Phase("forward", "out", at, tuple(reads), plan.reduce["out"]))
-    return tuple(phases)
-
-
-def backward_phases(
-    plans: Sequence[Plan], needs: Sequence[Collection[Role]], save_gathered: Collection[tuple[Role, int]] = ()
-) -> tuple[Phase, ...]:
-    """The gradients that each product `needs` (`lhs`, `rhs`, `bias`), in the order in which they run.
-
-    An operand in `save_gathered` (role and index) was kept as gathered in forward. Each dY is gathered once, in the
-    first phase that reads it; dX of products that share their input is summed locally and reduced once.
-    """
-    seen: set[tuple[Role, int]] = set()
-
-    def read(role: Role, index: int, moves: tuple[Move, ...]) -> Read:
-        fresh = (role, index) not in seen and (role, index) not in save_gathered
-        seen.add((role, index))
-        return Read(role, index, moves if fresh else ())
-
-    phases = []
-    share_of = shares(plans)
-    for share in dict.fromkeys(share_of):
-        summed = [at for at, plan in enumerate(plans) if share_of[at] == share and "lhs" in needs[at]]
-        if summed:
-            reads = []
-            for at in summed:
-                reads.append(read("out", at, plans[at].gather["out"]))
-                reads.append(read("rhs", at, plans[at].gather["rhs"]))
-            name = f"d{plans[share].names['lhs']}"
-            phases.append(Phase(name, "lhs", share, tuple(reads), plans[share].reduce["lhs"]))
-    for at, plan in enumerate(plans):
-        if "rhs" in needs[at]:
-            reads = [
-                read("out", at, plan.gather["out"]),
-                read("lhs", share_of[at], plan.gather["lhs"]),
-            ]
-            phases.append(Phase(f"d{plan.names['rhs']}", "rhs", at, tuple(reads), plan.reduce["rhs"]))
-    for at, plan in enumerate(plans):
-        if "bias" in needs[at]:
-            moves = plan.bias_grad_gathered if plan.bias_reads_gathered(needs[at]) else plan.bias_grad
-            phases.append(Phase("db", "bias", at, (Read("out", at, ()),), moves))
-    return tuple(phases)
 
 
 def derive(layout: Notation, reading: Reading) -> Plan:
@@ -178,6 +100,8 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     return Plan(
         out_dims=product.dims,
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
+        letters={**{role: spec.letters for role, spec in tensors.items()}, "bias": bias.letters},
+        partial=product.partial,
         gather=gather,
         reduce=reduce,
         bias=route(bias.dims, at_product),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as every
 from math import prod
@@ -11,8 +11,9 @@ from typing import Any
 from shardgrad.errors import LayoutError
 from shardgrad.layout.explain import formula
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.notation import TensorSpec
-from shardgrad.layout.plan import Dims, Move, Phase, Role, backward_phases, forward_phases
+from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.plan import Dims, Move, Role
+from shardgrad.layout.schedule import AddBias, Communicate, Instruction, Matmul, Slice, SumBias, phases
 from shardgrad.layout.sizes import Sizes
 
 
@@ -113,14 +114,9 @@ def timeline(
             key = (one.phase, one.operation, one.tensor, one.axis)
             sent.setdefault(key, [0] * len(coordinates))[at] = one.bytes
     ranks = tuple(layout.resolve(sizes, mesh, coordinate) for coordinate in coordinates)
-    roles: dict[str, Role] = {layout.lhs.name: "lhs", layout.rhs.name: "rhs"}
-    kept = {(roles[name], 0) for name in save_gathered}
-    need: set[Role] = {"lhs", "rhs"}
-    if layout.has_bias:
-        need.add("bias")
-    maker = _Maker(layout, mesh, ranks, sent, need)
-    phases = forward_phases([layout.plan], [layout.has_bias]), backward_phases([layout.plan], [need], kept)
-    steps = tuple(maker.step(phase) for group in phases for phase in group)
+    made = layout.instructions(mesh, bias=layout.has_bias, save_gathered=save_gathered)
+    maker = _Maker(layout, mesh, ranks, sent)
+    steps = tuple(maker.step(name, instructions) for name, instructions in phases(made).items())
     return Timeline(layout, sizes, mesh, str(dtype).removeprefix("torch."), ranks, steps)
 
 
@@ -131,45 +127,63 @@ class _Maker:
         mesh: Mapping[str, int],
         ranks: tuple[Sizes, ...],
         sent: Mapping[tuple[str, str, str, str], list[int]],
-        need: Collection[Role],
     ) -> None:
-        self.layout, self.mesh, self.ranks, self.sent, self.need = layout, mesh, ranks, sent, need
+        self.layout, self.mesh, self.ranks, self.sent = layout, mesh, ranks, sent
         self.specs: dict[Role, TensorSpec] = {
             "lhs": layout.lhs,
             "rhs": layout.rhs,
             "out": layout.out,
             "bias": layout.bias,
         }
-        self.moved_in: dict[Role, str] = {}  # role -> the phase that gathered it
+        self.moved_in: dict[str, str] = {}  # tensor -> the phase that gathered it
 
-    def step(self, phase: Phase) -> Step:
-        forward = phase.name == "forward"
-        reads, bias = [], None
-        for read in phase.reads:
-            spec = self.specs[read.role]
-            gradient = read.role == "out" and not forward
-            name = f"d{spec.name}" if gradient else spec.name
-            used = self.layout.reading.compute_layout(spec).dims
-            if read.role == "bias":
-                bias = self._flow(phase.name, name, "bias", spec.dims, (), read.moves)
-                continue
-            note, before = "", spec.dims
-            if phase.made == "bias" and not self.layout.plan.bias_reads_gathered(self.need):
-                used = spec.dims
-            if not read.moves and used != spec.dims:
-                since = self.moved_in.get(read.role)
-                note, before = f"gathered for {since}" if since else "kept from forward", used
-            elif read.moves and not forward:
-                self.moved_in[read.role] = phase.name
-            reads.append(self._flow(phase.name, name, read.role, before, (), read.moves, note))
-        made = self.specs[phase.made]
-        name = made.name if forward else "db" if phase.made == "bias" else f"d{made.name}"
-        left = made.partial if forward else made.grad_partial
-        before = phase.reduce[0].before if phase.reduce else made.dims
-        result = self._flow(phase.name, name, phase.made, before, left, phase.reduce)
-        operands = [TensorSpec(r.name, r.after) for r in reads]
-        flops = tuple(self._flops(sizes) if phase.made != "bias" else 0 for sizes in self.ranks)
-        return Step(phase.name, formula(TensorSpec(name, before), operands), tuple(reads), result, bias, flops)
+    def step(self, phase: str, instructions: Sequence[Instruction]) -> Step:
+        """The step of one phase, which has one product, or one sum for db."""
+        moves: dict[str, list[Move]] = {}
+        for one in instructions:
+            if isinstance(one, Communicate | Slice):
+                moves.setdefault(one.tensor, []).append(one.move)
+        forward = phase == "forward"
+        product = next(one for one in instructions if isinstance(one, Matmul | SumBias))
+        role: Role = product.role if isinstance(product, Matmul) else "bias"
+        operands: tuple[Role, ...] = product.operands if isinstance(product, Matmul) else ("out",)
+        reads = [self._read(phase, one, product, moves) for one in operands]
+        made = self.specs[role]
+        name = made.name if forward else phase
+        route = moves.get(name, [])
+        result = self._flow(
+            phase,
+            name,
+            role,
+            route[0].before if route else made.dims,
+            made.partial if forward else made.grad_partial,
+            route,
+        )
+        bias = None
+        if forward and any(isinstance(one, AddBias) for one in instructions):
+            spec = self.layout.bias
+            bias = self._flow(phase, spec.name, "bias", spec.dims, (), moves.get(spec.name, []))
+        flops = tuple(self._flops(sizes) if role != "bias" else 0 for sizes in self.ranks)
+        told = formula(TensorSpec(name, result.before), [TensorSpec(read.name, read.after) for read in reads])
+        return Step(phase, told, tuple(reads), result, bias, flops)
+
+    def _read(self, phase: str, role: Role, product: Matmul | SumBias, moves: Mapping[str, list[Move]]) -> TensorFlow:
+        spec, forward = self.specs[role], phase == "forward"
+        name = f"d{spec.name}" if role == "out" else spec.name
+        used = self.layout.reading.compute_layout(spec).dims
+        if isinstance(product, SumBias) and not product.gathered:
+            used = spec.dims
+        note, before, route = "", spec.dims, moves.get(name, [])
+        if route and not forward:
+            self.moved_in[name] = phase
+        elif not route and self._real(used) != self._real(spec.dims):
+            since = self.moved_in.get(name)
+            note, before = f"gathered for {since}" if since else "kept from forward", used
+        return self._flow(phase, name, role, before, (), route, note)
+
+    def _real(self, dims: Dims) -> Dims:
+        """Without the axes of one rank, along which nothing moves."""
+        return tuple(Dim(dim.letter, tuple(axis for axis in dim.axes if self.mesh[axis] > 1)) for dim in dims)
 
     def _flow(
         self,
@@ -178,27 +192,25 @@ class _Maker:
         role: Role,
         before: Dims,
         left: tuple[str, ...],
-        moves: tuple[Move, ...],
+        moves: Sequence[Move],
         note: str = "",
     ) -> TensorFlow:
-        told = []
-        for move in moves:
-            if self.mesh[move.axis] == 1:
-                continue
-            sent = self.sent.get((phase, move.kind, name, move.axis), [0] * len(self.ranks))
-            told.append(Moved(move, name, tuple(sent)))
-        summed = tuple(m.move.axis for m in told if m.move.kind in ("reduce-scatter", "all-reduce"))
+        nothing = [0] * len(self.ranks)
+        moved = tuple(
+            Moved(move, name, tuple(self.sent.get((phase, move.kind, name, move.axis), nothing))) for move in moves
+        )
+        summed = tuple(move.axis for move in moves if move.kind in ("reduce-scatter", "all-reduce"))
         left = tuple(axis for axis in left if self.mesh[axis] > 1)
         after = moves[-1].after if moves else before
-        return TensorFlow(name, role, before, after, (*summed, *left), left, tuple(told), note)
+        return TensorFlow(name, role, before, after, (*summed, *left), left, moved, note)
 
     def _flops(self, sizes: Sizes) -> int:
-        """Two for every choice of one index of every letter, each letter cut by the axes that split it."""
-        cut: dict[str, tuple[str, ...]] = {}
+        """Two for every choice of one index of every letter, each letter sharded by the axes that split it."""
+        local: dict[str, tuple[str, ...]] = {}
         for spec in (self.layout.lhs, self.layout.rhs, self.layout.out):
-            cut |= {dim.letter: dim.axes for dim in self.layout.reading.compute_layout(spec).dims}
-        local = [sizes.get(letter, axes) for letter, axes in cut.items()]
-        return 2 * prod(size for size in local if size is not None)
+            local |= {dim.letter: dim.axes for dim in self.layout.reading.compute_layout(spec).dims}
+        counts = [sizes.get(letter, axes) for letter, axes in local.items()]
+        return 2 * prod(count for count in counts if count is not None)
 
 
 def check_rank(timeline: Timeline, rank: int) -> int:
