@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardgrad.comm.adjoint import replicate as replicate
     from shardgrad.comm.adjoint import slice_replicated as slice_replicated
     from shardgrad.comm.agree import check_every_call as check_every_call
-    from shardgrad.comm.collectives import comm_timer as comm_timer
+    from shardgrad.comm.timer import comm_timer as comm_timer
     from shardgrad.comm.trace import trace_collectives as trace_collectives
     from shardgrad.errors import CollectiveError as CollectiveError
     from shardgrad.errors import DisagreementError as DisagreementError
@@ -81,7 +81,7 @@ _HOME = {
     "replicate": "shardgrad.comm.adjoint",
     "slice_replicated": "shardgrad.comm.adjoint",
     "check_every_call": "shardgrad.comm.agree",
-    "comm_timer": "shardgrad.comm.collectives",
+    "comm_timer": "shardgrad.comm.timer",
     "trace_collectives": "shardgrad.comm.trace",
     "CollectiveError": "shardgrad.errors",
     "DisagreementError": "shardgrad.errors",

@@ -16,7 +16,7 @@ import shardgrad as sg
 from shardgrad.bench import peers
 from shardgrad.bench.timing import Spread, in_turns, slowest_rank
 from shardgrad.comm import collectives as raw
-from shardgrad.comm.collectives import comm_timer
+from shardgrad.comm.timer import comm_timer
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.comm.shm.register import register
 from shardgrad.ops.overlap import Costs
@@ -176,7 +176,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[2],
         _Case(
             lambda: F.linear(x, up),
-            lambda: raw.all_gather(x_own, axis, 0, tokens).wait(),
+            lambda: raw.AllGather(axis, 0, tokens)(x_own),
             {who: _forward(one, x_own, tokens) for who, one in columns(sequence_dim=0).items()},
         ),
     )
@@ -184,7 +184,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[3],
         _Case(
             lambda: F.linear(h, down),
-            lambda: raw.reduce_scatter(dy, axis, 0).wait(),
+            lambda: raw.ReduceScatter(axis, 0)(dy),
             {who: _forward(one, h) for who, one in rows(sequence_dim=0).items()},
         ),
     )
@@ -192,7 +192,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[4],
         _Case(
             lambda: (dy.mm(down), dy.t().mm(h)),
-            lambda: raw.all_gather(y_own, axis, 0, tokens).wait(),
+            lambda: raw.AllGather(axis, 0, tokens)(y_own),
             {who: _backward(one, h, y_own) for who, one in rows(sequence_dim=0).items()},
         ),
     )
@@ -207,7 +207,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[5],
         _Case(
             lambda: F.linear(x_own, up),
-            lambda: raw.all_gather(stored, axis, 1, d).wait(),
+            lambda: raw.AllGather(axis, 1, d)(stored),
             {who: _forward(one, x_own) for who, one in sharded.items()},
         ),
     )
@@ -215,7 +215,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         CASES[6],
         _Case(
             lambda: (dh_own.mm(up), dh_own.t().mm(x_own)),
-            lambda: (raw.all_gather(stored, axis, 1, d).wait(), raw.reduce_scatter(up, axis, 1).wait()),
+            lambda: (raw.AllGather(axis, 1, d)(stored), raw.ReduceScatter(axis, 1)(up)),
             {who: _backward(one, x_own, dh_own) for who, one in sharded.items()},
         ),
     )
@@ -228,7 +228,7 @@ def _halves(blocks: dict[str, nn.Module], half: str) -> dict[str, nn.Module]:
 def _reducing(like: Tensor, axis: Axis) -> Call:
     """An all-reduce, of zeros, which stay zeros however often they are summed."""
     summed = torch.zeros_like(like)
-    return lambda: raw.all_reduce(summed, axis).wait()
+    return lambda: raw.AllReduce(axis)(summed)
 
 
 def _forward(layer: nn.Module, x: Tensor, *more: int) -> Call:

@@ -91,7 +91,7 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
     from torch.profiler import ProfilerActivity, profile
 
     from shardgrad.cli import training_step
-    from shardgrad.comm.collectives import comm_timer
+    from shardgrad.comm.timer import comm_timer
 
     config = training_step.read(config_path, overrides, ranks)
     rank = training_step.join(config)

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
+from shardgrad.comm.collectives import AllGather, AllReduce, AllToAll, AllToAllRows, ReduceScatter, gather_ints, keep_chunk, whole_size
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
@@ -55,35 +55,35 @@ def _nothing(x: Tensor, at: _Where) -> Tensor:
 
 
 def _all_reduce(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_reduce(x.clone(), at.axis, "all-reduce").wait()
+    return AllReduce(at.axis)(x.clone())
 
 
 def _all_gather(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_gather(x, at.axis, at.dim, at.global_size).wait()
+    return AllGather(at.axis, at.dim, at.global_size)(x)
 
 
 def _reduce_scatter(x: Tensor, at: _Where) -> Tensor:
-    return raw.reduce_scatter(x, at.axis, at.dim).wait()
+    return ReduceScatter(at.axis, at.dim)(x)
 
 
 def _slice(x: Tensor, at: _Where) -> Tensor:
-    return raw.cut(x, at.axis, at.dim).contiguous()
+    return keep_chunk(x, at.axis, at.dim).contiguous()
 
 
 def _to_split(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all(x, at.axis, split=at.dim, concat=at.other, global_size=at.other_global_size).wait()
+    return AllToAll(at.axis, at.dim, at.other, at.other_global_size)(x)
 
 
 def _to_concat(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all(x, at.axis, split=at.other, concat=at.dim, global_size=at.global_size).wait()
+    return AllToAll(at.axis, at.other, at.dim, at.global_size)(x)
 
 
 def _rows_out(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all_rows(x, at.axis, at.send, at.receive).wait()
+    return AllToAllRows(at.axis, at.send, at.receive)(x)
 
 
 def _rows_back(x: Tensor, at: _Where) -> Tensor:
-    return raw.all_to_all_rows(x, at.axis, at.receive, at.send).wait()
+    return AllToAllRows(at.axis, at.receive, at.send)(x)
 
 
 _Local = Callable[[Tensor, _Where], Tensor]
@@ -226,8 +226,8 @@ def _global_size(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: Device
     if size is None:
         if torch.compiler.is_compiling():
             raise ShapeError(f"under torch.compile, say how large dim {dim} is over {axis.name!r}: size=…")
-        rows = raw.gather_ints([local], axis, view(mesh).device, "exchange of sizes")
-        size = raw.whole_size([row[0] for row in rows], axis, f"dim {dim}")
+        rows = gather_ints([local], axis, view(mesh).device, "exchange of sizes")
+        size = whole_size([row[0] for row in rows], axis, f"dim {dim}")
     expected = chunk(size, axis.size, axis.index)[1]
     if local != expected:
         raise ShapeError(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardgrad.comm.agree import agree
-from shardgrad.comm.collectives import all_reduce
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.shardings import named_shardings
@@ -134,7 +134,7 @@ def _accumulate(gradients: Iterable[Tensor], order: float, device: torch.device)
 
 def _combine(parts: Tensor, axis: Axis, order: float) -> Tensor:
     op = dist.ReduceOp.MAX if order == inf else dist.ReduceOp.SUM
-    return all_reduce(parts, axis, "all-reduce of the gradients' norm", op).wait()
+    return AllReduce(axis, "all-reduce of the gradients' norm", op)(parts)
 
 
 def _norm(parts: Iterable[Tensor], order: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm import collectives as raw
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
@@ -79,7 +79,7 @@ def vocab_parallel_cross_entropy(
         if torch.compiler.is_compiling():
             count = all_reduce(count, mesh, name)
         elif token_axis.size > 1:
-            count = raw.all_reduce(count, token_axis, "all-reduce of the number of tokens").wait()
+            count = AllReduce(token_axis, "all-reduce of the number of tokens")(count)
     return total / count
 
 
@@ -183,16 +183,16 @@ def _losses(
     local = local.masked_fill(~mine, 0).long()
     if here:
         top = wide.amax(-1)
-        top = top if over.size == 1 else raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+        top = top if over.size == 1 else AllReduce(over, "all-reduce of maxima", dist.ReduceOp.MAX)(top)
         summed = (wide - top.unsqueeze(-1)).exp_().sum(-1)
         picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0)
     else:  # this rank holds no part of the vocabulary
         top = wide.new_full(target.shape, -torch.inf)
-        top = raw.all_reduce(top, over, "all-reduce of maxima", dist.ReduceOp.MAX).wait()
+        top = AllReduce(over, "all-reduce of maxima", dist.ReduceOp.MAX)(top)
         summed, picked = torch.zeros_like(top), torch.zeros_like(top)
     parts = [summed, picked] if smoothing == 0 else [summed, picked, wide.sum(-1)]
     sums = torch.stack(parts)
-    sums = sums if over.size == 1 else raw.all_reduce(sums, over, "all-reduce of exponentials and targets").wait()
+    sums = sums if over.size == 1 else AllReduce(over, "all-reduce of exponentials and targets")(sums)
     log_sum = sums[0].log() + top
     losses = log_sum - sums[1]
     if smoothing:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from shardgrad.comm.collectives import all_reduce
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.module import ParamSharding
@@ -38,7 +38,7 @@ def all_reduce_partial_grads_(model: nn.Module) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
-        whole = all_reduce(flat, axis, "all-reduce of gradients left to the caller").wait()
+        whole = AllReduce(axis, "all-reduce of gradients left to the caller")(flat)
         for grad, part in zip(grads, whole.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
 

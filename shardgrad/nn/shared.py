@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm import collectives as raw
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.layout import cost
@@ -46,7 +46,7 @@ class _Together(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat = raw.all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), ctx.over, "all-reduce").wait()
+        flat = AllReduce(ctx.over)(torch.cat([grad.reshape(-1) for grad in grads]))
         return None, *(part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in grads]), grads))
 
 

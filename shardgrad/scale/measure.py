@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardgrad.comm.collectives import comm_timer
+from shardgrad.comm.timer import comm_timer
 from shardgrad.comm.trace import trace_collectives
 from shardgrad.scale.work import Work
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardgrad.comm.collectives import all_reduce
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import view
 from shardgrad.nn.module import ParamSharding
 from shardgrad.nn.shardings import named_shardings
@@ -131,12 +131,12 @@ def _apart(grad: Tensor, sharding: ParamSharding) -> float:
         if axis.size == 1 or axis.name in sharding.spec.axes:
             continue
         first = grad.clone() if axis.index == 0 else torch.zeros_like(grad)
-        first = all_reduce(first, axis, "all-reduce of the first rank's gradient").wait()
+        first = AllReduce(axis, "all-reduce of the first rank's gradient")(first)
         square = (grad - first).double().square().sum().nan_to_num(inf, inf)
         for other in axes:
             if other.size > 1:
                 op = dist.ReduceOp.SUM if other.name in sharding.spec.axes else dist.ReduceOp.MAX
-                square = all_reduce(square, other, "all-reduce of the copies' distance", op).wait()
+                square = AllReduce(other, "all-reduce of the copies' distance", op)(square)
         total += float(square.sqrt())
     return total
 

@@ -8,7 +8,7 @@ from math import isfinite
 
 import torch
 
-from shardgrad.comm.collectives import comm_timer
+from shardgrad.comm.timer import comm_timer
 from shardgrad.train import data
 from shardgrad.train.config import Config
 from shardgrad.train.decoder import Decoder, evaluating

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardgrad.comm.collectives import cut
+from shardgrad.comm.collectives import keep_chunk
 from shardgrad.comm.mesh import view
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
@@ -33,7 +33,7 @@ def micro_batches(
         batch = len(some)
         for name in model.token_axes:
             axis = view(model.mesh).axis(name)
-            some, following = cut(some, axis, 0), cut(following, axis, 0)
+            some, following = keep_chunk(some, axis, 0), keep_chunk(following, axis, 0)
         yield some, following, batch
 
 

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from shardgrad.comm.collectives import all_gather, gather_ints
+from shardgrad.comm.collectives import AllGather, gather_ints
 from shardgrad.comm.mesh import MeshView
 
 _WHAT = "verification"
@@ -40,7 +40,7 @@ def same_shape_of_all(local: Tensor, mesh: MeshView) -> Tensor:
     if not full.numel():
         return local.new_empty((prod(mesh.shape.values()), *local.shape))
     for axis in reversed(mesh.axes.values()):
-        full = all_gather(full, axis, 0, full.numel() * axis.size, _WHAT).wait()
+        full = AllGather(axis, 0, full.numel() * axis.size, _WHAT)(full)
     return full.clone().view(local.dtype).view(-1, *local.shape)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives, shim
-from shardgrad.comm.collectives import comm_timer
+from shardgrad.comm.timer import comm_timer
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shm import queue
 from shardgrad.layout.sizes import chunk
@@ -53,7 +53,7 @@ def check_all(world_size: int, *, listened: bool) -> None:
             for _ in range(3):  # made ready once, called often
                 x, y = terms[axis.index].clone(), terms[axis.index].clone()
                 with listening():
-                    reduce.sum(x)
+                    x = reduce(x)
                 with listening():
                     reduce.wait(reduce.start(y))
                 assert torch.equal(x, total)
@@ -64,9 +64,9 @@ def check_all(world_size: int, *, listened: bool) -> None:
                 scatter = collectives.ReduceScatter(axis, dim)
                 for _ in range(2):
                     with listening():
-                        gathered = gather.finish(gather.start(mine))
+                        gathered = gather(mine)
                     with listening():
-                        kept = scatter.finish(scatter.start(terms[axis.index]))
+                        kept = scatter(terms[axis.index])
                     assert torch.equal(gathered, total), (dtype, shape, dim)
                     assert torch.equal(kept, mine), (dtype, shape, dim)
                     gathered.add_(1)  # nobody else's memory
@@ -99,11 +99,10 @@ def test_who_is_asked(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gather, scatter = collectives.AllGather(axis, 0, 4), collectives.ReduceScatter(axis, 0)
 
     def check(x: Tensor) -> None:
-        y = x.clone()
-        reduce.sum(y)
+        y = reduce(x.clone())
         assert y.tolist() == [2.0, 2.0]
-        assert gather.finish(gather.start(x)).tolist() == [1.0] * 4
-        assert scatter.finish(scatter.start(x)).tolist() == [2.0]
+        assert gather.wait(gather.start(x)).tolist() == [1.0] * 4
+        assert scatter.wait(scatter.start(x)).tolist() == [2.0]
 
     one, strange = torch.ones(2), torch.ones(2).as_subclass(Pretender)
     for name in ("_told", "_direct"):
@@ -133,11 +132,11 @@ def test_values_that_memory_does_not_hold_as_they_are(world_size: int) -> None:
     conjugate = torch.tensor([complex(1, 1 + axis.index)]).conj()
     assert negative.is_contiguous()
     assert negative.is_neg()
-    gathered = collectives.all_gather(negative, axis, 0, world_size).wait()
+    gathered = collectives.AllGather(axis, 0, world_size)(negative)
     assert gathered.tolist() == [-1.0 - r for r in range(world_size)]
-    gathered = collectives.all_gather(conjugate, axis, 0, world_size).wait()
+    gathered = collectives.AllGather(axis, 0, world_size)(conjugate)
     assert gathered.tolist() == [complex(1, -1 - r) for r in range(world_size)]
-    total = collectives.all_reduce(negative.clone(), axis).wait()
+    total = collectives.AllReduce(axis)(negative.clone())
     assert total.tolist() == [-sum(1.0 + r for r in range(world_size))]
 
 

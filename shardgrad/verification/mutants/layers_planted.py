@@ -117,7 +117,7 @@ def data_parallel(mesh: DeviceMesh) -> Program:
     x = torch.randn(2 * axis.size, D, generator=torch.Generator().manual_seed(5))
 
     def total(tensor: Tensor) -> Tensor:
-        return raw.all_reduce(tensor.contiguous().clone(), axis, "all-reduce").wait()
+        return raw.AllReduce(axis)(tensor.contiguous().clone())
 
     reduce: dict[str, Callable[[Tensor], Tensor]] = {name: total for name, _ in parallel.named_parameters()}
     for name, parameter in parallel.named_parameters():
@@ -188,7 +188,7 @@ def _mean(total: Callable[[Tensor], Tensor], ranks: int, gradient: Tensor) -> Te
 
 def _of_the_next_rank(gradient: Tensor, program: Program) -> Tensor:
     axis = view(program.mesh).axis("tp")
-    return raw.all_gather(gradient, axis, 0, M).wait().chunk(axis.size)[(axis.index + 1) % axis.size]
+    return raw.AllGather(axis, 0, M)(gradient).chunk(axis.size)[(axis.index + 1) % axis.size]
 
 
 def _identity(_: Any) -> Any:
