@@ -147,14 +147,14 @@ def _labelled(cells: Sequence[tuple[Cell, Cell]]) -> Iterator[Planned]:
     keys = [key for key in varied if key in _LABELS]
     for more in [None, *(key for key in varied if key in _ELSE)]:
         keys += [more] if more is not None else []
-        labels = [asked.label or ", ".join(filter(None, (_told(asked, key) for key in keys))) for _, asked, _ in every]
+        labels = [asked.label or ", ".join(filter(None, (_label(asked, key) for key in keys))) for _, asked, _ in every]
         if len(set(labels)) == len({str(series) for series, _, _ in every}):
             break
     for label, (series, _, resolved) in zip(labels, every):
         yield Planned(resolved, label, str(series))
 
 
-def _told(cell: Cell, key: str) -> str:
+def _label(cell: Cell, key: str) -> str:
     """A value as a label tells it; nothing where it is what one expects."""
     value = getattr(cell, key)
     if key == "kind":

@@ -74,11 +74,11 @@ def check_config(config: Config, start: Path) -> list[str]:
         if key in saved and saved[key] != value  # a key that is newer than the checkpoint told it nothing
     }
     another = [
-        _told(key, was, now)
+        _difference(key, was, now)
         for key, (was, now) in differ.items()
         if key.startswith("model.") and key != "model.dropout"  # no parameter's shape or meaning depends on it
     ]
-    another += [_told(key, *differ[key]) for key in ("data.tokenizer", "data.vocab") if key in differ]
+    another += [_difference(key, *differ[key]) for key in ("data.tokenizer", "data.vocab") if key in differ]
     if another:
         raise ConfigError(
             "\n".join(
@@ -90,13 +90,13 @@ def check_config(config: Config, start: Path) -> list[str]:
             )
         )
     return [
-        _told(key, was, now)
+        _difference(key, was, now)
         for key, (was, now) in differ.items()
         if not key.startswith(_MAY_DIFFER) and key not in _MAY_DIFFER_TOO
     ]
 
 
-def _told(key: str, was: object, now: object) -> str:
+def _difference(key: str, was: object, now: object) -> str:
     return f"{key} was {was!r}, and is {now!r} now"
 
 

@@ -32,7 +32,7 @@ class Stop:
     def __init__(self, name: str) -> None:
         self._key = f"shardgrad/stop/{name}"
         self._before: dict[signal.Signals, Any] = {}
-        self._told = False
+        self._announced = False
         self.wanted: signal.Signals | None = None
 
     def __enter__(self) -> Self:
@@ -53,9 +53,9 @@ class Stop:
     def agreed(self, step: int) -> str | None:
         """Called on every rank at the end of every step: the signal's name if `step` is the last, on all of them."""
         shared = store()
-        if self.wanted is not None and not self._told:
+        if self.wanted is not None and not self._announced:
             shared.compare_set(self._key, "", f"{step + 1} {self.wanted.name}")
-            self._told = True
+            self._announced = True
         if not shared.check([self._key]):
             return None
         last, name = shared.get(self._key).decode().split()

@@ -105,11 +105,11 @@ def test_who_is_asked(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert scatter.wait(scatter.start(x)).tolist() == [2.0]
 
     one, strange = torch.ones(2), torch.ones(2).as_subclass(Pretender)
-    for name in ("_told", "_direct"):
+    for name in ("_via_dispatcher", "_direct"):
         with monkeypatch.context() as patch:
             for ready in (reduce, gather, scatter):
                 patch.setattr(ready, name, None)
-            if name == "_told":
+            if name == "_via_dispatcher":
                 check(one)
                 with comm_timer() as clock:
                     check(one)
@@ -120,7 +120,7 @@ def test_who_is_asked(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 check(strange)
             for ready in (reduce, gather, scatter):
                 with pytest.raises(TypeError):
-                    ready.start(strange if name == "_told" else one)
+                    ready.start(strange if name == "_via_dispatcher" else one)
 
 
 @distributed(world_size=[1, 2])
