@@ -16,9 +16,9 @@ import shardgrad as sg
 from shardgrad.bench import peers
 from shardgrad.bench.timing import Spread, in_turns, slowest_rank
 from shardgrad.comm import collectives as raw
-from shardgrad.comm.timer import comm_timer
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.comm.shm.register import register
+from shardgrad.comm.timer import comm_timer
 from shardgrad.ops.overlap import Costs
 
 Size = tuple[int, int, int]

@@ -29,7 +29,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
-from shardgrad.comm.collectives import AllGather, AllReduce, AllToAll, AllToAllRows, ReduceScatter, gather_ints, keep_chunk, whole_size
+from shardgrad.comm.collectives import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    AllToAllRows,
+    ReduceScatter,
+    gather_ints,
+    keep_chunk,
+    whole_size,
+)
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError

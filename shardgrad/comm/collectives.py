@@ -1,7 +1,7 @@
 """The collectives over one mesh axis, along any dim, uneven shards included. Not differentiable.
 
-Each is an object that is built once and called often: `start(x)` begins and returns a handle, `wait(handle)` returns the
-result, and a call does both. The only file that asks torch.distributed to move data.
+Each is an object that is built once and called often: `start(x)` begins and returns a handle, `wait(handle)` returns
+the result, and a call does both. The only file that asks torch.distributed to move data.
 
 | collective      | input on a rank                  | result on a rank                                    |
 | --------------- | -------------------------------- | --------------------------------------------------- |

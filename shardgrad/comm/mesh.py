@@ -42,7 +42,7 @@ class MeshView:
 
     shape, coordinate: ranks along each axis, and this rank's index.
     handle: a name by which compiled graphs, which hold no objects, refer to the mesh; one for each view.
-    compiled: what other rooms keep for this mesh, and lose with it.
+    bound, settings: the products bound to this mesh, and how they run; kept by other rooms, and lost with the mesh.
     agreed: per axis, the descriptions on which its ranks have agreed (see `agree`).
     """
 
@@ -51,7 +51,8 @@ class MeshView:
     shape: dict[str, int]
     coordinate: dict[str, int]
     handle: str = ""
-    compiled: dict[Any, Any] = field(default_factory=dict)
+    bound: dict[Any, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     agreed: dict[str, set[int]] = field(default_factory=dict)
 
     def axis(self, name: str, user: object = None) -> Axis:

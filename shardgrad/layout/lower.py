@@ -86,13 +86,17 @@ class Products:
 
     def saved(self, needs: Sequence[bool]) -> tuple[Key, ...]:
         """What forward saves for backward: W for dX, X for dW. needs: of X, each weight and each bias."""
-        wanted: list[Key] = [("rhs", at) for at in range(self.count) if needs[0]]
-        wanted += [("lhs", self.share[at]) for at in range(self.count) if needs[1 + at]]
-        return tuple(sorted(dict.fromkeys(wanted), key=lambda key: (key[0] != "lhs", key[1])))
+        wanted: list[Key] = [("lhs", self.share[at]) for at in range(self.count) if needs[1 + at]]
+        wanted += [("rhs", at) for at in range(self.count) if needs[0]]
+        by_value = {self._saved_value(key): key for key in reversed(wanted)}  # each once
+        return tuple(reversed(by_value.values()))
+
+    def _saved_value(self, key: Key) -> str:
+        return self.value(key, gathered=key in self.saved_gathered)
 
     def saved_values(self, needs: Sequence[bool]) -> tuple[str, ...]:
         """Their values, as forward holds them and backward takes them."""
-        return tuple(self.value(key, gathered=key in self.saved_gathered) for key in self.saved(needs))
+        return tuple(self._saved_value(key) for key in self.saved(needs))
 
     @cached_property
     def saved_gathered(self) -> frozenset[Key]:

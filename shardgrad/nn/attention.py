@@ -17,7 +17,6 @@ from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
 from shardgrad.layout.batch_axis import BatchAxis, rows_over, stored_over
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Role
 from shardgrad.nn import init
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.linear import check_reduce
@@ -244,18 +243,7 @@ class Attention(ShardedModule):
         query = {letter: self._input_sizes[letter] for letter in "hkd"}
         inputs = self.input_layouts[0].resolve({**rows, **query}, mesh_view.shape, mesh_view.coordinate)
         inputs.known[inputs.level("g", (self.axis,))] = self.heads.count_kv
-        width = cost.itemsize(dtype)
-        biased = self.output_bias is not None
-        needs: list[Role] = ["lhs", "rhs", "bias"] if biased else ["lhs", "rhs"]
-        shared = cost.collectives(
-            [layout.plan for layout in self.input_layouts],
-            inputs,
-            bias=[biased] * 3,
-            needs=[needs] * 3,
-            save_gathered=(),
-            wire=width,
-            reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
-        )
+        shared = self._bind("inputs").collectives(inputs, dtype)
         output = self.output_layout.collectives(
             {**rows, **self._output_sizes},
             mesh_view.shape,

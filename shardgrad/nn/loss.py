@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.shim import is_fake
 from shardgrad.comm.trace import traced_op

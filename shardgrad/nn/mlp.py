@@ -18,7 +18,6 @@ from shardgrad.errors import ShapeError
 from shardgrad.layout import cost
 from shardgrad.layout.batch_axis import BatchAxis, stored_over
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Role
 from shardgrad.nn import init
 from shardgrad.nn.linear import (
     ColumnParallelLinear,
@@ -252,20 +251,12 @@ class SwiGLU(ShardedModule):
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
-        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
-        gate, up, down = self.layouts(len(shape))
+        mesh_view = view(self.mesh)
+        gate, _, down = self.layouts(len(shape))
         rows = dict(zip(row_letters(len(shape) - 1), shape))
         features = {"d": self.embed_dim, "f": self.hidden_dim}
-        needs: list[Role] = ["lhs", "rhs", "bias"] if self.bias else ["lhs", "rhs"]
-        shared = cost.collectives(
-            [gate.plan, up.plan],
-            gate.resolve({**rows, **features}, mesh_view.shape, mesh_view.coordinate),
-            bias=[self.bias] * 2,
-            needs=[needs] * 2,
-            save_gathered=(),
-            wire=width,
-            reduce_wire=width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype),
-        )
+        sizes = gate.resolve({**rows, **features}, mesh_view.shape, mesh_view.coordinate)
+        shared = self._bind((len(shape), "in")).collectives(sizes, dtype)
         features = {"f": self.hidden_dim, "m": self.embed_dim}
         last = down.collectives(
             {**rows, **features},

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.adjoint import replicate
+from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.layout import cost
 

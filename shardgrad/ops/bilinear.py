@@ -29,12 +29,8 @@ class Map(Protocol):
     def add_to(self, main: Tensor, left: Tensor, right: Tensor, /) -> None:
         """Add the result to `main`, which may be of a wider dtype."""
 
-    def source(self, left: str, right: str, /) -> str | None:
-        """The result as one expression of two variables, where torch has it under a name of its own."""
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is torch's `linear(left, right)`, which can add a bias as well."""
+    def with_bias(self, left: Tensor, right: Tensor, bias: Tensor, /) -> Tensor:
+        """The result plus a bias; asked only of a product of matrices."""
 
 
 class Local(NamedTuple):

@@ -13,12 +13,18 @@ from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.layout import cost
+from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
+from shardgrad.layout.lower import Key, Products, backward, forward
+from shardgrad.layout.plan import Plan, Role
+from shardgrad.layout.schedule import Instructions, communication
 from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.ops import compiled, sizing
 from shardgrad.ops.bilinear import Operation
-from shardgrad.ops.executable import Executable, Key
+from shardgrad.ops.chunking import chunking_pass
+from shardgrad.ops.executable import Executable
+from shardgrad.ops.namespace import Namespace
 
 Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
@@ -56,7 +62,8 @@ class BoundMatmul:
         self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
-        self._programs: dict[object, Executable] = {}
+        self._gathers = [move for plan, bias in zip(self.plans, biased) for move in plan.gathers(bias=bias)]
+        self._executables: dict[object, Executable] = {}
         self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
         self.handle = compiled.name(
             self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
@@ -72,7 +79,7 @@ class BoundMatmul:
         """
         if torch.is_autocast_enabled(self.device_type) or shim.transforming():
             return self._call_under(tensors, given)
-        return self.program(tensors, given).call(*tensors)
+        return self.executable(tensors, given).call(*tensors)
 
     def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """The same under autocast or functorch's transforms."""
@@ -80,16 +87,16 @@ class BoundMatmul:
             tensors = self.cast(tensors)
             with torch.autocast(self.device_type, enabled=False):
                 return self(tensors, given)
-        program = self.program(tensors, given)
+        found = self.executable(tensors, given)
         # functorch says what it cannot do, from `apply`.
-        return (program.function.apply if program.function is not None else program.call)(*tensors)
+        return (found.function.apply if found.function is not None else found.call)(*tensors)
 
     def cast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As autocast treats torch's own products: the operands are cast, and nothing inside is cast again."""
         dtype = torch.get_autocast_dtype(self.device_type)
         return tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
 
-    def program(self, tensors: Sequence[Tensor], given: Given) -> Executable:
+    def executable(self, tensors: Sequence[Tensor], given: Given) -> Executable:
         """What to run for the shapes, dtypes and flags of a call; remembered.
 
         tensors: the input, the weights, the biases that are there.
@@ -100,15 +107,15 @@ class BoundMatmul:
             key: Any = x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad, given
         else:
             key = (*[part for t in tensors for part in (t.shape, t.dtype, grad and t.requires_grad)], given)
-        found = self._programs.get(key)
+        found = self._executables.get(key)
         if found is not None and not every_call:
             return found
-        return self._program(key, tensors, dict(given), tuple([grad and t.requires_grad for t in tensors]))
+        return self._resolve(key, tensors, dict(given), tuple([grad and t.requires_grad for t in tensors]))
 
-    def program_of(
+    def executable_for_graph(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...], *, traced: bool
     ) -> Executable:
-        """`program` for a call in a compiled graph, which says itself what needs a gradient.
+        """`executable` for a call in a compiled graph, which says itself what needs a gradient.
 
         traced: only to learn shapes from: nothing is compared between ranks.
 
@@ -120,8 +127,8 @@ class BoundMatmul:
             tuple(given.items()) if given else (),
         )
         if not traced:
-            found = self._programs.get(key)
-            return found if found and not checking_every_call() else self._program(key, tensors, given, needs)
+            found = self._executables.get(key)
+            return found if found and not checking_every_call() else self._resolve(key, tensors, given, needs)
         found = self._traced.get(key)
         if found is None:
             sizes, missing = self._learn(tensors, given)
@@ -131,42 +138,33 @@ class BoundMatmul:
                     f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
                     f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
                 )
-            found = self._traced[key] = self._make(tensors, sizes, needs, traced=True)
+            found = self._traced[key] = self._build(tensors, sizes, needs, traced=True)
         return found
 
-    def _program(
+    def _resolve(
         self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
     ) -> Executable:
         sizes, exchanged = self._sizes(tensors, given, needs)
         # Where sizes are exchanged, the local shapes do not tell them; they are asked for at every call.
         where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
-        found = self._programs.get(where)
+        found = self._executables.get(where)
         if found is None:
-            if len(self._programs) >= _MOST_SHAPES:
-                self._programs.clear()
-            found = self._programs[where] = self._make(tensors, sizes, needs)
+            if len(self._executables) >= _MOST_SHAPES:
+                self._executables.clear()
+            found = self._executables[where] = self._build(tensors, sizes, needs)
         return found
 
-    def _make(
+    def _build(
         self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...], *, traced: bool = False
     ) -> Executable:
-        return Executable(
-            self.layouts,
-            self.biased,
-            self.save_gathered,
-            self.view,
-            sizes,
-            self.reduce_dtype,
-            tensors[0].dtype,
-            needs,
-            self._check_backward,
-            self.operation,
-            traced,
-        )
+        products = self._products(sizes, tensors[0].dtype)
+        namespace = Namespace(self.view, sizes, [self.operation.local(layout, sizes) for layout in self.layouts])
+        chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
+        return Executable(products, self.name, namespace, needs, self._check_backward, chunked)
 
-    def forget_programs(self) -> None:
+    def forget_executables(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
-        self._programs.clear()
+        self._executables.clear()
         self._traced.clear()
 
     def _sizes(
@@ -199,23 +197,14 @@ class BoundMatmul:
         sizes = sizing.learn(specs, values, told, self.view, self.name)
         sizes.known.update(((x, ()), size) for x, size in (given or {}).items() if x in self._derived)
         self._derive(sizes)
-        for name, letters in (self._moved(any(needs)) if needs is not None else {}).items():
-            describe = partial(self._described, name, letters, sizes, tensors[0].dtype, needs or ())
-            agree(self.view, self.view.axes[name], describe, "a product")
-        missing = [level for level in sizing.unknown(self._gathering(), sizes) if level[0] not in self._derived]
+        if needs is not None:
+            self._agree(self._products(sizes, tensors[0].dtype), needs)
+        missing = [level for level in sizing.unknown(self._gathers, sizes) if level[0] not in self._derived]
         return sizes, missing
 
     def _derive(self, sizes: Sizes) -> None:
         for layout in self.layouts:
             self.operation.derive(layout, sizes)
-
-    def _gathering(self) -> list[Move]:
-        moves: list[Move] = []
-        for plan, biased in zip(self.plans, self.biased):
-            moves += [move for route in plan.gather.values() for move in route]
-            if biased:
-                moves += [*plan.bias, *plan.bias_grad, *plan.bias_grad_gathered]
-        return moves
 
     def _check_kind(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
         first = tensors[0]
@@ -239,35 +228,59 @@ class BoundMatmul:
         if first.dtype.is_complex:
             raise ShapeError(f"{names[0]} is {first.dtype}: complex products are not supported (in {self.name})")
 
-    def _moved(self, wanted: bool) -> dict[str, set[str]]:
-        """For each axis that this call, or a backward of it, communicates along: the letters of what moves there.
+    def _products(self, sizes: Sizes, dtype: Any) -> Products:
+        """What lowering needs to know."""
+        reduce_dtype = None if self.reduce_dtype in (None, dtype) else str(self.reduce_dtype).removeprefix("torch.")
+        return Products(
+            self.plans,
+            self.biased,
+            sizes,
+            self.save_gathered,
+            str(dtype).removeprefix("torch."),
+            reduce_dtype,
+            contraction=self.operation.spatial == 0,
+        )
+
+    def _instructions(self, products: Products, *, gradients: bool) -> Instructions:
+        """Forward, and backward with every gradient if any is wanted."""
+        needs: list[set[Role]] = [{"lhs", "rhs", "bias"} if bias else {"lhs", "rhs"} for bias in self.biased]
+        return (*forward(products), *(backward(products, needs) if gradients else ()))
+
+    def collectives(self, sizes: Sizes, dtype: Any) -> list[Collective]:
+        """Every collective of this rank's forward and backward, with the bytes that it sends.
+
+        Args:
+            sizes: of every letter, on this rank.
+            dtype: of the operands.
+        """
+        wire = itemsize(dtype)
+        reduce_wire = wire if self.reduce_dtype is None else itemsize(self.reduce_dtype)
+        made = self._instructions(self._products(sizes, dtype), gradients=True)
+        return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
+
+    def _agree(self, products: Products, needs: tuple[bool, ...]) -> None:
+        """Compare with the other ranks what all must mean alike, along every axis that a call communicates along.
 
         A backward counts with every gradient if any is wanted: ranks that want different ones are to be told so.
         """
-        every: set[Role] = {"lhs", "rhs", "bias"}
-        needs = [every if wanted and biased else every - {"bias"} if wanted else set() for biased in self.biased]
         moved: dict[str, set[str]] = {}
-        for phase in (
-            *forward_phases(self.plans, self.biased),
-            *backward_phases(self.plans, needs, self.save_gathered),
-        ):
-            for move in (*phase.reduce, *(move for read in phase.reads for move in read.moves)):
-                if move.kind != "slice":
-                    moved.setdefault(move.axis, set()).update(dim.letter for dim in move.before)
-        return {axis: moved[axis] for axis in self.axes if axis in moved}
+        for one in communication(self._instructions(products, gradients=any(needs))):
+            moved.setdefault(one.move.axis, set()).update(dim.letter for dim in one.move.before)
+        for axis in (axis for axis in self.axes if axis in moved):
+            describe = partial(self._described, axis, moved[axis], products, needs)
+            agree(self.view, self.view.axes[axis], describe, "a product")
 
-    def _described(
-        self, axis: str, letters: set[str], sizes: Sizes, dtype: torch.dtype, needs: tuple[bool, ...]
-    ) -> str:
-        """What the ranks of an axis must agree on; of sizes, those of what moves along it, uncut by the axis itself."""
+    def _described(self, axis: str, letters: set[str], products: Products, needs: tuple[bool, ...]) -> str:
+        """What the ranks of an axis must agree on; of sizes, those of what moves along it, not yet split by it."""
         lines = [f"layout {layout}{' with bias' if b else ''}" for layout, b in zip(self.layouts, self.biased)]
         lines.append(str(self.operation))
-        lines += [f"dtype {dtype}", f"reduce_dtype {self.reduce_dtype}", f"kept {sorted(self.save_gathered)}"]
+        lines += [f"dtype torch.{products.dtype}", f"reduce_dtype {self.reduce_dtype}"]
+        lines.append(f"kept {sorted(self.save_gathered)}")
         names = [self.layouts[0].lhs.name, *(layout.rhs.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
         wanted = [name for name, need in zip(names, needs) if need]
         lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
-        for (letter, axes), size in sorted(sizes.known.items()):
+        for (letter, axes), size in sorted(products.sizes.known.items()):
             if axis not in axes and letter in letters:
                 lines.append(f"{'/'.join((letter, *axes))} = {size}")
         return "\n".join(lines)

@@ -8,100 +8,96 @@ next arrives. Pieces are cut along rows or columns of the product, so no sum is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardgrad.comm import collectives as raw
+from shardgrad.comm.collectives import AllGather, AllReduce, Collective, Handle, ReduceScatter
 from shardgrad.comm.mesh import Axis
 from shardgrad.ops.contract import Contraction
 from shardgrad.ops.overlap import Chunking
-from shardgrad.ops.route import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A collective along one axis. global_size: of the dim that a gather gathers."""
+
+    kind: str
+    what: str
+    axis: Axis
+    dim: int
+    global_size: int
 
 
 class ChunkedMatmulReduce:
-    """A product that is summed over an axis, piece by piece: by all-reduces or reduce-scatters.
+    """A product that is summed over an axis, chunk by chunk: by all-reduces or reduce-scatters.
 
-    by_rows: whether it is cut along its rows; else along its columns. A reduce-scatter needs the other side whole.
+    by_rows: whether the chunks are of its rows; else of its columns. A reduce-scatter needs the other side whole.
     """
 
-    def __init__(self, product: Contraction, step: Step, chunking: Chunking, *, by_rows: bool) -> None:
-        assert step.axis is not None
-        assert step.ready is not None
+    def __init__(self, product: Contraction, step: Transfer, chunking: Chunking, *, by_rows: bool) -> None:
         self._product, self._chunking, self._by_rows = product, chunking, by_rows
-        self._ready = step.ready
-        if by_rows and step.kind == "reduce-scatter":  # rows are one dim there
-            self._ready = raw.ReduceScatter(step.axis, step.dim - product.rows + 1, step.what)
+        self._reduce: Collective
+        if step.kind == "all-reduce":
+            self._reduce = AllReduce(step.axis, step.what)
+        else:  # rows are one dim there
+            dim = step.dim - product.rows + 1 if by_rows else step.dim
+            self._reduce = ReduceScatter(step.axis, dim, step.what)
+        self._in_place = by_rows and step.kind == "all-reduce"
 
-    def start(self, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
-        """Compute the product and start to sum it; what is returned waits for the sum, and returns it."""
+    def start(self, left: Tensor, right: Tensor) -> Handle:
+        """Compute the product and start to sum it; what is returned is for `wait`."""
         shape, left, right = self._product.as_matrices(left, right)
-        if isinstance(self._ready, raw.AllReduce) and self._by_rows:
-            return self._in_place(self._ready, shape, left, right)
-        return self._rows(shape, left, right) if self._by_rows else self._columns(shape, left, right)
-
-    def _in_place(
-        self, reduce: raw.AllReduce, shape: Sequence[int], left: Tensor, right: Tensor
-    ) -> Callable[[], Tensor]:
-        out = left.new_empty(shape)
-        flat = out.view(left.shape[0], right.shape[1])
-        works = []
-        for start, length in self._chunking.chunks(left.shape[0]):
-            piece = flat[start : start + length]
-            torch.mm(left[start : start + length], right, out=piece)
-            works.append(reduce.start(piece))
-
-        def wait() -> Tensor:
-            for work in works:
-                reduce.wait(work)
-            return out
-
-        return wait
-
-    def _rows(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
-        rows, count = self._product.rows, left.shape[0]
+        rows = self._product.rows
+        if self._in_place:
+            out = left.new_empty(shape)
+            flat = out.view(left.shape[0], right.shape[1])
+            handles = []
+            for start, length in self._chunking.chunks(left.shape[0]):
+                chunk = flat[start : start + length]
+                torch.mm(left[start : start + length], right, out=chunk)
+                handles.append(self._reduce.start(chunk))
+            return shape, handles, out
         coming = []
-        for start, length in self._chunking.chunks(count):
-            piece = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
-            coming.append(raw.begin(self._ready, piece))
+        for start, length in self._chunking.chunks(left.shape[0] if self._by_rows else right.shape[1]):
+            if self._by_rows:
+                chunk = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
+            else:
+                chunk = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
+            coming.append(self._reduce.start(chunk))
+        return shape, coming, None
 
-        def wait() -> Tensor:
-            parts = [pending.wait() for pending in coming]
-            out = parts[0].new_empty((*shape[:rows], *parts[0].shape[1:]))
-            torch.cat(parts, out=out.view(count, *parts[0].shape[1:]))
-            return out
-
-        return wait
-
-    def _columns(self, shape: Sequence[int], left: Tensor, right: Tensor) -> Callable[[], Tensor]:
-        rows, count = self._product.rows, right.shape[1]
-        coming = []
-        for start, length in self._chunking.chunks(count):
-            piece = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
-            coming.append(raw.begin(self._ready, piece))
-
-        def wait() -> Tensor:
-            parts = [pending.wait() for pending in coming]
-            out = parts[0].new_empty((*parts[0].shape[:-1], *shape[rows:]))
-            torch.cat(parts, -1, out=out.view(*parts[0].shape[:-1], count))
-            return out
-
-        return wait
+    def wait(self, handle: Handle) -> Tensor:
+        """The summed product."""
+        shape, coming, out = handle
+        parts = [self._reduce.wait(one) for one in coming]
+        if out is not None:
+            whole: Tensor = out
+            return whole
+        rows, first = self._product.rows, parts[0]
+        if self._by_rows:
+            whole = first.new_empty((*shape[:rows], *first.shape[1:]))
+            torch.cat(parts, out=whole.view(prod(shape[:rows]), *first.shape[1:]))
+        else:
+            whole = first.new_empty((*first.shape[:-1], *shape[rows:]))
+            torch.cat(parts, -1, out=whole.view(*first.shape[:-1], prod(shape[rows:])))
+        return whole
 
 
 class ChunkedGatherMatmul:
     """Products of one tensor that is gathered along a row dim, piece by piece, the own shard's part first."""
 
-    def __init__(self, products: Sequence[Contraction], step: Step, chunking: Chunking, *, assemble: bool) -> None:
-        assert step.axis is not None
+    def __init__(self, products: Sequence[Contraction], step: Transfer, chunking: Chunking, *, assemble: bool) -> None:
         self._products, self._step, self._chunking = tuple(products), step, chunking
         self._axis: Axis = step.axis
-        self._gather = raw.AllGather(step.axis, 0, step.axis.size, step.what)
+        self._gather = AllGather(step.axis, 0, step.axis.size, step.what)
         self._assemble = assemble
 
-    def __call__(self, stored: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    def __call__(self, stored: Tensor, *others: Tensor) -> Any:
         """Each product with the whole tensor; and the whole tensor itself, if it is to be assembled."""
         axis, at = self._axis, self._step.dim
         shape = stored.shape
@@ -110,7 +106,7 @@ class ChunkedGatherMatmul:
         coming = []
         for start, length in self._chunking.chunks(own):
             piece = mine[:, start : start + length].contiguous().unsqueeze(0)
-            coming.append((start, length, raw.begin(self._gather, piece)))
+            coming.append((start, length, self._gather.start(piece)))
         whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
         parts = None if whole is None else whole.view(before, axis.size, own, after)
         if parts is not None:
@@ -134,7 +130,7 @@ class ChunkedGatherMatmul:
                 for product, rows, right in outs:
                     matrix = chunks[rank].view(before * length * prod(shape[at + 1 : product.rows]), right.shape[0])
                     _multiply(matrix, right, rows[:, rank, start : start + length])
-        return made_whole, whole
+        return _results(made_whole, whole)
 
 
 def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
@@ -154,24 +150,23 @@ class ChunkedRhsGatherMatmul:
     """
 
     def __init__(
-        self, product: Contraction, step: Step, chunking: Chunking, along: int, place: int, *, assemble: bool
+        self, product: Contraction, step: Transfer, chunking: Chunking, along: int, place: int, *, assemble: bool
     ) -> None:
-        assert step.axis is not None
-        assert step.ready is not None
         self._product, self._step, self._chunking = product, step, chunking
         self._axis: Axis = step.axis
         self._along, self._place, self._assemble = along, place, assemble
         # Every rank's piece by itself, or already side by side.
-        self._gather = raw.AllGather(step.axis, 0, step.axis.size, step.what) if along == step.dim else step.ready
+        dim, size = (0, step.axis.size) if along == step.dim else (step.dim, step.global_size)
+        self._gather = AllGather(step.axis, dim, size, step.what)
 
-    def __call__(self, stored: Tensor, others: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    def __call__(self, stored: Tensor, left: Tensor) -> Any:
         """The product of the other operand with the whole weight; and that itself, if it is to be assembled."""
-        (left,), axis, at, along = others, self._axis, self._step.dim, self._along
+        axis, at, along = self._axis, self._step.dim, self._along
         own_first = at == along
-        blocks: list[tuple[int, raw.Pending]] = []  # where each begins along that dim of a shard
+        blocks: list[tuple[int, Handle]] = []  # where each begins along that dim of a shard
         for start, length in self._chunking.chunks(stored.shape[along]):
             piece = stored.narrow(along, start, length)
-            blocks.append((start, raw.begin(self._gather, piece.unsqueeze(0) if own_first else piece)))
+            blocks.append((start, self._gather.start(piece.unsqueeze(0) if own_first else piece)))
         shape = list(stored.shape)
         shape[at] = self._step.global_size
         whole = stored.new_empty(shape) if self._assemble else None
@@ -190,8 +185,8 @@ class ChunkedRhsGatherMatmul:
 
         if own_first:
             put(axis.index * stored.shape[along], stored)
-        for start, pending in blocks:
-            gathered = pending.wait()
+        for start, handle in blocks:
+            gathered = self._gather.wait(handle)
             if not own_first:
                 put(start, gathered)
                 continue
@@ -199,4 +194,10 @@ class ChunkedRhsGatherMatmul:
                 if rank != axis.index:
                     put(rank * stored.shape[along] + start, gathered[rank])
         assert out is not None
-        return [out], whole
+        return _results([out], whole)
+
+
+def _results(outs: Sequence[Tensor], whole: Tensor | None) -> Any:
+    """One tensor, or all of them."""
+    found = [*outs, whole] if whole is not None else list(outs)
+    return found[0] if len(found) == 1 else found

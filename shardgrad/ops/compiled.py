@@ -6,7 +6,7 @@ A compiled graph holds tensors, numbers and strings; it names a product by its h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,51 @@ def run(product: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int
     return tuple(made[: product.count])
 
 
+class _Split:
+    """Forward and backward of an executable as two functions, with what backward needs in the hands of the caller."""
+
+    def __init__(self, executable: Executable) -> None:
+        self.executable, p = executable, executable.products
+        self.forward: Callable[..., tuple[Tensor, ...]] = executable.forward_function(returns_saved=True)
+        self._saved = p.saved(executable.needs)
+        self._returned = [key for key in self._saved if key in p.saved_gathered]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what `forward` returns: every Y, and what is saved as gathered."""
+        p = self.executable.products
+        made = [p.sizes.shape_of(plan.out_dims) for plan in p.plans]
+        return [*made, *(p.sizes.shape_of(p.plans[at].gather[role][-1].after) for role, at in self._returned)]
+
+    def saved(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:
+        """What backward reads, of the arguments of `forward` and of what it returned."""
+        gathered = dict(zip(self._returned, returned[self.executable.products.count :]))
+        return [gathered.get(key, tensors[0 if key[0] == "lhs" else 1 + key[1]]) for key in self._saved]
+
+    def has_gradients(self, has_grad: Sequence[bool]) -> list[bool]:
+        """For X, each weight and each bias, whether backward makes a gradient, given the dYs that there are."""
+        p = self.executable.products
+        computed = p.taking_part(has_grad)
+        made = [any(computed), *computed, *(computed[at] for at in p.biases)]
+        return [need and is_made for need, is_made in zip(self.executable.needs, made)]
+
+    def backward(self, saved: Sequence[Tensor], dys: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients that there are."""
+        return [grad for grad in self.executable.gradients(dys, saved) if grad is not None]
+
+
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
-) -> Executable:
+) -> _Split:
     product = _products.get(handle)
     if product is None:
         raise MeshError(
             f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
         )
     given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
-    return product.program_of(like, given, tuple(needs), traced=traced)
+    executable = product.executable_for_graph(like, given, tuple(needs), traced=traced)
+    if executable.split is None:
+        executable.split = _Split(executable)
+    return executable.split
 
 
 def _own(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -79,17 +114,17 @@ def product_forward(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     """Every Y, and then the operands that are kept as gathered."""
-    program = _find(handle, tensors, needs, letters, sizes, False)
+    split = _find(handle, tensors, needs, letters, sizes, False)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(program.split_forward(*tensors), tensors)
+        return _own(split.forward(*tensors), tensors)
 
 
 @product_forward.register_fake
 def _(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
-    program = _find(handle, tensors, needs, letters, sizes, True)
-    return [tensors[0].new_empty(shape) for shape in program.split_shapes()]
+    split = _find(handle, tensors, needs, letters, sizes, True)
+    return [tensors[0].new_empty(shape) for shape in split.shapes()]
 
 
 @torch.library.custom_op(
@@ -115,11 +150,11 @@ def product_backward(
             "sg.defer_weight_grads(), or torch.compile"
         )
     like = _like(handle, dys, shapes, needs)
-    program = _find(handle, like, needs, letters, sizes, False)
+    split = _find(handle, like, needs, letters, sizes, False)
     if checking_every_call():
-        program.check(dys)
+        split.executable.check(dys)
     with torch.autocast(like[0].device.type, enabled=False):
-        return _own(program.split_backward(saved, dys), (*saved, *dys))
+        return _own(split.backward(saved, dys), (*saved, *dys))
 
 
 @product_backward.register_fake
@@ -133,12 +168,12 @@ def _(
     sizes: Sequence[int],
 ) -> list[Tensor]:
     like = _like(handle, dys, shapes, needs)
-    has_grad = _find(handle, like, needs, letters, sizes, True).split_gradients([dy is not None for dy in dys])
+    has_grad = _find(handle, like, needs, letters, sizes, True).has_gradients([dy is not None for dy in dys])
     return [torch.empty_like(tensor) for tensor, has in zip(like, has_grad) if has]
 
 
 def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], needs: Sequence[bool]) -> list[Tensor]:
-    """Tensors as the call of forward was given them, without values: backward's program is found by their shapes."""
+    """Tensors as the call of forward was given them, without values: backward's executable is found by their shapes."""
     dy = next(dy for dy in dys if dy is not None)
     rest: Iterator[int] = iter(map(int, shapes))
     # Each shape is its number of dims, and then its sizes.
@@ -147,12 +182,12 @@ def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], need
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     handle, tensors, needs, letters, sizes = inputs
-    program = _find(handle, tensors, needs, letters, sizes, True)
+    split = _find(handle, tensors, needs, letters, sizes, True)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*program.split_saved(tensors, output))
+    ctx.save_for_backward(*split.saved(tensors, output))
     shapes = [number for tensor in tensors for number in (tensor.dim(), *tensor.shape)]
     ctx.rest = shapes, list(needs), letters, list(sizes)
-    ctx.handle, ctx.count = handle, program.count
+    ctx.handle, ctx.count = handle, split.executable.products.count
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -161,9 +196,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if all(dy is None for dy in dys):
         return None, [None] * len(needs), None, None, None
     like = _like(ctx.handle, dys, shapes, needs)
-    program = _find(ctx.handle, like, needs, letters, sizes, True)
+    split = _find(ctx.handle, like, needs, letters, sizes, True)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
-    has_grad = program.split_gradients([dy is not None for dy in dys])
+    has_grad = split.has_gradients([dy is not None for dy in dys])
     return None, [next(made) if has else None for has in has_grad], None, None, None
 
 

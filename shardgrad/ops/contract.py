@@ -7,74 +7,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-Letters = tuple[str, ...]
-
-
-def _order(letters: Letters, wanted: Letters) -> tuple[int, ...] | None:
-    """The permutation that brings `letters` into `wanted` order; None where nothing is to be done."""
-    return None if letters == wanted else tuple(letters.index(letter) for letter in wanted)
-
-
-_LINEAR = "linear({0}, {1})"
-
-
-def _short(left: Letters, right: Letters, rows: Letters, contracted: Letters, columns: Letters) -> str | None:
-    """torch's own way to write a product without batched letters, whose operands lie in one of the common orders."""
-    if left == rows + contracted and len(contracted) == 1:
-        if right == columns + contracted:
-            return _LINEAR
-        if right == contracted + columns:
-            return "{0}.mm({1})" if len(rows) == 1 else "matmul({0}, {1})"
-    if len(rows) == 1 and left == contracted + rows and right == contracted + columns and contracted:
-        if len(contracted) == 1:
-            return "{0}.t().mm({1})"
-        return "{0}.flatten(0, -2).t().mm({1}.flatten(0, -2))"
-    return None
+from shardgrad.layout.contraction import Letters, arrange
 
 
 class Contraction:
     """out = Σ left · right over the letters that `out` lacks.
 
-    Permutations and reshapes are views wherever memory allows; BLAS reads transposed operands as they lie. Operands are
-    taken in the order that leaves the result in `out`'s order, if one does.
+    Permutations and reshapes are views wherever memory allows; BLAS reads transposed operands as they lie.
     """
 
-    __slots__ = ("_batched", "_columns", "_left", "_right", "_rows", "_source", "_swap", "_unpermute")
+    __slots__ = ("_batched", "_columns", "_left", "_right", "_rows", "_swap", "_unpermute")
 
     def __init__(self, left: Letters, right: Letters, out: Letters) -> None:
-        self._swap = self._leads(right, left, out) and not self._leads(left, right, out)
-        if self._swap:
-            left, right = right, left
-        batched = tuple(x for x in out if x in left and x in right)
-        rows = tuple(x for x in out if x in left and x not in right)
-        columns = tuple(x for x in out if x in right and x not in left)
-        contracted = tuple(x for x in left if x in right and x not in out)
-        self._left = _order(left, batched + rows + contracted)
-        self._right = _order(right, batched + contracted + columns)
-        self._unpermute = _order(batched + rows + columns, out)
-        self._batched, self._rows, self._columns = len(batched), len(rows), len(columns)
-        self._source = None
-        if not batched and rows and len(columns) == 1 and self._unpermute is None:
-            self._source = _short(left, right, rows, contracted, columns)
-
-    @staticmethod
-    def _leads(left: Letters, right: Letters, out: Letters) -> bool:
-        """Whether a product with `left` first comes out in `out`'s order."""
-        batched = tuple(x for x in out if x in left and x in right)
-        rows = tuple(x for x in out if x in left and x not in right)
-        columns = tuple(x for x in out if x in right and x not in left)
-        return batched + rows + columns == out
-
-    def source(self, left: str, right: str) -> str | None:
-        """The product as one expression of two variables, where torch has it under a name of its own; else None."""
-        if self._source is None:
-            return None
-        return self._source.format(*((right, left) if self._swap else (left, right)))
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is torch's `linear(left, right)`, of a matrix [columns, contracted]."""
-        return self._source == _LINEAR and not self._swap
+        found = arrange(left, right, out)
+        self._swap, self._left, self._right, self._unpermute = found.swap, found.left, found.right, found.unpermute
+        self._batched, self._rows, self._columns = found.batched, found.rows, found.columns
 
     def __call__(self, left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
         """The product, or `into` plus the product (in place where the order of the letters allows)."""
@@ -106,6 +53,13 @@ class Contraction:
         if self._unpermute is not None:
             out = out.permute(self._unpermute).clone(memory_format=torch.contiguous_format)
         return out if into is None else into.add_(out)
+
+    def with_bias(self, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        """The product plus a bias of its columns, in one pass (see `Arrangement.adds_bias`)."""
+        shape, left, right = self.as_matrices(left, right)
+        out = left.new_empty(shape)  # in its final shape, as above
+        torch.addmm(bias.reshape(-1), left, right, out=out.view(left.shape[0], right.shape[1]))
+        return out
 
     @property
     def rows(self) -> int:

@@ -184,8 +184,6 @@ class _Order:
 class _Map:
     """torch's convolution on this rank's shapes, [b, g·c, …], [g·o, c, …] -> [b, g·o, …], or one of its transposes."""
 
-    is_linear = False
-
     def __init__(self, call: Callable[[Tensor, Tensor], Tensor] | None, left: _Order, right: _Order, out: _Order):
         self._call, self._left, self._right, self._out = call, left, right, out
 
@@ -198,8 +196,8 @@ class _Map:
     def add_to(self, main: Tensor, left: Tensor, right: Tensor, /) -> None:
         main.add_(self(left, right))
 
-    def source(self, left: str, right: str, /) -> str | None:
-        return None
+    def with_bias(self, left: Tensor, right: Tensor, bias: Tensor, /) -> Tensor:
+        raise NotImplementedError("the bias of a convolution is added after its product")
 
 
 def _local(settings: Convolution, layout: Layout, sizes: Sizes) -> Local:

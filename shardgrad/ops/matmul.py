@@ -14,10 +14,10 @@ from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
+from shardgrad.layout.lower import Key
 from shardgrad.ops import compiled
 from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.bound import BoundMatmul
-from shardgrad.ops.executable import Key
 
 Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
 _layout = lru_cache(maxsize=512)(Layout)
@@ -147,11 +147,11 @@ def bind(
     """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
     key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
-    product = mesh_view.compiled.get(key)
+    product = mesh_view.bound.get(key)
     if product is None:
         _check_layouts(layouts, biased)
         product = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
-        mesh_view.compiled[key] = product
+        mesh_view.bound[key] = product
     return product
 
 

@@ -184,19 +184,22 @@ def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
     round a smaller matrix differently, so bits may change with `how`: it is never decided behind your back.
     """
     mesh_view = view(mesh)
-    mesh_view.compiled.pop(_DECIDED, None)
+    mesh_view.settings.pop(_DECIDED, None)
     if how is None:
-        mesh_view.compiled.pop(_KEY, None)
+        mesh_view.settings.pop(_KEY, None)
     else:
         if isinstance(how, int):
             if how < 1:
                 raise ValueError(f"a product is cut into at least 1 piece, not {how}")
             how = Always(how)  # type: ignore[assignment]
-        mesh_view.compiled[_KEY] = how
-    for product in mesh_view.compiled.values():
-        forget = getattr(product, "forget_programs", None)
-        if forget is not None:
-            forget()
+        mesh_view.settings[_KEY] = how
+    for bound in mesh_view.bound.values():
+        bound.forget_executables()
+
+
+def is_set(mesh_view: MeshView) -> bool:
+    """Whether overlap was asked for on a mesh."""
+    return _KEY in mesh_view.settings
 
 
 def choose(
@@ -210,7 +213,7 @@ def choose(
     following_flops: int,
 ) -> Chunking:
     """`Costs.chunks`, by what `set_overlap` was given for a mesh."""
-    how = mesh_view.compiled.get(_KEY)
+    how = mesh_view.settings.get(_KEY)
     return WHOLE if how is None else how.chunks(axis, sent, flops, reread_bytes, dtype, local_fraction, following_flops)
 
 
@@ -219,10 +222,10 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
 
     Asked when `what`, which all ranks of the axis have alike, is first to be done; remembered from then on.
     """
-    how = mesh_view.compiled.get(_KEY)
+    how = mesh_view.settings.get(_KEY)
     if how is None or isinstance(how, Always):
         return choose()
-    decided = mesh_view.compiled.setdefault(_DECIDED, {})
+    decided = mesh_view.settings.setdefault(_DECIDED, {})
     if (axis.name, what) not in decided:
         mine = choose()
         value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "pieces of a product")

@@ -14,7 +14,7 @@ from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import slab
 from shardgrad.ops import sizing
-from shardgrad.ops.route import RouteRunner, steps
+from shardgrad.ops.namespace import run_route
 
 
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
@@ -63,7 +63,6 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
     missing = sizing.unknown(moves, known)
     if missing:
         sizing.exchange(missing, known, mesh_view, spec)
-    concrete = steps(moves, spec.name, mesh_view, known, None, local.dtype)
-    own = local.detach().clone() if any(step.kind == "all-reduce" for step in concrete) else local.detach()
-    full = RouteRunner(own, concrete).result()
+    reduced = any(move.kind == "all-reduce" for move in moves)  # in place
+    full = run_route(local.detach().clone() if reduced else local.detach(), moves, spec.name, mesh_view, known)
     return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()

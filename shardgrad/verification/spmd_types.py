@@ -54,10 +54,10 @@ def typecheck(mesh: DeviceMesh) -> Iterator[None]:
 
 @contextmanager
 def _followed_products() -> Iterator[None]:
-    """Each program of a product is code of its own (see `ops.source`): it runs unfollowed, and its result is typed."""
-    real = BoundMatmul.program
+    """Each executable is code of its own (see `layout.printer`): it runs unfollowed, and its result is typed."""
+    real = BoundMatmul.executable
 
-    def program(self: BoundMatmul, tensors: Sequence[Tensor], given: Given) -> Any:
+    def executable(self: BoundMatmul, tensors: Sequence[Tensor], given: Given) -> Any:
         with spmd.no_typecheck():
             found = real(self, tensors, given)
 
@@ -70,11 +70,11 @@ def _followed_products() -> Iterator[None]:
 
         return SimpleNamespace(call=run, function=None)
 
-    BoundMatmul.program = program  # type: ignore[method-assign]
+    BoundMatmul.executable = executable  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BoundMatmul.program = real  # type: ignore[method-assign]
+        BoundMatmul.executable = real  # type: ignore[method-assign]
 
 
 def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives, shim
-from shardgrad.comm.timer import comm_timer
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shm import queue
+from shardgrad.comm.timer import comm_timer
 from shardgrad.layout.sizes import chunk
 from shardgrad.testing import distributed
 

@@ -12,38 +12,30 @@ from shardgrad.testing import distributed
 COLUMN = """\
 def forward(ctx, x, w, b):
     y = linear(x, w, b)
-    ctx.save_for_backward(w, x)
+    ctx.save_for_backward(x, w)
     ctx.set_materialize_grads(False)
     return y
 
-def backward(saved, dy):
-    w, x, = saved
-    grad0 = dy.mm(w)
-    grad0_work = reduce0.start(grad0)
-    w = None
-    grad1 = dy.t().mm(x)
-    x = None
-    grad2 = db0(dy)
-    dy = None
-    reduce0.wait(grad0_work)
-    return grad0, grad1, grad2,
+def backward(dy, x, w):
+    dx = dy.mm(w)
+    dx = all_reduce_dx_tp.start(dx)
+    dw = dy.t().mm(x)
+    db = dy.sum(0)
+    dx = all_reduce_dx_tp.wait(dx)
+    return dx, dw, db
 """
 ROW_SEQUENCE = """\
 def forward(ctx, x, w):
     y = x.mm(w)
-    y_sent = scatter0.start(y)
-    y, y_sent = scatter0.finish(y_sent), None
+    y = reduce_scatter_y_tp(y)
     ctx.save_for_backward(x)
     ctx.set_materialize_grads(False)
     return y
 
-def backward(saved, dy):
-    x, = saved
-    dy__sent = gather0.start(dy)
-    dy__here, dy__sent = gather0.finish(dy__sent), None
-    grad0 = x.t().mm(dy__here)
-    dy__here = x = None
-    return None, grad0,
+def backward(dy, x):
+    dy_full = all_gather_dy_tp(dy)
+    dw = x.t().mm(dy_full)
+    return None, dw
 """
 
 
@@ -52,9 +44,9 @@ def test_column_parallel_with_everything_wanted(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     product = bind((Layout("X[n,d] W[m/tp,d] -> Y[n,m/tp]"),), (True,), mesh)
     tensors = [torch.zeros(s, requires_grad=True) for s in ((4, 3), (5, 3), (5,))]
-    assert product.program(tensors, ()).source == COLUMN
+    assert product.executable(tensors, ()).source == COLUMN
     with torch.no_grad():
-        assert "ctx" not in product.program(tensors, ()).source
+        assert "ctx" not in product.executable(tensors, ()).source
 
 
 @distributed(world_size=2)
@@ -63,4 +55,4 @@ def test_row_parallel_with_sequence_whose_input_needs_no_gradient(world_size: in
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     product = bind((Layout("X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]"),), (False,), mesh)
     tensors = [torch.zeros(4, 3), torch.zeros(3, 5, requires_grad=True)]
-    assert product.program(tensors, ()).source == ROW_SEQUENCE
+    assert product.executable(tensors, ()).source == ROW_SEQUENCE

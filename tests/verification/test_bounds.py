@@ -11,12 +11,12 @@ import pytest
 import torch
 from many import case
 from planted import BUGS, NARROW_ONLY, Case, applies, ratio
+from shardgrad.ops.terms import Terms
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives
-from shardgrad.ops.terms import Terms
 from shardgrad.testing import distributed
 from shardgrad.verification import oracle
 from shardgrad.verification.arithmetic import DIGITS, computed, local
