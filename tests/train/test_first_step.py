@@ -15,6 +15,8 @@ from shardgrad.testing import distributed
 from shardgrad.train.first_step import compare
 from shardgrad.train.predict import step_collectives, totals
 from shardgrad.train.step import backward
+from shardgrad.verification.gradients import FEW
+from shardgrad.verification.rounding import RUNS
 
 
 @distributed(world_size=[1, 2, 3, 4], backend="shm")
@@ -25,6 +27,7 @@ def test_rounding_passes(world_size: int) -> None:
     loss.backward()
     found = compare(model, loss, ids, targets, reference)
     assert found.ok, found.table()
+    assert found.runs == FEW
     assert {row.name for row in found.rows} == {"loss", *(name for name, _ in model.named_parameters())}
     assert 0 < max(row.score for row in found.rows) < 0.5
 
@@ -55,6 +58,7 @@ def test_mistakes_fail(world_size: int, planted: str, monkeypatch: pytest.Monkey
     assert planted == "lost sum" or wrong == {name}
     assert found[name].verdict == {"NaN": "not finite", "none": "missing"}.get(planted, "bug")
     assert found.rows[0].score > 10
+    assert found.runs == RUNS
     explained = [fit.name for one in found.diagnoses for fit in one.fits]
     assert planted != "lost sum" or "sum over tp missing" in explained, explained
 
