@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardgrad.mutants import by_hand, hand_planted, layers_planted
+from shardgrad.mutants.run import mutants, programs, verified
 from shardgrad.testing import distributed
-from shardgrad.verification.mutants import by_hand, hand_planted, layers_planted
-from shardgrad.verification.mutants.run import mutants, programs, verified
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [hand_planted.TP, hand_planted.SP, *layers_planted.PROGRAMS]
