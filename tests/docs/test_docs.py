@@ -16,6 +16,7 @@ with the page's file name and line numbers; it runs in a temporary directory.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,11 +166,23 @@ def _stop(process: "subprocess.Popen[str]") -> str:
     return STILL_THERE
 
 
+COLD = re.compile(r"shardgrad (verify|mutants|scale)\b(?!.*--dry-run)|launch/train\.py")
+"""Commands that start ranks of their own, each of which imports torch: slow. Other tests run the same commands."""
+
+
+def marks(path: Path, blocks: list[Block], index: int) -> tuple[pytest.MarkDecorator, ...]:
+    """Slow is a block that is run, not parsed alone, and starts ranks."""
+    shell = [i for i, block in enumerate(blocks) if block.info.strip() == "sh"]
+    run = index in shell and not (path == README and index in shell[:README_COMMANDS])
+    return (pytest.mark.slow,) if run and COLD.search(blocks[index].text) else ()
+
+
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(path, index, id=f"{path.relative_to(ROOT)}:{block.line}")
+    pytest.param(path, index, id=f"{path.relative_to(ROOT)}:{block.line}", marks=marks(path, page.blocks, index))
     for path in PAGES
-    for index, block in enumerate(Page(path, ROOT).blocks)
+    for page in [Page(path, ROOT)]
+    for index, block in enumerate(page.blocks)
 ]
 
 

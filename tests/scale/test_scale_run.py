@@ -33,6 +33,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.slow
 def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path, out = tmp_path / "tested.yaml", tmp_path / "out"
     path.write_text(CONFIG)
