@@ -117,6 +117,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     assert {p.name for p in (tmp_path / "runs" / "tiny").iterdir()} == {"config.yaml", "metrics.jsonl", "run.json"}
 
 
+@pytest.mark.slow
 def test_a_bad_key_is_told_once_on_two_ranks(config: Path, tmp_path: Path) -> None:
     done = start(LAUNCH, config, "model.layer=2", ranks=2)
     assert done.returncode != 0
