@@ -14,6 +14,7 @@ from shardgrad import PRESETS, Layout
 from shardgrad.errors import ShapeError
 from shardgrad.layout import lower, program
 from shardgrad.layout.schedule import (
+    Add,
     AddBias,
     Communicate,
     Instruction,
@@ -28,7 +29,7 @@ from shardgrad.testing import distributed
 
 LAYOUTS = [str(layout) if layout.has_bias else f"{layout} + {layout.bias}" for layout in PRESETS.values()]
 LAYOUTS += [
-    "X[n,d] W[d,m/tp] -> Y[n/tp,m] + B[m/tp]",  # the bias is gathered, its gradient reduced and sliced
+    "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m] + B[m/tp]",  # the bias is gathered, its gradient reduce-scattered
     "X[a,n/tp,d] W[k,d,m/tp] -> Y[n,a,m/tp,k] + B[k,m/tp]",  # letters in other orders
 ]
 SIZES = {"n": 12, "d": 24, "m": 36, "e": 12, "k": 12, "a": 2}  # all ranks raise, or none does
@@ -43,8 +44,10 @@ def mutants(instructions: Instructions) -> Iterator[Mutant]:
             yield f"no {what}", without(at, waits_too=True)
             if one.move.kind == "all-reduce":
                 yield f"twice the {what}", twice(at)
-        elif isinstance(one, Slice | AddBias | SumBias):
+        elif isinstance(one, Slice | AddBias):
             yield f"{one.phase}: no {type(one).__name__}", without(at)
+        elif isinstance(one, SumBias):  # left out, autograd itself would sum what has too many dims
+            yield "db: added to itself", doubled(at, one.out)
         elif isinstance(one, Matmul):
             yield f"{one.phase}: operands exchanged", changed(at, left=one.right, right=one.left)
             if one.bias is not None:
@@ -55,8 +58,10 @@ def without(at: int, *, waits_too: bool = False) -> Callable[[Instructions], Ins
     def change(instructions: Instructions) -> Instructions:
         gone = instructions[at]
         left = [*instructions[:at], *instructions[at + 1 + waits_too :]]
-        if isinstance(gone, Communicate | Slice | SumBias):  # what was to become `out` stays what it was
-            left = [rename(one, gone.out, gone.src) for one in left]
+        if isinstance(gone, Communicate | Slice):  # what was to become `out` stays what it was
+            named = [rename(one, gone.out, gone.src) for one in left]
+            begun = {id(old): new for old, new in zip(left, named)}
+            left = [replace(one, started=begun[id(one.started)]) if isinstance(one, Wait) else one for one in named]
         return tuple(left)
 
     return change
@@ -80,6 +85,10 @@ def twice(at: int) -> Callable[[Instructions], Instructions]:
         return (*instructions[: at + 2], again, Wait(again.phase, again), *instructions[at + 2 :])
 
     return change
+
+
+def doubled(at: int, value: str) -> Callable[[Instructions], Instructions]:
+    return lambda instructions: (*instructions[: at + 1], Add("db", value, value, value), *instructions[at + 1 :])
 
 
 def changed(at: int, **fields: str | None) -> Callable[[Instructions], Instructions]:
