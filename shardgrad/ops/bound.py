@@ -13,6 +13,8 @@ from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.layout import cost
+from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.plan import Move, Plan, Role, backward_phases, forward_phases
 from shardgrad.layout.sizes import Level, Sizes
@@ -162,6 +164,35 @@ class BoundMatmul:
             self._check_backward,
             self.operation,
             traced,
+        )
+
+    def collectives(self, sizes: Sizes, dtype: Any = "float32") -> list[Collective]:
+        """Every collective of this rank's forward and backward, every gradient wanted, in order.
+
+        Args:
+            sizes: every size, as this rank knows it.
+            dtype: of the operands; torch, NumPy, or a name.
+
+        Raises:
+            LayoutError: reduce_dtype is narrower than dtype.
+        """
+        width = cost.itemsize(dtype)
+        reduce_width = width if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype)
+        if reduce_width < width:
+            raise LayoutError(
+                f"reduce_dtype {self.reduce_dtype} is narrower than {dtype}: sums would lose what is there"
+            )
+        needs: list[list[Role]] = [["lhs", "rhs", "bias"] if biased else ["lhs", "rhs"] for biased in self.biased]
+        return list(
+            cost.collectives(
+                self.plans,
+                sizes,
+                bias=self.biased,
+                needs=needs,
+                save_gathered=self.save_gathered,
+                wire=width,
+                reduce_wire=reduce_width,
+            )
         )
 
     def forget_programs(self) -> None:

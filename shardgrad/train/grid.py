@@ -30,15 +30,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.adjoint import all_reduce, replicate, slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
-from shardgrad.layout.cost import Collective, itemsize, moved
-from shardgrad.layout.notation import parse_tensor
-from shardgrad.layout.plan import route
-from shardgrad.layout.sizes import Sizes, chunk
+from shardgrad.layout.cost import Collective
+from shardgrad.layout.sizes import chunk
 from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import Parallel
+from shardgrad.nn.replicated import for_rows, for_rows_collectives, one
 from shardgrad.nn.rotary import Rotary
-from shardgrad.nn.rows import for_rows, for_rows_collectives, one
+from shardgrad.nn.transfer import transfer
 from shardgrad.train.decoder import Block, Decoder, Recompute
 from shardgrad.train.llama import hidden_features
 
@@ -72,7 +72,8 @@ class Grid(Decoder):
     ) -> None:
         data = BatchAxis("z", shard_params=True)
         super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model, dropout, _STREAM)
-        linear = partial(Linear, bias=False, mesh=mesh, reduce_dtype=reduce_dtype, dtype=dtype)
+        parallel = Parallel(mesh, "y", 1, data, reduce_dtype, dtype=dtype)
+        linear = partial(Linear, bias=False, parallel=parallel)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
         norm = partial(FeatureNorm, d_model, norm_eps, mesh=mesh, dtype=dtype)
         rotary = Rotary(d_model // heads, rope_theta)
@@ -82,8 +83,7 @@ class Grid(Decoder):
                 norm(), GridAttention(d_model, heads, rotary, linear), norm(), GridMLP(d_model, hidden, linear)
             )
 
-        where: dict[str, Any] = {"mesh": mesh, "axis": "y", "sequence_dim": 1, "data": data, "dtype": dtype}
-        self.embedding = FeatureEmbedding(vocab, d_model, **where)
+        self.embedding = FeatureEmbedding(vocab, d_model, parallel=parallel)
         self.positions = None
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.norm = norm()
@@ -155,11 +155,9 @@ class FeatureEmbedding(VocabParallelEmbedding):
         return slice_replicated(super().forward(ids), self.mesh, "x", 2)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
-        mesh_view, width = view(self.mesh), itemsize(dtype)
-        sizes = dict(zip("bsm", (*shape, self.embedding_dim)))
-        known = Sizes(mesh_view.shape, mesh_view.coordinate, {(letter, ()): n for letter, n in sizes.items()})
-        cut, whole = parse_tensor("Y[b/z,s/y,m/x]").dims, parse_tensor("Y[b/z,s/y,m]").dims
-        return [*super().collectives(shape, dtype), *moved("dW", "dY", route(cut, whole), known, width, width)]
+        sizes = self.resolve(dict(zip("bsm", (*shape, self.embedding_dim))))
+        own = transfer("dW", "dY", "Y[b/z,s/y,m/x]", "Y[b/z,s/y,m]", sizes, dtype)
+        return [*super().collectives(shape, dtype), *own]
 
 
 class FeatureNorm(ShardedModule):
@@ -176,7 +174,7 @@ class FeatureNorm(ShardedModule):
             self.weight.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = for_rows(self.weight, self._shardings["weight"], ("y", "z"))
+        (weight,) = for_rows([self.weight], [self._shardings["weight"]], ("y", "z"))
         wide = x.to(weight.dtype)
         squares = all_reduce(wide.square().sum(-1, keepdim=True), self.mesh, "x")
         mean = replicate(squares, self.mesh, "x") / self.features
@@ -189,9 +187,9 @@ class FeatureNorm(ShardedModule):
         for size, axis in zip(shape, ("z", "y")):
             rows *= chunk(size, coordinate.shape[axis], coordinate.coordinate[axis])[1]
         return [
-            *for_rows_collectives(sharding, ("y", "z"), own),
-            *one(sharding, "forward", "all-reduce", "squares", "x", rows, own),
-            *one(sharding, "dX", "all-reduce", "d squares", "x", rows, own),
+            *for_rows_collectives("dW", [sharding], ("y", "z"), own),
+            *one(self.mesh, "forward", "all-reduce", "squares", "x", rows, own),
+            *one(self.mesh, "dX", "all-reduce", "d squares", "x", rows, own),
         ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +12,7 @@ from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear
 from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.norm import RMSNorm
+from shardgrad.nn.parallel import Parallel
 from shardgrad.nn.rotary import Rotary
 from shardgrad.train.decoder import Block, Decoder, Recompute
 
@@ -58,24 +57,23 @@ class Llama(Decoder):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
-        where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
-        sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
+        parallel = Parallel(mesh, axis, 1, data, reduce_dtype, dtype=dtype)
         rotary = Rotary(d_model // heads, rope_theta)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
 
         def block() -> Block:
             return Block(
-                RMSNorm(d_model, norm_eps, **where),
-                Attention(d_model, heads, num_kv_heads=kv_heads, bias=False, rotary=rotary, **where, **sums),
-                RMSNorm(d_model, norm_eps, **where),
-                SwiGLU(d_model, hidden, **where, **sums),
+                RMSNorm(d_model, norm_eps, parallel=parallel),
+                Attention(d_model, heads, num_kv_heads=kv_heads, bias=False, rotary=rotary, parallel=parallel),
+                RMSNorm(d_model, norm_eps, parallel=parallel),
+                SwiGLU(d_model, hidden, parallel=parallel),
             )
 
-        self.embedding = VocabParallelEmbedding(vocab, d_model, **where)
+        self.embedding = VocabParallelEmbedding(vocab, d_model, parallel=parallel)
         self.positions = None
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.norm = RMSNorm(d_model, norm_eps, **where)
-        self.head = ColumnParallelLinear(d_model, vocab, bias=False, **where, **sums)
+        self.norm = RMSNorm(d_model, norm_eps, parallel=parallel)
+        self.head = ColumnParallelLinear(d_model, vocab, bias=False, parallel=parallel)
         if tied:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
