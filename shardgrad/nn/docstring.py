@@ -4,65 +4,45 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import groupby
 
-from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse
 
 _SIZE = 4  # of every letter, on two ranks: what is sent does not depend on it
 
 
-def with_products(doc: str, products: Sequence[str], lookup: str | None) -> str:
-    """A docstring with the table of its lookup and products after its first paragraph."""
-    summary, rest = [*inspect.cleandoc(doc).split("\n\n", 1), ""][:2]
-    table = "\n".join(f"    {line}".rstrip() for line in table_of(products, lookup))
-    return "\n\n".join(part for part in (summary, table, rest) if part)
+def with_products(doc: str, products: Sequence[str], lookup: str | None = None) -> str:
+    """A docstring with the table of a layer's products after its first paragraph, with and without `sequence_dim`.
 
-
-def table_of(products: Sequence[str], lookup: str | None) -> list[str]:
-    """Lines: each product's layout, and a line for each of its phases, with and without `sequence_dim`.
-
-    lookup: a product whose first operand is not there, and has no gradient.
+    products: templates; those of one input stand together. lookup: a product whose first operand is never there.
     """
-    plain, sequence = (
-        [*_columns([lookup] if lookup else [], rows, True), *_columns(products, rows)] for rows in ("", "/tp")
-    )
-    if plain == sequence:
-        return [line for block in plain for line in _lines(block)]
-    width = max(len(line) for block in plain for line in _lines(block)) + 3
-    lines = [f"{'':{width}}with sequence_dim:"]
-    for left, right in zip(plain, sequence):
-        lines += [f"{a:{width}}{b[9:] if at else b}" for at, (a, b) in enumerate(zip(_lines(left), _lines(right)))]
+    summary, rest = [*inspect.cleandoc(doc).split("\n\n", 1), ""][:2]
+    plain, sharded = _lines(products, lookup, ""), _lines(products, lookup, "/tp")
+    width = max(map(len, plain)) + 3
+    table = [f"{'':{width}}with sequence_dim:"]
+    table += [f"{left:{width}}{right if '->' in right else right[9:]}" for left, right in zip(plain, sharded)]
+    return "\n\n".join(part for part in (summary, "\n".join(f"    {line}" for line in table), rest) if part)
+
+
+def _lines(products: Sequence[str], lookup: str | None, sequence: str) -> list[str]:
+    """Layouts of one input, and below them a line for each phase of theirs."""
+    lines = []
+    for x, group in groupby([*([lookup] if lookup else []), *products], lambda template: parse(template).lhs):
+        phases: dict[str, list[str]] = {"forward": [], f"d{x.name}": []}
+        gathered: set[str] = set()
+        for template in group:
+            layout, biased = Layout(template.replace("/sp", sequence)), parse(template).bias is not None
+            frozen = (x.name,) if template == lookup else ()
+            rows = layout.collectives(dict.fromkeys(layout.letters, _SIZE), {"tp": 2}, frozen=frozen)
+            phases |= {f"d{layout.rhs.name}": [], **({"db": []} if biased else {})}
+            for row in rows:
+                if row.tensor not in gathered:  # else it is shared with the product before
+                    phases[row.phase].append(f"{row.operation} {row.tensor} over {row.axis}")
+            gathered |= {x.name, f"d{x.name}"}
+            lines.append(str(layout))
+        if frozen:
+            phases.pop(f"d{x.name}")
+        phases |= {"db": phases.pop("db")} if "db" in phases else {}  # after the last dW
+        lines += [f"{phase:9}{', '.join(sent) or '–'}" for phase, sent in phases.items()]
     return lines
-
-
-def phases(rows: Sequence[Collective]) -> dict[str, list[str]]:
-    """What each phase sends, in words."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        found.setdefault(row.phase, []).append(f"{row.operation} {row.tensor} over {row.axis}")
-    return found
-
-
-def _columns(products: Sequence[str], sequence: str, lookup: bool = False) -> list[tuple[str, dict[str, str]]]:
-    """For each product its layout, and what each phase sends."""
-    shared: set[str] = set()
-    made = []
-    for template in products:
-        layout = Layout(template.replace("/sp", sequence))
-        x = layout.lhs.name
-        sizes = dict.fromkeys(layout.letters, _SIZE)
-        rows = layout.collectives(sizes, {"tp": 2}, frozen=(x,) if lookup else ())
-        if x in shared:  # its gather and the reduction of its gradient are those of the product before
-            rows = [row for row in rows if row.tensor not in (x, f"d{x}")]
-        names = ["forward", *([] if x in shared or lookup else [f"d{x}"]), f"d{layout.rhs.name}"]
-        names += ["db"] if parse(template).bias is not None else []
-        shared.add(x)
-        sent = phases(rows)
-        made.append((str(layout), {name: ", ".join(sent.get(name, ["–"])) for name in names}))
-    return made
-
-
-def _lines(block: tuple[str, dict[str, str]]) -> list[str]:
-    layout, sent = block
-    return [layout, *(f"{name:9}{what}" for name, what in sent.items())]
