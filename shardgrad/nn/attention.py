@@ -142,7 +142,7 @@ class Attention(
         used = for_rows([parameters[name] for name in shared], [self._shardings[name] for name in shared], (self.axis,))
         for name, whole in zip(shared, used):
             parameters[name] = whole.narrow(0, self.heads.first_kv, self.heads.count_kv)
-        weights, biases = self._names["X"]
+        weights, biases = zip(*(one.names for one in self._recipes["X"].products))
         return [parameters[name] for name in weights], [parameters[name] for name in biases if name in parameters]
 
     def _replicated(self) -> list[str]:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
-from shardgrad.errors import ShapeError
+from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
@@ -24,7 +24,8 @@ from shardgrad.nn import init
 from shardgrad.nn.docstring import with_products
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel, Where
-from shardgrad.nn.template import Bound, Product, Recipe, check_reduce, check_sequence_dim, on_axis
+from shardgrad.nn.recipe import Bound, Product, Recipe
+from shardgrad.nn.template import on_axis
 from shardgrad.ops.bilinear import Operation
 from shardgrad.ops.matmul import run
 from shardgrad.ops.shard import shard
@@ -71,11 +72,14 @@ class Layer(ShardedModule):
         who = type(self).__name__
         parallel = Parallel.of(who, where, self.takes, self.default_axis)
         super().__init__(parallel.mesh, parallel.axes if axes is None else axes)
-        check_sequence_dim(parallel.sequence_dim, who)
-        check_reduce(reduce, parallel.sequence_dim, who)
+        if not reduce and parallel.sequence_dim is not None:
+            raise LayoutError(
+                f"{who}: with reduce=False the caller gathers x and reduces y (sg.all_gather, sg.reduce_scatter along "
+                "the sequence), and the layer sees whole sequences: leave out "
+                f"sequence_dim={parallel.sequence_dim}"
+            )
         self.parallel, self.reduce, self.save_gathered = parallel, reduce, tuple(save_gathered)
         self._recipes: dict[str, Recipe] = {}  # by the name of the input
-        self._names: dict[str, tuple[list[str], list[str]]] = {}  # weights and biases of an input's products
         self._sizes: dict[str, int] = {}
         self._input = ""
 
@@ -101,34 +105,38 @@ class Layer(ShardedModule):
         self._sizes = dict(sizes)
         groups: dict[str, list[Product]] = {}
         for name, template in (self.products if products is None else products).items():
-            weight, added, x = self._operands_of(template, bias)
-            groups.setdefault(x, []).append(Product(template, weight, added))
-            weights, biases = self._names.setdefault(x, ([], []))
-            for kind, spec, names in (("weight", weight, weights), ("bias", added, biases)):
-                names.append(self.parameter_name(name, kind))
+            names = self.parameter_name(name, "weight"), self.parameter_name(name, "bias")
+            if isinstance(template, Layout):
+                x, weight, added = template.lhs.name, template.rhs, template.bias
+            else:
+                notation = parse(template)
+                x, weight, added = notation.lhs.name, self.stored(notation.rhs), self.stored(notation.bias, vector=True)
+            each = Product(template, weight, added if bias else None, names)
+            for parameter, spec in zip(names, (each.weight, each.bias)):
                 if spec is None:
-                    self.register_parameter(names[-1], None)
+                    self.register_parameter(parameter, None)
                 else:
-                    storage = str(self.storage(name, spec))
-                    self.declare(names[-1], storage, self._sizes, merged=(merged or {}).get(names[-1]))
+                    self.add(parameter, self.storage(name, spec), (merged or {}).get(parameter))
+            groups.setdefault(x, []).append(each)
         self._input = next(iter(groups), "")
-        who, given = type(self).__name__, tuple((x, size) for x, size in sizes.items() if x not in unknown)
-        for x, each in groups.items():
-            recipe = Recipe(who, tuple(each), given, self.parallel, self.reduce, self.save_gathered, operation)
-            self._recipes[x] = recipe
+        common = tuple((x, size) for x, size in sizes.items() if x not in unknown), self.parallel, self.reduce
+        for x, group in groups.items():
+            self._recipes[x] = Recipe(type(self).__name__, tuple(group), *common, self.save_gathered, operation)
         self.reset_parameters()
 
-    def _operands_of(self, template: str | Layout, bias: bool) -> tuple[TensorSpec, TensorSpec | None, str]:
-        """Weight and bias as the layout stores them, and the name of the input."""
-        if isinstance(template, Layout):
-            return template.rhs, template.bias if bias else None, template.lhs.name
-        notation, axis, data = parse(template), self.parallel.axis, self.parallel.data
+    def stored(self, spec: TensorSpec | None, *, vector: bool = False) -> Any:
+        """How a parameter of a template is stored: over the layer's axis, and as the data parallel one has it.
 
-        def over(data: BatchAxis | None, spec: TensorSpec, vector: bool) -> TensorSpec:
-            return spec if data is None else data.storage(spec, self._sizes, vector=vector)
+        vector: as of `BatchAxis.storage`.
+        """
+        if spec is None:
+            return None
+        spec = on_axis(spec, self.axis)
+        return spec if self.data is None else self.data.storage(spec, self._sizes, vector=vector)
 
-        added = over(data, on_axis(notation.bias, axis), True) if bias and notation.bias is not None else None
-        return over(data, on_axis(notation.rhs, axis), False), added, notation.lhs.name
+    def add(self, name: str, spec: TensorSpec, merged: tuple[int, ...] | None = None) -> None:
+        """Declare a parameter on the layer's device and of its dtype."""
+        self.declare(name, str(spec), self._sizes, self.parallel.device, self.parallel.dtype, merged)
 
     def parameter_name(self, product: str, kind: str) -> str:
         """The name of a product's weight or bias."""
@@ -154,27 +162,15 @@ class Layer(ShardedModule):
     def reduce_dtype(self) -> torch.dtype | None:
         return self.parallel.reduce_dtype
 
-    def declare(
-        self,
-        name: str,
-        storage: str,
-        sizes: Mapping[str, int],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        merged: tuple[int, ...] | None = None,
-    ) -> None:
-        parallel = self.parallel
-        super().declare(name, storage, sizes, device or parallel.device, dtype or parallel.dtype, merged)
-
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """nn.Linear's initial values, of every product: uniform in ±1/√(how many terms an element of it sums)."""
-        for x, recipe in self._recipes.items():
-            for notation, weight, bias in zip(recipe.notations, *self._names[x]):
+        for recipe in self._recipes.values():
+            for notation, one in zip(recipe.notations, recipe.products):
                 terms = prod(self._sizes[a] for a in notation.rhs.letters if a not in notation.out.letters)
                 values = partial(init.uniform, 1 / sqrt(terms))
-                self.fill(weight, values, generator)
-                if getattr(self, bias) is not None:
-                    self.fill(bias, values, generator)
+                for name in one.names:
+                    if getattr(self, name) is not None:
+                        self.fill(name, values, generator)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Self:
@@ -199,6 +195,7 @@ class Layer(ShardedModule):
         with torch.random.fork_rng(devices=[]):  # a layer without values draws its seeds all the same
             rest["parallel"] = replace(parallel, device="meta", dtype=dtype)
             layer = cls(*args, **rest)
+        layer.parallel = replace(parallel, dtype=dtype)
         layer.to_empty(device=parallel.device or view(parallel.mesh).device)
         if set(given) != set(layer._shardings):
             raise ShapeError(f"{cls.__name__} has {', '.join(layer._shardings)}; given are {', '.join(given)}")
@@ -225,7 +222,7 @@ class Layer(ShardedModule):
         return dims - self._recipes[self._input].features + self._recipes[x].features
 
     def _biased(self, x: str) -> bool:
-        return getattr(self, self._names[x][1][0]) is not None
+        return getattr(self, self._recipes[x].products[0].names[1]) is not None
 
     def _bind(self, x: str, dims: int, biased: bool) -> Bound:
         bound = self._products[x, dims, biased] = self._recipes[x].bind(dims, biased)
@@ -263,7 +260,7 @@ class Layer(ShardedModule):
         else:
             bound = self._products.get((name, dims, biased)) or self._bind(name, dims, biased)
         if operands is None:
-            weights, biases = self._names[name]
+            weights, biases = zip(*(one.names for one in self._recipes[name].products))
             operands = [getattr(self, one) for one in weights], [getattr(self, one) for one in biases if biased]
         known = dict(bound.given)
         if sequence_size is not None and bound.sequence is not None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout.batch_axis import stored_over
 from shardgrad.layout.cost import Collective
+from shardgrad.layout.notation import parse_tensor
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
 from shardgrad.nn.replicated import for_rows, for_rows_collectives
@@ -28,11 +28,11 @@ class _Norm(Layer):
         super().__init__(where)
         self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         count = len(self.normalized_shape)
-        sizes = dict(zip(("m",) if count == 1 else [f"m{at}" for at in range(count)], self.normalized_shape))
+        self._sizes = dict(zip(("m",) if count == 1 else [f"m{at}" for at in range(count)], self.normalized_shape))
         for name, there in (("weight", affine), ("bias", affine and bias)):
             if there:
-                storage = f"{name[0].upper()}[{','.join(sizes)}]"
-                self.declare(name, stored_over(self.data, storage, sizes, vector=True), sizes)
+                spec = parse_tensor(f"{name[0].upper()}[{','.join(self._sizes)}]")
+                self.add(name, self.stored(spec, vector=True))
             else:
                 self.register_parameter(name, None)
         self.reset_parameters()

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.errors import ShapeError
 from shardgrad.layout.batch_axis import BatchAxis
 
 
@@ -30,6 +31,9 @@ class Parallel:
         reduce_dtype: in which partial sums of products are reduced, e.g. torch.float32 for 16-bit operands; None: in
             that of the products.
         device, dtype: of the parameters; None: the mesh's device, torch's default dtype.
+
+    Raises:
+        ShapeError: sequence_dim is the row dim of no input.
     """
 
     mesh: DeviceMesh = field(repr=False)
@@ -46,6 +50,14 @@ class Parallel:
 
     def __deepcopy__(self, memo: object) -> Parallel:
         return self  # a mesh holds process groups, which cannot be copied
+
+    def __post_init__(self) -> None:
+        if self.sequence_dim is None:
+            return
+        if not isinstance(self.sequence_dim, int) or isinstance(self.sequence_dim, bool):
+            raise ShapeError(f"sequence_dim is the number of a dim, or None; not {self.sequence_dim!r}")
+        if self.sequence_dim == -1:
+            raise ShapeError("sequence_dim=-1 is not a row dim (the last one holds features)")
 
     @classmethod
     def of(cls, layer: str, where: Mapping[str, Any], takes: type, axis: str = "tp") -> Parallel:

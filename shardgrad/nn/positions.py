@@ -11,8 +11,8 @@ from torch import Tensor
 
 from shardgrad.comm.adjoint import slice_replicated
 from shardgrad.errors import ShapeError
-from shardgrad.layout.batch_axis import stored_over
 from shardgrad.layout.cost import Collective
+from shardgrad.layout.notation import parse_tensor
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
@@ -46,8 +46,8 @@ class LearnedPositions(Layer):
         if self.sequence_dim not in (None, 1):
             raise ShapeError(f"LearnedPositions: x is [b, s, m], so sequence_dim is 1 or None, not {self.sequence_dim}")
         self.num_positions, self.embed_dim = num_positions, embed_dim
-        sizes = {"s": num_positions, "m": embed_dim}
-        self.declare("weight", stored_over(self.data, "W[s,m]", sizes), sizes)
+        self._sizes = {"s": num_positions, "m": embed_dim}
+        self.add("weight", self.stored(parse_tensor("W[s,m]")))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
