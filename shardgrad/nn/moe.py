@@ -153,8 +153,10 @@ class MoE(Layer):
         return chunk(self.num_experts, view(self.mesh).shape[self.axis], rank)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
-        """Raises:
-        TypeError: always; what is sent depends on the experts that the tokens choose.
+        """Refuse: what is sent depends on the experts that the tokens choose.
+
+        Raises:
+            TypeError: always.
         """
         raise TypeError("MoE: what is sent depends on the experts that the tokens choose; see sg.trace_collectives")
 

@@ -19,13 +19,13 @@ Source: Agarwal et al. 1995 (the 3D product); Singh et al. 2024, arXiv 2305.1352
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, replicate, slice_replicated
 from shardgrad.comm.mesh import view
@@ -35,7 +35,7 @@ from shardgrad.layout.sizes import chunk
 from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.parallel import Parallel
+from shardgrad.nn.parallel import OnMesh, Parallel
 from shardgrad.nn.replicated import for_rows, for_rows_collectives, one
 from shardgrad.nn.rotary import Rotary
 from shardgrad.nn.transfer import transfer
@@ -60,22 +60,21 @@ class Grid(Decoder):
         d_model: int,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
         d_ff: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnMesh],
     ) -> None:
-        data = BatchAxis("z", shard_params=True)
-        super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model, dropout, _STREAM)
-        parallel = Parallel(mesh, "y", 1, data, reduce_dtype, dtype=dtype)
+        parallel = Parallel.of("Grid", where, OnMesh)
+        parallel = replace(parallel, axis="y", data=BatchAxis("z", shard_params=True))
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, _STREAM)
+        parallel = self.parallel
         linear = partial(Linear, bias=False, parallel=parallel)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
-        norm = partial(FeatureNorm, d_model, norm_eps, mesh=mesh, dtype=dtype)
+        norm = partial(FeatureNorm, d_model, norm_eps, parallel)
         rotary = Rotary(d_model // heads, rope_theta)
 
         def block() -> Block:
@@ -166,10 +165,10 @@ class FeatureNorm(ShardedModule):
 
     weight: Tensor
 
-    def __init__(self, features: int, eps: float, *, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-        super().__init__(mesh, AXES)
+    def __init__(self, features: int, eps: float, parallel: Parallel) -> None:
+        super().__init__(parallel.mesh, AXES)
         self.features, self.eps = features, eps
-        self.declare("weight", "W[d/x]", {"d": features}, None, dtype)
+        self.declare("weight", "W[d/x]", {"d": features}, parallel.device, parallel.dtype)
         with torch.no_grad():
             self.weight.fill_(1)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear
 from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.norm import RMSNorm
-from shardgrad.nn.parallel import Parallel
+from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.rotary import Rotary
 from shardgrad.train.decoder import Block, Decoder, Recompute
 
@@ -24,7 +24,7 @@ def hidden_features(d_model: int) -> int:
 
 
 class Llama(Decoder):
-    """A Llama style decoder, its vocabulary, heads and hidden features cut over an axis.
+    """A Llama style decoder, its vocabulary, heads and hidden features sharded over an axis.
 
     Args:
         d_ff: hidden features of the feed-forward block; None: `hidden_features(d_model)`.
@@ -42,22 +42,19 @@ class Llama(Decoder):
         d_model: int,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
-        axis: str = "tp",
         kv_heads: int | None = None,
         d_ff: int | None = None,
         tied: bool = False,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         dropout: float = 0.0,
-        data: BatchAxis | None = None,
         compute_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
-        dtype: torch.dtype | None = None,
+        **where: Unpack[Where],
     ) -> None:
-        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
-        parallel = Parallel(mesh, axis, 1, data, reduce_dtype, dtype=dtype)
+        parallel = Parallel.of("Llama", where, Where)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute)
+        parallel = self.parallel
         rotary = Rotary(d_model // heads, rope_theta)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
 

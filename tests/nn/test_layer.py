@@ -213,6 +213,24 @@ def test_a_new_layer_is_a_layout_and_a_name(world_size: int, sequence_dim: int |
     assert table(Heads, 0) == {("dX", "all-reduce dX over tp"): 1}
 
 
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize("shard_dim", ["out", "in", "groups", "batch", "sharded"])
+def test_convolutions_predict_what_they_send(world_size: int, shard_dim: Any) -> None:
+    mesh = tp(world_size)
+    layer = sg.Conv2d(8, 12, 3, stride=2, padding=1, groups=4, mesh=mesh, shard_dim=shard_dim, dtype=D)
+    full = randn(5, 8, 6, 7, seed=1).unflatten(1, (4, 2))
+    x = sg.shard(full, layer.layout["X"], mesh).flatten(1, 2).requires_grad_()
+    for _ in range(2):
+        with sg.trace_collectives() as traced:
+            layer(x).square().sum().backward()
+    predicted = layer.collectives((5, 8, 6, 7), D)
+    assert sorted((c.operation, c.axis, c.bytes) for c in predicted) == sorted(
+        (event.operation, event.axis, event.bytes) for event in traced
+    )
+    with pytest.raises(sg.ShapeError, match=r"x has global shape \[b, 8, …\], not \(5, 4, 6, 7\)"):
+        layer.collectives((5, 4, 6, 7))
+
+
 @distributed(world_size=1)
 def test_what_a_graph_depends_on_is_all_that_binding_is_given(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("tp", "dp", "cp"))
