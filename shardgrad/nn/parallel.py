@@ -70,6 +70,7 @@ class Parallel:
         Raises:
             TypeError: an unknown keyword, one beside parallel=, no mesh; or parallel= shards x in a way that the layer
                 knows nothing of.
+            ShapeError: as of the class.
         """
         names = takes.__annotations__
         for name in where:
@@ -80,7 +81,10 @@ class Parallel:
             if "mesh" not in where:
                 raise TypeError(f"{layer} needs mesh=…, or parallel=sg.Parallel(mesh, …)")
             given = {name: value for name, value in where.items() if name != "parallel"}
-            return cls(**{"axis": axis, **given})
+            try:
+                return cls(**{"axis": axis, **given})
+            except ShapeError as wrong:
+                raise ShapeError(f"{layer}: {wrong}") from None
         if not isinstance(parallel, Parallel):
             raise TypeError(f"{layer}: parallel is a sg.Parallel, not {type(parallel).__name__}")
         beside = [name for name in where if name != "parallel"]

@@ -275,6 +275,22 @@ def test_a_graph_is_not_used_for_a_layer_that_shards_another_dim(world_size: int
         torch.testing.assert_close(call(layer, x), layer(x, 8), rtol=1e-12, atol=1e-12)
 
 
+@distributed(world_size=4)
+def test_a_graph_is_not_used_for_a_layer_on_a_mesh_of_other_groups(world_size: int) -> None:
+    torch.compiler.reset()
+    names = ("tp", "dp")
+    meshes = [init_device_mesh("cpu", (2, 2), mesh_dim_names=order) for order in (names, names[::-1])]
+    layers = [sg.RowParallelLinear(8, 5, mesh=mesh, dtype=D) for mesh in meshes]
+    x = randn(3, 4, seed=torch.distributed.get_rank())
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x)
+
+    for layer in layers:
+        torch.testing.assert_close(call(layer, x), layer(x), rtol=1e-12, atol=1e-12)
+
+
 @distributed(world_size=2)
 @pytest.mark.parametrize("sequence_dim", [None, 0])
 def test_a_warm_call_passes_through_one_function_of_the_layers(world_size: int, sequence_dim: int | None) -> None:
