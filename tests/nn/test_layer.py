@@ -193,7 +193,7 @@ def test_a_new_layer_is_a_layout_and_a_name(world_size: int, sequence_dim: int |
     with torch.no_grad():
         for name, parameter, sharding in sg.named_shardings(layer):
             full = whole(parameter, sharding)
-            assert float(full.abs().max()) <= 5**-0.5
+            assert 0.5 * 5**-0.5 < float(full.abs().max()) <= 5**-0.5
             plain.get_parameter(name).copy_(full.flatten(0, 1))
     x, dy = randn(2, 7, 5, seed=1), randn(2, 7, 4, 3, seed=2)
     part = sg.shard(x, layout["X"], layer.mesh).requires_grad_()
@@ -229,6 +229,14 @@ def test_convolutions_predict_what_they_send(world_size: int, shard_dim: Any) ->
     )
     with pytest.raises(sg.ShapeError, match=r"x has global shape \[b, 8, …\], not \(5, 4, 6, 7\)"):
         layer.collectives((5, 4, 6, 7))
+
+
+@distributed(world_size=1)
+def test_sequence_dim_is_the_row_that_is_said(world_size: int) -> None:
+    mesh = tp(world_size)
+    for dim, spec in ((None, "b,s"), (0, "b/tp,s"), (1, "b,s/tp"), (-2, "b,s/tp"), (-3, "b/tp,s")):
+        assert str(sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=dim).layout(3)["X"]) == f"X[{spec},d]"
+        assert str(sg.RowParallelLinear(4, 6, mesh=mesh, sequence_dim=dim).layout(3)["Y"]) == f"Y[{spec},m]"
 
 
 @distributed(world_size=1)
