@@ -15,7 +15,7 @@ README = (ROOT.parent / "README.md").read_text() + "".join(p.read_text() for p i
 
 
 def test_every_export_exists_and_is_the_one_that_type_checkers_see() -> None:
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "__init__.pyi").read_text())
     seen = {
         alias.asname: f"{node.module}"
         for node in ast.walk(tree)

@@ -12,8 +12,9 @@ import typer
 
 from shardgrad.cli import style
 from shardgrad.errors import LayoutError
-from shardgrad.layout import PRESETS, Layout
 from shardgrad.layout.cost import itemsize
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.presets import PRESETS
 from shardgrad.layout.steps import Step, Timeline, check_rank, timeline
 from shardgrad.layout.units import format_si
 

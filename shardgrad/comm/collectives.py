@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardgrad.comm import shim
-from shardgrad.comm.failure_report import failure_report
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.shim import dispatch_mode_active
 from shardgrad.comm.shm.register import register
@@ -97,6 +96,8 @@ class Collective:
             raise CollectiveError(self._failure(error)) from error
 
     def _failure(self, error: BaseException) -> str:
+        from shardgrad.comm.failure_report import failure_report
+
         return (
             f"rank {self.axis.ranks[self.axis.index]}: {self.what} over {self.axis} failed: {str(error).strip()}\n"
             f"{failure_report(self.what, self.axis)}"

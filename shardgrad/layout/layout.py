@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardgrad.errors import LayoutError
-from shardgrad.layout import cost
-from shardgrad.layout.explain import explain
 from shardgrad.layout.lower import Products, backward, forward
-from shardgrad.layout.nearest import nearest
-from shardgrad.layout.notation import TensorSpec, locate, parse, point
+from shardgrad.layout.notation import TensorSpec, parse
 from shardgrad.layout.plan import Plan, Role, derive
 from shardgrad.layout.program import backward_program, forward_program
 from shardgrad.layout.rule import Illegal, Reading, read
 from shardgrad.layout.schedule import Instructions
 from shardgrad.layout.sizes import Sizes
+
+if TYPE_CHECKING:
+    from shardgrad.layout.cost import Collective
 
 
 class Layout:
@@ -61,7 +61,9 @@ class Layout:
         try:
             reading = read(notation)
         except Illegal as wrong:
-            raise LayoutError(_refusal(text, wrong, nearest(notation, wrong))) from None
+            from shardgrad.layout.nearest import refusal
+
+            raise LayoutError(refusal(text, notation, wrong)) from None
         self.text = str(notation)
         self.lhs, self.rhs, self.out = notation.lhs, notation.rhs, notation.out
         self.has_bias = notation.bias is not None
@@ -115,6 +117,8 @@ class Layout:
     def explain(self) -> str:
         """In words and formulas, for forward, dX, dW and db: what is computed locally, what is communicated where."""
         notation = parse(self.text)._replace(spatial=self.spatial)
+        from shardgrad.layout.explain import explain
+
         return explain(notation, self.reading, self.plan)
 
     def collectives(
@@ -128,7 +132,7 @@ class Layout:
         save_gathered: Collection[str] = (),
         reduce_dtype: Any = None,
         coordinate: Mapping[str, int] | None = None,
-    ) -> list[cost.Collective]:
+    ) -> list[Collective]:
         """Every collective of forward and backward, in order, with the bytes that one rank sends.
 
         Args:
@@ -147,6 +151,8 @@ class Layout:
         Raises:
             LayoutError: a size, an axis or a name is missing or unknown.
         """
+        from shardgrad.layout import cost
+
         width = cost.itemsize(dtype)
         reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
         if reduce_width < width:
@@ -285,11 +291,3 @@ class Layout:
 
     def __reduce__(self) -> tuple[Callable[..., Layout], tuple[str]]:
         return partial(Layout, spatial=self.spatial), (self.text,)
-
-
-def _refusal(text: str, wrong: Illegal, proposals: list[str]) -> str:
-    at, width = locate(text, wrong.tensor, wrong.letter, wrong.axis)
-    lines = ["illegal layout", point(text, at, width), wrong.why]
-    if proposals:
-        lines += ["the nearest legal layouts:", *(f"  {proposal}" for proposal in proposals)]
-    return "\n".join(lines)

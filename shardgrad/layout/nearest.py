@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product as every
 from typing import Any
 
-from shardgrad.layout.notation import Notation, TensorSpec
-from shardgrad.layout.rule import Illegal, read, unmarked
+from shardgrad.layout.notation import Notation, TensorSpec, point
+from shardgrad.layout.rule import Illegal, read
 
 MOST = 3
 _THREE = ("lhs", "rhs", "out")
@@ -138,3 +139,40 @@ def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation
             changed[role] = tensor.with_axes({letter: new})
         if cost:
             yield cost, _with(layout, changed)
+
+
+def refusal(text: str, notation: Notation, wrong: Illegal) -> str:
+    """What is told of an illegal layout: where, why, and what is legal instead."""
+    at, width = locate(text, wrong.tensor, wrong.letter, wrong.axis)
+    lines = ["illegal layout", point(text, at, width), wrong.why]
+    proposals = nearest(notation, wrong)
+    if proposals:
+        lines += ["the nearest legal layouts:", *(f"  {proposal}" for proposal in proposals)]
+    return "\n".join(lines)
+
+
+def locate(text: str, tensor: str, letter: str | None = None, axis: str | None = None) -> tuple[int, int]:
+    """Where a tensor, a letter of it, or an axis on that letter stands in the text: (column, width)."""
+    start = re.search(rf"\b{re.escape(tensor)}\s*\[", text)
+    if start is None:
+        return 0, len(text)
+    inside = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+    close = text.find("]", start.end())
+    for dim in re.finditer(r"[^,\[\]]+", text[start.end() : close]) if letter or axis else ():
+        words = list(inside.finditer(dim.group()))
+        if letter is not None and (not words or words[0].group() != letter):
+            continue
+        for word in reversed(words) if axis else words[:1]:
+            if axis in (None, word.group()):
+                return start.end() + dim.start() + word.start(), len(word.group())
+    return start.start(), len(tensor)
+
+
+def unmarked(layout: Notation) -> Notation:
+    """The layout without its marks: what the nearest legal layouts are looked for among."""
+
+    def bare(tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, partial=(), grad_partial=())
+
+    bias = bare(layout.bias) if layout.bias else None
+    return layout._replace(lhs=bare(layout.lhs), rhs=bare(layout.rhs), out=bare(layout.out), bias=bias)

@@ -104,23 +104,6 @@ def point(text: str, at: int, width: int = 1) -> str:
     return f"  {text}\n  {' ' * at}{'^' * max(width, 1)}"
 
 
-def locate(text: str, tensor: str, letter: str | None = None, axis: str | None = None) -> tuple[int, int]:
-    """Where a tensor, a letter of it, or an axis on that letter stands in the text: (column, width)."""
-    start = re.search(rf"\b{re.escape(tensor)}\s*\[", text)
-    if start is None:
-        return 0, len(text)
-    inside = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-    close = text.find("]", start.end())
-    for dim in re.finditer(r"[^,\[\]]+", text[start.end() : close]) if letter or axis else ():
-        words = list(inside.finditer(dim.group()))
-        if letter is not None and (not words or words[0].group() != letter):
-            continue
-        for word in reversed(words) if axis else words[:1]:
-            if axis in (None, word.group()):
-                return start.end() + dim.start() + word.start(), len(word.group())
-    return start.start(), len(tensor)
-
-
 def parse(text: str) -> Notation:
     """Read a layout's grammar.
 

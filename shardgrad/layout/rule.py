@@ -11,7 +11,7 @@ neighbours' inputs. They may store an axis like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardgrad.layout.notation import Dim, Notation, TensorSpec
 
@@ -222,13 +222,3 @@ def _check_marks(layout: Notation, reading: Reading) -> None:
                     tensor.name,
                     axis=axis,
                 )
-
-
-def unmarked(layout: Notation) -> Notation:
-    """The layout without its marks: what the nearest legal layouts are looked for among."""
-
-    def bare(tensor: TensorSpec) -> TensorSpec:
-        return replace(tensor, partial=(), grad_partial=())
-
-    bias = bare(layout.bias) if layout.bias else None
-    return layout._replace(lhs=bare(layout.lhs), rhs=bare(layout.rhs), out=bare(layout.out), bias=bias)

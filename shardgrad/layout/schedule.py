@@ -25,46 +25,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from shardgrad.layout.plan import Move, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction. phase: what it is for, `forward`, `dX`, `dW` or `db`, with the layout's names."""
+    """One instruction. phase: what it is for, `forward`, `dX`, `dW` or `db`, with the layout's names.
+
+    READS, WRITES: the fields that name the values it reads, and those it makes or replaces.
+    """
+
+    READS: ClassVar[tuple[str, ...]] = ()
+    WRITES: ClassVar[tuple[str, ...]] = ()
 
     phase: str
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The values that it reads."""
-        return ()
+        return _values(self, self.READS)
 
     @property
     def writes(self) -> tuple[str, ...]:
         """The values that it makes, or replaces."""
-        return ()
+        return _values(self, self.WRITES)
+
+
+def _values(one: Any, fields: Sequence[str]) -> tuple[str, ...]:
+    """The values that fields name: by name, by several, or by an instruction that reads or makes them."""
+    found: list[str] = []
+    for field in fields:
+        value = getattr(one, field)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Wait):
+                found.append(part.out)
+            elif isinstance(part, Instruction):
+                found += part.reads
+            elif part is not None:
+                found.append(part)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
-class _OneToOne(Instruction):
-    out: str
-    src: str
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.src,)
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.out,)
-
-
-@dataclass(frozen=True, slots=True)
-class Communicate(_OneToOne):
+class Communicate(Instruction):
     """`tensor` is what moves, in the layout's names. Until its `Wait`, unless it is blocking, `out` is a handle."""
 
+    READS, WRITES = ("src",), ("out",)
+    out: str
+    src: str
     tensor: str
     move: Move
     blocking: bool = False
@@ -72,25 +82,24 @@ class Communicate(_OneToOne):
 
 @dataclass(frozen=True, slots=True)
 class Wait(Instruction):
+    READS, WRITES = ("started",), ("started",)
     started: Communicate
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.started.out,)
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.started.out,)
 
 
 @dataclass(frozen=True, slots=True)
-class Slice(_OneToOne):
+class Slice(Instruction):
+    READS, WRITES = ("src",), ("out",)
+    out: str
+    src: str
     tensor: str
     move: Move
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(_OneToOne):
+class Cast(Instruction):
+    READS, WRITES = ("src",), ("out",)
+    out: str
+    src: str
     dtype: str
 
 
@@ -102,6 +111,7 @@ class Matmul(Instruction):
     into: the value that it adds to, in place. bias: what is added to each row of the product.
     """
 
+    READS, WRITES = ("left", "right", "into", "bias"), ("out",)
     out: str
     role: Role
     index: int
@@ -115,130 +125,86 @@ class Matmul(Instruction):
         """What left and right are; `out` stands for dY."""
         return {"out": ("lhs", "rhs"), "lhs": ("out", "rhs"), "rhs": ("out", "lhs")}[self.role]  # type: ignore[return-value]
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(value for value in (self.left, self.right, self.into, self.bias) if value is not None)
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True)
 class Accumulate(Instruction):
     """Add to the buffer `main` a value, or a local product as it is made (which may be of a narrower dtype)."""
 
+    READS = "main", "value"
     main: str
     value: str | Matmul
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.main, *((self.value,) if isinstance(self.value, str) else self.value.reads))
 
 
 @dataclass(frozen=True, slots=True)
 class Add(Instruction):
+    READS, WRITES = ("left", "right"), ("out",)
     out: str
     left: str
     right: str
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.left, self.right
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True)
 class AddBias(Instruction):
     """`out` plus the bias, in place. letters: of `out`, then of the bias."""
 
+    READS, WRITES = ("out", "bias"), ("out",)
     out: str
     bias: str
     letters: tuple[tuple[str, ...], tuple[str, ...]]
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.out, self.bias
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True)
-class SumBias(_OneToOne):
+class SumBias(Instruction):
     """letters: of `src`, a dY, then of the bias. index: of the layout. gathered: whether `src` was gathered for a
     product, or is dY as it is stored."""
 
+    READS, WRITES = ("src",), ("out",)
+    out: str
+    src: str
     letters: tuple[tuple[str, ...], tuple[str, ...]]
     index: int
     gathered: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _OfValues(Instruction):
+class Save(Instruction):
+    READS = ("values",)
     values: tuple[str, ...]
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.values
 
-
-class Save(_OfValues):
-    """Keep values for backward."""
-
-
-class Free(_OfValues):
-    """Let go of values."""
+@dataclass(frozen=True, slots=True)
+class Free(Instruction):
+    READS = ("values",)
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Return(Instruction):
     """The results; None for one that nobody needs, or that has gone another way. single: not as a tuple."""
 
+    READS = ("results",)
     results: tuple[str | None, ...]
     single: bool = False
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(value for value in self.results if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Defer(Instruction):
     """`out` becomes a function that runs `body` and returns its results."""
 
+    READS, WRITES = ("body",), ("out",)
     out: str
     body: tuple[Instruction, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(value for one in self.body for value in one.reads)
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True)
 class Call(Instruction):
     """`outs` become what `function`, called `name`, returns for the values `args`."""
 
+    READS, WRITES = ("args",), ("outs",)
     outs: tuple[str, ...]
     name: str
     function: Callable[..., Any]
     args: tuple[str, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.args
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return self.outs
 
 
 Instructions = tuple[Instruction, ...]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.layout.batch_axis import BatchAxis
-from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec, parse
 from shardgrad.layout.sizes import Sizes
@@ -27,8 +25,11 @@ from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.recipe import Bound, Product, Recipe
 from shardgrad.nn.template import on_axis
 from shardgrad.ops.bilinear import Operation
-from shardgrad.ops.matmul import run
-from shardgrad.ops.shard import shard
+from shardgrad.ops.bound import run
+
+if TYPE_CHECKING:
+    from shardgrad.layout.batch_axis import BatchAxis
+    from shardgrad.layout.cost import Collective
 
 
 class Layer(ShardedModule):
@@ -186,6 +187,8 @@ class Layer(ShardedModule):
         Raises:
             ShapeError: a tensor is missing, is one too many, or has another shape.
         """
+        from shardgrad.ops.shard import shard
+
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         names = cls.takes.__annotations__
         where = {name: value for name, value in kwargs.items() if name in names}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from torch import Tensor, nn
 
-from shardgrad.comm.adjoint import gather_replicated, slice_replicated
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.sizes import Sizes
 from shardgrad.nn.layer import OneProduct
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.transfer import transfer, whole
+
+if TYPE_CHECKING:
+    from shardgrad.layout.cost import Collective
 
 
 class _ParallelLinear(OneProduct):
@@ -104,9 +104,13 @@ class ColumnParallelLinear(_ParallelLinear, layout="X[n/sp,d] W[m/tp,d] -> Y[n,m
         return self.wraps
 
     def leave(self, y: Tensor) -> Tensor:
+        from shardgrad.comm.adjoint import gather_replicated
+
         return gather_replicated(y, self.mesh, self.axis, -1, size=self.out_features)
 
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
+        from shardgrad.nn.transfer import transfer, whole
+
         y = self.layout(dims).out
         return transfer("forward", "Y", y, whole(y, "m"), sizes, dtype) if self.wraps else ()
 
@@ -150,8 +154,12 @@ class RowParallelLinear(_ParallelLinear, layout="X[n,d/tp] W[m,d/tp] -> Y[n/sp,m
                 f"RowParallelLinear(input_is_parallel=False) takes x whole, [..., {self.in_features}], not "
                 f"{tuple(x.shape)}"
             )
+        from shardgrad.comm.adjoint import slice_replicated
+
         return slice_replicated(x, self.mesh, self.axis, -1)
 
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
+        from shardgrad.nn.transfer import transfer, whole
+
         x = self.layout(dims).lhs
         return transfer("dX", "dX", x, whole(x, "d"), sizes, dtype) if self.wraps else ()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout.batch_axis import BatchAxis
+
+if TYPE_CHECKING:
+    from shardgrad.layout.batch_axis import BatchAxis
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from shardgrad.layout.notation import Notation, TensorSpec, parse
 from shardgrad.nn.parallel import Parallel
 from shardgrad.nn.template import ROWS, Rows
 from shardgrad.ops.bilinear import CONTRACT, Operation
-from shardgrad.ops.bound import BoundMatmul, Given
-from shardgrad.ops.matmul import bind
+from shardgrad.ops.bound import BoundMatmul, Given, bind
 
 
 @dataclass(frozen=True, slots=True)

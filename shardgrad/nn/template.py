@@ -13,11 +13,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.notation import Notation, TensorSpec
 from shardgrad.nn.parallel import Parallel
+
+if TYPE_CHECKING:
+    from shardgrad.layout.batch_axis import BatchAxis
 
 ROWS, AXIS, SEQUENCE = "n", "tp", "sp"
 _LETTERS = {0: (), 1: ("n",), 2: ("b", "s"), 3: ("a", "b", "s")}

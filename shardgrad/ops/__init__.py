@@ -6,6 +6,8 @@
 | `contract`   | the local product of two tensors given by letters                       |
 | `sizing`     | from local shapes to sizes: check, infer, exchange                      |
 | `shard`      | a global tensor to this rank's shard, and back                          |
+| `handles`    | names by which compiled graphs refer to bound products                  |
+| `modes`      | what makes a backward unusual while it is in force                      |
 | `namespace`  | what the names in a printed program stand for                           |
 | `executable` | what calls of one set of shapes run, in one autograd Function           |
 | `bound`      | products that share an operand, bound to a mesh                         |

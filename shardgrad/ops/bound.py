@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
-from shardgrad.comm.mesh import MeshView
+from shardgrad.comm.mesh import MeshView, view
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.layout import cost
-from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Key, Products, backward, forward
 from shardgrad.layout.plan import Plan, Role
 from shardgrad.layout.schedule import Instructions, communication
 from shardgrad.layout.sizes import Level, Sizes
-from shardgrad.ops import compiled, sizing
-from shardgrad.ops.bilinear import Operation
-from shardgrad.ops.chunking import chunking_pass
+from shardgrad.ops import handles, sizing
+from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.executable import Executable
 from shardgrad.ops.namespace import Namespace
+
+if TYPE_CHECKING:
+    from shardgrad.layout.cost import Collective
 
 Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
@@ -65,7 +66,7 @@ class BoundMatmul:
         self._gathers = [move for plan, bias in zip(self.plans, biased) for move in plan.gathers(bias=bias)]
         self._executables: dict[object, Executable] = {}
         self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
-        self.handle = compiled.name(
+        self.handle = handles.name(
             self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
         )
 
@@ -170,7 +171,11 @@ class BoundMatmul:
     ) -> Executable:
         products = self._products(sizes, tensors[0].dtype)
         namespace = Namespace(self.view, sizes, [self.operation.local(layout, sizes) for layout in self.layouts])
-        chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
+        chunked = None
+        if self.view.settings:
+            from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` asked for
+
+            chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
         return Executable(products, self.name, namespace, needs, self._check_backward, chunked)
 
     def forget_executables(self) -> None:
@@ -267,6 +272,8 @@ class BoundMatmul:
         Raises:
             LayoutError: reduce_dtype is narrower than dtype.
         """
+        from shardgrad.layout import cost
+
         wire = cost.itemsize(dtype)
         reduce_wire = wire if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype)
         if reduce_wire < wire:
@@ -316,3 +323,67 @@ def _key(tensors: Sequence[Tensor], given: Given) -> tuple[object, ...]:
     """What decides which executable a call needs."""
     grad = torch.is_grad_enabled()
     return (*[part for t in tensors for part in (t.shape, t.dtype, grad and t.requires_grad)], given)
+
+
+def bind(
+    layouts: tuple[Layout, ...],
+    biased: tuple[bool, ...],
+    mesh: DeviceMesh,
+    save_gathered: Collection[str] = (),
+    reduce_dtype: torch.dtype | None = None,
+    operation: Operation = CONTRACT,
+) -> BoundMatmul:
+    """Decide all that does not depend on shapes; the same arguments give the same product."""
+    mesh_view = view(mesh)
+    key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
+    product = mesh_view.bound.get(key)
+    if product is None:
+        _check_layouts(layouts, biased)
+        product = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
+        mesh_view.bound[key] = product
+    return product
+
+
+def run(
+    product: BoundMatmul,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sizes: Mapping[str, int] | None,
+) -> tuple[Tensor, ...]:
+    """Differentiably compute bound products of x. biases: those that there are."""
+    tensors = (x, *weights, *biases)
+    if torch.compiler.is_compiling():
+        from shardgrad.ops import compiled  # of no use to anybody else
+
+        if not torch.is_autocast_enabled(product.device_type):
+            return compiled.run(product, tensors, sizes)
+        tensors = product.cast(tensors)
+        with torch.autocast(product.device_type, enabled=False):
+            return compiled.run(product, tensors, sizes)
+    made = product(tensors, tuple(sizes.items()) if sizes else ())
+    return made if product.count > 1 else (made,)
+
+
+def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
+    first = layouts[0].lhs
+    for layout, has_bias in zip(layouts, biased):
+        if layout.lhs.dims != first.dims or layout.lhs.grad_partial != first.grad_partial:
+            raise LayoutError(
+                f"products of one input must write it alike: {first} in {layouts[0]}, {layout.lhs} in {layout}"
+            )
+        if layout.has_bias and not has_bias:
+            raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
+
+
+def _kept(save_gathered: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
+    if isinstance(save_gathered, str):
+        raise TypeError(f"save_gathered is a collection of operands' names: save_gathered=({save_gathered!r},)")
+    kept: set[Key] = set()
+    for name in save_gathered:
+        seconds = [("rhs", at) for at, layout in enumerate(layouts) if layout.rhs.name == name]
+        firsts = [("lhs", at) for at, layout in enumerate(layouts) if layout.lhs.name == name]
+        if not firsts and not seconds:
+            raise LayoutError(f"save_gathered: no operand {name!r} in {'; '.join(map(str, layouts))}")
+        kept.update(seconds + firsts)  # type: ignore[arg-type]
+    return frozenset(kept)

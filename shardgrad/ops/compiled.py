@@ -5,9 +5,7 @@ A compiled graph holds tensors, numbers and strings; it names a product by its h
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,21 +15,12 @@ from shardgrad.comm import shim
 from shardgrad.comm.agree import checking_every_call
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import MeshError
+from shardgrad.ops import handles
 from shardgrad.ops.deferred import deferring
 
 if TYPE_CHECKING:
     from shardgrad.ops.bound import BoundMatmul
     from shardgrad.ops.executable import Executable
-
-_products: weakref.WeakValueDictionary[str, BoundMatmul] = weakref.WeakValueDictionary()
-_numbers = count()
-
-
-def name(product: BoundMatmul, text: str) -> str:
-    """A handle for a product. `text` tells what it is and where, so that no cached graph of another rank is taken."""
-    handle = f"{text} #{next(_numbers)}"
-    _products[handle] = product
-    return handle
 
 
 def run(product: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
@@ -78,7 +67,7 @@ class _Split:
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
 ) -> _Split:
-    product = _products.get(handle)
+    product = handles.named(handle)
     if product is None:
         raise MeshError(
             f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"

@@ -19,7 +19,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.bilinear import Local
-from shardgrad.ops.matmul import bind, run
+from shardgrad.ops.bound import bind, run
 
 # By the number of spatial dims: Y of (X, W), and its transposes: dX of (X's shape, W, dY), dW of (X, W's shape, dY).
 _TORCH: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {

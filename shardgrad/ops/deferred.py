@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from shardgrad.ops.modes import deferrals
+
 
 class WeightGrads:
     """The gradients that were put off, in the order in which backward would have computed them."""
@@ -49,9 +51,6 @@ class WeightGrads:
             )
 
 
-blocks: list[WeightGrads] = []  # those open; seen by autograd's own threads too
-
-
 @contextmanager
 def defer_weight_grads() -> Iterator[WeightGrads]:
     """Put off the weights' and biases' gradients of all products whose backward runs inside the block.
@@ -67,15 +66,15 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
     backward too, with None and before anything is accumulated.)
     """
     later = WeightGrads()
-    blocks.append(later)
+    deferrals.append(later)
     try:
         yield later
     finally:
-        blocks.remove(later)
+        deferrals.remove(later)
 
 
 def deferring() -> bool:
-    return bool(blocks)
+    return bool(deferrals)
 
 
 def can_defer(node: Any, weights: slice) -> bool:
@@ -94,4 +93,4 @@ def _is_leaf(node: Any) -> bool:
 
 def defer(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:
     """Leave gradients for the innermost block. node: of the graph, whose inputs `compute` returns the gradients of."""
-    blocks[-1]._later.append((node.next_functions, compute))
+    deferrals[-1]._later.append((node.next_functions, compute))

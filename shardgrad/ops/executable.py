@@ -13,8 +13,7 @@ from shardgrad.comm import shim
 from shardgrad.comm.agree import checking_every_call, every_call
 from shardgrad.layout.lower import Products
 from shardgrad.layout.program import Pass, backward_program, forward_program
-from shardgrad.ops.deferred import blocks, can_defer, defer, deferring
-from shardgrad.ops.main_grad import in_use, main_grads
+from shardgrad.ops.modes import deferrals, main_grads
 from shardgrad.ops.namespace import Namespace
 
 Check = Callable[[Sequence[Tensor | None]], None]
@@ -80,7 +79,13 @@ class Executable:
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
                 return refusing(ctx, *dys)
-            if every_call or blocks or in_use or dys[0] is None or (several and [dy for dy in dys if dy is None]):
+            if (
+                every_call
+                or deferrals
+                or main_grads
+                or dys[0] is None
+                or (several and [dy for dy in dys if dy is None])
+            ):
                 return unusual(ctx, *dys)
             return usual(*dys, *ctx.saved_tensors)
 
@@ -92,8 +97,11 @@ class Executable:
         """The gradients of X, each weight and each bias; None where none is needed, or where it goes another way."""
         if checking_every_call():
             self.check(dys)
-        deferred = deferring() and can_defer(ctx, slice(1, None))
-        mains = main_grads(ctx) if in_use else {}
+        from shardgrad.ops.deferred import can_defer, defer
+        from shardgrad.ops.main_grad import buffers_of
+
+        deferred = bool(deferrals) and can_defer(ctx, slice(1, None))
+        mains = buffers_of(ctx) if main_grads else {}
         grads = self.gradients(dys, ctx.saved_tensors, deferred, mains)
         if len(grads) > len(self.needs):
             defer(ctx, grads[-1])

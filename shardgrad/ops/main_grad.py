@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-in_use: list[None] = []  # an entry for each `use_main_grads` so far: without any, backwards need not look
+from shardgrad.ops import modes
 
 
 def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -30,7 +30,7 @@ def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torc
             parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_add)
         buffers.append(parameter.main_grad)  # type: ignore[attr-defined]
-    in_use.append(None)
+    modes.main_grads.append(None)
     return buffers
 
 
@@ -40,7 +40,7 @@ def _add(parameter: Tensor) -> None:
         parameter.grad = None
 
 
-def main_grads(node: Any) -> dict[int, Tensor]:
+def buffers_of(node: Any) -> dict[int, Tensor]:
     """The buffers of a node's leaf inputs, by position."""
     leaves = {at: getattr(entry[0], "variable", None) for at, entry in enumerate(node.next_functions)}
     found = {at: getattr(leaf, "main_grad", None) for at, leaf in leaves.items()}

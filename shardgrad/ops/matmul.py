@@ -11,13 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
-from shardgrad.comm.mesh import view
-from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.lower import Key
-from shardgrad.ops import compiled
-from shardgrad.ops.bilinear import CONTRACT, Operation
-from shardgrad.ops.bound import BoundMatmul
+from shardgrad.ops.bound import BoundMatmul, bind, run
 
 Weight = tuple[Tensor, Layout | str] | tuple[Tensor, Layout | str, Tensor | None]
 _layout = lru_cache(maxsize=512)(Layout)
@@ -136,25 +131,6 @@ def multiply(
     return run(product, x, [w for w, _, _ in weights], [bias for bias in biases if bias is not None], sizes)
 
 
-def bind(
-    layouts: tuple[Layout, ...],
-    biased: tuple[bool, ...],
-    mesh: DeviceMesh,
-    save_gathered: Collection[str] = (),
-    reduce_dtype: torch.dtype | None = None,
-    operation: Operation = CONTRACT,
-) -> BoundMatmul:
-    """Decide all that does not depend on shapes; the same arguments give the same product."""
-    mesh_view = view(mesh)
-    key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
-    product = mesh_view.bound.get(key)
-    if product is None:
-        _check_layouts(layouts, biased)
-        product = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
-        mesh_view.bound[key] = product
-    return product
-
-
 @shim.constant
 def _bind_texts(
     texts: Sequence[str],
@@ -165,46 +141,3 @@ def _bind_texts(
 ) -> BoundMatmul:
     """`bind`, which torch.compile does not look into."""
     return bind(tuple([_layout(text) for text in texts]), biased, mesh, save_gathered, reduce_dtype)
-
-
-def run(
-    product: BoundMatmul,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    sizes: Mapping[str, int] | None,
-) -> tuple[Tensor, ...]:
-    """Differentiably compute bound products of x. biases: those that there are."""
-    tensors = (x, *weights, *biases)
-    if torch.compiler.is_compiling():
-        if not torch.is_autocast_enabled(product.device_type):
-            return compiled.run(product, tensors, sizes)
-        tensors = product.cast(tensors)
-        with torch.autocast(product.device_type, enabled=False):
-            return compiled.run(product, tensors, sizes)
-    made = product(tensors, tuple(sizes.items()) if sizes else ())
-    return made if product.count > 1 else (made,)
-
-
-def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
-    first = layouts[0].lhs
-    for layout, has_bias in zip(layouts, biased):
-        if layout.lhs.dims != first.dims or layout.lhs.grad_partial != first.grad_partial:
-            raise LayoutError(
-                f"products of one input must write it alike: {first} in {layouts[0]}, {layout.lhs} in {layout}"
-            )
-        if layout.has_bias and not has_bias:
-            raise LayoutError(f"{layout} adds a bias {layout.bias}, but none was given: pass bias=… or leave it out")
-
-
-def _kept(save_gathered: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
-    if isinstance(save_gathered, str):
-        raise TypeError(f"save_gathered is a collection of operands' names: save_gathered=({save_gathered!r},)")
-    kept: set[Key] = set()
-    for name in save_gathered:
-        seconds = [("rhs", at) for at, layout in enumerate(layouts) if layout.rhs.name == name]
-        firsts = [("lhs", at) for at, layout in enumerate(layouts) if layout.lhs.name == name]
-        if not firsts and not seconds:
-            raise LayoutError(f"save_gathered: no operand {name!r} in {'; '.join(map(str, layouts))}")
-        kept.update(seconds + firsts)  # type: ignore[arg-type]
-    return frozenset(kept)

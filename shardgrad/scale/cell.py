@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shardgrad.layout import Layout
+from shardgrad.layout.layout import Layout
 from shardgrad.settings import Number, Section
 
 STEP = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from shardgrad.errors import LayoutError
-from shardgrad.layout import PRESETS, Layout
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.presets import PRESETS
 from shardgrad.scale.cell import BLOCK, STEP, Cell
 from shardgrad.settings import ConfigError
 

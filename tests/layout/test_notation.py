@@ -9,7 +9,7 @@ import pytest
 from layouts import random_layout
 
 from shardgrad import PRESETS, Layout, LayoutError
-from shardgrad.layout import Dim
+from shardgrad.layout.notation import Dim
 
 
 def test_reads_names_letters_axes_marks_and_bias() -> None:

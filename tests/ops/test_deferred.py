@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
-from shardgrad.layout import PRESETS, Layout
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.presets import PRESETS
 from shardgrad.testing import distributed
 
 SIZES = {"n": 5, "d": 7, "m": 6}

@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
-from shardgrad.layout import PRESETS, Layout
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.presets import PRESETS
 from shardgrad.testing import distributed
 
 ALL = {"b": 3, "n": 5, "d": 7, "m": 6}

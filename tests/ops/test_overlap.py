@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
-from shardgrad.layout import Layout
+from shardgrad.layout.layout import Layout
 from shardgrad.ops.overlap import WHOLE, Chunking, Costs, Link
 from shardgrad.testing import distributed
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardgrad.layout import Layout
-from shardgrad.ops.matmul import bind
+from shardgrad.layout.layout import Layout
+from shardgrad.ops.bound import bind
 from shardgrad.testing import distributed
 
 COLUMN = """\
