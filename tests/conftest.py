@@ -5,6 +5,7 @@ Helpers (`layouts`, `exact`, `plain`) can be imported by name from every folder 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "nn")]
+
+# Before torch is imported, and for commands too: the tests' processes share the cores, and threads that wait spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALWAYS = (2, 3)
 """Of a test on several world sizes, these are run with all parameters each time."""
