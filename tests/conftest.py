@@ -1,4 +1,4 @@
-"""What all tests share: where their helpers lie, and which of the many world sizes every run tries.
+"""What all tests share: where their helpers lie, in how many processes they run, and which world sizes each time.
 
 Helpers (`layouts`, `exact`, `plain`) can be imported by name from every folder below.
 """
@@ -26,6 +26,12 @@ SWEEP = 5
 
 LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, none beside pytest's own where files or folders were asked for."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
 
 
 @pytest.hookimpl(tryfirst=True)
