@@ -1,10 +1,11 @@
-"""What all tests share: where their helpers lie, and which of the many world sizes every run tries.
+"""What all tests share: where their helpers lie, in how many processes they run, and which world sizes each time.
 
 Helpers (`layouts`, `exact`, `plain`) can be imported by name from every folder below.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "nn")]
+
+# Before torch is imported, and for commands too: the tests' processes share the cores, and threads that wait spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALWAYS = (2, 3)
 """Of a test on several world sizes, these are run with all parameters each time."""
@@ -22,6 +26,12 @@ SWEEP = 5
 
 LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, none beside pytest's own where files or folders were asked for."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
 
 
 @pytest.hookimpl(tryfirst=True)

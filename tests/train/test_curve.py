@@ -108,14 +108,29 @@ def test_renaming_changes_nothing_but_rounding(kind: str, measured: Spread) -> N
     assert measured.distance(reference_curve(initial(kind), batches, changed)) > 10 * ALLOWED
 
 
-@distributed(world_size=[1, 2, 4], timeout=300, backend="shm")
+WAYS: dict[int, list[tuple[tuple[int, int], bool, int]]] = {
+    1: [((1, 1), False, 1)],
+    2: [((1, 2), False, 1), ((2, 1), False, 2)],
+}
+FOUR: dict[str, list[tuple[tuple[int, int], bool, int]]] = {
+    "gpt": [((1, 4), False, 1)],
+    "llama": [((2, 2), False, 1), ((2, 2), True, 2)],
+}
+
+
+@distributed(world_size=[1, 2], timeout=300, backend="shm")
 def test_the_curve_is_that_of_one_device(world_size: int, kind: str, measured: Spread) -> None:
-    ways: dict[int, list[tuple[tuple[int, int], bool, int]]] = {
-        1: [((1, 1), False, 1)],
-        2: [((1, 2), False, 1), ((2, 1), False, 2)],
-        4: [((1, 4), False, 1)] if kind == "gpt" else [((2, 2), False, 1), ((2, 2), True, 2)],
-    }
-    for grid, sharded, accumulate in ways[world_size]:
+    check(kind, measured, WAYS[world_size])
+
+
+@pytest.mark.slow
+@distributed(world_size=4, timeout=300, backend="shm")
+def test_the_curve_of_four_ranks_is_that_of_one_device(kind: str, measured: Spread) -> None:
+    check(kind, measured, FOUR[kind])
+
+
+def check(kind: str, measured: Spread, ways: list[tuple[tuple[int, int], bool, int]]) -> None:
+    for grid, sharded, accumulate in ways:
         distance = measured.distance(train(kind, grid, sharded, accumulate))
         assert distance < ALLOWED, f"dp, tp = {grid}, sharded {sharded}, micro-batches {accumulate}: {distance}"
 
