@@ -100,7 +100,7 @@ class Page:
                 self._run_python(index)
             case "python", ("ranks", "=", ranks) if ranks.isdecimal() and int(ranks) > 0:
                 self._run_ranks(index, int(ranks))
-            case "python", ("layout", "=", _) if (match := LAYOUT.fullmatch(options.strip())):
+            case "python", ("layout", "=", _) if match := LAYOUT.fullmatch(options.strip()):
                 axes = (axis.split("=") for axis in match["axes"].split())
                 self._compare_program(block, match["layout"], {name: int(size) for name, size in axes})
             case "text", ("output", "", ""):
@@ -362,7 +362,9 @@ def test_a_program_that_is_not_the_layouts_fails(tmp_path: Path) -> None:
 
 def test_output_is_compared_with_what_the_program_before_it_prints(tmp_path: Path) -> None:
     program = "```python ranks=2", "import os", "print('rank', os.environ['RANK'])", "```"
-    page = made_up(tmp_path, *program, *("```text output", "rank 1", "rank 0", "```"), "```text output", "rank 2", "```")
+    page = made_up(
+        tmp_path, *program, *("```text output", "rank 1", "rank 0", "```"), "```text output", "rank 2", "```"
+    )
     page.run(1)
     with pytest.raises(pytest.fail.Exception, match=r"page.md:10: \['rank 2'\] is not among what is printed"):
         page.run(2)
