@@ -1,4 +1,4 @@
-"""docs/api.md has every public name once, with its real signature. `python tests/docs/test_api_page.py` rewrites them."""
+"""docs/api.md has every public name once, with its real signature. Run as a script, this file writes them anew."""
 
 from __future__ import annotations
 
