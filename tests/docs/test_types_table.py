@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("spmd_types")
-from shardgrad.verification.spmd_types import _PAIRS  # noqa: E402
+from shardgrad.verification.spmd_types import _PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
 ROW = re.compile(r"^\| `(\w+)` \| ([IRVP](?: or [IRVP])*) \| ([IRVP]) \|", re.MULTILINE)
