@@ -149,7 +149,7 @@ class Page:
 
     def _compare_program(self, block: Block, layout: str, mesh_shape: dict[str, int]) -> None:
         program = sg.Layout(layout).program(mesh_shape)
-        if block.text != program:
+        if _lines(block.text) != _lines(program):
             pytest.fail(f"{self._place(block)}: the program of {layout} on {mesh_shape} is\n{program}")
 
     def _run_shell(self, index: int) -> None:
@@ -185,6 +185,11 @@ class Page:
 
     def _place(self, block: Block) -> str:
         return f"{self.path.name}:{block.line}"
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that are not empty: of empty ones, formatters have their own opinion."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _stop(process: "subprocess.Popen[str]") -> str:
