@@ -1,6 +1,61 @@
-"""Helpers of the tests (`layouts`, `exact`, `plain`) can be imported by name from every folder below."""
+"""What all tests share: where their helpers lie, and which of the many world sizes every run tries.
+
+Helpers (`layouts`, `exact`, `plain`) can be imported by name from every folder below.
+"""
+
+from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "nn")]
+
+ALWAYS = (2, 3)
+"""Of a test on several world sizes, these are run with all parameters each time."""
+
+SWEEP = 5
+"""Of its other sizes, one set of parameters in so many is run each time, and the rest is slow."""
+
+
+LARGE = 8
+"""So many ranks are more than most machines have cores: slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _mark_what_only_repeats(items)
+    if hasattr(config, "workerinput"):  # the first of two processes then begins with what needs no ranks
+        items.sort(key=lambda item: _world_size(item) is not None)
+
+
+def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
+    """Marks as slow what shows a property at a world size where a part of its parameters shows it too."""
+    sizes: dict[str, set[int]] = defaultdict(set)
+    for item in items:
+        if size := _world_size(item):
+            sizes[_function(item)].add(size)
+    seen: dict[tuple[str, int], int] = defaultdict(int)
+    for item in items:
+        size = _world_size(item)
+        if size is not None and size >= LARGE:
+            item.add_marker(pytest.mark.slow)
+        if size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS):
+            continue
+        at = seen[_function(item), size]
+        seen[_function(item), size] += 1
+        if at % SWEEP:
+            item.add_marker(pytest.mark.slow)
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def _world_size(item: pytest.Item) -> int | None:
+    """The ranks that a test runs on, None if it needs none."""
+    callspec = getattr(item, "callspec", None)
+    ranked = item.get_closest_marker("shardgrad_ranks") is not None
+    return callspec.params.get("world_size") if ranked and callspec else None

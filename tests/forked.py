@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import shardgrad
+from shardgrad.cli import entry
 
 PRELOADED = ["torch", "torch.distributed.device_mesh", "shardgrad.train.launch", *sorted(set(shardgrad._HOME.values()))]
 
@@ -24,6 +25,28 @@ def run(
     program: Path, ranks: int, timeout: float, arguments: Sequence[object] = (), directory: Path | None = None
 ) -> tuple[int | None, str]:
     """The first exit status that is not 0, else None if a rank had to be ended, else 0; and what all ranks printed."""
+    status, printed, late = _run(program, ranks, timeout, arguments, directory)
+    told = "".join(f"[rank {rank}]\n{text}" for rank, text in enumerate(printed))
+    if late:
+        told += f"\nstill running at the end: ranks {', '.join(map(str, late))}"
+    return status, told
+
+
+def command(ranks: int, *arguments: object, timeout: float = 200) -> tuple[int | None, list[str]]:
+    """The ranks of a `shardgrad` command, as the command itself would start them; what each wrote to stdout."""
+    program = Path(entry.__file__).with_name("__main__.py")
+    status, printed, _ = _run(program, ranks, timeout, arguments, None, errors_too=False)
+    return status, printed
+
+
+def _run(
+    program: Path,
+    ranks: int,
+    timeout: float,
+    arguments: Sequence[object],
+    directory: Path | None,
+    errors_too: bool = True,
+) -> tuple[int | None, list[str], list[int]]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the preloading process starts
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -37,7 +60,9 @@ def run(
     processes = []
     for rank, log in enumerate(logs):
         environment = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        processes.append(context.Process(target=_rank, args=(argv, environment, str(log), str(directory or "."))))
+        errors = log if errors_too else log.with_suffix(".errors")
+        given = (argv, environment, str(log), str(errors), str(directory or "."))
+        processes.append(context.Process(target=_rank, args=given))
     for process in processes:
         process.start()
     until = time.monotonic() + timeout
@@ -50,17 +75,15 @@ def run(
     for process in processes:
         process.kill()
         process.join()
-    told = "".join(f"[rank {rank}]\n{log.read_text(errors='replace')}" for rank, log in enumerate(logs) if log.exists())
-    if late:
-        told += f"\nstill running at the end: ranks {', '.join(map(str, late))}"
+    printed = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
     folder.cleanup()
-    return (failed if failed or late else 0), told
+    return (failed if failed or late else 0), printed, late
 
 
-def _rank(argv: list[str], environment: dict[str, str], log: str, directory: str) -> None:
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _rank(argv: list[str], environment: dict[str, str], log: str, errors: str, directory: str) -> None:
+    for path, stream in ((log, 1), (errors, 2)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), stream)
     os.environ.update(environment)
     os.chdir(directory)
     sys.argv = argv

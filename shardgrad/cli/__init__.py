@@ -1,1 +1,23 @@
-"""The command line: `shardgrad COMMAND`. One command a file; this room imports all others and nobody imports it."""
+"""The command line: `shardgrad COMMAND`. One command a file; this room imports all others.
+
+| file             | concept                                                   |
+| ---------------- | --------------------------------------------------------- |
+| `entry`          | what the installed program starts                         |
+| `__main__`       | `python -m shardgrad.cli`                                 |
+| `app`            | the list of commands                                      |
+| `style`          | one style for every command: tables, JSON, errors         |
+| `ranks`          | start the ranks of a command                              |
+| `explain`        | `explain`: what each phase of a layout computes and sends |
+| `verify`         | `verify`: a configuration's model against one device      |
+| `mutants`        | `mutants`: planted bugs, and which are found              |
+| `trace`          | `trace`: one training step in time                        |
+| `training_step`  | the step that `trace` looks at                            |
+| `scale`          | `scale`: scaling experiments                              |
+| `bench`          | `bench …`: the list of measurements                       |
+| `bench_step`     | `bench step`                                              |
+| `bench_overlap`  | `bench overlap`                                           |
+| `bench_overhead` | `bench overhead`                                          |
+| `bench_model`    | `bench model`                                             |
+| `bench_gpu`      | `bench gpu`                                               |
+| `bench_options`  | what the commands of `bench` read alike                   |
+"""

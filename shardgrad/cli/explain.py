@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from shardgrad.layout.units import format_si
 
 EPILOG = style.examples(
     "shardgrad explain column",
+    "shardgrad explain row_sequence --code",
     "shardgrad explain row_sequence --sizes n=4096,d=16384,m=4096 --mesh tp=8 --dtype bfloat16",
     "shardgrad explain 'X[n,d] W[d,m/tp] -> Y[n,m/tp] + B[m/tp]' --sizes n=6,d=4,m=5 --mesh tp=2 --draw column.svg",
 )
@@ -59,6 +61,9 @@ def explain(
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="draw it as well: a .svg, .png or .pdf", show_default=False)
     ] = None,
+    code: Annotated[
+        bool, typer.Option("--code", help="print the Python that runs, forward and backward, and nothing else")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="list the layouts that have a name, and end")] = False,
 ) -> None:
@@ -74,6 +79,11 @@ def explain(
         given = _read(layout)
         if bias and not given.has_bias:
             given = Layout(f"{given} + {given.bias}")
+        if code:
+            if draw or json:
+                raise LayoutError(f"--code prints a program: leave out {'--draw' if draw else '--json'}")
+            typer.echo(_program(given, mesh, rank, dtype, save_gathered or ()), nl=False)
+            return
         if not sizes and not mesh:
             if draw or json:
                 raise LayoutError(_wanted(given, f"{'--draw' if draw else '--json'} also needs sizes and a mesh"))
@@ -97,6 +107,19 @@ def explain(
             _print(walked, rank)
             if draw is not None:
                 style.say(f"drawn in {draw}")
+
+
+def _program(layout: Layout, mesh: str, rank: int, dtype: str, save_gathered: Collection[str]) -> str:
+    """The program of a rank; without a mesh, of the first rank where every axis has several."""
+    if not mesh and not rank:
+        return layout.program(save_gathered=save_gathered, dtype=dtype)
+    shape = style.read_pairs(mesh, _MESH)
+    if not 0 <= rank < prod(shape.values()):
+        raise LayoutError(f"rank {rank} is not one of the {prod(shape.values())} ranks of the mesh {shape}")
+    coordinate, rest = {}, rank
+    for axis, size in reversed(shape.items()):  # the last axis runs fastest
+        rest, coordinate[axis] = divmod(rest, size)
+    return layout.program(shape, save_gathered=save_gathered, dtype=dtype, coordinate=coordinate)
 
 
 def _read(layout: str) -> Layout:

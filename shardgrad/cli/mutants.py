@@ -28,7 +28,7 @@ def mutants(
 
     import torch.distributed as dist
 
-    from shardgrad.verification.mutants import run
+    from shardgrad.mutants import run
 
     dist.init_process_group("gloo")
     programs = run.programs(dist.get_world_size())

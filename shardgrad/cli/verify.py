@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +47,7 @@ def verify(
     from shardgrad.train.build import build, build_reference
     from shardgrad.train.config import Mesh
     from shardgrad.train.data import BYTES
+    from shardgrad.train.reference import name_here
     from shardgrad.verification.picture import draw
 
     dist.init_process_group("gloo")
@@ -61,7 +61,7 @@ def verify(
         [torch.randint(0, BYTES, (read.train.batch, read.model.seq_len)) for _ in range(2)],
         mesh,
         loss=lambda model, ids, targets: model.loss(ids, targets),
-        names=lambda name: re.sub(r"(query|key|value|output|gate|up|down)_(weight|bias)$", r"\1.\2", name),
+        names=name_here,
         seed=seed,
     )
     if dist.get_rank() == 0:

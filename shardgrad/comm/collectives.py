@@ -200,15 +200,17 @@ class AllReduce(Collective):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The reduced `x`."""
-        return self.wait(self._start(x, self._blocking))
-
-    def start(self, x: Tensor) -> Handle:
-        return self._start(x, self._options)
-
-    def _start(self, x: Tensor, options: Any) -> Handle:
         if not x.is_contiguous():
             x = x.contiguous()
-        return self._begin(x, [x], options) if x.numel() else None, x
+        work = self._begin(x, [x], self._blocking) if x.numel() else None
+        if work is not None:
+            self._await(work)
+        return x
+
+    def start(self, x: Tensor) -> Handle:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return self._begin(x, [x], self._options) if x.numel() else None, x
 
     def wait(self, handle: Handle) -> Tensor:
         work, x = handle

@@ -53,9 +53,8 @@ def _named(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return group.shadow_of() or group if isinstance(group, DispatchShadow) else group
 
 
-def dispatch_mode_active() -> bool:
-    """Whether a TorchDispatchMode is active in this thread."""
-    return bool(torch._C._len_torch_dispatch_stack())
+# How many TorchDispatchModes are active in this thread: 0 is none.
+dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def backend(group: dist.ProcessGroup, device: torch.device) -> Any:

@@ -1,4 +1,27 @@
-"""Layouts: notation, the rule, the derived plan, its cost and its explanation. Pure thought: no tensors."""
+"""Layouts: notation, the rule, the derived plan, its cost and its explanation. Pure thought: no tensors.
+
+| file          | concept                                                                         |
+| ------------- | ------------------------------------------------------------------------------- |
+| `notation`    | text to tensors of letters and axes, and back                                   |
+| `rule`        | what an axis splits, who communicates along it, and what makes a layout illegal |
+| `nearest`     | the nearest legal layouts to an illegal one                                     |
+| `sizes`       | torch.chunk's arithmetic, nested, and what one rank knows from its shards       |
+| `plan`        | the routes by which each tensor comes to where it is used, and back             |
+| `schedule`    | the instructions that a layout becomes                                          |
+| `lower`       | from routes to instructions, forward and backward                               |
+| `passes`      | communication behind products, and what is done with let go of                  |
+| `contraction` | one contraction as one product of matrices                                      |
+| `printer`     | instructions as lines of Python                                                 |
+| `program`     | the text of forward and backward                                                |
+| `cost`        | every collective of every phase, with its bytes                                 |
+| `layout`      | `Layout`, the face of the room                                                  |
+| `presets`     | the published schemes by name                                                   |
+| `batch_axis`  | data parallelism written into layouts                                           |
+| `steps`       | forward and backward step by step, for every rank of a mesh                     |
+| `explain`     | a layout in words and formulas                                                  |
+| `lower_bound` | the least that a product can send                                               |
+| `units`       | amounts as people read them                                                     |
+"""
 
 from shardgrad.layout.batch_axis import BatchAxis as BatchAxis
 from shardgrad.layout.cost import Collective as Collective

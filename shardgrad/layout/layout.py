@@ -172,18 +172,19 @@ class Layout:
         if has_bias:
             operands[self.bias.name] = "bias"
         need = {role for name, role in operands.items() if name not in frozen}
-        products = self._products(mesh_shape, has_bias, save_gathered, contraction=False)
+        products = self._products(mesh_shape, has_bias, save_gathered, None, contraction=False)
         return (*forward(products), *backward(products, [need]))
 
     def program(
         self,
-        mesh_shape: Mapping[str, int],
+        mesh_shape: Mapping[str, int] | None = None,
         *,
         bias: bool | None = None,
         frozen: Collection[str] = (),
         save_gathered: Collection[str] = (),
         dtype: Any = "float32",
         reduce_dtype: Any = None,
+        coordinate: Mapping[str, int] | None = None,
     ) -> str:
         """The Python that `matmul` runs for this layout: `forward`, and `backward` for autograd, as text.
 
@@ -191,19 +192,22 @@ class Layout:
         halves; `linear`, `matmul` and `addmm` are torch's. Sizes do not change it.
 
         Args:
-            mesh_shape: the number of ranks along every axis that the layout mentions. Along an axis of one nothing is
-                sent.
+            mesh_shape: the number of ranks along every axis that the layout mentions: along an axis of one rank nothing
+                is sent. None: every axis has several.
             bias, frozen, save_gathered: as of `collectives`.
             dtype, reduce_dtype: of the operands, and the one in which partial sums are reduced, if it is another.
+            coordinate: the rank in question, as of `collectives`. It matters for a bias on a partial product alone,
+                which one rank adds.
 
         Raises:
             LayoutError: as `collectives`.
         """
         frozen, has_bias = self._checked(frozen, save_gathered), self.has_bias if bias is None else bias
         products = self._products(
-            mesh_shape,
+            dict.fromkeys(self.axes, 2) if mesh_shape is None else mesh_shape,
             has_bias,
             save_gathered,
+            coordinate,
             dtype=str(dtype).removeprefix("torch."),
             reduce_dtype=None if reduce_dtype in (None, dtype) else str(reduce_dtype).removeprefix("torch."),
             contraction=self.spatial == 0,
@@ -226,12 +230,17 @@ class Layout:
         return frozen
 
     def _products(
-        self, mesh_shape: Mapping[str, int], has_bias: bool, save_gathered: Collection[str], **more: Any
+        self,
+        mesh_shape: Mapping[str, int],
+        has_bias: bool,
+        save_gathered: Collection[str],
+        coordinate: Mapping[str, int] | None,
+        **more: Any,
     ) -> Products:
         for axis in self.axes:
             if axis not in mesh_shape:
                 raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {self}")
-        sizes = Sizes(mesh_shape, dict.fromkeys(mesh_shape, 0))
+        sizes = Sizes(mesh_shape, dict.fromkeys(mesh_shape, 0) | dict(coordinate or {}))
         roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs"}
         return Products((self.plan,), (has_bias,), sizes, frozenset((roles[name], 0) for name in save_gathered), **more)
 

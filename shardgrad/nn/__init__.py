@@ -1,0 +1,29 @@
+"""Layers: a layout, parameters stored as it says, and a name. All are on one base class, `ShardedModule`.
+
+| file             | concept                                                                    |
+| ---------------- | -------------------------------------------------------------------------- |
+| `module`         | `ShardedModule`: a module that knows how its parameters are stored         |
+| `shardings`      | how every parameter of a model is stored                                   |
+| `by_layout`      | a linear layer on any layout                                               |
+| `linear`         | column and row parallel linear layers                                      |
+| `conv`           | convolutions in five layouts                                               |
+| `embedding`      | an embedding whose vocabulary is sharded                                   |
+| `positions`      | learned positions, also where the sequence is sharded                      |
+| `rotary`         | rotary positions of queries and keys                                       |
+| `norm`           | norms with replicated parameters, while rows may be sharded                |
+| `attention`      | self-attention with sharded heads                                          |
+| `heads`          | which key and value heads a rank's query heads attend                      |
+| `mask`           | masks of attention, sharded as the heads are                               |
+| `mlp`            | feed-forward blocks with sharded hidden features                           |
+| `moe`            | a mixture of experts, sharded over an axis                                 |
+| `parallel_block` | attention and feed-forward side by side, with one gather and one reduction |
+| `loss`           | cross-entropy of logits whose vocabulary is sharded                        |
+| `dropout`        | dropout whose mask does not depend on the mesh                             |
+| `counter`        | random bits as a function of the global element                            |
+| `init`           | initial values as a function of the global element                         |
+| `shared`         | gradients of parameters that ranks hold whole and use differently, summed  |
+| `rows`           | a parameter that no product uses, with sharded rows                        |
+| `partial_grads`  | gradients left partial, summed once                                        |
+| `global_ops`     | the number of parameters and the norm of gradients over all shards         |
+| `state`          | a model's state as one device would hold it                                |
+"""

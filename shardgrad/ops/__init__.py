@@ -1,0 +1,21 @@
+"""The one differentiable bilinear operation on sharded tensors, and what it is checked against.
+
+| file         | concept                                                                 |
+| ------------ | ----------------------------------------------------------------------- |
+| `bilinear`   | a bilinear map of two local tensors, with its two transposes            |
+| `contract`   | the local product of two tensors given by letters                       |
+| `sizing`     | from local shapes to sizes: check, infer, exchange                      |
+| `shard`      | a global tensor to this rank's shard, and back                          |
+| `namespace`  | what the names in a printed program stand for                           |
+| `executable` | what calls of one set of shapes run, in one autograd Function           |
+| `bound`      | products that share an operand, bound to a mesh                         |
+| `matmul`     | `matmul`, the one differentiable product                                |
+| `convolve`   | `convolve`, a convolution under the same rule                           |
+| `compiled`   | products as torch.compile sees them                                     |
+| `chunking`   | the pass that puts chunked products in place of others                  |
+| `chunks`     | a product and its communication in chunks, side by side                 |
+| `overlap`    | in how many chunks, from what links and multipliers were measured to do |
+| `deferred`   | weight gradients computed when they are asked for                       |
+| `main_grad`  | gradients of 16-bit parameters, summed in float32                       |
+| `reference`  | the NumPy reference of a product's backward                             |
+"""

@@ -79,7 +79,22 @@ class BoundMatmul:
         """
         if torch.is_autocast_enabled(self.device_type) or shim.transforming():
             return self._call_under(tensors, given)
-        return self.executable(tensors, given).call(*tensors)
+        grad = torch.is_grad_enabled()
+        if len(tensors) == 2:  # as `_key`, without a call and a loop
+            x, w = tensors
+            key: Any = x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad, given
+        elif len(tensors) == 3:
+            x, w, b = tensors
+            key = (
+                *(x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad),
+                *(b.shape, b.dtype, grad and b.requires_grad, given),
+            )
+        else:
+            key = _key(tensors, given)
+        found = self._executables.get(key)
+        if found is None or every_call:
+            found = self.executable(tensors, given)
+        return found.call(*tensors)
 
     def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """The same under autocast or functorch's transforms."""
@@ -101,15 +116,11 @@ class BoundMatmul:
 
         tensors: the input, the weights, the biases that are there.
         """
-        grad = torch.is_grad_enabled()
-        if len(tensors) == 2:  # as below, without a loop
-            x, w = tensors
-            key: Any = x.shape, x.dtype, grad and x.requires_grad, w.shape, w.dtype, grad and w.requires_grad, given
-        else:
-            key = (*[part for t in tensors for part in (t.shape, t.dtype, grad and t.requires_grad)], given)
+        key = _key(tensors, given)
         found = self._executables.get(key)
         if found is not None and not every_call:
             return found
+        grad = torch.is_grad_enabled()
         return self._resolve(key, tensors, dict(given), tuple([grad and t.requires_grad for t in tensors]))
 
     def executable_for_graph(
@@ -292,3 +303,9 @@ class BoundMatmul:
             lines.append(f"d{layout.out.name} {'is None' if dy is None else dy.dtype}")
         for name in self.axes:
             agree(self.view, self.view.axes[name], lambda: "\n".join(lines), "the backward of a product")
+
+
+def _key(tensors: Sequence[Tensor], given: Given) -> tuple[object, ...]:
+    """What decides which executable a call needs."""
+    grad = torch.is_grad_enabled()
+    return (*[part for t in tensors for part in (t.shape, t.dtype, grad and t.requires_grad)], given)

@@ -120,8 +120,8 @@ class ChunkedGatherMatmul:
             _multiply(matrix, right, rows[:, axis.index])
             outs.append((product, rows, right))
             made_whole.append(made)
-        for start, length, pending in coming:
-            chunks = pending.wait()
+        for start, length, handle in coming:
+            chunks = self._gather.wait(handle)
             for rank in range(axis.size):
                 if rank == axis.index:
                     continue

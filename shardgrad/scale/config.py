@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from shardgrad import settings
-from shardgrad.scale.cell import Cell, resolve
+from shardgrad.scale.cell import Cell
+from shardgrad.scale.resolve import resolve
 from shardgrad.settings import ConfigError, Number, Section
 
 _WHOLE = ("sizes", "mesh", "grow")  # a value of these is a mapping

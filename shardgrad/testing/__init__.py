@@ -10,6 +10,22 @@
         assert x.tolist() == [world_size] * n
 
 The processes are started at the first such test and serve the whole run of pytest.
+
+| file         | concept                                      |
+| ------------ | -------------------------------------------- |
+| `decorator`  | `@distributed`                               |
+| `plugin`     | the pytest side of it                        |
+| `run`        | `run_distributed`: the pool without pytest   |
+| `pool`       | the ranks of one pytest run                  |
+| `process`    | one rank's process, seen from the caller     |
+| `worker`     | the process of one rank                      |
+| `membership` | the process group that a rank is in          |
+| `call`       | a function and its arguments as a message    |
+| `messages`   | what the caller and a rank say to each other |
+| `loading`    | from the name of a function to the function  |
+| `failure`    | an exception as text                         |
+| `stack`      | where a test stands, from faulthandler       |
+| `report`     | from the replies of all ranks to one verdict |
 """
 
 from .decorator import distributed as distributed

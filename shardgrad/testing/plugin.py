@@ -27,10 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # First, so that the world size varies slowest: changing it costs a new process group.
+    # First, so that the world size varies slowest, and of the module's scope, so that pytest brings the tests of a
+    # module that want the same size together: changing it costs a new process group.
     if ranks := _ranks(metafunc.definition):
         ids = [f"ranks={size}" for size in ranks.world_sizes]
-        metafunc.parametrize("world_size", ranks.world_sizes, ids=ids)
+        metafunc.parametrize("world_size", ranks.world_sizes, ids=ids, scope="module")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

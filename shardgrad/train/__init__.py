@@ -1,3 +1,36 @@
-"""Training a GPT from a configuration: what `launch/train.py` runs."""
+"""The training program: from a configuration to a trained model, on every rank. `launch/train.py` runs it.
+
+| file          | concept                                                               |
+| ------------- | --------------------------------------------------------------------- |
+| `launch`      | from a command line to a finished run                                 |
+| `config`      | the keys of a configuration                                           |
+| `build`       | the mesh's shape, the model, and the same on one device               |
+| `decoder`     | what all decoders have in common                                      |
+| `model`       | a GPT                                                                 |
+| `llama`       | a Llama style decoder                                                 |
+| `grid`        | a Llama style decoder in a 3D layout                                  |
+| `reference`   | the same decoders on one device, in nothing but torch                 |
+| `first_step`  | the first step against one device and against the prediction of bytes |
+| `predict`     | every collective of a step, predicted                                 |
+| `step`        | one optimizer step                                                    |
+| `optimizer`   | AdamW and the learning rate                                           |
+| `loop`        | the training loop                                                     |
+| `data`        | batches as a function of seed and step                                |
+| `corpus`      | the text: bytes, a file of tokens, or encoded once                    |
+| `tokens`      | files of token ids, mapped into memory                                |
+| `tokenizer`   | from text to token ids and back                                       |
+| `prepare`     | what the first rank decides before the ranks meet                     |
+| `folder`      | the folder of a run                                                   |
+| `history`     | how far a run is, and what it measured                                |
+| `resume`      | going on where a run ended, with the same bits                        |
+| `signals`     | a clean end after SIGTERM or SIGINT                                   |
+| `metrics`     | what a run measures, as lines of JSON                                 |
+| `report`      | what the first rank prints                                            |
+| `page`        | a run on one page of HTML                                             |
+| `pictures`    | the page's pictures                                                   |
+| `environment` | what a run ran on                                                     |
+| `generate`    | a sample of text from the sharded model                               |
+| `curve`       | does a training curve differ from one device's by more than rounding? |
+"""
 
 from shardgrad.train.launch import main as main

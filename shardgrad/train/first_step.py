@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import inf
+
+import torch
+from torch import Tensor, nn
 
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import MeshView, view
@@ -11,13 +15,15 @@ from shardgrad.comm.trace import trace_collectives
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.train import data
 from shardgrad.train.build import build_reference
-from shardgrad.train.compare import BOUND, compare
 from shardgrad.train.config import Config
 from shardgrad.train.decoder import Decoder, evaluating
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.reference import Reference, name_here
 from shardgrad.train.report import Report
 from shardgrad.train.step import backward
+from shardgrad.verification import report as verification
+from shardgrad.verification.gradients import verify_gradients
 
 
 class CheckError(RuntimeError):
@@ -34,8 +40,8 @@ def check_first_step(
     step: of the batch, the steps done before.
 
     Raises:
-        CheckError: on every rank, if on any of them predicted and traced bytes differ, or a tensor is farther from
-            exact than `BOUND` times one device's rounding.
+        CheckError: on every rank, if on any of them predicted and traced bytes differ, or a tensor differs from one
+            device by more than rounding.
     """
     mesh_view = view(model.mesh)
     batch, seq_len, settings = config.train.batch, config.model.seq_len, config.train
@@ -56,18 +62,39 @@ def check_first_step(
     metrics.write(
         "bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank]
     )
-    reference = partial(build_reference, config.model, model.vocab)
-    comparison = compare(model, loss, ids, targets, reference) if config.run.check else None
-    failed = False
-    if comparison is not None:
-        report.comparison(comparison)
-        failed = not comparison.passed
-        ratios = {row.name: row.ratio for row in comparison.worst_first}
-        metrics.write("comparison", step=step, passed=comparison.passed, allowed=BOUND, times_rounding=ratios)
-    if any(row[0] for row in _everyones([int(failed)], mesh_view, "the result of the comparison")):
-        raise CheckError("the first step differs from one device: not training on wrong gradients")
+    if config.run.check:
+        found = compare(model, loss, ids, targets, partial(build_reference, config.model, model.vocab))
+        report.comparison(found)
+        metrics.write(
+            "comparison",
+            step=step,
+            passed=found.ok,
+            times_rounding={row.name: row.ratio for row in found.rows},
+            of_allowed={row.name: row.score for row in found.rows},
+        )
+        if not found.ok:
+            raise CheckError("the first step differs from one device: not training on wrong gradients")
     if not all(equal for _, _, equal in by_rank):
         raise CheckError("the first step sends other bytes than its layouts say: not training on it")
+
+
+def compare(
+    model: Decoder, loss: Tensor, ids: Tensor, targets: Tensor, reference: Callable[[], Reference]
+) -> verification.Report:
+    """Hold a step just done against one device, by the yardstick of `sg.verify`; called on every rank.
+
+    Args:
+        loss: of the whole batch, as the step found it.
+        ids, targets: the whole batch [b, s], which one device takes at once.
+        reference: makes the model on one device, with any values.
+    """
+
+    def reference_loss(single: nn.Module) -> Tensor:
+        assert isinstance(single, Reference)
+        exact = single.head.weight.dtype == torch.float64
+        return single.loss(ids, targets, None if exact else model.compute_dtype)
+
+    return verify_gradients(model, loss, model.mesh, reference, reference_loss, names=name_here)
 
 
 def _everyones(mine: list[int], mesh_view: MeshView, what: str) -> list[list[int]]:

@@ -73,8 +73,8 @@ def _page(name: str, lines: Sequence[dict[str, Any]], config: dict[str, dict[str
     ]
     proof = ""
     if comparison:
-        ratios = list(comparison[-1]["times_rounding"].values())
-        figures.append(("first step against one device", pictures.rounding(ratios, comparison[-1]["allowed"])))
+        shares = list(comparison[-1]["of_allowed"].values())
+        figures.append(("first step against one device", pictures.rounding(shares)))
         proof += _comparison(comparison[-1])
     if sent:
         most = max(row["traced"] for row in sent[-1]["by_rank"])
@@ -99,14 +99,14 @@ def _page(name: str, lines: Sequence[dict[str, Any]], config: dict[str, dict[str
 
 
 def _comparison(line: dict[str, Any]) -> str:
-    rows = [(name, f"{ratio:.3g}") for name, ratio in list(line["times_rounding"].items())[:5]]
-    count, allowed = len(line["times_rounding"]) - 1, line["allowed"]
+    ratios, shares = line["times_rounding"], line["of_allowed"]
     verdict = "agree" if line["passed"] else "do not agree"
+    rows = [(name, f"{ratios[name]:.3g} times, {share:.0%} of what is allowed") for name, share in shares.items()]
     return (
-        f'<p class="{"good" if line["passed"] else "bad"}">The loss and all {count} gradients of step '
-        f"{line['step'] + 1} {verdict} with one device: at most {rows[0][1]} times its rounding, {allowed:g} allowed. "
-        "The five farthest:</p>"
-        f'<div class="right">{_table(rows)}</div>'
+        f'<p class="{"good" if line["passed"] else "bad"}">The loss and all {len(rows) - 1} gradients of step '
+        f"{line['step'] + 1} {verdict} with one device: at most {max(ratios.values()):.3g} times its rounding. The "
+        "five that use most of what is allowed:</p>"
+        f'<div class="right">{_table(rows[:5])}</div>'
     )
 
 

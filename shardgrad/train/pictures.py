@@ -77,21 +77,20 @@ def speed(train: Lines, begun: Sequence[int]) -> str:
     return _picture(draw, 2.9)
 
 
-def rounding(ratios: Sequence[float], allowed: float) -> str:
-    """The first step's loss and gradients, each as far from exact as so many roundings of one device; worst first."""
+def rounding(shares: Sequence[float]) -> str:
+    """The first step's loss and gradients, each with how much of what rounding may do it uses; worst first."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        shown = [max(ratio, 1e-2) if isfinite(ratio) else 1e3 * allowed for ratio in ratios]
-        wrong = [not ratio <= allowed for ratio in ratios]
-        axes.scatter(range(1, len(shown) + 1), shown, s=12, c=[RED if bad else BLUE for bad in wrong], linewidths=0)
-        axes.axhline(1, color=GREY, linewidth=0.8)
-        axes.axhline(allowed, color=RED, linewidth=1, linestyle="--")
-        axes.text(0.99, 1.1 * allowed, "allowed", transform=axes.get_yaxis_transform(), color=RED, ha="right")
+        shown = [max(share, 1e-3) if isfinite(share) else 1e3 for share in shares]
+        colours = [BLUE if share <= 1 else RED for share in shares]
+        axes.scatter(range(1, len(shown) + 1), shown, s=12, c=colours, linewidths=0)
+        axes.axhline(1, color=RED, linewidth=1, linestyle="--")
+        axes.text(0.99, 1.1, "allowed", transform=axes.get_yaxis_transform(), color=RED, ha="right")
         axes.set_yscale("log")
-        axes.set_ylim(min(0.05, *shown), max(3 * allowed, 2 * max(shown)))
+        axes.set_ylim(min(0.01, *shown), max(3, 2 * max(shown)))
         axes.set(title="First step against one device", xlabel="loss and gradients, worst first")
-        axes.set_ylabel("times one device's rounding")
+        axes.set_ylabel("of what rounding may do")
 
     return _picture(draw, 2.5)
 

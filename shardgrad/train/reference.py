@@ -76,6 +76,13 @@ class Block(nn.Module):
         return x + self.mlp(normed(self.mlp_norm, x))
 
 
+def name_here(sharded_name: str) -> str:
+    """A parameter's name in `Reference`, from that in a sharded decoder: `query_weight` [h,k,d] is `query.weight`
+    [h·k,d], and so on; only dims are joined."""
+    owner, _, last = sharded_name.rpartition(".")
+    return f"{owner}.{last.replace('_', '.')}"
+
+
 class Reference(nn.Module):
     """A decoder on one device.
 
@@ -136,12 +143,8 @@ class Reference(nn.Module):
         return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
     def parameter_of(self, sharded_name: str) -> nn.Parameter:
-        """This model's parameter for the sharded model's `query_weight` [h,k,d]: `query.weight` [h·k,d], and so on.
-
-        Elements stand in the same row-major order; only dims are joined.
-        """
-        owner, _, last = sharded_name.rpartition(".")
-        return self.get_parameter(f"{owner}.{last.replace('_', '.')}")
+        """This model's parameter for the sharded model's; elements stand in the same row-major order."""
+        return self.get_parameter(name_here(sharded_name))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy global tensors, by the sharded model's names; every parameter must be among them, and no other.

@@ -22,9 +22,9 @@ from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.module import ParamSharding, ShardedModule
-from shardgrad.train.compare import BOUND, Comparison
 from shardgrad.train.data import Text
 from shardgrad.train.decoder import Decoder
+from shardgrad.verification import report as verification
 
 _WIDTH = 120  # of lines in a file or a pipe
 _SHOWN = 5  # tensors of the comparison that are listed
@@ -116,28 +116,10 @@ class Report:
             span = f"{sums[0]:,}" if len(sums) == 1 else f"{sums[0]:,} to {sums[-1]:,}"
             self.say(f"every rank sends {span} bytes a step, predicted and traced alike")
 
-    def comparison(self, comparison: Comparison) -> None:
-        """The first step against one device, worst first."""
-        table = Table(title="first step against one device", title_justify="left")
-        table.add_column("tensor", no_wrap=True)
-        for column in ("error", "one device's rounding", "times"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in comparison.worst_first[:_SHOWN]:
-            table.add_row(row.name, f"{row.error:.2e}", f"{row.single:.2e}", f"{row.ratio:.3g}")
-        self.console.print(table)
-        count = len(comparison.rows) - 1
-        worst = comparison.worst_first[0].ratio
-        if comparison.passed:
-            self.say(
-                f"[green]the loss and all {count} gradients agree with one device[/green]: at most {worst:.2g} times "
-                f"the rounding of the same step there (allowed {BOUND:g})"
-            )
-        else:
-            wrong = sum(not row.ratio <= BOUND for row in comparison.rows)
-            self.say(
-                f"[red]{wrong} of the loss and {count} gradients differ from one device[/red]: by up to {worst:.3g} "
-                f"times the rounding of the same step there (allowed {BOUND:g})"
-            )
+    def comparison(self, found: verification.Report) -> None:
+        """The first step against one device: what uses most of what is allowed, and the verdict."""
+        self.say("first step against one device: the loss and every gradient")
+        found.show(self.console, _SHOWN)
 
     @contextmanager
     def progress(self, steps: int, begun: int = 0, unit: str = "byte") -> Iterator[Callable[..., None]]:

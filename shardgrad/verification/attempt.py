@@ -21,11 +21,9 @@ from shardgrad.verification.observed import Split
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
 from shardgrad.verification.record import WHOLE, Batch, Key, Loss, Recording, Update, forward_backward
-from shardgrad.verification.rounding import Reordered, Spread
+from shardgrad.verification.rounding import RUNS, Reordered, Spread
 from shardgrad.verification.uses import gradients_by_use
 
-RUNS = 9
-"""Runs of one device in the working precision: one as it is, the others with their sums in other orders."""
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Clip = Callable[[nn.Module, float], Tensor]
 

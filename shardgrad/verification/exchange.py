@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from shardgrad.comm.collectives import AllGather, gather_ints
+from shardgrad.comm.collectives import AllGather, AllReduce, gather_ints
 from shardgrad.comm.mesh import MeshView
 
 _WHAT = "verification"
@@ -61,3 +61,12 @@ def tensors_of_all(local: Tensor | None, mesh: MeshView) -> list[Tensor | None]:
         None if row[0] < 0 else bits[:size].clone().view(_DTYPES[row[0]]).view(shape)
         for row, shape, size, bits in zip(headers, shapes, sizes, everyones)
     ]
+
+
+def from_first(tensor: Tensor, mesh: MeshView) -> Tensor:
+    """The first rank's tensor, on every rank; each gives one of its shape and dtype."""
+    for axis in mesh.axes.values():
+        if axis.size > 1:
+            mine = tensor.clone() if axis.index == 0 else torch.zeros_like(tensor)
+            tensor = AllReduce(axis, _WHAT)(mine)
+    return tensor

@@ -8,7 +8,7 @@ That is what a correct sharded program does, on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import log, sqrt
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 
+RUNS = 9
+"""Runs of one device in the working precision: one as it is, the others with their sums in other orders."""
 SLACK = 4.0
 """How many times as large as one device's the rounding errors of a correct program may be: it fuses other operations,
 and the spread is estimated from a few runs. Measured: see docs/verify.md."""
@@ -118,23 +120,23 @@ _RULES: dict[Any, Callable[..., Any]] = {
 class Spread:
     """Errors of one tensor in several runs of one device, summed up as they come.
 
-    exact: the tensor in float64.
+    exact: the tensor in float64. squares: the sum of each element's squared errors. norms: of each run, squared.
     """
 
-    def __init__(self, exact: Tensor) -> None:
+    def __init__(self, exact: Tensor, squares: Tensor | None = None, norms: Iterable[float] = ()) -> None:
         self.exact = exact
-        self._squares = torch.zeros_like(exact)
-        self._norms: list[float] = []
+        self.squares = torch.zeros_like(exact) if squares is None else squares
+        self.norms = list(norms)
 
     def add(self, run: Tensor) -> None:
         square = (run.to(self.exact) - self.exact).square_()
-        self._squares += square
-        self._norms.append(float(square.sum()))
+        self.squares += square
+        self.norms.append(float(square.sum()))
 
     @property
     def own(self) -> Tensor:
         """The root mean square of each element's own errors."""
-        return (self._squares / max(len(self._norms), 1)).sqrt()
+        return (self.squares / max(len(self.norms), 1)).sqrt()
 
     def scale(self, floor: Tensor) -> Tensor:
         """The size of error that rounding gives to each element.
@@ -142,7 +144,7 @@ class Spread:
         The largest of: its own root mean square; what its row and its column have together (Rᵢ Cⱼ / S of the mean
         squares: an element's own few errors may all be small by chance); an eighth of the tensor's; the floor.
         """
-        mean = self._squares / max(len(self._norms), 1)
+        mean = self.squares / max(len(self.norms), 1)
         found = torch.maximum(mean, floor.square())
         if mean.numel():
             every = mean.mean()
@@ -161,7 +163,7 @@ class Spread:
         1 where one rounding upstream moves all elements together; many where each has errors of its own.
         """
         count = max(self.exact.numel(), 1)
-        norms = torch.tensor(self._norms, dtype=torch.float64)
+        norms = torch.tensor(self.norms, dtype=torch.float64)
         variance = float(norms.var()) if len(norms) > 1 else 0.0
         if not variance > 0:
             return 1.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import spmd_types as spmd
@@ -56,26 +55,20 @@ def typecheck(mesh: DeviceMesh) -> Iterator[None]:
 @contextmanager
 def _followed_products() -> Iterator[None]:
     """Each executable is code of its own (see `layout.printer`): it runs unfollowed, and its result is typed."""
-    real = BoundMatmul.executable
+    real = BoundMatmul.__call__
 
-    def executable(self: BoundMatmul, tensors: Sequence[Tensor], given: Given) -> Any:
+    def call(self: BoundMatmul, tensors: tuple[Tensor, ...], given: Given) -> Any:
         with spmd.no_typecheck():
-            found = real(self, tensors, given)
+            made = real(self, tensors, given)
+            outs = made if self.count > 1 else (made,)
+        _product(outs, product=self, x=tensors[0], rest=tensors[1:])
+        return made
 
-        def run(*tensors: Tensor) -> Any:
-            with spmd.no_typecheck():
-                made = found.call(*tensors)
-                outs = made if self.count > 1 else (made,)
-            _product(outs, product=self, x=tensors[0], rest=tensors[1:])
-            return made
-
-        return SimpleNamespace(call=run, function=None)
-
-    BoundMatmul.executable = executable  # type: ignore[method-assign]
+    BoundMatmul.__call__ = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BoundMatmul.executable = real  # type: ignore[method-assign]
+        BoundMatmul.__call__ = real  # type: ignore[method-assign]
 
 
 def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
-from shardgrad.verification.attempt import RUNS, Attempt, Clip, Optimizer, Side, clip_of
+from shardgrad.verification.attempt import Attempt, Clip, Optimizer, Side, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
 from shardgrad.verification.diagnose import diagnose
 from shardgrad.verification.hypothesis import Context
@@ -21,6 +21,7 @@ from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
 from shardgrad.verification.report import Report
+from shardgrad.verification.rounding import RUNS
 
 
 def verify(

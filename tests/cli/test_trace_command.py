@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from typer.testing import CliRunner
 
 from shardgrad.cli.app import app
 from shardgrad.draw.timeline import PHASES, STEP
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 model: {layers: 1, heads: 3, d_model: 12, seq_len: 9}
 train: {steps: 5, batch: 3, lr: 0.01}
@@ -30,12 +27,10 @@ def config(tmp_path: Path) -> Path:
 
 def test_two_ranks(config: Path, tmp_path: Path) -> None:
     picture, events = tmp_path / "step.svg", tmp_path / "step.json"
-    command = [sys.executable, "-m", "shardgrad.cli", "trace", str(config), "model.heads=4", "--ranks", "2", "--json"]
-    command += ["--draw", str(picture), "--perfetto", str(events)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    more = ["--ranks", "2", "--json", "--draw", picture, "--perfetto", events]
+    status, printed = forked.command(2, "trace", config, "model.heads=4", *more)
+    assert status == 0, printed
+    told = json.loads(printed[0])
     assert (told["config"], told["overrides"], told["unit"]) == (str(config), ["model.heads=4"], "ms")
     assert [one["rank"] for one in told["ranks"]] == [0, 1]
     for one in told["ranks"]:

@@ -202,11 +202,23 @@ def _stop(process: "subprocess.Popen[str]") -> str:
     return STILL_THERE
 
 
+COLD = re.compile(r"shardgrad (verify|mutants|scale)\b(?!.*--dry-run)|launch/train\.py")
+"""Commands that start ranks of their own, each of which imports torch: slow. Other tests run the same commands."""
+
+
+def marks(path: Path, blocks: list[Block], index: int) -> tuple[pytest.MarkDecorator, ...]:
+    """Slow is a block that is run, not parsed alone, and starts ranks."""
+    shell = [i for i, block in enumerate(blocks) if block.info.strip() == "sh"]
+    run = index in shell and not (path == README and index in shell[:README_COMMANDS])
+    return (pytest.mark.slow,) if run and COLD.search(blocks[index].text) else ()
+
+
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    pytest.param(path, index, id=f"{path.relative_to(ROOT)}:{block.line}")
+    pytest.param(path, index, id=f"{path.relative_to(ROOT)}:{block.line}", marks=marks(path, page.blocks, index))
     for path in PAGES
-    for index, block in enumerate(Page(path, ROOT).blocks)
+    for page in [Page(path, ROOT)]
+    for index, block in enumerate(page.blocks)
 ]
 
 
@@ -397,7 +409,7 @@ def test_ranks_talk_to_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("info", "code", "timeout"),
-    [("sh", "sleep 600 & wait", 1), ("python ranks=2", "import time; time.sleep(600)", 8)],
+    [("sh", "sleep 600 & wait", 1), ("python ranks=2", "import time; time.sleep(600)", 3)],
 )
 def test_block_that_hangs_is_ended_with_its_children(tmp_path: Path, info: str, code: str, timeout: float) -> None:
     page = made_up(tmp_path, f"```{info}", code, "```", timeout=timeout)

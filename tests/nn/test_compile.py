@@ -111,6 +111,7 @@ def test_a_whole_model_and_its_loss(world_size: int) -> None:
         assert_same(model.loss, [ids[:, :5].clone(), targets[:, :5].clone()], model, "aot_eager")
 
 
+@pytest.mark.slow  # a C++ compiler, on every rank
 @distributed(world_size=2, timeout=200)
 def test_inductor(world_size: int) -> None:
     mesh = tp(world_size)

@@ -403,8 +403,8 @@ def test_backward_overlaps_the_reduction_of_dx_with_the_product_of_dw(world_size
     y = sg.matmul(x, w, PRESETS["column_sequence"], mesh, sizes={"n": 4})
     wrap(collectives.AllGather, "start", "start gather")
     wrap(collectives.ReduceScatter, "start", "start reduce")
-    wrap(collectives.AllGather, "finish", "wait")
-    wrap(collectives.ReduceScatter, "finish", "wait")
+    wrap(collectives.AllGather, "wait", "wait")
+    wrap(collectives.ReduceScatter, "wait", "wait")
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

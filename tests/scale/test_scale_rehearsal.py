@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 import shardgrad as sg
-from shardgrad.scale.cell import Cell, resolve
+from shardgrad.scale.cell import Cell
 from shardgrad.scale.dry import rehearse
+from shardgrad.scale.resolve import resolve
 from shardgrad.testing import distributed
 
 

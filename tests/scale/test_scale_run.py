@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from shardgrad.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -33,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.slow
 def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path, out = tmp_path / "tested.yaml", tmp_path / "out"
     path.write_text(CONFIG)
@@ -108,8 +112,8 @@ def test_a_cell_that_hangs_is_given_up(tmp_path: Path) -> None:
 def test_a_wrong_configuration_ends_with_status_2_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("title: t\nmatrix: {layout: column, rnaks: 1}")
-    done = run(str(path), f"run.dir={tmp_path / 'out'}")
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={tmp_path / 'out'}"])
+    assert done.exit_code == 2
     assert "matrix.rnaks is no key; the nearest key is ranks" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -117,6 +121,22 @@ def test_a_wrong_configuration_ends_with_status_2_before_anything_starts(tmp_pat
 def test_nothing_that_could_run_here_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.yaml"
     path.write_text(CONFIG.partition("cells:")[0].replace("backend: gloo", "backend: nosuch, ranks: 2"))
-    done = run(str(path), f"run.dir={tmp_path / 'out'}")
-    assert done.returncode == 1, done.stderr
+    done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={tmp_path / 'out'}"])
+    assert done.exit_code == 1, done.stderr
     assert "no backend 'nosuch'" in done.stdout
+
+
+def test_a_cell_that_is_skipped_leaves_the_other_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+    path, out = tmp_path / "short.yaml", tmp_path / "out"
+    path.write_text(CONFIG.partition("cells:")[0] + "cells: [{ranks: 2, backend: nosuch}, {ranks: 1}]\n")
+    seen = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={out}", "--json"])
+        assert done.exit_code == 0, done.stderr
+        seen.append((done.stdout, (out / "results.jsonl").read_bytes()))
+    assert seen[0] == seen[1]
+    assert "there already" in done.stderr
+    skipped, alone = json.loads(seen[0][0])
+    assert "no backend 'nosuch'" in skipped["reason"]
+    assert (alone["status"], alone["bytes_traced"], alone["as_predicted"]) == ("ok", [0], True)
+    assert (out / "time.png").stat().st_size > 5000

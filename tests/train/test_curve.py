@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -51,21 +51,29 @@ def initial(kind: str) -> Reference:
     return reference
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one device does: its curves, made once."""
-
-    spreads: dict[str, Spread]
-
-
-@pytest.fixture(scope="module")
-def measured() -> Measured:
+@cache
+def spread_of(kind: str) -> Spread:
+    """The curves of one device, made once."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return Measured({kind: spread(lambda k=kind: initial(k), batches, TRAIN, runs=6) for kind in MODELS})
+        return spread(lambda: initial(kind), batches, TRAIN, runs=6)
     finally:
         torch.set_num_threads(threads)
+
+
+KINDS = ["llama", pytest.param("gpt", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def measured(kind: str) -> Spread:
+    """What one device does, made by pytest and sent to the ranks."""
+    return spread_of(kind)
 
 
 def train(kind: str, grid: tuple[int, int], sharded: bool = False, accumulate: int = 1, **planted: Any) -> list[float]:
@@ -84,39 +92,40 @@ def train(kind: str, grid: tuple[int, int], sharded: bool = False, accumulate: i
     return sharded_curve(model, optimizer, batches, settings)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_renaming_changes_nothing_but_rounding(kind: str, measured: Measured) -> None:
+def test_renaming_changes_nothing_but_rounding(kind: str, measured: Spread) -> None:
     one, other = initial(kind).double(), initial(kind).double()
     renamed(other, torch.Generator().manual_seed(1))
     ids, targets = batches(0)
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
     assert one.loss(ids, targets).item() == pytest.approx(other.loss(ids, targets).item(), rel=1e-14)
-    curves = measured.spreads[kind].curves
+    curves = measured.curves
     assert len(set(curves)) == 6  # each sums in an order of its own
     assert curves[0][-1] < 0.8 * curves[0][0]  # something is learned
     # Leave one out: how far a right run is from the others.
     for at, curve in enumerate(curves):
         assert Spread(curves[:at] + curves[at + 1 :]).distance(curve) < ALLOWED
     changed = TRAIN.model_copy(update={"lr": TRAIN.lr * 1.001})
-    assert measured.spreads[kind].distance(reference_curve(initial(kind), batches, changed)) > 10 * ALLOWED
+    assert measured.distance(reference_curve(initial(kind), batches, changed)) > 10 * ALLOWED
 
 
 @distributed(world_size=[1, 2, 4], timeout=300, backend="shm")
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_curve_is_that_of_one_device(world_size: int, kind: str, measured: Measured) -> None:
+def test_the_curve_is_that_of_one_device(world_size: int, kind: str, measured: Spread) -> None:
     ways: dict[int, list[tuple[tuple[int, int], bool, int]]] = {
         1: [((1, 1), False, 1)],
         2: [((1, 2), False, 1), ((2, 1), False, 2)],
         4: [((1, 4), False, 1)] if kind == "gpt" else [((2, 2), False, 1), ((2, 2), True, 2)],
     }
     for grid, sharded, accumulate in ways[world_size]:
-        distance = measured.spreads[kind].distance(train(kind, grid, sharded, accumulate))
+        distance = measured.distance(train(kind, grid, sharded, accumulate))
         assert distance < ALLOWED, f"dp, tp = {grid}, sharded {sharded}, micro-batches {accumulate}: {distance}"
 
 
 @distributed(world_size=[2], timeout=300)
 @pytest.mark.parametrize("planted", ["local mean", "no sum over dp", "no sum over tp", "rate of a shard"])
-def test_a_mistake_is_far(world_size: int, planted: str, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["llama"])
+def test_a_mistake_is_far(
+    world_size: int, kind: str, planted: str, measured: Spread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid, accumulate, more = (2, 1), 1, {}
     if planted == "local mean":  # each rank's own tokens: gradients, and what is reported, are not those of the batch
         original = decoder.vocab_parallel_cross_entropy
@@ -131,5 +140,5 @@ def test_a_mistake_is_far(world_size: int, planted: str, measured: Measured, mon
         monkeypatch.setattr("shardgrad.nn.norm.replicate_together", lambda parameters, mesh, axis: parameters)
     else:
         grid, more = (1, 2), {"rate": 1.001}
-    distance = measured.spreads["llama"].distance(train("llama", grid, False, accumulate, **more))
+    distance = measured.distance(train(kind, grid, False, accumulate, **more))
     assert distance > 10 * ALLOWED

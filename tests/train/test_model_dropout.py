@@ -151,7 +151,7 @@ DROPS = Model(layers=1, heads=3, d_model=12, seq_len=5, dropout=P)
 
 
 @distributed(world_size=[2], timeout=120)
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_goes_on_drops_the_same(
     world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int
 ) -> None:

@@ -69,6 +69,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], timeout=120)
 def test_killed_and_restarted(world_size: int, killed: Path, tmp_path: Path) -> None:
     whole = own(tmp_path, "whole")

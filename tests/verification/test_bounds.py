@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from fractions import Fraction
 from math import inf, nan
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 import torch
 from many import case
 from planted import BUGS, NARROW_ONLY, Case, applies, ratio
-from shardgrad.ops.terms import Terms
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import collectives
+from shardgrad.layout import lower, program
+from shardgrad.layout.printer import Printed
+from shardgrad.layout.schedule import AddBias, Instruction, Instructions
+from shardgrad.ops.namespace import Namespace
 from shardgrad.testing import distributed
 from shardgrad.verification import oracle
 from shardgrad.verification.arithmetic import DIGITS, computed, local
@@ -62,6 +66,10 @@ def test_sums_in_16_bit_are_seen_where_nothing_cancels(dtype: torch.dtype) -> No
     assert sg.within_bound(x @ w, x, w, "X[n,d] W[d,m] -> Y[n,m]").ok
 
 
+def without(kind: type[Instruction], instructions: Instructions) -> Instructions:
+    return tuple(one for one in instructions if not isinstance(one, kind))
+
+
 @distributed(world_size=[2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exact", [True, False])
@@ -70,8 +78,8 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
 ) -> None:
     sequence = "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m] + B[m]"
     column = "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp] + B[m/tp]"
-    begin, wait = collectives.AllReduce._begin, collectives.AllReduce.wait
-    scatter, gathered = collectives.ReduceScatter.start, collectives.AllGather.finish
+    begin = collectives.AllReduce._begin
+    scatter, gathered = collectives.ReduceScatter.start, collectives.AllGather.wait
 
     def run(layout: str) -> sg.ProductCheck:
         mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))  # of its own: nothing is compiled for it
@@ -85,7 +93,9 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
     with monkeypatch.context() as patch:  # reduced twice
 
         def twice(self: collectives.AllReduce, *given: Any) -> object:
-            wait(self, begin(self, *given))
+            work = begin(self, *given)
+            if work is not None:
+                self._await(work)
             return begin(self, *given)
 
         patch.setattr(collectives.AllReduce, "_begin", twice)
@@ -95,25 +105,30 @@ def test_real_collectives_dropped_doubled_and_exchanged_are_found(
         assert {name for name, worst in run(sequence).worst.items() if not worst.ok} == {"Y"}
         assert {name for name, worst in run(column).worst.items() if not worst.ok} == {"dX"}
     with monkeypatch.context() as patch:  # gathered in the wrong order
-        patch.setattr(collectives.AllGather, "finish", lambda self, sent: gathered(self, sent).flip(self._dim))
+        patch.setattr(collectives.AllGather, "wait", lambda self, sent: gathered(self, sent).flip(self._dim))
         assert not run(column).ok
     with monkeypatch.context() as patch:  # the bias of one rank left out
-        patch.setattr(
-            Terms, "add_bias", lambda self, y, b: y + (b if torch.distributed.get_rank() else torch.zeros_like(b))
-        )
+        if torch.distributed.get_rank() == 0:
+            patch.setattr(program, "forward", lambda *given: without(AddBias, lower.forward(*given)))
         wrong = run(ROW).worst["Y"]
         assert not wrong.ok
         assert wrong.rank == 0
     with monkeypatch.context() as patch:  # one element of one rank's db
-        grad_bias = Terms.grad_bias
+        function = Namespace.function
 
-        def last(self: Terms, dy: Tensor) -> Tensor:
-            db = grad_bias(self, dy)
-            if torch.distributed.get_rank() == world_size - 1:
-                db[-1] *= 1.5
-            return db
+        def last(self: Namespace, printed: Printed, title: str) -> Callable[..., Any]:
+            made = function(self, printed, title)
+            if printed.name == "forward" or torch.distributed.get_rank() != world_size - 1:
+                return made
 
-        patch.setattr(Terms, "grad_bias", last)
+            def wrong(*given: Tensor) -> tuple[Tensor, ...]:
+                grads = made(*given)
+                grads[2][-1] *= 1.5
+                return grads
+
+            return wrong
+
+        patch.setattr(Namespace, "function", last)
         wrong = run(column).worst["db"]
         assert (wrong.ok, wrong.rank, wrong.index) == (False, world_size - 1, (6,))
         with pytest.raises(sg.VerificationError, match=rf"! db\[6\] on rank {world_size - 1} is"):

@@ -8,27 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from matplotlib.image import imread
+from typer.testing import CliRunner
 
+from shardgrad.cli.app import app
 from shardgrad.verification.observed import Split
 from shardgrad.verification.picture import draw
 from shardgrad.verification.report import Report, Row
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 TINY = ["model.layers=1", "model.heads=2", "model.d_model=6", "model.seq_len=4", "train.batch=2"]
 
 
 def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `shardgrad verify` on two ranks, with another folder before the others that Python looks in."""
-    program = [sys.executable, "-m", "shardgrad.cli", "verify", "configs/quickstart.yaml", *TINY, *arguments]
+    program = [sys.executable, "-m", "shardgrad.cli", "verify", CONFIG, *TINY, *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
-    done = command("--json", "--picture", str(tmp_path / "errors.png"))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--picture", tmp_path / "errors.png")
+    assert status == 0, told
+    found = json.loads(told[0])
     assert found["ok"] is True
     assert found["mesh"] == {"tp": 2}
     assert {row["kind"] for row in found["rows"]} == {
@@ -38,8 +42,8 @@ def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
-    done = command("model.headz=3")
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["verify", CONFIG, *TINY, "model.headz=3"])
+    assert done.exit_code == 2
     assert "the nearest key is model.heads" in done.stderr
 
 

@@ -14,6 +14,15 @@ from torch import Tensor
 from shardgrad.comm import shim
 from shardgrad.comm.shm import collectives as c
 from shardgrad.comm.shm.all_reducer import AllReducer
+from shardgrad.comm.shm.arguments import (
+    as_bytes,
+    check_count,
+    check_dtype,
+    check_numel,
+    equal_parts,
+    one_or_all,
+    parts_of,
+)
 from shardgrad.comm.shm.errors import ShmError
 from shardgrad.comm.shm.mailbox import Mailbox
 from shardgrad.comm.shm.pairs import ANY
@@ -172,7 +181,7 @@ class ShmGroup(dist.ProcessGroup):
     @_via_dispatcher
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
-        pieces = self._equal(flat_input(whole), out, "reduce-scatter")
+        pieces = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
         return self._work([self._reduce_scatter(out, pieces, opts.reduceOp.op, opts)], opts)
 
     @_via_dispatcher
@@ -180,19 +189,19 @@ class ShmGroup(dist.ProcessGroup):
         opts = opts or dist.ReduceScatterOptions()
         op, tickets = opts.reduceOp.op, []
         for out, whole in zip(outs, ins, strict=True):
-            pieces = self._equal(flat_input(whole), out, "reduce-scatter")
+            pieces = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
             tickets.append(self._reduce_scatter(out, pieces, op, opts))
         return self._work(tickets, opts)
 
     def _reduce_scatter(self, out: Tensor, pieces: Sequence[Tensor], op: Any, opts: Any) -> Ticket:
-        self._check_count(pieces, "reduce-scatter: input tensors")
+        check_count(pieces, self._size, "reduce-scatter: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
         flat = flat_output(out, outputs)
         by = self.all_reducer(op).by(flat.dtype)
         sizes = [piece.numel() for piece in pieces]
-        _check("reduce-scatter", flat, pieces[self._rank])
-        _same_dtype("reduce-scatter", flat.dtype, pieces)
-        text = words("reduce-scatter", by.name, _sizes(sizes), flat.dtype)
+        check_numel("reduce-scatter", flat, pieces[self._rank])
+        check_dtype("reduce-scatter", flat.dtype, pieces)
+        text = words("reduce-scatter", by.name, one_or_all(sizes), flat.dtype)
         return self._start(text, c.ReduceScatter(text, pieces, flat, by), opts, [out], outputs)
 
     # Copies of what one rank has
@@ -229,14 +238,14 @@ class ShmGroup(dist.ProcessGroup):
         return self._work([self._all_gather(out, one, opts) for out, one in zip(outs, ins, strict=True)], opts)
 
     def _all_gather_list(self, outs: Sequence[Tensor], one: Tensor, opts: Any) -> Ticket:
-        self._check_count(outs, "all-gather: output tensors")
+        check_count(outs, self._size, "all-gather: output tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
         flats = [flat_output(out, outputs) for out in outs]
         return self._gather_all(flats, flat_input(one), opts, list(outs), outputs)
 
     def _all_gather(self, out: Tensor, one: Tensor, opts: Any) -> Ticket:
         outputs: list[tuple[Tensor, Tensor]] = []
-        flats = self._equal(flat_output(out, outputs), one, "all-gather")
+        flats = equal_parts(flat_output(out, outputs), one, self._size, "all-gather")
         return self._gather_all(flats, flat_input(one), opts, [out], outputs)
 
     def _gather_all(
@@ -248,9 +257,9 @@ class ShmGroup(dist.ProcessGroup):
         outputs: list[tuple[Tensor, Tensor]],
     ) -> Ticket:
         sizes = [flat.numel() for flat in flats]
-        _check("all-gather", flats[self._rank], one)
-        _same_dtype("all-gather", one.dtype, flats)
-        text = words("all-gather", "", _sizes(sizes), one.dtype)
+        check_numel("all-gather", flats[self._rank], one)
+        check_dtype("all-gather", one.dtype, flats)
+        text = words("all-gather", "", one_or_all(sizes), one.dtype)
         spread = c.Spread(text, one, dict(enumerate(flats)), max(sizes), one.element_size())
         return self._start(text, spread, opts, results, outputs)
 
@@ -260,11 +269,11 @@ class ShmGroup(dist.ProcessGroup):
         outputs: list[tuple[Tensor, Tensor]] = []
         targets = {}
         if root == self._rank:
-            self._check_count(outs[0], "gather: output tensors")
+            check_count(outs[0], self._size, "gather: output tensors")
             targets = {r: flat_output(out, outputs) for r, out in enumerate(outs[0])}
-            _same_dtype("gather", one.dtype, list(targets.values()))
+            check_dtype("gather", one.dtype, list(targets.values()))
             for target in targets.values():
-                _check("gather", target, one)
+                check_numel("gather", target, one)
         text = words("gather", "", one.numel(), one.dtype, f" to rank {root} of the group")
         source = one if root != self._rank or self._size == 1 else None
         if source is None:
@@ -281,11 +290,11 @@ class ShmGroup(dist.ProcessGroup):
         out = flat_output(outs[0], outputs)
         sources = {}
         if root == self._rank:
-            self._check_count(ins[0], "scatter: input tensors")
+            check_count(ins[0], self._size, "scatter: input tensors")
             sources = {r: flat_input(one) for r, one in enumerate(ins[0])}
-            _same_dtype("scatter", out.dtype, list(sources.values()))
+            check_dtype("scatter", out.dtype, list(sources.values()))
             for source in sources.values():
-                _check("scatter", out, source)
+                check_numel("scatter", out, source)
         n, size = out.numel(), out.element_size()
         text = words("scatter", "", n, out.dtype, f" from rank {root} of the group")
         parcels = c.Parcels(text, sources, {root: out}, n, size, self._size)
@@ -293,8 +302,8 @@ class ShmGroup(dist.ProcessGroup):
 
     @_via_dispatcher
     def alltoall(self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: Any = None) -> ShmWork:
-        self._check_count(outs, "all-to-all: output tensors")
-        self._check_count(ins, "all-to-all: input tensors")
+        check_count(outs, self._size, "all-to-all: output tensors")
+        check_count(ins, self._size, "all-to-all: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
         flats = [flat_output(out, outputs) for out in outs]
         return self._all_to_all(flats, [flat_input(one) for one in ins], opts, list(outs), outputs)
@@ -304,8 +313,8 @@ class ShmGroup(dist.ProcessGroup):
         self, out: Tensor, whole: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], opts: Any = None
     ) -> ShmWork:
         outputs: list[tuple[Tensor, Tensor]] = []
-        targets = self._split(flat_output(out, outputs), out, out_splits, "output")
-        sources = self._split(flat_input(whole), whole, in_splits, "input")
+        targets = parts_of(flat_output(out, outputs), out, out_splits, self._size, "output")
+        sources = parts_of(flat_input(whole), whole, in_splits, self._size, "input")
         return self._all_to_all(targets, sources, opts, [out], outputs)
 
     def _all_to_all(
@@ -318,26 +327,11 @@ class ShmGroup(dist.ProcessGroup):
     ) -> ShmWork:
         opts = opts or dist.AllToAllOptions()
         dtype, me = targets[0].dtype, self._rank
-        _same_dtype("all-to-all", dtype, [*targets, *sources])
-        _check("all-to-all", targets[me], sources[me])
+        check_dtype("all-to-all", dtype, [*targets, *sources])
+        check_numel("all-to-all", targets[me], sources[me])
         text = f"all-to-all of {dtype_name(dtype)}"
         parcels = c.Parcels(text, dict(enumerate(sources)), dict(enumerate(targets)), None, dtype.itemsize, self._size)
         return self._work([self._start(text, parcels, opts, results, outputs)], opts)
-
-    def _split(self, flat: Tensor, shaped: Tensor, splits: Sequence[int], which: str) -> list[Tensor]:
-        rows = shaped.shape[0] if shaped.dim() else 1
-        if not splits:
-            if rows % self._size:
-                raise ShmError(
-                    f"all-to-all: dim 0 of the {which}, {rows}, does not divide by {self._size} ranks; give splits"
-                )
-            splits = [rows // self._size] * self._size
-        if len(splits) != self._size or sum(splits) != rows or min(splits) < 0:
-            raise ShmError(
-                f"all-to-all: {which} splits {list(splits)} do not cut dim 0, {rows}, for {self._size} ranks"
-            )
-        each = flat.numel() // rows if rows else 0
-        return list(flat.split([each * split for split in splits]))
 
     # Messages and barriers
 
@@ -348,7 +342,7 @@ class ShmGroup(dist.ProcessGroup):
             f"send of {data.numel()} {dtype_name(data.dtype)} to rank {target} of the group (tag {tag})"
         )
         queue = self._alive()
-        queue.send(ticket, target, _bytes(data), tag, dtype_name(data.dtype).encode().ljust(32, b"\0"))
+        queue.send(ticket, target, as_bytes(data), tag, dtype_name(data.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_via_dispatcher
@@ -365,7 +359,7 @@ class ShmGroup(dist.ProcessGroup):
         ticket = self._ticket(
             f"receive of {flat.numel()} {dtype_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs
         )
-        self._alive().receive(ticket, source, _bytes(flat), tag, dtype_name(flat.dtype).encode().ljust(32, b"\0"))
+        self._alive().receive(ticket, source, as_bytes(flat), tag, dtype_name(flat.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])
 
     @_via_dispatcher
@@ -426,34 +420,3 @@ class ShmGroup(dist.ProcessGroup):
         if (opts is None or opts.asyncOp) and tickets and not tickets[-1].given:
             progress.watch(queue, now=opts is None)
         return ShmWork(queue, tickets, results)
-
-    def _equal(self, whole: Tensor, one: Tensor, what: str) -> list[Tensor]:
-        """The whole, flat, in as many pieces as there are ranks, each with as many elements as `one`."""
-        n = one.numel()
-        if whole.numel() != n * self._size:
-            raise ShmError(f"{what}: {whole.numel()} elements for {self._size} ranks, but {n} elements for one")
-        return [whole[r * n : (r + 1) * n] for r in range(self._size)] if self._size > 1 else [whole]
-
-    def _check_count(self, tensors: Sequence[Tensor], what: str) -> None:
-        if len(tensors) != self._size:
-            raise ShmError(f"{what}: {len(tensors)} for {self._size} ranks")
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    # Of an empty tensor any stride is contiguous, but not to view().
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _check(what: str, a: Tensor, b: Tensor) -> None:
-    if a.numel() != b.numel():
-        raise ShmError(f"{what}: this rank's input has {b.numel()} elements, its place in the output {a.numel()}")
-
-
-def _same_dtype(what: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.dtype != dtype:
-            raise ShmError(f"{what}: tensors of {dtype_name(dtype)} and of {dtype_name(tensor.dtype)} in one call")
-
-
-def _sizes(sizes: Sequence[int]) -> int | tuple[int, ...]:
-    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)

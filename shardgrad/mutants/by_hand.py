@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.verification.mutants.mutant import Program
+from shardgrad.mutants.mutant import Program
 
 ROWS, D, HEADS, HEAD_DIM, M, VOCAB = 12, 10, 12, 2, 24, 36  # what is cut is cut evenly over 1, 2, 3 and 4 ranks
 Local = Callable[[Tensor], Tensor]

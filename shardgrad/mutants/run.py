@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from shardgrad.verification.mutants import by_hand, hand_planted, layers_planted
-from shardgrad.verification.mutants.mutant import Mutant, Program
+from shardgrad.mutants import by_hand, hand_planted, layers_planted
+from shardgrad.mutants.mutant import Mutant, Program
 from shardgrad.verification.report import Report
 from shardgrad.verification.verify import verify
 

@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import view
+from shardgrad.mutants.mutant import Mutant, Program, on_gradient
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
-from shardgrad.verification.mutants.mutant import Mutant, Program, on_gradient
 
 D, M, ROWS = 10, 24, 7
 SHARDGRAD, DTENSOR, MEGATRON, FAIRSCALE, DP = "shardgrad", "DTensor", "Megatron-core", "fairscale", "data parallel"

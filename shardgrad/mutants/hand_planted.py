@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardgrad.verification.mutants import by_hand
-from shardgrad.verification.mutants.by_hand import move
-from shardgrad.verification.mutants.mutant import Mutant, Program, on_gradient
+from shardgrad.mutants import by_hand
+from shardgrad.mutants.by_hand import move
+from shardgrad.mutants.mutant import Mutant, Program, on_gradient
 
 TP, SP = "by hand", "by hand, rows cut"
 MUTANTS: list[Mutant] = []

@@ -1,0 +1,118 @@
+"""From a cell as it was asked for to one that can run: mesh, sizes, layout and backend written out, or refused."""
+
+from __future__ import annotations
+
+from math import prod
+
+from shardgrad.errors import LayoutError
+from shardgrad.layout import PRESETS, Layout
+from shardgrad.scale.cell import BLOCK, STEP, Cell
+from shardgrad.settings import ConfigError
+
+
+def resolve(cell: Cell) -> Cell:
+    """The cell with its mesh, its grown sizes, its layout and its backend written out.
+
+    Raises:
+        ConfigError: keys disagree, or the layout, the sizes or the training configuration cannot be used so.
+    """
+    layout = _layout(cell)
+    if cell.kind == "step":
+        from shardgrad.scale import training  # takes its time, and its libraries
+
+        ranks = _ranks(cell)
+        sizes = _grown(cell, ranks)
+        assert cell.train is not None
+        mesh = training.shape(training.read(cell.train, cell.set, sizes, cell.mesh, ranks, cell.dtype, cell.device))
+    else:
+        mesh = _mesh(cell, layout)
+        ranks = prod(mesh.values())
+        sizes = _grown(cell, ranks)
+    backend = cell.backend or ("nccl" if cell.device == "cuda" else "gloo")
+    update = {"mesh": mesh, "ranks": ranks, "sizes": sizes, "backend": backend}
+    made = cell.model_copy(update=update | ({"layout": str(layout)} if layout is not None else {}))
+    if layout is not None:
+        try:
+            first = dict.fromkeys(mesh, 0)
+            made.product.collectives(sizes, mesh, cell.dtype, save_gathered=cell.keep, coordinate=first)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return made
+
+
+def _layout(cell: Cell) -> Layout | None:
+    foreign = {"layer": ("train", "set"), "block": ("layout", "train", "set"), "step": ("layout",)}[cell.kind]
+    for key in (*foreign, *(() if cell.kind == "layer" else ("bias", "keep"))):
+        if getattr(cell, key):
+            raise ConfigError(f"{key} is for another kind of cell than a {cell.kind}")
+    if not cell.sequence_parallel and cell.kind != "block":
+        where = "write it into the layout" if cell.kind == "layer" else "the training program's model always has it"
+        raise ConfigError(f"sequence_parallel is for a block: {where}")
+    if cell.kind == "step" and cell.train is None:
+        raise ConfigError("train is missing: a step needs a training configuration, such as configs/quickstart.yaml")
+    if cell.kind == "block":
+        _check_block(cell)
+        return None
+    if cell.kind == "step":
+        for name in cell.sizes:
+            if name not in STEP:
+                raise ConfigError(f"sizes.{name} is no size of a step, which has {', '.join(STEP)}")
+        return None
+    if cell.layout is None:
+        raise ConfigError("layout is missing: of a layer, such as column or 'X[n,d] W[d,m/tp] -> Y[n,m/tp]'")
+    if cell.layout in PRESETS:
+        return PRESETS[cell.layout]
+    if "[" not in cell.layout:
+        raise ConfigError(f"no layout is called {cell.layout!r}; those with a name are {', '.join(PRESETS)}")
+    try:
+        return Layout(cell.layout)
+    except LayoutError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_block(cell: Cell) -> None:
+    for name, meaning in BLOCK.items():
+        if name not in cell.sizes:
+            raise ConfigError(f"sizes.{name} is missing: {meaning}")
+    for name in cell.sizes:
+        if name not in BLOCK:
+            raise ConfigError(f"sizes.{name} is no size of a block, which has {', '.join(BLOCK)}")
+    if cell.sizes["d"] % cell.sizes["heads"]:
+        raise ConfigError(f"sizes.d = {cell.sizes['d']} does not divide by sizes.heads = {cell.sizes['heads']}")
+
+
+def _ranks(cell: Cell) -> int:
+    if cell.mesh is None:
+        if cell.ranks is None:
+            raise ConfigError("ranks is missing: say ranks, or a mesh")
+        return cell.ranks
+    ranks = prod(cell.mesh.values())
+    if cell.ranks not in (None, ranks):
+        raise ConfigError(f"mesh = {cell.mesh} has {ranks} ranks, not ranks = {cell.ranks}")
+    return ranks
+
+
+def _mesh(cell: Cell, layout: Layout | None) -> dict[str, int]:
+    axes, ranks = layout.axes if layout is not None else ("tp",), _ranks(cell)
+    if cell.mesh is None:
+        if len(axes) != 1:
+            example = ", ".join(f"{axis}: …" for axis in axes)
+            raise ConfigError(f"{layout} has {len(axes)} axes: say mesh: {{{example}}} for {ranks} ranks")
+        return {axes[0]: ranks}
+    missing = [axis for axis in axes if axis not in cell.mesh]
+    if missing:
+        raise ConfigError(f"mesh = {cell.mesh} lacks the axis {missing[0]!r} of {layout or 'a block'}")
+    return dict(cell.mesh)
+
+
+def _grown(cell: Cell, ranks: int) -> dict[str, int]:
+    sizes = dict(cell.sizes)
+    for name, power in cell.grow.items():
+        if name not in sizes:
+            raise ConfigError(f"grow.{name}: there is no sizes.{name} to grow from")
+        sizes[name] = max(1, round(sizes[name] * ranks**power))
+    # A width must divide by the heads; the nearest that does.
+    width = {"block": "d", "step": "d_model"}.get(cell.kind)
+    if cell.grow and width in sizes and "heads" in sizes:
+        sizes[width] = max(1, round(sizes[width] / sizes["heads"])) * sizes["heads"]
+    return sizes

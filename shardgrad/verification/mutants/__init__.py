@@ -1,1 +1,0 @@
-"""Bugs planted into working programs, to show that verification finds them and says what they are."""
