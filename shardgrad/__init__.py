@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from shardgrad.nn.moe import MoE as MoE
     from shardgrad.nn.norm import LayerNorm as LayerNorm
     from shardgrad.nn.norm import RMSNorm as RMSNorm
+    from shardgrad.nn.parallel import Parallel as Parallel
     from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
     from shardgrad.nn.partial_grads import all_reduce_partial_grads_ as all_reduce_partial_grads_
     from shardgrad.nn.positions import LearnedPositions as LearnedPositions
@@ -107,6 +108,7 @@ _HOME = {
     "MLP": "shardgrad.nn.mlp",
     "SwiGLU": "shardgrad.nn.mlp",
     "Linear": "shardgrad.nn.by_layout",
+    "Parallel": "shardgrad.nn.parallel",
     "ParallelBlock": "shardgrad.nn.parallel_block",
     "LearnedPositions": "shardgrad.nn.positions",
     "Rotary": "shardgrad.nn.rotary",

@@ -1,8 +1,14 @@
-"""Layers: a layout, parameters stored as it says, and a name. All are on one base class, `ShardedModule`.
+"""Layers: a layout, parameters stored as it says, and a name.
 
 | file             | concept                                                                    |
 | ---------------- | -------------------------------------------------------------------------- |
 | `module`         | `ShardedModule`: a module that knows how its parameters are stored         |
+| `layer`          | the base class: binds, runs, predicts; a layer states its layouts          |
+| `template`       | layouts with symbols for what each model decides                           |
+| `recipe`         | from a layer's templates to bound products: all that binding depends on    |
+| `docstring`      | the table in a layer's docstring, read from its layouts                    |
+| `parallel`       | `Parallel`: where layers lie, made once by a model and passed on           |
+| `transfer`       | a tensor brought from one storage to another, differentiably               |
 | `shardings`      | how every parameter of a model is stored                                   |
 | `by_layout`      | a linear layer on any layout                                               |
 | `linear`         | column and row parallel linear layers                                      |
@@ -21,8 +27,7 @@
 | `dropout`        | dropout whose mask does not depend on the mesh                             |
 | `counter`        | random bits as a function of the global element                            |
 | `init`           | initial values as a function of the global element                         |
-| `shared`         | gradients of parameters that ranks hold whole and use differently, summed  |
-| `rows`           | a parameter that no product uses, with sharded rows                        |
+| `replicated`     | parameters used for different rows: gathered, their gradients summed       |
 | `partial_grads`  | gradients left partial, summed once                                        |
 | `global_ops`     | the number of parameters and the norm of gradients over all shards         |
 | `state`          | a model's state as one device would hold it                                |

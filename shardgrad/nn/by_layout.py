@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import partial
-from math import prod, sqrt
-from typing import Any
+from math import prod
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
-from shardgrad.layout import cost
+from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
-from shardgrad.nn import init
-from shardgrad.nn.module import ShardedModule
-from shardgrad.ops.bound import BoundMatmul
-from shardgrad.ops.matmul import bind, run
+from shardgrad.nn.layer import Layer
+from shardgrad.nn.parallel import OnMesh
 
 
-class Linear(ShardedModule):
+class Linear(Layer):
     """nn.Linear whose x, weight, y and bias are stored as a layout says: 2D, 2.5D, 3D, fully sharded, or your own.
 
         sg.Linear(6, 9, layout="X[b,s/tp,d] W[m/tp,d/dp] -> Y[b,s,m/tp]", mesh=mesh)
@@ -33,11 +27,10 @@ class Linear(ShardedModule):
         in_features, out_features: global sizes, over all letters of theirs.
         bias: whether to add one, stored as the layout writes it, else as `layout.bias`.
         layout: a `Layout` or its text.
-        mesh: which has every axis of the layout.
         sizes: global sizes of letters: needed where several share in_features or out_features, and for letters of the
             weight that all three tensors carry; of rows, where every call has the same.
-        save_gathered, reduce_dtype: as of `matmul`.
-        device, dtype: of the parameters.
+        save_gathered: as of `matmul`.
+        parallel, or mesh, reduce_dtype, device, dtype: as of `Parallel`; the axes are the layout's.
 
     Initial values are nn.Linear's distribution, by the number of the global element, whatever the mesh.
 
@@ -49,6 +42,7 @@ class Linear(ShardedModule):
 
     weight: Tensor
     bias: Tensor | None
+    takes = OnMesh
 
     def __init__(
         self,
@@ -57,15 +51,12 @@ class Linear(ShardedModule):
         bias: bool = True,
         *,
         layout: Layout | str,
-        mesh: DeviceMesh,
         sizes: Mapping[str, int] | None = None,
         save_gathered: Collection[str] = (),
-        reduce_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnMesh],
     ) -> None:
         layout = layout if isinstance(layout, Layout) else Layout(layout)
-        super().__init__(mesh, layout.axes)
+        super().__init__(where, save_gathered=save_gathered, axes=layout.axes)
         self.in_features, self.out_features, self.layout = in_features, out_features, layout
         self.sizes = dict(sizes or {})
         for letter in self.sizes:
@@ -73,17 +64,12 @@ class Linear(ShardedModule):
                 raise LayoutError(f"Linear: sizes names {letter!r}, which is no letter of {layout}")
         self._complete("in_features", in_features, layout.contracted)
         self._complete("out_features", out_features, layout.columns)
-        stored = {"weight": layout.rhs, "bias": layout.bias} if bias else {"weight": layout.rhs}
-        for letter in (letter for spec in stored.values() for letter in spec.letters):
+        stored = (layout.rhs, layout.bias) if bias else (layout.rhs,)
+        for letter in (letter for spec in stored for letter in spec.letters):
             if letter not in self.sizes:
                 raise LayoutError(f"Linear: a parameter carries {letter!r} of {layout}: say how large it is in sizes")
-        for name, spec in stored.items():
-            self.declare(name, str(spec), self.sizes, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self.save_gathered, self.reduce_dtype = tuple(save_gathered), reduce_dtype
-        bind((layout,), (bias,), mesh, save_gathered, reduce_dtype)  # refuses what does not fit the layout
-        self.reset_parameters()
+        self.build(self.sizes, bias=bias, products={"": layout})
+        self._bind(layout.lhs.name, len(layout.lhs.dims), bias)  # refuses what does not fit the layout
 
     def _complete(self, name: str, features: int, letters: tuple[str, ...]) -> None:
         """Learn the size of the one letter that is not told, and check that the letters make the features."""
@@ -95,13 +81,6 @@ class Linear(ShardedModule):
             said = ", ".join(f"{x}={self.sizes.get(x, '?')}" for x in letters) or "no letter"
             raise LayoutError(f"Linear: {name}={features} is not what the letters of {self.layout} make: {said}")
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """nn.Linear's initial values: uniform in ±1/√in_features, of the global in_features."""
-        values = partial(init.uniform, 1 / sqrt(self.in_features))
-        self.fill("weight", values, generator)
-        if self.bias is not None:
-            self.fill("bias", values, generator)
-
     def forward(self, x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """The local shard of Y.
 
@@ -109,32 +88,11 @@ class Linear(ShardedModule):
             x: this rank's shard, stored as `layout.lhs`.
             sizes: global sizes of row letters, where the shards do not tell them: the ranks otherwise exchange them.
         """
-        if torch.compiler.is_compiling():
-            product = self._bound(
-                None, self.layout.text, self.bias is None, self.save_gathered, self.reduce_dtype, self.mesh
-            )
-        else:
-            product = self._products.get(None) or self._bind(None)
-        known = {**self.sizes, **sizes} if sizes else self.sizes
-        return run(product, x, [self.weight], [] if self.bias is None else [self.bias], known)[0]
+        return self.multiply(self.layout.lhs.name, x, sizes=sizes)[0]
 
-    def _bind(self, key: None) -> BoundMatmul:
-        product = bind((self.layout,), (self.bias is not None,), self.mesh, self.save_gathered, self.reduce_dtype)
-        self._products[key] = product
-        return product
-
-    def collectives(self, sizes: Mapping[str, int], dtype: Any = "float32") -> list[cost.Collective]:
+    def collectives(self, sizes: Mapping[str, int], dtype: Any = "float32") -> list[Collective]:  # type: ignore[override]
         """Every collective of this rank's forward and backward, given the sizes of the row letters."""
-        mesh_view = view(self.mesh)
-        return self.layout.collectives(
-            {**self.sizes, **sizes},
-            mesh_view.shape,
-            dtype,
-            bias=self.bias is not None,
-            save_gathered=self.save_gathered,
-            reduce_dtype=self.reduce_dtype,
-            coordinate=mesh_view.coordinate,
-        )
+        return self._of_products(self.resolve({**self._sizes, **sizes}), len(self.layout.lhs.dims), dtype)
 
     def extra_repr(self) -> str:
         return (

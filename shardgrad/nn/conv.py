@@ -1,27 +1,24 @@
-"""Convolutions whose channels, groups or batch are cut over an axis: torch's layers, five layouts."""
+"""Convolutions whose channels, groups or batch are sharded over an axis: torch's layers, five layouts."""
 
 from __future__ import annotations
 
-from functools import partial
-from math import prod, sqrt
-from typing import Literal
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, Unpack
 
-import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.sizes import slab
-from shardgrad.nn import init
-from shardgrad.nn.module import ShardedModule
+from shardgrad.layout.sizes import Sizes, slab
+from shardgrad.nn.layer import OneProduct
+from shardgrad.nn.parallel import OnAxis
 from shardgrad.ops.convolve import Convolution, Numbers, numbers
-from shardgrad.ops.matmul import bind, run
 
 ShardDim = Literal["out", "in", "groups", "batch", "sharded"]
 
-# {t}: the axis. {g}, {gt}: the groups where there are several, as they are and cut. {x}, {k}, {y}: spatial letters.
+# {t}: the axis. {g}, {gt}: the groups where there are several, as they are and sharded. {x}, {k}, {y}: spatial letters.
 _LAYOUTS: dict[str, str] = {
     "out": "X[b,{g}c,{x}] W[{g}o/{t},c,{k}] -> Y[b,{g}o/{t},{y}] + B[{g}o/{t}]",
     "in": "X[b,{g}c/{t},{x}] W[{g}o,c/{t},{k}] -> Y[b,{g}o,{y}] + B[{g}o]",
@@ -32,10 +29,9 @@ _LAYOUTS: dict[str, str] = {
 _SPATIAL = {1: ("h", "i", "p"), 2: ("h,w", "i,j", "p,q")}
 
 
-class _Conv(ShardedModule):
-    weight: Tensor
-    bias: Tensor | None
+class _Conv(OneProduct):
     _spatial: int
+    takes = OnAxis
 
     def __init__(
         self,
@@ -48,13 +44,10 @@ class _Conv(ShardedModule):
         groups: int = 1,
         bias: bool = True,
         *,
-        mesh: DeviceMesh,
-        axis: str = "tp",
         shard_dim: ShardDim = "out",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnAxis],
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(where)
         who, n = type(self).__name__, self._spatial
         if shard_dim not in _LAYOUTS:
             raise ShapeError(f"{who}: shard_dim is one of {', '.join(_LAYOUTS)}, not {shard_dim!r}")
@@ -68,71 +61,71 @@ class _Conv(ShardedModule):
                 f"{who}: shard_dim='groups' of one group leaves one rank all the work: shard_dim='out' or 'in'"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.axis, self.shard_dim = axis, shard_dim
+        self.shard_dim = shard_dim
         self.kernel_size = numbers("kernel_size", kernel_size, n, 1)
         many = groups > 1
         x, k, y = _SPATIAL[n]
-        text = _LAYOUTS[shard_dim].format(t=axis, g="g," if many else "", gt=f"g/{axis},", x=x, k=k, y=y)
+        text = _LAYOUTS[shard_dim].format(t=self.axis, g="g," if many else "", gt=f"g/{self.axis},", x=x, k=k, y=y)
         self.layout = Layout(text if bias else text.partition(" + ")[0], spatial=n)
         self.operation = Convolution.of(self.layout, stride, padding, dilation)
-        self._sizes = {
+        sizes = {
             **({"g": groups} if many else {}),
             "c": in_channels // groups,
             "o": out_channels // groups,
             **dict(zip(k.split(","), self.kernel_size)),
         }
-        weight, added = self.layout.rhs, self.layout.bias
-        torchs = (out_channels, in_channels // groups, *self.kernel_size)
-        self.declare("weight", str(weight), self._sizes, device, dtype, torchs if many else None)
-        if bias:
-            self.declare("bias", str(added), self._sizes, device, dtype, (out_channels,) if many else None)
-        else:
-            self.register_parameter("bias", None)
-        self._product = bind((self.layout,), (bias,), mesh, operation=self.operation)
         # torch's channel dim of this rank's x is g·c: as many groups, of as many channels.
-        shape, where = view(mesh).shape, view(mesh).coordinate
+        shape, here = view(self.mesh).shape, view(self.mesh).coordinate
         first = self.layout.lhs
-        self._channels = (
-            [slab(self._sizes[at], first.axes_of(at), shape, where)[1] for at in ("g", "c")] if many else []
+        self._channels = [slab(sizes[at], first.axes_of(at), shape, here)[1] for at in ("g", "c")] if many else []
+        self.wraps = many
+        torchs = {"weight": (out_channels, in_channels // groups, *self.kernel_size), "bias": (out_channels,)}
+        self.build(
+            sizes,
+            bias=bias,
+            products={"": self.layout},
+            operation=self.operation,
+            merged=torchs if many else None,
         )
-        self.reset_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """torch's initial values: uniform in ±1/√fan_in; fan_in is in_channels / groups times the kernel's size."""
-        values = partial(init.uniform, 1 / sqrt(self.in_channels // self.groups * prod(self.kernel_size)))
-        self.fill("weight", values, generator)
-        if self.bias is not None:
-            self.fill("bias", values, generator)
+    def enter(self, x: Tensor) -> Tensor:
+        if x.dim() != self._spatial + 2 or x.shape[1] != prod(self._channels):
+            factors = " · ".join(map(str, self._channels))
+            raise ShapeError(
+                f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.lhs} of {self.groups} "
+                f"groups of {self._sizes['c']} channels leaves this rank {factors} = {prod(self._channels)} channels "
+                f"in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
+                "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"
+            )
+        return x.unflatten(1, self._channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The local shard of Y.
+    def leave(self, y: Tensor) -> Tensor:
+        return y.flatten(1, 2)
+
+    def global_sizes(self, shape: Sequence[int]) -> Sizes:
+        """Of every letter, for x of a global shape as torch has it, [b, in_channels, …].
 
         Raises:
-            ShapeError: x does not fit; see `convolve` for the rest.
+            ShapeError: x has other channels, or another number of dims.
         """
-        if self._channels:
-            if x.dim() != self._spatial + 2 or x.shape[1] != prod(self._channels):
-                factors = " · ".join(map(str, self._channels))
-                raise ShapeError(
-                    f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.lhs} of "
-                    f"{self.groups} groups of {self._sizes['c']} channels leaves this rank {factors} = "
-                    f"{prod(self._channels)} channels in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
-                    "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"
-                )
-            x = x.unflatten(1, self._channels)
-        y = run(self._product, x, [self.weight], [] if self.bias is None else [self.bias], self._sizes)[0]
-        return y.flatten(1, 2) if self._channels else y
+        if len(shape) != self._spatial + 2 or shape[1] != self.in_channels:
+            raise ShapeError(f"x has global shape [b, {self.in_channels}, …], not {tuple(shape)}")
+        letters = self.layout.lhs.letters
+        spatial = dict(zip(letters[-self._spatial :], shape[2:]))
+        sizes = self.resolve({**self._sizes, letters[0]: shape[0], **spatial})
+        self.operation.derive(self.layout, sizes)
+        return sizes
 
     def extra_repr(self) -> str:
         s = self.operation
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={s.stride}, "
             f"padding={s.padding}, dilation={s.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"axis={self.axis!r}, shard_dim={self.shard_dim!r}"
+            f"{self._flags()}, shard_dim={self.shard_dim!r}"
         )
 
 
-_DOC = """nn.Conv{n}d with its channels, its groups or its batch cut over an axis.
+_DOC = """nn.Conv{n}d with its channels, its groups or its batch sharded over an axis.
 
     | shard_dim   | layout (without groups)                          | forward      | dX         | dW, db         |
     | ----------- | ------------------------------------------------ | ------------ | ---------- | -------------- |
@@ -149,8 +142,8 @@ _DOC = """nn.Conv{n}d with its channels, its groups or its batch cut over an axi
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of nn.Conv{n}d; global
             sizes, none of which need divide by the ranks. Padding is by zeros, and in numbers.
-        mesh, axis, shard_dim: the axis of the mesh, and what it cuts.
-        device, dtype: of the parameters.
+        shard_dim: what the axis shards.
+        parallel, or mesh, axis, device, dtype: as of `Parallel`.
 
     Shapes: x [b, in_channels, …] → [b, out_channels, …], each cut as `layer.layout` says, channels of groups merged as
     torch has them. The parameters' states are torch's own, [out_channels, in_channels / groups, …]; with groups > 1 the

@@ -1,49 +1,46 @@
-"""An embedding whose vocabulary is cut over an axis."""
+"""An embedding whose vocabulary is sharded over an axis."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import all_reduce, reduce_scatter
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.errors import ShapeError
-from shardgrad.layout import cost
-from shardgrad.layout.batch_axis import BatchAxis, stored_over
+from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
-from shardgrad.layout.notation import parse_tensor
-from shardgrad.layout.plan import route
-from shardgrad.layout.sizes import Level, Sizes
+from shardgrad.layout.notation import parse, parse_tensor
+from shardgrad.layout.sizes import chunk
 from shardgrad.nn import init
-from shardgrad.nn.linear import check_sequence_dim, cut_rows, row_letters, sequence_letter
-from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.rows import for_rows, for_rows_collectives
-from shardgrad.ops.bound import BoundMatmul
-from shardgrad.ops.matmul import bind, run
+from shardgrad.nn.layer import Layer
+from shardgrad.nn.parallel import Where
+from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.template import Rows, sequence_row
+from shardgrad.nn.transfer import transfer
+
+_LOOKUP = "I[n,v/tp] W[v/tp,m] -> Y[n/sp,m]"
 
 
-class VocabParallelEmbedding(ShardedModule):
-    """A lookup in a table whose rows are cut over an axis: the product of one-hot rows with `W[v/tp,m]`.
+class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] -> L[n,v/tp]"):
+    """A lookup in a table whose rows are sharded over an axis: a product with one-hot rows I; and `logits`, with X.
 
-    Each rank looks up what it holds; the rest is zero, and the sum over the axis is the lookup (all-reduce; with
-    `sequence_dim`, reduce-scatter). Backward needs no communication (with `sequence_dim`, one all-gather of dY).
+    Each rank looks up what it holds; the rest is zero, and the sum over the axis is the lookup.
 
     Args:
         num_embeddings, embedding_dim: global sizes, as of nn.Embedding; the vocabulary need not divide by the ranks.
         padding_idx: the id whose row starts as zeros and gets no gradient.
-        mesh, axis: the axis of the mesh that cuts the vocabulary.
-        sequence_dim: the dim of the *output* (not the last) to leave cut over the axis; None to leave it replicated.
-        data: the axis that cuts the ids' first dim, and how the table is stored over it; None without data parallelism.
-        reduce_dtype: in which dX of `logits` is summed.
-        device, dtype: of the table. Under torch.autocast rows are cast before they are sent, as products are: of the
-            terms of their sum, all but one are zero. The table's gradient is summed in its own dtype.
+        parallel, or mesh, axis, sequence_dim, data, reduce_dtype, device, dtype: as of `Parallel`. sequence_dim is of
+            the *output*; data shards the ids' first dim; reduce_dtype is for dX of `logits`. Under torch.autocast rows
+            are cast before they are sent, as products are: of the terms of their sum, all but one are zero. The table's
+            gradient is summed in its own dtype.
 
     Shapes: ids [...] of integers (replicated over the axis) → [..., embedding_dim].
 
@@ -58,32 +55,34 @@ class VocabParallelEmbedding(ShardedModule):
     weight: Tensor
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        *,
-        mesh: DeviceMesh,
-        axis: str = "tp",
-        sequence_dim: int | None = None,
-        data: BatchAxis | None = None,
-        reduce_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **where: Unpack[Where]
     ) -> None:
-        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
+        super().__init__(where)
         if num_embeddings < 1 or embedding_dim < 1:
             raise ShapeError(f"sizes must be at least 1, not num_embeddings={num_embeddings}, {embedding_dim=}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ShapeError(f"padding_idx={padding_idx} is outside the vocabulary of {num_embeddings}")
-        self.num_embeddings, self.embedding_dim, self.axis = num_embeddings, embedding_dim, axis
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        check_sequence_dim(sequence_dim, "VocabParallelEmbedding")
-        self.sequence_dim, self.data, self.reduce_dtype = sequence_dim, data, reduce_dtype
-        sizes = {"v": num_embeddings, "m": embedding_dim}
-        self.declare("weight", stored_over(data, f"W[v/{axis},m]", sizes), sizes, device, dtype)
-        (self.first_id, _), (self.rows, _) = self._shardings["weight"].block()
-        self.reset_parameters()
+        over = view(self.mesh).axis(self.axis)
+        self.first_id, self.rows = chunk(num_embeddings, over.size, over.index)
+        self.build({"v": num_embeddings, "m": embedding_dim})
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, **kwargs: Any) -> Self:
+        """A layer with the table of an nn.Embedding, alike on every rank, of which each rank takes its rows.
+
+        Args:
+            kwargs: of the constructor, but the sizes and padding_idx.
+
+        Raises:
+            ValueError: the embedding has a setting that this layer has not.
+        """
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, name):
+                raise ValueError(f"{cls.__name__} has no {name}, which the nn.Embedding sets")
+        sizes = embedding.num_embeddings, embedding.embedding_dim
+        return cls.from_tensors({"weight": embedding.weight}, *sizes, embedding.padding_idx, **kwargs)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """nn.Embedding's initial values: normal with standard deviation 1, zeros for padding_idx."""
@@ -104,69 +103,49 @@ class VocabParallelEmbedding(ShardedModule):
             y = y.to(torch.get_autocast_dtype(y.device.type))
         if self.sequence_dim is None:
             return all_reduce(y, self.mesh, self.axis)
-        return reduce_scatter(y, self.mesh, self.axis, sequence_letter(y.dim(), self.sequence_dim, type(self).__name__))
+        row = sequence_row(ids.dim(), self.sequence_dim, type(self).__name__)
+        return reduce_scatter(y, self.mesh, self.axis, row)
 
     def logits(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
-        """X Wᵀ with the table as W: `X[n,m] W[v/tp,m] -> L[n,v/tp]`, as a `ColumnParallelLinear` that has this weight.
-
-        forward: no communication; dX: all-reduce. With `sequence_dim` (the same dim of x), all-gather of x, and dX is
-        reduce-scattered.
+        """X Wᵀ with the table as W, as a `ColumnParallelLinear` that has this weight.
 
         Args:
-            x: [..., embedding_dim], replicated, or cut along sequence_dim.
+            x: [..., embedding_dim], replicated, or sharded along sequence_dim (the same dim of x).
             sequence_size: as of `ColumnParallelLinear`.
 
         Shapes: x [..., embedding_dim] → [..., num_embeddings / ranks].
         """
-        dims = x.dim()
-        if torch.compiler.is_compiling():
-            product = self._bound(dims, self.axis, self.sequence_dim, str(self.data), self.reduce_dtype, self.mesh)
-        else:
-            product = self._products.get(dims) or self._bind(dims)
-        sizes = {"v": self.num_embeddings, "m": self.embedding_dim}
-        if sequence_size is not None and self.sequence_dim is not None:
-            sizes[row_letters(dims - 1)[self.sequence_dim % dims]] = sequence_size
-        return run(product, x, [self.weight], [], sizes)[0]
-
-    def _bind(self, key: int) -> BoundMatmul:
-        product = self._products[key] = bind((self.logits_layout(key),), (False,), self.mesh, (), self.reduce_dtype)
-        return product
+        return self.multiply("X", x, sequence_size)[0]
 
     def logits_layout(self, dims: int) -> Layout:
         """The layout of `logits` for x of so many dims."""
-        rows, cut, _ = cut_rows(dims, self.sequence_dim, self.axis, self.data, type(self).__name__)
-        return Layout(f"X[{cut}m] {self._shardings['weight'].spec} -> L[{rows}v/{self.axis}]")
+        return self.layouts(dims)[0]
 
-    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[cost.Collective]:
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
         """Every collective of this rank's lookup, forward and backward, for ids of a global shape. (Those of `logits`:
         `logits_layout(dims).collectives`.)
 
         dtype: in which rows travel; the table, over the data parallel axis, travels in its own.
         """
-        mesh_view, width = view(self.mesh), cost.itemsize(dtype)
-        rows, cut, _ = cut_rows(len(shape) + 1, self.sequence_dim, self.axis, self.data, type(self).__name__)
-        known: dict[Level, int] = {
-            (x, ()): n for x, n in zip((*row_letters(len(shape)), "m"), (*shape, self.embedding_dim))
-        }
-        sizes = Sizes(mesh_view.shape, mesh_view.coordinate, known)
-        whole, stored = parse_tensor(f"Y[{rows}m]").dims, parse_tensor(f"Y[{cut}m]").dims
         own: Any = self.weight.dtype
-        table = [] if self.data is None else for_rows_collectives(self._shardings["weight"], (self.data.axis,), own)
+        notation = parse(_LOOKUP)
+        rows = Rows.of(notation, len(shape), self.parallel, type(self).__name__)
+        stored = parse_tensor(rows.stored(notation.out, self.axis))
+        summed = parse_tensor(replace(rows, sequence=None).stored(notation.out, self.axis))
+        sizes = self.resolve({**dict(zip(rows.letters, shape)), "m": self.embedding_dim})
         return [
-            *table,
-            *cost.moved("forward", "Y", route(whole, stored, (self.axis,)), sizes, width, width),
-            *cost.moved("dW", "dY", route(stored, whole), sizes, width, width),
+            *for_rows_collectives("dW", [self._shardings["weight"]], self.parallel.axes[1:], own),
+            *transfer("forward", "Y", summed, stored, sizes, dtype, (self.axis,)),
+            *transfer("dW", "dY", stored, summed, sizes, dtype),
         ]
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""
-        weight = (
-            self.weight if self.data is None else for_rows(self.weight, self._shardings["weight"], (self.data.axis,))
-        )
+        (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
         local = ids - self.first_id
         elsewhere = (local < 0) | (local >= self.rows)
         # In a compiled graph the lookup itself refuses such ids.
-        looks = not torch.compiler.is_compiling() and not is_fake(ids)
+        looks = not self.compiling() and not is_fake(ids)
         if looks and ids.device.type == "cpu" and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
@@ -184,5 +163,4 @@ class VocabParallelEmbedding(ShardedModule):
 
     def extra_repr(self) -> str:
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
-        sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, axis={self.axis!r}{sequence}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._flags()}"

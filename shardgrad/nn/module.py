@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm import shim
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.init import draw_seed
-from shardgrad.ops.bound import BoundMatmul
 
 Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
@@ -62,7 +60,7 @@ class ShardedModule(nn.Module):
         self._axes = tuple(axes)
         self._shardings: dict[str, ParamSharding] = {}
         self._mesh = ParamSharding(TensorSpec("", ()), (), mesh)
-        self._products: dict[Any, BoundMatmul] = {}  # bound at first use, by whatever a layer tells them apart by
+        self._products: dict[Any, Any] = {}  # bound at first use, by whatever a layer tells them apart by
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and torch.save take: not the bound products, which hold process groups and are bound again."""
@@ -71,18 +69,6 @@ class ShardedModule(nn.Module):
     @property
     def mesh(self) -> DeviceMesh:
         return self._mesh.mesh
-
-    def _bind(self, key: Any) -> BoundMatmul:
-        """The bound product that this layer tells apart by a key."""
-        raise NotImplementedError
-
-    @shim.constant
-    def _bound(self, key: Any, *depends_on: object) -> BoundMatmul:
-        """`_bind(key)` while torch.compile traces, which does not look into it.
-
-        depends_on: all that the product depends on, so that a graph made for one layer is not used for another one.
-        """
-        return self._bind(key)
 
     def shardings(self) -> dict[str, ParamSharding]:
         """How each parameter of this module itself is stored, by its local name."""

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
-from math import sqrt
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
-from shardgrad.layout.layout import Layout
+from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
-from shardgrad.nn import init
-from shardgrad.nn.module import ShardedModule
-from shardgrad.ops.matmul import bind, run
+from shardgrad.nn.layer import Layer
+from shardgrad.nn.parallel import OnAxis
 
 _ROUND = 8  # rows are padded to a multiple, so that few shapes of products arise
 
 
-class MoE(ShardedModule):
+class MoE(Layer):
     """A feed-forward block of many experts, of which each token uses `top_k`; no token is dropped.
 
-        X[n/ep,d] R[e,d] -> L[n/ep,e]                router: p = softmax(L), the top_k largest are the gates
+        T[n/ep,d] R[e,d] -> L[n/ep,e]                router: p = softmax(L), the top_k largest are the gates
         X[e/ep,n,d] U[e/ep,f,d] -> H[e/ep,n,f]       its tokens, for each expert of this rank (G alike, from the same X)
         H[e/ep,n,f] V[e/ep,d,f] -> Y[e/ep,n,d]       H = SiLU(X Gᵀ) · X Uᵀ if gated, else GELU(X Uᵀ)
         y[n/ep,d] = Σ over a token's experts of gate · Y
@@ -41,11 +39,10 @@ class MoE(ShardedModule):
     Args:
         embed_dim, hidden_dim: d and f.
         num_experts, top_k: e, and how many of them a token uses.
-        mesh, axis: the axis of the mesh that cuts the experts and the tokens.
         gated: SwiGLU experts, with a third weight G; otherwise GELU.
         normalize: whether a token's gates are divided by their sum (Mixtral), or are the router's probabilities as they
             are (Switch; needed with top_k = 1, where a sum of one gate would leave the router without gradient).
-        device, dtype: of the parameters.
+        parallel, or mesh, axis, device, dtype: as of `Parallel`; the axis shards the experts and the tokens.
 
     Parameters (global shapes): router [e, d], replicated; up and gate [e, f, d], down [e, d, f], cut by experts.
 
@@ -55,9 +52,8 @@ class MoE(ShardedModule):
     2024 (Mixtral), arXiv 2401.04088.
     """
 
-    router: Tensor
-    up: Tensor
-    down: Tensor
+    takes = OnAxis
+    default_axis = "ep"
 
     def __init__(
         self,
@@ -66,42 +62,28 @@ class MoE(ShardedModule):
         num_experts: int,
         top_k: int = 2,
         *,
-        mesh: DeviceMesh,
-        axis: str = "ep",
         gated: bool = True,
         normalize: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnAxis],
     ) -> None:
-        super().__init__(mesh, (axis,))
+        super().__init__(where)
         if min(embed_dim, hidden_dim, num_experts) < 1 or not 1 <= top_k <= num_experts:
             raise ShapeError(
                 f"MoE: embed_dim={embed_dim}, hidden_dim={hidden_dim}, num_experts={num_experts} must be at least 1, "
                 f"and top_k={top_k} between 1 and num_experts"
             )
         self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
-        self.axis, self.gated, self.normalize = axis, gated, normalize
-        e = f"e/{axis}"
-        sizes = {"e": num_experts, "d": embed_dim, "f": hidden_dim}
-        self.router_layout = Layout(f"X[n/{axis},d] R[e,d] -> L[n/{axis},e]")
-        names = ("gate", "up") if gated else ("up",)
-        self.up_layouts = tuple(Layout(f"X[{e},n,d] W{n}[{e},f,d] -> H{n}[{e},n,f]") for n in names)
-        self.down_layout = Layout(f"H[{e},n,f] Wdown[{e},d,f] -> Y[{e},n,d]")
-        layouts = zip(("router", *names, "down"), (self.router_layout, *self.up_layouts, self.down_layout))
-        for name, layout in layouts:
-            self.declare(name, str(layout.rhs), sizes, device, dtype)
-        self._names = names
-        self._sizes = {letter: sizes[letter] for letter in "ed"}, sizes
-        self._router = bind((self.router_layout,), (False,), mesh)
-        self._up = bind(self.up_layouts, (False,) * len(names), mesh)
-        self._down = bind((self.down_layout,), (False,), mesh)
-        self.reset_parameters()
+        self.gated, self.normalize = gated, normalize
+        products = {
+            "router": "T[n/tp,d] R[e,d] -> L[n/tp,e]",
+            **({"gate": "X[e/tp,n,d] Wgate[e/tp,f,d] -> Hgate[e/tp,n,f]"} if gated else {}),
+            "up": "X[e/tp,n,d] Wup[e/tp,f,d] -> Hup[e/tp,n,f]",
+            "down": "H[e/tp,n,f] Wdown[e/tp,d,f] -> Y[e/tp,n,d]",
+        }
+        self.build({"e": num_experts, "d": embed_dim, "f": hidden_dim}, products=products)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """nn.Linear's initial values, of each expert: uniform in ±1/√(what a row sums over)."""
-        for name in ("router", *self._names, "down"):
-            inner = self.hidden_dim if name == "down" else self.embed_dim
-            self.fill(name, partial(init.uniform, 1 / sqrt(inner)), generator)
+    def parameter_name(self, product: str, kind: str) -> str:
+        return product if kind == "weight" else f"{product}_bias"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The local tokens' outputs, and the balance: e · Σ_e f_e p_e, where f_e is the part of all choices that fell
@@ -114,7 +96,7 @@ class MoE(ShardedModule):
         if x.dim() < 1 or x.shape[-1] != self.embed_dim:
             raise ShapeError(f"MoE: x is [..., {self.embed_dim}], not {tuple(x.shape)}")
         tokens = x.reshape(-1, self.embed_dim)
-        logits = run(self._router, tokens, [self.router], [], self._sizes[0])[0]
+        logits = self.multiply("T", tokens)[0]
         # In 16 bits, probabilities of experts would tie.
         every = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         gates, chosen = every.topk(self.top_k, -1)
@@ -156,9 +138,9 @@ class MoE(ShardedModule):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """[e/ep, n, d] → [e/ep, n, d]."""
-        made = run(self._up, x, [self.get_parameter(name) for name in self._names], [], self._sizes[1])
+        made = self.multiply("X", x)
         hidden = F.silu(made[0]) * made[1] if self.gated else F.gelu(made[0])
-        return run(self._down, hidden, [self.down], [], self._sizes[1])[0]
+        return self.multiply("H", hidden)[0]
 
     def _balance(self, every: Tensor, counts: np.ndarray) -> Tensor:
         chosen = counts.sum(0)
@@ -170,8 +152,16 @@ class MoE(ShardedModule):
     def _chunk(self, rank: int) -> tuple[int, int]:
         return chunk(self.num_experts, view(self.mesh).shape[self.axis], rank)
 
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
+        """Refuse: what is sent depends on the experts that the tokens choose.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("MoE: what is sent depends on the experts that the tokens choose; see sg.trace_collectives")
+
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, hidden_dim={self.hidden_dim}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, gated={self.gated}, normalize={self.normalize}, axis={self.axis!r}"
+            f"top_k={self.top_k}, gated={self.gated}, normalize={self.normalize}, {self._flags()}"
         )

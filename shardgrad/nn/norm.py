@@ -1,54 +1,43 @@
-"""Norms over the last dims, with parameters that are replicated while the rows may be cut over an axis."""
+"""Norms over the last dims, with parameters that are replicated while the rows may be sharded over an axis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout import cost
-from shardgrad.layout.batch_axis import BatchAxis, stored_over
-from shardgrad.nn.linear import check_sequence_dim
-from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.shared import replicate_together, summed_together
+from shardgrad.layout.cost import Collective
+from shardgrad.layout.notation import parse_tensor
+from shardgrad.nn.layer import Layer
+from shardgrad.nn.parallel import OnRows
+from shardgrad.nn.replicated import for_rows, for_rows_collectives
 
 
-class _Norm(ShardedModule):
+class _Norm(Layer):
     weight: Tensor | None
     bias: Tensor | None
+    takes = OnRows
 
     def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        affine: bool,
-        bias: bool,
-        mesh: DeviceMesh,
-        axis: str,
-        sequence_dim: int | None,
-        data: BatchAxis | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        self, normalized_shape: int | Sequence[int], affine: bool, bias: bool, where: Mapping[str, Any]
     ) -> None:
-        super().__init__(mesh, (axis,) if data is None else (axis, data.axis))
-        check_sequence_dim(sequence_dim, type(self).__name__)
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        self.normalized_shape, self.axis, self.sequence_dim, self.data = shape, axis, sequence_dim, data
-        letters = ("m",) if len(shape) == 1 else tuple(f"m{at}" for at in range(len(shape)))
+        super().__init__(where)
+        self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        count = len(self.normalized_shape)
+        self._sizes = dict(zip(("m",) if count == 1 else [f"m{at}" for at in range(count)], self.normalized_shape))
         for name, there in (("weight", affine), ("bias", affine and bias)):
             if there:
-                storage = f"{name[0].upper()}[{','.join(letters)}]"
-                sizes = dict(zip(letters, shape))
-                self.declare(name, stored_over(data, storage, sizes, vector=True), sizes, device, dtype)
+                spec = parse_tensor(f"{name[0].upper()}[{','.join(self._sizes)}]")
+                self.add(name, self.stored(spec, vector=True))
             else:
                 self.register_parameter(name, None)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Ones and zeros, as torch's."""
         with torch.no_grad():
             if self.weight is not None:
@@ -57,7 +46,7 @@ class _Norm(ShardedModule):
                 self.bias.zero_()
 
     def _parameters_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias as this rank's rows use them: where rows are cut, their gradients are summed, both in one
+        """Weight and bias as this rank's rows use them: where rows are sharded, their gradients are summed, both in one
         all-reduce for each axis, but for one that they are marked with."""
         rows = x.dim() - len(self.normalized_shape)
         if self.weight is None:
@@ -70,43 +59,33 @@ class _Norm(ShardedModule):
                 f"a row dim (the last {len(self.normalized_shape)} are normalized)"
             )
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        for axis in self._summed_over():
-            parameters = replicate_together(parameters, self.mesh, axis)
-        return parameters[0], None if self.bias is None else parameters[1]
+        weight, *bias = for_rows(parameters, list(self._shardings.values()), self._axes_of_rows())
+        return weight, bias[0] if bias else None
 
-    def _summed_over(self) -> list[str]:
-        """The axes that cut the rows, and over which the gradients are not left to the caller."""
+    def _axes_of_rows(self) -> list[str]:
+        """The axes over which ranks hold different rows."""
         sequence = [] if self.sequence_dim is None else [self.axis]
-        return sequence if self.data is None or self.data.accumulate else [*sequence, self.data.axis]
+        return sequence if self.data is None else [*sequence, self.data.axis]
 
-    def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[cost.Collective]:
+    def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
         """Every collective of this rank's forward and backward, whatever the shape and dtype of x."""
-        parameters = list(self.parameters())
-        return (
-            [
-                row
-                for axis in self._summed_over()
-                for row in summed_together("dW and db", parameters, self.mesh, axis, parameters[0].dtype)
-            ]
-            if parameters
-            else []
-        )
+        shardings = list(self._shardings.values())
+        own = None if self.weight is None else self.weight.dtype
+        return list(for_rows_collectives("dW and db", shardings, self._axes_of_rows(), own))
 
     def extra_repr(self) -> str:
-        sequence = f", sequence_dim={self.sequence_dim}" if self.sequence_dim is not None else ""
-        return f"{self.normalized_shape}, affine={self.weight is not None}, axis={self.axis!r}{sequence}"
+        return f"{self.normalized_shape}, affine={self.weight is not None}, {self._flags()}"
 
 
 class LayerNorm(_Norm):
     """nn.LayerNorm whose parameter gradients are complete also where each rank has only some of the rows.
 
+    With `sequence_dim` the gradients of weight and bias are summed over the axis, in one all-reduce; without it every
+    rank has all the rows, and nothing is summed.
+
     Args:
         normalized_shape, eps, elementwise_affine, bias: as of nn.LayerNorm.
-        mesh, axis: the axis of the mesh.
-        sequence_dim: the dim of the input that is cut over the axis (sequence parallelism): the gradients of weight and
-            bias are then summed over it, in one all-reduce. None: every rank has all the rows, and nothing is summed.
-        data: the axis that cuts the batch, and how gradients are summed over it; None without data parallelism.
-        device, dtype: of the parameters, which are replicated.
+        parallel, or mesh, axis, sequence_dim, data, device, dtype: as of `Parallel`. Parameters are replicated.
     """
 
     def __init__(
@@ -115,15 +94,9 @@ class LayerNorm(_Norm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        *,
-        mesh: DeviceMesh,
-        axis: str = "tp",
-        sequence_dim: int | None = None,
-        data: BatchAxis | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnRows],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine, bias, mesh, axis, sequence_dim, data, device, dtype)
+        super().__init__(normalized_shape, elementwise_affine, bias, where)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,15 +116,9 @@ class RMSNorm(_Norm):
         normalized_shape: int | Sequence[int],
         eps: float | None = None,
         elementwise_affine: bool = True,
-        *,
-        mesh: DeviceMesh,
-        axis: str = "tp",
-        sequence_dim: int | None = None,
-        data: BatchAxis | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnRows],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine, False, mesh, axis, sequence_dim, data, device, dtype)
+        super().__init__(normalized_shape, elementwise_affine, False, where)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,14 +10,13 @@ from torch import Tensor, nn
 from shardgrad.comm.adjoint import all_gather, all_reduce, reduce_scatter, replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.layout import cost
-from shardgrad.layout.notation import parse_tensor
-from shardgrad.layout.plan import route
-from shardgrad.layout.sizes import Sizes
+from shardgrad.layout.cost import Collective
+from shardgrad.layout.notation import parse
 from shardgrad.nn.attention import Attention
-from shardgrad.nn.linear import cut_rows
 from shardgrad.nn.mlp import MLP, SwiGLU
 from shardgrad.nn.norm import LayerNorm, RMSNorm
+from shardgrad.nn.template import Rows
+from shardgrad.nn.transfer import transfer
 
 
 class ParallelBlock(nn.Module):
@@ -69,19 +69,19 @@ class ParallelBlock(nn.Module):
             return x + all_reduce(term, mesh, axis)
         return x + reduce_scatter(term, mesh, axis, 1)
 
-    def collectives(self, batch: int, sequence: int, dtype: Any = "float32") -> list[cost.Collective]:
+    def collectives(self, batch: int, sequence: int, dtype: Any = "float32") -> list[Collective]:
         """Every collective of this rank's forward and backward for x [batch, sequence, d], as `Layout.collectives`."""
-        mesh_view, width = view(self.norm.mesh), cost.itemsize(dtype)
-        shape = batch, sequence, self.attention.embed_dim
-        sizes = Sizes(mesh_view.shape, mesh_view.coordinate, {(x, ()): n for x, n in zip("bsd", shape)})
-        rows, cut, _ = cut_rows(3, self.norm.sequence_dim, self.norm.axis, self.norm.data, "ParallelBlock")
-        whole, stored = parse_tensor(f"N[{rows}d]").dims, parse_tensor(f"N[{cut}d]").dims
-        gather, reduce = route(stored, whole), route(whole, stored, (self.norm.axis,))
+        norm, shape = self.norm, (batch, sequence, self.attention.embed_dim)
+        notation = parse("N[b,s/sp,d] W[m,d] -> Y[b,s/sp,m]")  # W stands for any
+        rows = Rows.of(notation, 0, norm.parallel, "ParallelBlock")
+        stored = rows.stored(notation.lhs, norm.axis)
+        whole = replace(rows, sequence=None).stored(notation.lhs, norm.axis)
+        sizes, over = norm.resolve(dict(zip("bsd", shape))), (norm.axis,)
         return [
-            *cost.moved("forward", "N", gather, sizes, width, width),
-            *cost.moved("forward", "Y", reduce, sizes, width, width),
-            *cost.moved("dN", "dY", gather, sizes, width, width),
-            *cost.moved("dN", "dN", reduce, sizes, width, width),
+            *transfer("forward", "N", stored, whole, sizes, dtype),
+            *transfer("forward", "Y", whole, stored, sizes, dtype, over),
+            *transfer("dN", "dY", stored, whole, sizes, dtype),
+            *transfer("dN", "dN", whole, stored, sizes, dtype, over),
             *self.norm.collectives(shape, dtype),
             *self.attention.collectives(batch, sequence, dtype),
             *self.mlp.collectives(shape, dtype),

@@ -14,7 +14,7 @@ from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout import cost
-from shardgrad.layout.cost import Collective, itemsize
+from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Key, Products, backward, forward
 from shardgrad.layout.plan import Plan, Role
@@ -257,15 +257,22 @@ class BoundMatmul:
         needs: list[set[Role]] = [{"lhs", "rhs", "bias"} if bias else {"lhs", "rhs"} for bias in self.biased]
         return (*forward(products), *(backward(products, needs) if gradients else ()))
 
-    def collectives(self, sizes: Sizes, dtype: Any) -> list[Collective]:
-        """Every collective of this rank's forward and backward, with the bytes that it sends.
+    def collectives(self, sizes: Sizes, dtype: Any = "float32") -> list[Collective]:
+        """Every collective of this rank's forward and backward, every gradient wanted, in order.
 
         Args:
-            sizes: of every letter, on this rank.
-            dtype: of the operands.
+            sizes: every size, as this rank knows it.
+            dtype: of the operands; torch, NumPy, or a name.
+
+        Raises:
+            LayoutError: reduce_dtype is narrower than dtype.
         """
-        wire = itemsize(dtype)
-        reduce_wire = wire if self.reduce_dtype is None else itemsize(self.reduce_dtype)
+        wire = cost.itemsize(dtype)
+        reduce_wire = wire if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype)
+        if reduce_wire < wire:
+            raise LayoutError(
+                f"reduce_dtype {self.reduce_dtype} is narrower than {dtype}: sums would lose what is there"
+            )
         made = self._instructions(self._products(sizes, dtype), gradients=True)
         return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from shardgrad.errors import ShapeError
-from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn import init
 from shardgrad.nn.dropout import Dropout
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import Parallel
 
 Recompute = Literal["none", "full", "attention"]
 
@@ -50,16 +50,15 @@ class Decoder(nn.Module):
     """Embedding, blocks, norm, head and loss. Subclasses make the parts.
 
     Args:
+        parallel: its axis shards vocabulary, heads, hidden features, and between the products the sequence; its `data`
+            the batch. As of layers, but with sequence_dim 1, which need not be said.
         seq_len: the longest sequence.
         vocab: the number of token ids.
-        mesh, axis: the axis of the mesh that cuts vocabulary, heads, hidden features, and between the products the
-            sequence.
-        data: the axis that cuts the batch, and how parameters are stored over it; None without data parallelism.
+        width: of the residual stream.
         compute_dtype: of products and activations, by torch.autocast; None: that of the parameters. In bfloat16 the
             parameters, their gradients and so the optimizer's state stay float32: these are the master weights.
         recompute: what backward computes again rather than keeps: "full", each block but its input; "attention", the
             attention layers, whose queries, keys and values are much of what a block keeps.
-        width: of the residual stream.
         dropout: the probability with which, in training, an element is zeroed of the embedded ids and of what attention
             and feed-forward add to the residual stream; by `Dropout`, so that masks do not depend on the mesh.
         stream: how the residual stream is stored; None: X[b/dp,s/tp,d], with the axes' own names.
@@ -73,23 +72,25 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
+        parallel: Parallel,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
-        axis: str,
-        data: BatchAxis | None,
-        compute_dtype: torch.dtype | None,
-        recompute: Recompute,
         width: int,
         dropout: float,
+        compute_dtype: torch.dtype | None,
+        recompute: Recompute,
         stream: str | None = None,
     ) -> None:
         super().__init__()
-        self.width = width
-        self.seq_len, self.vocab, self.mesh, self.axis, self.data = seq_len, vocab, mesh, axis, data
+        if parallel.sequence_dim not in (None, 1):
+            raise ShapeError(f"x is [b, s, d] in decoders, so sequence_dim is 1, not {parallel.sequence_dim}")
+        self.parallel = parallel = replace(parallel, sequence_dim=1)
+        self.mesh, self.axis, self.data = parallel.mesh, parallel.axis, parallel.data
+        self.seq_len, self.vocab, self.width = seq_len, vocab, width
         self.compute_dtype, self.recompute = compute_dtype, recompute
-        batch = "b" if data is None else f"b/{data.axis}"
-        self.dropout = Dropout(dropout, f"X[{batch},s/{axis},d]" if stream is None else stream, mesh=mesh)
+        batch = "b" if self.data is None else f"b/{self.data.axis}"
+        stream = f"X[{batch},s/{self.axis},d]" if stream is None else stream
+        self.dropout = Dropout(dropout, stream, mesh=self.mesh)
 
     def forward(self, ids: Tensor, batch: int | None = None) -> Tensor:
         """Logits of the next token: ids [b/dp, s], alike on every rank of the axis → [b/dp, s, v/tp].

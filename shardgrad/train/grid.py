@@ -19,26 +19,26 @@ Source: Agarwal et al. 1995 (the 3D product); Singh et al. 2024, arXiv 2305.1352
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_reduce, replicate, slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
-from shardgrad.layout.cost import Collective, itemsize, moved
-from shardgrad.layout.notation import parse_tensor
-from shardgrad.layout.plan import route
-from shardgrad.layout.sizes import Sizes, chunk
+from shardgrad.layout.cost import Collective
+from shardgrad.layout.sizes import chunk
 from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import OnMesh, Parallel
+from shardgrad.nn.replicated import for_rows, for_rows_collectives, one
 from shardgrad.nn.rotary import Rotary
-from shardgrad.nn.rows import for_rows, for_rows_collectives, one
+from shardgrad.nn.transfer import transfer
 from shardgrad.train.decoder import Block, Decoder, Recompute
 from shardgrad.train.llama import hidden_features
 
@@ -60,21 +60,21 @@ class Grid(Decoder):
         d_model: int,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
         d_ff: int | None = None,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
-        dtype: torch.dtype | None = None,
+        **where: Unpack[OnMesh],
     ) -> None:
-        data = BatchAxis("z", shard_params=True)
-        super().__init__(seq_len, vocab, mesh, "y", data, compute_dtype, recompute, d_model, dropout, _STREAM)
-        linear = partial(Linear, bias=False, mesh=mesh, reduce_dtype=reduce_dtype, dtype=dtype)
+        parallel = Parallel.of("Grid", where, OnMesh)
+        parallel = replace(parallel, axis="y", data=BatchAxis("z", shard_params=True))
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, _STREAM)
+        parallel = self.parallel
+        linear = partial(Linear, bias=False, parallel=parallel)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
-        norm = partial(FeatureNorm, d_model, norm_eps, mesh=mesh, dtype=dtype)
+        norm = partial(FeatureNorm, d_model, norm_eps, parallel)
         rotary = Rotary(d_model // heads, rope_theta)
 
         def block() -> Block:
@@ -82,8 +82,7 @@ class Grid(Decoder):
                 norm(), GridAttention(d_model, heads, rotary, linear), norm(), GridMLP(d_model, hidden, linear)
             )
 
-        where: dict[str, Any] = {"mesh": mesh, "axis": "y", "sequence_dim": 1, "data": data, "dtype": dtype}
-        self.embedding = FeatureEmbedding(vocab, d_model, **where)
+        self.embedding = FeatureEmbedding(vocab, d_model, parallel=parallel)
         self.positions = None
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.norm = norm()
@@ -155,11 +154,9 @@ class FeatureEmbedding(VocabParallelEmbedding):
         return slice_replicated(super().forward(ids), self.mesh, "x", 2)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
-        mesh_view, width = view(self.mesh), itemsize(dtype)
-        sizes = dict(zip("bsm", (*shape, self.embedding_dim)))
-        known = Sizes(mesh_view.shape, mesh_view.coordinate, {(letter, ()): n for letter, n in sizes.items()})
-        cut, whole = parse_tensor("Y[b/z,s/y,m/x]").dims, parse_tensor("Y[b/z,s/y,m]").dims
-        return [*super().collectives(shape, dtype), *moved("dW", "dY", route(cut, whole), known, width, width)]
+        sizes = self.resolve(dict(zip("bsm", (*shape, self.embedding_dim))))
+        own = transfer("dW", "dY", "Y[b/z,s/y,m/x]", "Y[b/z,s/y,m]", sizes, dtype)
+        return [*super().collectives(shape, dtype), *own]
 
 
 class FeatureNorm(ShardedModule):
@@ -168,15 +165,15 @@ class FeatureNorm(ShardedModule):
 
     weight: Tensor
 
-    def __init__(self, features: int, eps: float, *, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-        super().__init__(mesh, AXES)
+    def __init__(self, features: int, eps: float, parallel: Parallel) -> None:
+        super().__init__(parallel.mesh, AXES)
         self.features, self.eps = features, eps
-        self.declare("weight", "W[d/x]", {"d": features}, None, dtype)
+        self.declare("weight", "W[d/x]", {"d": features}, parallel.device, parallel.dtype)
         with torch.no_grad():
             self.weight.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = for_rows(self.weight, self._shardings["weight"], ("y", "z"))
+        (weight,) = for_rows([self.weight], [self._shardings["weight"]], ("y", "z"))
         wide = x.to(weight.dtype)
         squares = all_reduce(wide.square().sum(-1, keepdim=True), self.mesh, "x")
         mean = replicate(squares, self.mesh, "x") / self.features
@@ -189,9 +186,9 @@ class FeatureNorm(ShardedModule):
         for size, axis in zip(shape, ("z", "y")):
             rows *= chunk(size, coordinate.shape[axis], coordinate.coordinate[axis])[1]
         return [
-            *for_rows_collectives(sharding, ("y", "z"), own),
-            *one(sharding, "forward", "all-reduce", "squares", "x", rows, own),
-            *one(sharding, "dX", "all-reduce", "d squares", "x", rows, own),
+            *for_rows_collectives("dW", [sharding], ("y", "z"), own),
+            *one(self.mesh, "forward", "all-reduce", "squares", "x", rows, own),
+            *one(self.mesh, "dX", "all-reduce", "d squares", "x", rows, own),
         ]
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear
 from shardgrad.nn.mlp import SwiGLU
 from shardgrad.nn.norm import RMSNorm
+from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.rotary import Rotary
 from shardgrad.train.decoder import Block, Decoder, Recompute
 
@@ -25,7 +24,7 @@ def hidden_features(d_model: int) -> int:
 
 
 class Llama(Decoder):
-    """A Llama style decoder, its vocabulary, heads and hidden features cut over an axis.
+    """A Llama style decoder, its vocabulary, heads and hidden features sharded over an axis.
 
     Args:
         d_ff: hidden features of the feed-forward block; None: `hidden_features(d_model)`.
@@ -43,39 +42,35 @@ class Llama(Decoder):
         d_model: int,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
-        axis: str = "tp",
         kv_heads: int | None = None,
         d_ff: int | None = None,
         tied: bool = False,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         dropout: float = 0.0,
-        data: BatchAxis | None = None,
         compute_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
-        dtype: torch.dtype | None = None,
+        **where: Unpack[Where],
     ) -> None:
-        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
-        where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
-        sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
+        parallel = Parallel.of("Llama", where, Where)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute)
+        parallel = self.parallel
         rotary = Rotary(d_model // heads, rope_theta)
         hidden = hidden_features(d_model) if d_ff is None else d_ff
 
         def block() -> Block:
             return Block(
-                RMSNorm(d_model, norm_eps, **where),
-                Attention(d_model, heads, num_kv_heads=kv_heads, bias=False, rotary=rotary, **where, **sums),
-                RMSNorm(d_model, norm_eps, **where),
-                SwiGLU(d_model, hidden, **where, **sums),
+                RMSNorm(d_model, norm_eps, parallel=parallel),
+                Attention(d_model, heads, num_kv_heads=kv_heads, bias=False, rotary=rotary, parallel=parallel),
+                RMSNorm(d_model, norm_eps, parallel=parallel),
+                SwiGLU(d_model, hidden, parallel=parallel),
             )
 
-        self.embedding = VocabParallelEmbedding(vocab, d_model, **where)
+        self.embedding = VocabParallelEmbedding(vocab, d_model, parallel=parallel)
         self.positions = None
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.norm = RMSNorm(d_model, norm_eps, **where)
-        self.head = ColumnParallelLinear(d_model, vocab, bias=False, **where, **sums)
+        self.norm = RMSNorm(d_model, norm_eps, parallel=parallel)
+        self.head = ColumnParallelLinear(d_model, vocab, bias=False, parallel=parallel)
         if tied:
             self.head.weight = self.embedding.weight
         self.reset_parameters()

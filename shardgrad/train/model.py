@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.nn.attention import Attention
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.linear import ColumnParallelLinear
 from shardgrad.nn.mlp import MLP
 from shardgrad.nn.norm import LayerNorm
+from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.positions import LearnedPositions
 from shardgrad.train.decoder import Block, Decoder, Recompute
 
@@ -21,7 +20,7 @@ MLP_RATIO = 4  # hidden features of the feed-forward block, in d_model
 
 
 class GPT(Decoder):
-    """A pre-norm GPT with learned positions and GELU, its vocabulary, heads and hidden features cut over an axis.
+    """A pre-norm GPT with learned positions and GELU, its vocabulary, heads and hidden features sharded over an axis.
 
     Args:
         layers, heads, d_model: of the transformer; heads must divide d_model. Nothing needs to divide by the ranks.
@@ -30,9 +29,8 @@ class GPT(Decoder):
         seq_len: the longest sequence, the number of positions.
         tied: whether the head multiplies by the embedding's table.
         norm_eps: added to the variance in norms.
-        reduce_dtype: in which partial sums of products are reduced; None: in that of the products.
-        dtype: of the parameters.
-        vocab, mesh, axis, dropout, data, compute_dtype, recompute: as of `Decoder`.
+        vocab, dropout, compute_dtype, recompute: as of `Decoder`.
+        parallel, or mesh, axis, data, reduce_dtype, device, dtype: as of `sg.Parallel`.
 
     Initial values are GPT-2's (see `Decoder.reset_parameters`), drawn by counter: the same on any mesh after the same
     torch.manual_seed.
@@ -48,37 +46,33 @@ class GPT(Decoder):
         d_model: int,
         seq_len: int,
         vocab: int,
-        mesh: DeviceMesh,
-        axis: str = "tp",
         kv_heads: int | None = None,
         d_ff: int | None = None,
         tied: bool = False,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
-        data: BatchAxis | None = None,
         compute_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
-        dtype: torch.dtype | None = None,
+        **where: Unpack[Where],
     ) -> None:
-        super().__init__(seq_len, vocab, mesh, axis, data, compute_dtype, recompute, d_model, dropout)
-        where: dict[str, Any] = {"mesh": mesh, "axis": axis, "sequence_dim": 1, "data": data, "dtype": dtype}
-        sums: dict[str, Any] = {"reduce_dtype": reduce_dtype}
+        parallel = Parallel.of("GPT", where, Where)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute)
+        parallel = self.parallel
         hidden = MLP_RATIO * d_model if d_ff is None else d_ff
 
         def block() -> Block:
             return Block(
-                LayerNorm(d_model, norm_eps, **where),
-                Attention(d_model, heads, num_kv_heads=kv_heads, **where, **sums),
-                LayerNorm(d_model, norm_eps, **where),
-                MLP(d_model, hidden, **where, **sums),
+                LayerNorm(d_model, norm_eps, parallel=parallel),
+                Attention(d_model, heads, num_kv_heads=kv_heads, parallel=parallel),
+                LayerNorm(d_model, norm_eps, parallel=parallel),
+                MLP(d_model, hidden, parallel=parallel),
             )
 
-        self.embedding = VocabParallelEmbedding(vocab, d_model, **where)
-        self.positions = LearnedPositions(seq_len, d_model, **where)
+        self.embedding = VocabParallelEmbedding(vocab, d_model, parallel=parallel)
+        self.positions = LearnedPositions(seq_len, d_model, parallel=parallel)
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.norm = LayerNorm(d_model, norm_eps, **where)
-        self.head = ColumnParallelLinear(d_model, vocab, bias=False, **where, **sums)
+        self.norm = LayerNorm(d_model, norm_eps, parallel=parallel)
+        self.head = ColumnParallelLinear(d_model, vocab, bias=False, parallel=parallel)
         if tied:
             self.head.weight = self.embedding.weight
         self.reset_parameters()

@@ -17,10 +17,8 @@ from rich.table import Table
 from torch import nn
 
 from shardgrad.comm.mesh import view
-from shardgrad.nn.attention import Attention
-from shardgrad.nn.by_layout import Linear
-from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
-from shardgrad.nn.mlp import SwiGLU
+from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.layer import Layer
 from shardgrad.nn.module import ParamSharding, ShardedModule
 from shardgrad.train.data import Text
 from shardgrad.train.decoder import Decoder
@@ -173,13 +171,7 @@ class Report:
 
 
 def _layouts(module: nn.Module) -> list[object]:
-    if isinstance(module, Attention):
-        return [*module.input_layouts, module.output_layout]
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        return [module.layout(3)]
-    if isinstance(module, Linear):
-        return [module.layout]
-    if isinstance(module, SwiGLU):
+    if isinstance(module, Layer) and not isinstance(module, VocabParallelEmbedding):
         return [*module.layouts(3)]
     return []
 

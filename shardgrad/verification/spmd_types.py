@@ -21,7 +21,7 @@ from shardgrad.comm import adjoint, agree, collectives
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
-from shardgrad.nn import loss, shared
+from shardgrad.nn import loss, replicated
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops import shard
 from shardgrad.ops.bound import BoundMatmul, Given
@@ -107,7 +107,7 @@ def _register() -> None:
     sizes and texts, and the cutting of tensors that get their type afterwards."""
     rules: tuple[tuple[Any, Any], ...] = (
         (adjoint._Pair, _pair),
-        (shared._Together, _together),
+        (replicated._Together, _together),
         (loss._CrossEntropy, _cross_entropy),
     )
     for function, rule in rules:

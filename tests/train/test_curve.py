@@ -137,7 +137,7 @@ def test_a_mistake_is_far(
         monkeypatch.setattr("shardgrad.train.step.all_reduce_partial_grads_", lambda model: None)
     elif planted == "no sum over tp":  # of the norms' gradients
         grid = (1, 2)
-        monkeypatch.setattr("shardgrad.nn.norm.replicate_together", lambda parameters, mesh, axis: parameters)
+        monkeypatch.setattr("shardgrad.nn.norm.for_rows", lambda parameters, shardings, axes: parameters)
     else:
         grid, more = (1, 2), {"rate": 1.001}
     distance = measured.distance(train(kind, grid, False, accumulate, **more))

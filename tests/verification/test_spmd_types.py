@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,8 @@ def test_gpt_forward_and_backward_type_check(world_size: int) -> None:
 def test_a_norm_that_forgets_its_sequence_is_refused(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     model = GPT(layers=1, heads=3, d_model=12, seq_len=6, vocab=7, mesh=mesh)
-    model.blocks[0].mlp_norm.sequence_dim = None  # its gradient would lack the other ranks' rows
+    norm = model.blocks[0].mlp_norm
+    norm.parallel = replace(norm.parallel, sequence_dim=None)  # its gradient would lack the other ranks' rows
     with typecheck(mesh):
         annotate(model)
         ids = typed(torch.randint(0, 7, (2, 5)), parse_tensor("T[b,s]"), mesh)
