@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EPILOG = style.examples(
     "shardgrad scale configs/scaling/strong.yaml",
     "shardgrad scale configs/scaling/strong.yaml run.repeats=3 'matrix.ranks=[1, 2]' run.dir=runs/quick",
-    "shardgrad scale configs/scaling/1024-ranks.yaml --dry-run --rank 1023",
+    "shardgrad scale configs/scaling/ranks-1024.yaml --dry-run --rank 1023",
     "shardgrad scale --compare runs/scaling/strong runs/scaling/strong-new",
 )
 _TABLE = 160  # columns of table.txt

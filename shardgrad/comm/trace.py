@@ -158,10 +158,11 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def trace_collectives() -> Iterator[Trace]:
-    """Record every collective that this process starts inside the block, in forward and in backward, whoever asks.
+    """Record the collectives that this process starts inside the block, in forward and in backward.
 
-    It listens to PyTorch's dispatcher, not to shardgrad's plan, so it also sees what DDP, an optimizer or your own code
-    sends, and can contradict a prediction.
+    It listens to PyTorch's dispatcher, not to shardgrad's plan, so it can contradict a prediction, and sees what DDP,
+    `fully_shard`, an optimizer or your own calls of torch.distributed send. It does not see functional collectives
+    (`torch.distributed._functional_collectives`), through which DTensor redistributes; nor receives and barriers.
     """
     record = Trace()
     with _Listener(record.events):

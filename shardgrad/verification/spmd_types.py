@@ -36,6 +36,7 @@ _PAIRS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "reduce_scatter": ((P, V), V),
     "slice_replicated": ((I,), V),
     "all_to_all": ((V,), V),
+    "all_to_all_rows": ((V,), V),
 }
 
 

@@ -1,13 +1,17 @@
 """What the documentation shows is run: every fenced code block of README.md and docs/.
 
-=======================  =================================================================================
-```python                in this process, a page's blocks one after another in one namespace
-```python ranks=2        a program of its own, on that many ranks, which see what torchrun would tell them
-```sh                    under bash -euo pipefail from the repository's root; of README's first two, which
-                         are the main job and the test command, only the syntax is checked
-```yaml, ```json         parsed
-```text                  nothing: a drawing, or output
-=======================  =================================================================================
+==============================  ==========================================================================
+```python                       in this process, a page's blocks one after another in one namespace
+```python ranks=2               a program of its own, on that many ranks, which see what torchrun would
+                                tell them
+```text output                  the lines that the program with ranks before it prints, in any order
+```python layout="…" tp=2       equal to the program that the layout becomes on a mesh of that shape
+```sh                           under bash -euo pipefail from the repository's root; of README's first
+                                two, which are the main job and the test command, only the syntax is
+                                checked
+```yaml, ```json                parsed
+```text                         nothing: a drawing
+==============================  ==========================================================================
 
 Anything else fails, indented and HTML blocks too, so that no code stands in a page unrun. Python is compiled
 with the page's file name and line numbers; it runs in a temporary directory.
@@ -31,10 +35,13 @@ import torch.distributed as dist
 import yaml
 from markdown_it import MarkdownIt
 
+import shardgrad as sg
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 README_COMMANDS = 2
 TIMEOUT = 120.0
+LAYOUT = re.compile(r'layout="(?P<layout>[^"]+)"(?P<axes>( \w+=\d+)+)')
 STILL_THERE = "(a child is still there, and holds its output open)"
 
 
@@ -77,6 +84,7 @@ class Page:
     timeout: float = TIMEOUT
     namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     done: set[int] = field(default_factory=set)
+    outputs: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.blocks = read_blocks(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
@@ -91,7 +99,12 @@ class Page:
             case "python", ("", "", ""):
                 self._run_python(index)
             case "python", ("ranks", "=", ranks) if ranks.isdecimal() and int(ranks) > 0:
-                self._run_ranks(block, int(ranks))
+                self._run_ranks(index, int(ranks))
+            case "python", ("layout", "=", _) if match := LAYOUT.fullmatch(options.strip()):
+                axes = (axis.split("=") for axis in match["axes"].split())
+                self._compare_program(block, match["layout"], {name: int(size) for name, size in axes})
+            case "text", ("output", "", ""):
+                self._compare_output(index)
             case "sh", ("", "", ""):
                 self._run_shell(index)
             case "yaml", ("", "", ""):
@@ -112,7 +125,8 @@ class Page:
             with contextlib.chdir(self.directory):
                 exec(compile(padding + block.text, str(self.path), "exec"), self.namespace)
 
-    def _run_ranks(self, block: Block, ranks: int) -> None:
+    def _run_ranks(self, index: int, ranks: int) -> None:
+        block = self.blocks[index]
         program = self.directory / f"{self.path.stem}_line_{block.line}.py"
         program.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
         status, output = forked.run(program, ranks, self.timeout, directory=self.directory)
@@ -120,6 +134,23 @@ class Page:
             pytest.fail(f"{self._place(block)}: still running after {self.timeout} s\n{output}")
         if status:
             pytest.fail(f"{self._place(block)}: exit status {status}\n{output}")
+        self.outputs[index] = output
+
+    def _compare_output(self, index: int) -> None:
+        block = self.blocks[index]
+        programs = [i for i, other in enumerate(self.blocks[:index]) if other.info.startswith("python ranks=")]
+        if not programs:
+            pytest.fail(f"{self._place(block)}: no program with ranks stands before this output")
+        if programs[-1] not in self.outputs:
+            self.run(programs[-1])
+        printed = self.outputs[programs[-1]].splitlines()
+        if missing := [line for line in block.text.splitlines() if line not in printed]:
+            pytest.fail(f"{self._place(block)}: {missing} is not among what is printed: {printed}")
+
+    def _compare_program(self, block: Block, layout: str, mesh_shape: dict[str, int]) -> None:
+        program = sg.Layout(layout).program(mesh_shape)
+        if _lines(block.text) != _lines(program):
+            pytest.fail(f"{self._place(block)}: the program of {layout} on {mesh_shape} is\n{program}")
 
     def _run_shell(self, index: int) -> None:
         block = self.blocks[index]
@@ -154,6 +185,11 @@ class Page:
 
     def _place(self, block: Block) -> str:
         return f"{self.path.name}:{block.line}"
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that are not empty: of empty ones, formatters have their own opinion."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _stop(process: "subprocess.Popen[str]") -> str:
@@ -330,6 +366,25 @@ def test_data_blocks_are_parsed(tmp_path: Path) -> None:
     with pytest.raises(json.JSONDecodeError):
         page.run(3)
     page.run(4)
+
+
+def test_a_program_that_is_not_the_layouts_fails(tmp_path: Path) -> None:
+    program = sg.PRESETS["row"].program({"tp": 2}).rstrip().split("\n")
+    info = f'```python layout="{sg.PRESETS["row"]}" tp=2'
+    page = made_up(tmp_path, info, *program, "```", info, *program[:-1], "    return dx", "```")
+    page.run(0)
+    with pytest.raises(pytest.fail.Exception, match=r"page.md:\d+: the program of X"):
+        page.run(1)
+
+
+def test_output_is_compared_with_what_the_program_before_it_prints(tmp_path: Path) -> None:
+    program = "```python ranks=2", "import os", "print('rank', os.environ['RANK'])", "```"
+    page = made_up(
+        tmp_path, *program, *("```text output", "rank 1", "rank 0", "```"), "```text output", "rank 2", "```"
+    )
+    page.run(1)
+    with pytest.raises(pytest.fail.Exception, match=r"page.md:10: \['rank 2'\] is not among what is printed"):
+        page.run(2)
 
 
 RANKS = """\

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.comm import adjoint
 from shardgrad.testing import distributed
 from shardgrad.train.model import GPT
 
@@ -17,7 +18,7 @@ spmd = pytest.importorskip("spmd_types")
 from spmd_types import I, P, R, SpmdTypeError, V  # noqa: E402
 
 from shardgrad.layout.notation import parse_tensor  # noqa: E402
-from shardgrad.verification.spmd_types import annotate, typecheck, typed  # noqa: E402
+from shardgrad.verification.spmd_types import _PAIRS, annotate, typecheck, typed  # noqa: E402
 
 
 def kind(x: Tensor, mesh: torch.distributed.DeviceMesh, axis: str = "tp") -> object:
@@ -89,16 +90,19 @@ def test_each_adjoint_pair_says_its_types(world_size: int) -> None:
         spmd.assert_type(x, {mesh.get_group("tp"): of})
         return x
 
-    pairs = {
-        (I, R): lambda x: sg.replicate(x, mesh),
-        (P, I): lambda x: sg.all_reduce(x, mesh),
-        (V, R): lambda x: sg.all_gather(x, mesh, size=8),
-        (V, I): lambda x: sg.gather_replicated(x, mesh),
-        (P, V): lambda x: sg.reduce_scatter(x, mesh),
-        (I, V): lambda x: sg.slice_replicated(x, mesh),
-        (V, V): lambda x: sg.all_to_all(x, mesh, split_dim=1, concat_dim=0),
-    }
-    for (before, after), pair in pairs.items():
+    pairs = [
+        ("replicate", I, R, lambda x: sg.replicate(x, mesh)),
+        ("all_reduce", P, I, lambda x: sg.all_reduce(x, mesh)),
+        ("all_gather", V, R, lambda x: sg.all_gather(x, mesh, size=8)),
+        ("gather_replicated", V, I, lambda x: sg.gather_replicated(x, mesh)),
+        ("reduce_scatter", P, V, lambda x: sg.reduce_scatter(x, mesh)),
+        ("slice_replicated", I, V, lambda x: sg.slice_replicated(x, mesh)),
+        ("all_to_all", V, V, lambda x: sg.all_to_all(x, mesh, split_dim=1, concat_dim=0)),
+        ("all_to_all_rows", V, V, lambda x: sg.all_to_all_rows(x, mesh, send=[2, 2], receive=[2, 2])),
+    ]
+    assert [name for name, *_ in pairs] == list(_PAIRS)
+    assert set(_PAIRS) == set(adjoint._PAIRS)
+    for _, before, after, pair in pairs:
         with typecheck(mesh):
             out = pair(value(before))
             assert kind(out, mesh) is after
