@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardgrad.errors import LayoutError
-from shardgrad.layout import cost
 from shardgrad.layout.lower import Products, backward, forward
 from shardgrad.layout.plan import Role
 from shardgrad.layout.program import backward_program, forward_program
@@ -14,6 +13,7 @@ from shardgrad.layout.schedule import Instructions
 from shardgrad.layout.sizes import Sizes
 
 if TYPE_CHECKING:
+    from shardgrad.layout.cost import Collective
     from shardgrad.layout.layout import Layout
 
 
@@ -43,8 +43,10 @@ def collectives(
     frozen: Collection[str],
     save_gathered: Collection[str],
     reduce_dtype: Any,
-) -> list[cost.Collective]:
+) -> list[Collective]:
     """`Layout.collectives`, of one rank's sizes."""
+    from shardgrad.layout import cost
+
     width = cost.itemsize(dtype)
     reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
     if reduce_width < width:
