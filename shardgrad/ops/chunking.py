@@ -40,7 +40,7 @@ from shardgrad.ops.overlap import WHOLE, Chunking, choose, choose_together, is_s
 def chunking_pass(
     view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype, *, traced: bool
 ) -> Pass | None:
-    """The pass for products of one set of shapes; None where `set_overlap` did not ask for it.
+    """The pass for products of one set of shapes; None where `set_overlap` did not set one.
 
     traced: only to learn shapes from: ranks exchange nothing.
     """

@@ -1,6 +1,6 @@
 """Products as torch.compile sees them: one operator for forward and one for backward, opaque, and kept in order.
 
-A compiled graph holds tensors, numbers and strings; it names a product by its handle.
+A compiled graph holds tensors, numbers and strings; it names a bound product by its handle.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from shardgrad.ops.executable import Executable
 
 
-def run(product: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
-    """What `product(tensors, …)` computes, in a graph. Called where torch.compile traces."""
+def run(bound: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
+    """What `bound(tensors, …)` computes, in a graph. Called where torch.compile traces."""
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in tensors]
     known = dict(sizes or {})
-    made = torch.ops.shardgrad.product(product.handle, tensors, needs, ",".join(known), list(known.values()))
-    return tuple(made[: product.count])
+    made = torch.ops.shardgrad.product(bound.handle, tensors, needs, ",".join(known), list(known.values()))
+    return tuple(made[: bound.count])
 
 
 class _Split:
@@ -67,13 +67,13 @@ class _Split:
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
 ) -> _Split:
-    product = handles.named(handle)
-    if product is None:
+    bound = handles.named(handle)
+    if bound is None:
         raise MeshError(
             f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
         )
     given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
-    executable = product.executable_for_graph(like, given, tuple(needs), traced=traced)
+    executable = bound.executable_for_graph(like, given, tuple(needs), traced=traced)
     if executable.split is None:
         executable.split = _Split(executable)
     return executable.split
@@ -135,7 +135,7 @@ def product_backward(
     """The gradients that there are, of X, each weight and each bias."""
     if deferring():
         raise RuntimeError(
-            "weight gradients of a compiled product cannot be put off: its backward is one operator. Leave out "
+            "weight gradients of a compiled product cannot be deferred: its backward is one operator. Leave out "
             "sg.defer_weight_grads(), or torch.compile"
         )
     like = _like(handle, dys, shapes, needs)

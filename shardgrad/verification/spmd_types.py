@@ -61,7 +61,7 @@ def _followed_products() -> Iterator[None]:
         with spmd.no_typecheck():
             made = real(self, tensors, given)
             outs = made if self.count > 1 else (made,)
-        _product(outs, product=self, x=tensors[0], rest=tensors[1:])
+        _product(outs, bound=self, x=tensors[0], rest=tensors[1:])
         return made
 
     BoundMatmul.__call__ = call  # type: ignore[method-assign]
@@ -136,15 +136,15 @@ def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -
     spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
 
 
-def _product(outs: tuple[Tensor, ...], *, product: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:
+def _product(outs: tuple[Tensor, ...], *, bound: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:
     """Over the axes that a layout mentions, as it stores its tensors; over others, as torch's own product."""
-    biases = iter(rest[len(product.layouts) :])
-    for layout, w, biased, y in zip(product.layouts, rest, product.biased, outs):
+    biases = iter(rest[len(bound.layouts) :])
+    for layout, w, biased, y in zip(bound.layouts, rest, bound.biased, outs):
         added = next(biases) if biased else None
         tensors = [(x, layout.lhs), (w, layout.rhs)]
         tensors += [] if added is None else [(added, layout.bias)]
         types = {}
-        for axis in product.view.axes.values():
+        for axis in bound.view.axes.values():
             if axis.size == 1:
                 continue
             if axis.name in layout.axes:
