@@ -145,8 +145,8 @@ def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Ten
     if placements is None:
         raise LayoutError(
             f"{name} is stored as {sharding.spec}: a DTensor shards a dim over the axes of its mesh in the mesh's "
-            f"order ({', '.join(view(sharding.mesh).shape)}). Name the axes of the mesh in the order of the layout, or take "
-            "global tensors (as_dtensor=False)"
+            f"order ({', '.join(view(sharding.mesh).shape)}). Name the axes of the mesh in the order of the layout, or "
+            "take global tensors (as_dtensor=False)"
         )
     stride = tuple(prod(sharding.shape[at + 1 :]) for at in range(len(sharding.shape)))
     return DTensor.from_local(

@@ -21,7 +21,8 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a global tensor, contiguous and of its own memory. No communication.
 
     Every dim is sharded as torch.chunk shards, once for each of its axes, major first. Marks (`{axis}`) are not
-    applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The result does not require grad.
+    applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The result does not require
+    grad.
 
     Raises:
         ShapeError: `full` has another number of dims than `spec`.
