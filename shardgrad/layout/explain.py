@@ -32,7 +32,7 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
         title = phase
         if phase == "db":
             title = f"db, the gradient of {reading.bias}" if with_bias else f"db, if a bias {reading.bias} is added"
-        lines += [title, *(f"  {step}" for one in instructions for step in _lines(one, layout, reading))]
+        lines += [title, *(f"  {line}" for one in instructions for line in _lines(one, layout, reading))]
         lines += [f"  {left}" for left in _left(phase, layout, reading)]
         if not any(isinstance(one, Communicate) for one in instructions):
             lines.append("  no communication")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
-_MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, fewer than memory minds
+_MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, few enough for memory
 
 
 class BoundMatmul:

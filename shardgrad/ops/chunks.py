@@ -39,15 +39,15 @@ class ChunkedMatmulReduce:
     by_rows: whether the chunks are of its rows; else of its columns. A reduce-scatter needs the other side whole.
     """
 
-    def __init__(self, product: Contraction, step: Transfer, chunking: Chunking, *, by_rows: bool) -> None:
+    def __init__(self, product: Contraction, transfer: Transfer, chunking: Chunking, *, by_rows: bool) -> None:
         self._product, self._chunking, self._by_rows = product, chunking, by_rows
         self._reduce: Collective
-        if step.kind == "all-reduce":
-            self._reduce = AllReduce(step.axis, step.what)
+        if transfer.kind == "all-reduce":
+            self._reduce = AllReduce(transfer.axis, transfer.what)
         else:  # rows are one dim there
-            dim = step.dim - product.rows + 1 if by_rows else step.dim
-            self._reduce = ReduceScatter(step.axis, dim, step.what)
-        self._in_place = by_rows and step.kind == "all-reduce"
+            dim = transfer.dim - product.rows + 1 if by_rows else transfer.dim
+            self._reduce = ReduceScatter(transfer.axis, dim, transfer.what)
+        self._in_place = by_rows and transfer.kind == "all-reduce"
 
     def start(self, left: Tensor, right: Tensor) -> Handle:
         """Compute the product and start to sum it; what is returned is for `wait`."""
@@ -91,15 +91,17 @@ class ChunkedMatmulReduce:
 class ChunkedGatherMatmul:
     """Products of one tensor that is gathered along a row dim, chunk by chunk, the own shard's part first."""
 
-    def __init__(self, products: Sequence[Contraction], step: Transfer, chunking: Chunking, *, assemble: bool) -> None:
-        self._products, self._step, self._chunking = tuple(products), step, chunking
-        self._axis: Axis = step.axis
-        self._gather = AllGather(step.axis, 0, step.axis.size, step.what)
+    def __init__(
+        self, products: Sequence[Contraction], transfer: Transfer, chunking: Chunking, *, assemble: bool
+    ) -> None:
+        self._products, self._transfer, self._chunking = tuple(products), transfer, chunking
+        self._axis: Axis = transfer.axis
+        self._gather = AllGather(transfer.axis, 0, transfer.axis.size, transfer.what)
         self._assemble = assemble
 
     def __call__(self, stored: Tensor, *others: Tensor) -> Any:
         """Each product with the whole tensor; and the whole tensor itself, if it is to be assembled."""
-        axis, at = self._axis, self._step.dim
+        axis, at = self._axis, self._transfer.dim
         shape = stored.shape
         before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
         mine = stored.reshape(before, own, after)
@@ -150,25 +152,25 @@ class ChunkedRhsGatherMatmul:
     """
 
     def __init__(
-        self, product: Contraction, step: Transfer, chunking: Chunking, along: int, place: int, *, assemble: bool
+        self, product: Contraction, transfer: Transfer, chunking: Chunking, along: int, place: int, *, assemble: bool
     ) -> None:
-        self._product, self._step, self._chunking = product, step, chunking
-        self._axis: Axis = step.axis
+        self._product, self._transfer, self._chunking = product, transfer, chunking
+        self._axis: Axis = transfer.axis
         self._along, self._place, self._assemble = along, place, assemble
         # Every rank's chunk by itself, or already side by side.
-        dim, size = (0, step.axis.size) if along == step.dim else (step.dim, step.global_size)
-        self._gather = AllGather(step.axis, dim, size, step.what)
+        dim, size = (0, transfer.axis.size) if along == transfer.dim else (transfer.dim, transfer.global_size)
+        self._gather = AllGather(transfer.axis, dim, size, transfer.what)
 
     def __call__(self, stored: Tensor, left: Tensor) -> Any:
         """The product of the other operand with the whole weight; and that itself, if it is to be assembled."""
-        axis, at, along = self._axis, self._step.dim, self._along
+        axis, at, along = self._axis, self._transfer.dim, self._along
         own_first = at == along
         blocks: list[tuple[int, Handle]] = []  # where each begins along that dim of a shard
         for start, length in self._chunking.chunks(stored.shape[along]):
             part = stored.narrow(along, start, length)
             blocks.append((start, self._gather.start(part.unsqueeze(0) if own_first else part)))
         shape = list(stored.shape)
-        shape[at] = self._step.global_size
+        shape[at] = self._transfer.global_size
         whole = stored.new_empty(shape) if self._assemble else None
         out: Tensor | None = None
 

@@ -32,7 +32,7 @@ def run(bound: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] 
     return tuple(made[: bound.count])
 
 
-class _Split:
+class _GraphFunctions:
     """Forward and backward of an executable as two functions, with what backward needs in the hands of the caller."""
 
     def __init__(self, executable: Executable) -> None:
@@ -66,7 +66,7 @@ class _Split:
 
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
-) -> _Split:
+) -> _GraphFunctions:
     bound = handles.named(handle)
     if bound is None:
         raise MeshError(
@@ -74,9 +74,9 @@ def _find(
         )
     given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
     executable = bound.executable_for_graph(like, given, tuple(needs), traced=traced)
-    if executable.split is None:
-        executable.split = _Split(executable)
-    return executable.split
+    if executable.graph_functions is None:
+        executable.graph_functions = _GraphFunctions(executable)
+    return executable.graph_functions
 
 
 def _own(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -103,17 +103,17 @@ def product_forward(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     """Every Y, and then the operands that are kept as gathered."""
-    split = _find(handle, tensors, needs, letters, sizes, False)
+    functions = _find(handle, tensors, needs, letters, sizes, False)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(split.forward(*tensors), tensors)
+        return _own(functions.forward(*tensors), tensors)
 
 
 @product_forward.register_fake
 def _(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
-    split = _find(handle, tensors, needs, letters, sizes, True)
-    return [tensors[0].new_empty(shape) for shape in split.shapes()]
+    functions = _find(handle, tensors, needs, letters, sizes, True)
+    return [tensors[0].new_empty(shape) for shape in functions.shapes()]
 
 
 @torch.library.custom_op(
@@ -139,11 +139,11 @@ def product_backward(
             "sg.defer_weight_grads(), or torch.compile"
         )
     like = _like(handle, dys, shapes, needs)
-    split = _find(handle, like, needs, letters, sizes, False)
+    functions = _find(handle, like, needs, letters, sizes, False)
     if checking_every_call():
-        split.executable.check(dys)
+        functions.executable.check(dys)
     with torch.autocast(like[0].device.type, enabled=False):
-        return _own(split.backward(saved, dys), (*saved, *dys))
+        return _own(functions.backward(saved, dys), (*saved, *dys))
 
 
 @product_backward.register_fake
@@ -171,12 +171,12 @@ def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], need
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     handle, tensors, needs, letters, sizes = inputs
-    split = _find(handle, tensors, needs, letters, sizes, True)
+    functions = _find(handle, tensors, needs, letters, sizes, True)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*split.saved(tensors, output))
+    ctx.save_for_backward(*functions.saved(tensors, output))
     shapes = [number for tensor in tensors for number in (tensor.dim(), *tensor.shape)]
     ctx.rest = shapes, list(needs), letters, list(sizes)
-    ctx.handle, ctx.count = handle, split.executable.products.count
+    ctx.handle, ctx.count = handle, functions.executable.products.count
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -185,9 +185,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if all(dy is None for dy in dys):
         return None, [None] * len(needs), None, None, None
     like = _like(ctx.handle, dys, shapes, needs)
-    split = _find(ctx.handle, like, needs, letters, sizes, True)
+    functions = _find(ctx.handle, like, needs, letters, sizes, True)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
-    has_grad = split.has_gradients([dy is not None for dy in dys])
+    has_grad = functions.has_gradients([dy is not None for dy in dys])
     return None, [next(made) if has else None for has in has_grad], None, None, None
 
 
