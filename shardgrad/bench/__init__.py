@@ -5,7 +5,7 @@
 | `timing`      | contenders timed in turns, in the same processes          |
 | `peers`       | Linear–GELU–Linear as each library has its users write it |
 | `step`        | one tensor parallel step beside other libraries'          |
-| `overhead`    | what the host does for a step beside its products         |
+| `overhead`    | what the host does for a step besides its products        |
 | `overlap`     | how much communication hides behind products              |
 | `collectives` | how long a collective takes on gloo and on shared memory  |
 | `model`       | a GPT's block and training step on one rank and on all    |

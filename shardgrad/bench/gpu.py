@@ -16,7 +16,7 @@ from shardgrad.bench.timing import Spread, in_turns, ratio
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A layer of one rank: its local in and out features, and which of them is cut."""
+    """A layer of one rank: its local in and out features, and which of them is sharded."""
 
     name: str
     inner: int

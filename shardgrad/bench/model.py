@@ -43,7 +43,7 @@ class Row:
     """One part of the model on so many ranks.
 
     rate: tokens a second. speedup: over one rank. peak: bytes of tensors at the height of a step, parameters, gradients
-    and the optimizer's state included, of the rank with most: what torch's allocator was asked for, not what process
+    and the optimizer's state included, of the rank with most: what torch's allocator handed out, not what process
     groups map for themselves.
     """
 
@@ -104,7 +104,7 @@ def _model(shape: Shape, mesh: DeviceMesh) -> GPT:
 
 
 def _block(shape: Shape, mesh: DeviceMesh) -> Callable[[], None]:
-    """Forward and backward of one block: norms, attention, feed-forward; the stream is cut along the sequence."""
+    """Forward and backward of one block: norms, attention, feed-forward; the stream is sharded along the sequence."""
     block = _model(replace(shape, layers=1), mesh).blocks[0]
     part = len(range(shape.seq_len)[mesh.get_local_rank() :: mesh.size()])  # seq_len divides: checked by the command
     x = torch.randn(shape.batch, part, shape.d_model, dtype=shape.dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""What the host does for a step beside its products: on the `fake` backend, where nothing is sent and nobody waits."""
+"""What the host does for a step besides its products: on the `fake` backend, where nothing is sent or awaited."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure(names: list[str], rounds: int, dtype: torch.dtype = torch.float32) -
     try:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
         steps = {name: peers.step_of(name, d, m, dtype, mesh, tokens) for name in names}
-        # Backward runs in the thread that asks for it, on CPUs: thread_time has all of it.
+        # Backward runs in the thread that calls it, on CPUs: thread_time has all of it.
         found = in_turns(steps, rounds, turn=_TURN_S, clocks=(time.perf_counter, time.thread_time), warm_up=20)
     finally:
         peers.forget_groups()

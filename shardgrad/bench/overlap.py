@@ -1,4 +1,4 @@
-"""How much communication hides behind products: each alone, both in one call, with and without pieces."""
+"""How much communication hides behind products: each alone, both in one call, with and without chunks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardgrad.ops.overlap import Costs
 
 Size = tuple[int, int, int]
 Call = Callable[[], object]
-WHOLE, PIECES = "shardgrad", "shardgrad, sg.set_overlap"
+WHOLE, CHUNKED = "shardgrad", "shardgrad, sg.set_overlap"
 CASES = (
     "column, backward",
     "row, forward",
@@ -42,8 +42,8 @@ class Row:
     products, communication: each alone. could: the product behind which the communication could run; what could be
     hidden is the shorter of it and the communication. together: the call that does both. hidden: the share of what
     could be hidden that was: (products + communication - together) / min(could, communication). What the
-    call does beside both lessens it. unwaited: the same share by another clock, (communication - the time that the call
-    spent starting collectives and blocked on them) / min(could, communication), which other load disturbs less; of
+    call does besides both lessens it. unwaited: the same share by another clock, (communication - the time that the
+    call spent starting collectives and blocked on them) / min(could, communication), which other load disturbs less; of
     shardgrad's own calls.
     """
 
@@ -81,13 +81,13 @@ def measure(
     peers.warnings_off()
     group = dist.new_group(range(dist.get_world_size()), backend=backend)
     # Two meshes on one group: what `sg.set_overlap` decides is decided for a mesh.
-    whole, pieces = (DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)) for _ in range(2))
-    costs = sg.measure_costs(pieces, tuple(dtypes))
-    sg.set_overlap(pieces, costs)
+    whole, chunked = (DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)) for _ in range(2))
+    costs = sg.measure_costs(chunked, tuple(dtypes))
+    sg.set_overlap(chunked, costs)
     rows = []
     for dtype in dtypes:
         for size in sizes:
-            for name, case in _cases(size, dtype, {WHOLE: whole, PIECES: pieces}):
+            for name, case in _cases(size, dtype, {WHOLE: whole, CHUNKED: chunked}):
                 rows += _rows(name, str(dtype).removeprefix("torch."), size, case, rounds, turn)
     peers.forget_groups()
     return rows, costs
@@ -97,21 +97,21 @@ def _rows(name: str, dtype: str, size: Size, case: _Case, rounds: int, turn: flo
     alone = {"products": case.products, "communication": case.communication}
     if case.could is not None:
         alone["could"] = case.could
-    calls = alone | {f"together {who}": call for who, call in case.together.items()}
+    calls = alone | {f"together {contender}": call for contender, call in case.together.items()}
     found = in_turns(calls, rounds, turn=turn, meet=dist.barrier, slowest=slowest_rank)
     times = {key: values[0] for key, values in found.items()}
-    products, talk = times["products"], times["communication"]
+    products, comm = times["products"], times["communication"]
     could = times.get("could", products)
-    behind = [min(c, t) for c, t in zip(could, talk)]
+    behind = [min(c, t) for c, t in zip(could, comm)]
     rows = []
-    for who, call in case.together.items():
-        both = times[f"together {who}"]
-        hidden = Spread.of([(p + t - b) / m for p, t, b, m in zip(products, talk, both, behind)])
+    for contender, call in case.together.items():
+        both = times[f"together {contender}"]
+        hidden = Spread.of([(p + t - b) / m for p, t, b, m in zip(products, comm, both, behind)])
         unwaited = None
-        if who in (WHOLE, PIECES):
-            unwaited = Spread.of([(t - w) / m for t, w, m in zip(talk, _waited(call, rounds), behind)])
-        micro = _micro(products), _micro(talk), _micro(could), _micro(both)
-        rows.append(Row(name, dtype, size, who, *micro, hidden, unwaited))
+        if contender in (WHOLE, CHUNKED):
+            unwaited = Spread.of([(t - w) / m for t, w, m in zip(comm, _waited(call, rounds), behind)])
+        micro = _micro(products), _micro(comm), _micro(could), _micro(both)
+        rows.append(Row(name, dtype, size, contender, *micro, hidden, unwaited))
     return rows
 
 
@@ -145,14 +145,14 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
 
     def columns(**options: Any) -> dict[str, nn.Module]:
         return {
-            who: sg.ColumnParallelLinear(d, m, bias=False, mesh=mesh, dtype=dtype, **options)
-            for who, mesh in meshes.items()
+            contender: sg.ColumnParallelLinear(d, m, bias=False, mesh=mesh, dtype=dtype, **options)
+            for contender, mesh in meshes.items()
         }
 
     def rows(**options: Any) -> dict[str, nn.Module]:
         return {
-            who: sg.RowParallelLinear(m, d, bias=False, mesh=mesh, dtype=dtype, **options)
-            for who, mesh in meshes.items()
+            contender: sg.RowParallelLinear(m, d, bias=False, mesh=mesh, dtype=dtype, **options)
+            for contender, mesh in meshes.items()
         }
 
     yield (
@@ -160,7 +160,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: (dh.mm(up), dh.t().mm(x)),
             _reducing(x, axis),
-            {who: _backward(one, x, dh) for who, one in {**columns(), **_halves(blocks, "up")}.items()},
+            {contender: _backward(one, x, dh) for contender, one in {**columns(), **_halves(blocks, "up")}.items()},
             lambda: dh.t().mm(x),
         ),
     )
@@ -169,7 +169,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: F.linear(h, down),
             _reducing(dy, axis),
-            {who: _forward(one, h) for who, one in {**rows(), **_halves(blocks, "down")}.items()},
+            {contender: _forward(one, h) for contender, one in {**rows(), **_halves(blocks, "down")}.items()},
         ),
     )
     yield (
@@ -177,7 +177,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: F.linear(x, up),
             lambda: raw.AllGather(axis, 0, tokens)(x_own),
-            {who: _forward(one, x_own, tokens) for who, one in columns(sequence_dim=0).items()},
+            {contender: _forward(one, x_own, tokens) for contender, one in columns(sequence_dim=0).items()},
         ),
     )
     yield (
@@ -185,7 +185,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: F.linear(h, down),
             lambda: raw.ReduceScatter(axis, 0)(dy),
-            {who: _forward(one, h) for who, one in rows(sequence_dim=0).items()},
+            {contender: _forward(one, h) for contender, one in rows(sequence_dim=0).items()},
         ),
     )
     yield (
@@ -193,14 +193,14 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: (dy.mm(down), dy.t().mm(h)),
             lambda: raw.AllGather(axis, 0, tokens)(y_own),
-            {who: _backward(one, h, y_own) for who, one in rows(sequence_dim=0).items()},
+            {contender: _backward(one, h, y_own) for contender, one in rows(sequence_dim=0).items()},
         ),
     )
     # A weight of one rank's size of the above, stored in shards: gathered for Y and again for dX, dW reduce-scattered.
     stored = up.chunk(axis.size, 1)[0].contiguous()
     sharded = {
-        who: sg.Linear(d, part, bias=False, layout="X[n/tp,d] W[m,d/tp] -> Y[n/tp,m]", mesh=mesh, dtype=dtype)
-        for who, mesh in meshes.items()
+        contender: sg.Linear(d, part, bias=False, layout="X[n/tp,d] W[m,d/tp] -> Y[n/tp,m]", mesh=mesh, dtype=dtype)
+        for contender, mesh in meshes.items()
     }
     dh_own = dh[:own].contiguous()
     yield (
@@ -208,7 +208,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: F.linear(x_own, up),
             lambda: raw.AllGather(axis, 1, d)(stored),
-            {who: _forward(one, x_own) for who, one in sharded.items()},
+            {contender: _forward(one, x_own) for contender, one in sharded.items()},
         ),
     )
     yield (
@@ -216,7 +216,7 @@ def _cases(size: Size, dtype: torch.dtype, meshes: dict[str, DeviceMesh]) -> Ite
         _Case(
             lambda: (dh_own.mm(up), dh_own.t().mm(x_own)),
             lambda: (raw.AllGather(axis, 1, d)(stored), raw.ReduceScatter(axis, 1)(up)),
-            {who: _backward(one, x_own, dh_own) for who, one in sharded.items()},
+            {contender: _backward(one, x_own, dh_own) for contender, one in sharded.items()},
         ),
     )
 

@@ -111,7 +111,7 @@ def dtensor(d: int, m: int, dtype: torch.dtype, mesh: DeviceMesh) -> nn.Module:
 
 
 class _FairscaleBlock(_Block):
-    """fairscale's layers ask a global variable for their group, at every call: it is set to the block's own before
+    """fairscale's layers read their group from a global variable, at every call: it is set to the block's own before
     each, so that blocks on several groups can live in one process (some tens of nanoseconds a call)."""
 
     state: Any
@@ -146,7 +146,7 @@ class _First(nn.Module):
 
 
 def megatron(d: int, m: int, dtype: torch.dtype, mesh: DeviceMesh) -> nn.Module:
-    """Megatron-core's layers on the group that they are given; its parallel_state, which they also ask for sizes, is
+    """Megatron-core's layers on the group that they are given; its parallel_state, which they also read sizes from, is
     initialised once a process, on groups of the default backend that nothing is sent over."""
     with contextlib.redirect_stderr(io.StringIO()):
         state = import_module("megatron.core.parallel_state")
@@ -172,7 +172,7 @@ def megatron(d: int, m: int, dtype: torch.dtype, mesh: DeviceMesh) -> nn.Module:
 class Peer:
     """A contender: its name, how its block is made of (d, m, dtype, mesh), and the module it cannot do without.
 
-    talks: whether its block communicates, and so differs between backends.
+    communicates: whether its block communicates, and so differs between backends.
     lazy: whether results may still be under way when they are returned, as tensors that know how to `wait`.
     """
 
@@ -180,7 +180,7 @@ class Peer:
     make: Callable[[int, int, torch.dtype, DeviceMesh], nn.Module]
     needs: str = "torch"
     install: str = ""
-    talks: bool = True
+    communicates: bool = True
     lazy: bool = False
 
 
@@ -188,7 +188,7 @@ OURS, HAND, LOCAL = "shardgrad", "hand-written", "local products"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(LOCAL, local, talks=False),
+        Peer(LOCAL, local, communicates=False),
         Peer(HAND, hand),
         Peer(OURS, ours),
         Peer("DTensor", dtensor, lazy=True),

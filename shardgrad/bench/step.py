@@ -100,11 +100,11 @@ def measure(
             tokens, d, m = size
             steps: dict[tuple[str, str], Callable[[], None]] = {}
             for name in names:
-                for backend in backends if peers.PEERS[name].talks else backends[:1]:
+                for backend in backends if peers.PEERS[name].communicates else backends[:1]:
                     step = peers.step_of(name, d, m, dtype, meshes[backend], tokens)
                     reason = _try(step)
                     if reason is None:
-                        steps[name, backend if peers.PEERS[name].talks else ""] = step
+                        steps[name, backend if peers.PEERS[name].communicates else ""] = step
                     elif reason not in left_out:
                         left_out.append(f"{name} on {backend} is left out: {reason}")
             times = in_turns(steps, rounds, turn=turn, meet=dist.barrier, slowest=slowest_rank)

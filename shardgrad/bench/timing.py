@@ -75,7 +75,8 @@ def in_turns(
 ) -> dict[Any, list[list[float]]]:
     """Seconds of one call of each contender: for each of `clocks`, one value a round.
 
-    In every round each contender has a turn of about `turn` seconds (at most `most` calls); who begins moves on by one.
+    In every round each contender has a turn of about `turn` seconds (at most `most` calls); each round begins with the
+    next one.
 
     meet: what ranks do before a turn, to begin it together. slowest: of every rank's figures, the largest.
     """

@@ -78,7 +78,7 @@ def memory(
     ranks: Annotated[str, typer.Option(help="how many tensor parallel ranks, separated by commas")] = "1,2,4,8",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Count what a transformer block keeps for backward on one rank, in bfloat16, beside published formulas.
+    """Count what a transformer block keeps for backward on one rank, in bfloat16, against published formulas.
 
     One process: nothing is communicated. Example: `shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4`
     """
@@ -107,7 +107,7 @@ def memory(
         return
     numbers = ("counted", "expected", "paper", "counted / paper")
     style.table(
-        ("s, b, h, a", "t", "cut", "computed again", *numbers),
+        ("s, b, h, a", "t", "sharded", "computed again", *numbers),
         [
             (
                 f"{x.s}, {x.b}, {x.h}, {x.a}",
@@ -136,7 +136,7 @@ def bytes_sent(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
     picture: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
 ) -> None:
-    """Compare what layouts send for Y, dX and dW with the least that any can send who stores one P-th of each tensor.
+    """Compare what layouts send for Y, dX and dW with the least that any layout of P-th parts can send.
 
     Nothing is run: the layouts say it. Example: `shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64`
     """

@@ -41,7 +41,7 @@ def model(
     if seq_len % ranks:
         raise style.refuse(f"seq-len {seq_len} is no multiple of {ranks} ranks")
     bench_options.check_picture(picture)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of its own beginning and end otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints its own beginning and end otherwise
     processes.start(ranks)
 
     from shardgrad.bench import model as bench

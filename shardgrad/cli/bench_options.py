@@ -25,10 +25,10 @@ def read_sizes(text: str, divisor: int, *, tokens_too: bool = False) -> list[tup
     """
     found = []
     for part in text.split(","):
-        pieces = part.strip().split("x")
-        if len(pieces) != 3 or not all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
+        numbers = part.strip().split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
             raise style.refuse(f"{part!r} is no size: write tokens×features×hidden features as 64x256x1024")
-        tokens, d, m = map(int, pieces)
+        tokens, d, m = map(int, numbers)
         if m % divisor or (tokens_too and tokens % divisor):
             what = "tokens and hidden features" if tokens_too else "hidden features"
             raise style.refuse(f"{part.strip()}: {what} must be a multiple of {divisor}, the ranks; peers need it")

@@ -1,4 +1,4 @@
-"""`shardgrad bench overhead`: what the host does for a step beside the products."""
+"""`shardgrad bench overhead`: what the host does for a step besides the products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def overhead(
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
     """Time forward + backward of Linear–GELU–Linear at [8, 64, 256] as the first of two ranks on the `fake` backend,
-    which sends nothing and waits for nobody: products and host work alone.
+    which sends nothing and waits for nothing: products and host work alone.
 
     Ratios are of the thread's processor time, round by round, so that other programs' load hardly touches them.
     """

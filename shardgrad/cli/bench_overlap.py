@@ -62,7 +62,7 @@ def overlap(
         "contender",
         "products",
         "of these to hide",
-        "talk",
+        "communication",
         "together",
         "share hidden",
         "not waited for",

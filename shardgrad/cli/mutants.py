@@ -51,9 +51,9 @@ def mutants(
 
 def _row(one: Any) -> list[str]:
     verdict = "passes" if not one.caught else "caught"
-    told = ", ".join(one.found) if one.found else ("" if not one.caught else "no explanation fits")
+    explained = ", ".join(one.found) if one.found else ("" if not one.caught else "no explanation fits")
     checks = [one.usual["falls"], one.usual["loss_agrees"], one.usual["norm_agrees"]]
-    return [one.name, one.program, f"{verdict}: {one.first}" if one.first else verdict, told,
+    return [one.name, one.program, f"{verdict}: {one.first}" if one.first else verdict, explained,
             *("passes" if check else "fails" for check in checks)]  # fmt: skip
 
 
@@ -63,9 +63,9 @@ _COLUMNS = ("planted", "program", "verify", "explanations that fit", "loss falls
 def _table(found: list[Any]) -> None:
     rows = []
     for one in found:
-        name, program, verdict, told, *checks = _row(one)
+        name, program, verdict, explained, *checks = _row(one)
         failed = [column for column, check in zip(("falls", "loss", "norm"), checks) if check == "fails"]
-        rows.append([f"{name} ({program})", verdict, told, ", ".join(failed) + " fail" if failed else "all pass"])
+        rows.append([f"{name} ({program})", verdict, explained, ", ".join(failed) + " fail" if failed else "all pass"])
     style.table(("planted", "verify", "explanations that fit", "usual checks"), rows)
     style.say(_summary(found))
 

@@ -38,10 +38,10 @@ def start(ranks: int) -> None:
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with TemporaryDirectory() as folder:
-        told = Path(folder) / "status"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, _STATUS: str(told)}
+        status_file = Path(folder) / "status"
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, _STATUS: str(status_file)}
         done = subprocess.run([*torchrun, "-m", "shardgrad.cli", *sys.argv[1:]], env=environment, check=False)
-        status = int(told.read_text()) if done.returncode == 0 and told.exists() else done.returncode
+        status = int(status_file.read_text()) if done.returncode == 0 and status_file.exists() else done.returncode
     raise typer.Exit(status)
 
 

@@ -169,8 +169,8 @@ class _Show:
         from shardgrad.scale.table import seconds
 
         self._progress.update(self._task, completed=at + 1)
-        told = seconds(line["seconds"]) if line["status"] == "ok" else f"{line['status']}: {line['reason']}"
-        text = f"{at + 1}/{self._cells}  {planned.name}: {told}{'  (there already)' if again else ''}"
+        outcome = seconds(line["seconds"]) if line["status"] == "ok" else f"{line['status']}: {line['reason']}"
+        text = f"{at + 1}/{self._cells}  {planned.name}: {outcome}{'  (there already)' if again else ''}"
         if self._terminal:
             self._progress.console.print(text, markup=False, soft_wrap=True)
         else:

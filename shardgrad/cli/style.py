@@ -1,4 +1,4 @@
-"""One style for every command: tables that fit a terminal, JSON on request, errors told in words with exit status 2."""
+"""One style for every command: tables that fit a terminal, JSON on request, errors in words with exit status 2."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_pairs(text: str, example: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
+        name, equals, number = (side.strip() for side in part.partition("="))
         if not equals or not name or not number.isdecimal():
             raise refuse(f"cannot read {part!r}: write name=number, as in {example}")
         if name in found:

@@ -18,7 +18,7 @@ EPILOG = style.examples(
     "shardgrad trace configs/quickstart.yaml",
     "shardgrad trace configs/quickstart.yaml model.layers=1 --ranks 4 --draw step.svg --perfetto step.json",
 )
-_QUIET = "99"  # torch's profiler tells of its own beginning and end otherwise
+_QUIET = "99"  # torch's profiler prints its own beginning and end otherwise
 _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts and allocate
 
 
@@ -137,7 +137,7 @@ def _print(summaries: list[dict[str, Any]]) -> None:
     ]
     style.table(columns, rows, title="one training step, in milliseconds", numbers=columns)
     style.say(
-        "other: operations that are no products; start, wait: the rank asks for a collective, is blocked on one; "
+        "other: operations that are no products; start, wait: the rank starts a collective, is blocked on one; "
         "travel: some collective is under way; hidden: so while the rank is not blocked; number: of "
         "collectives. The rest of a step is Python."
     )

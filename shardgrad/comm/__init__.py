@@ -1,4 +1,4 @@
-"""The only room that talks to torch.distributed: collectives, their adjoints, what was sent, what ranks agree on.
+"""The only room that calls torch.distributed: collectives, their adjoints, what was sent, what ranks agree on.
 
 | file             | concept                                                                   |
 | ---------------- | ------------------------------------------------------------------------- |
@@ -8,8 +8,8 @@
 | `all_to_all`     | the all-to-all that moves shards from one dim to another                  |
 | `timer`          | the time that a process spends in communication                           |
 | `adjoint`        | differentiable collectives, each with its adjoint                         |
-| `agree`          | do the ranks of an axis mean the same?                                    |
-| `trace`          | every collective in a block, as torch.distributed was asked for it        |
+| `agree`          | whether the ranks of an axis mean the same                                |
+| `trace`          | every collective in a block, as torch.distributed was called for it       |
 | `backend`        | which backend a program's ranks use                                       |
 | `rendezvous`     | start the process group of a job, also one that was started before        |
 | `failure_report` | after a collective failed: which ranks are there, and what each was doing |

@@ -6,10 +6,10 @@
 | `all_reduce`        | all-reduce     | nothing        | partial           | replicated       | replicated         |
 | `all_gather`        | all-gather     | reduce-scatter | sharded on dim    | replicated       | partial (one term) |
 | `gather_replicated` | all-gather     | local slice    | sharded on dim    | replicated       | replicated         |
-| `reduce_scatter`    | reduce-scatter | all-gather     | partial           | sharded on dim   | sharded alike      |
-| `slice_replicated`  | local slice    | all-gather     | replicated        | sharded on dim   | sharded alike      |
-| `all_to_all`        | all-to-all     | all-to-all     | sharded on concat | sharded on split | sharded alike      |
-| `all_to_all_rows`   | all-to-all     | all-to-all     | rows, by receiver | rows, by sender  | stored alike       |
+| `reduce_scatter`    | reduce-scatter | all-gather     | partial           | sharded on dim   | sharded likewise   |
+| `slice_replicated`  | local slice    | all-gather     | replicated        | sharded on dim   | sharded likewise   |
+| `all_to_all`        | all-to-all     | all-to-all     | sharded on concat | sharded on split | sharded likewise   |
+| `all_to_all_rows`   | all-to-all     | all-to-all     | rows, by receiver | rows, by sender  | stored likewise    |
 
 A value that is replicated is used in one of two ways: each rank goes on to compute a different term of the loss with it
 (then each rank's gradient is one term, partial, and must be summed: `replicate`, `all_gather`), or every rank computes
@@ -161,8 +161,8 @@ def _(
     elif local is _reduce_scatter:
         shape[dim] = chunk(shape[dim], over.size, over.index)[1]
     elif local in (_to_split, _to_concat):
-        gathered, cut, size = (other, dim, other_global_size) if local is _to_split else (dim, other, global_size)
-        shape[gathered], shape[cut] = size, chunk(shape[cut], over.size, over.index)[1]
+        gathered, sharded, size = (other, dim, other_global_size) if local is _to_split else (dim, other, global_size)
+        shape[gathered], shape[sharded] = size, chunk(shape[sharded], over.size, over.index)[1]
     elif local in (_rows_out, _rows_back):
         shape[0] = sum(receive if local is _rows_out else send)
     return x.new_empty(shape)
@@ -266,17 +266,17 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None) -> Tensor:
-    """Concatenate the shards of `dim`; the gradient is summed over the axis and cut (reduce-scatter).
+    """Concatenate the shards of `dim`; the gradient is summed over the axis and sharded (reduce-scatter).
 
     Assumes that each rank uses the whole differently, so that its gradient is one term of the sum. If every rank
     computes the same with it, use `gather_replicated`.
 
     Args:
-        x: this rank's shard, cut along `dim` as torch.chunk cuts.
+        x: this rank's shard along `dim`, as torch.chunk shards.
         size: of `dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
-        ShapeError: the shards are not cut as torch.chunk cuts.
+        ShapeError: the shards are not as torch.chunk shards.
     """
     return _gathered("all_gather", x, mesh, axis, dim, size)
 
@@ -323,11 +323,11 @@ def all_to_all(
     """From shards of `concat_dim` to shards of `split_dim`; the gradient goes the way back.
 
     Args:
-        x: this rank's shard, cut along `concat_dim`, whole along `split_dim`.
+        x: this rank's shard along `concat_dim`, whole along `split_dim`.
         size: of `concat_dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
-        ShapeError: both dims are the same, or the shards are not cut as torch.chunk cuts.
+        ShapeError: both dims are the same, or the shards are not as torch.chunk shards.
     """
     over = axis_on(mesh, axis)
     split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)

@@ -1,4 +1,4 @@
-"""Do the ranks of an axis mean the same? A description is compared when first seen, or at every call on request."""
+"""Whether the ranks of an axis mean the same: a description compared when first seen, or at every call on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardgrad.comm.collectives import AllGather, gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import DisagreementError
 
-# An entry for each block of `check_every_call` that is open; a list, so that who imports the name sees it change.
+# An entry for each block of `check_every_call` that is open; a list, so that importers of the name see it change.
 every_call: list[None] = []
 
 
@@ -31,7 +31,7 @@ def checking_every_call() -> bool:
     return bool(every_call)
 
 
-def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> None:
+def agree(view: MeshView, axis: Axis, describe: Callable[[], str], what: str) -> None:
     """Compare a description over the ranks of an axis, unless this rank has seen it agreed on before.
 
     Raises:
@@ -43,28 +43,28 @@ def agree(view: MeshView, axis: Axis, describe: Callable[[], str], who: str) -> 
     digest = _digest(text)
     if digest in view.agreed[axis.name] and not every_call:
         return
-    _compare(view, axis, text, [digest, 0], who)
+    _compare(view, axis, text, [digest, 0], what)
     view.agreed[axis.name].add(digest)
 
 
-def share_first(view: MeshView, axis: Axis, text: str, value: int, who: str) -> int:
+def share_first(view: MeshView, axis: Axis, text: str, value: int, what: str) -> int:
     """The first rank's value, on every rank of the axis, once a description of what it is for has been compared.
 
     Raises:
         DisagreementError: as `agree`.
     """
-    return value if axis.size == 1 else _compare(view, axis, text, [_digest(text), value], who)[0][1]
+    return value if axis.size == 1 else _compare(view, axis, text, [_digest(text), value], what)[0][1]
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def _compare(view: MeshView, axis: Axis, text: str, numbers: list[int], who: str) -> list[list[int]]:
+def _compare(view: MeshView, axis: Axis, text: str, numbers: list[int], what: str) -> list[list[int]]:
     """Every rank's numbers, of which the first, the text's digest, must be alike."""
-    rows = gather_ints(numbers, axis, view.device, f"comparison of {who} between ranks")
+    rows = gather_ints(numbers, axis, view.device, f"comparison of {what} between ranks")
     if any(row[0] != rows[0][0] for row in rows):
-        raise DisagreementError(_report(gather_texts(text, axis, view.device), axis, who))
+        raise DisagreementError(_report(gather_texts(text, axis, view.device), axis, what))
     return rows
 
 
@@ -85,14 +85,14 @@ def text_of_first(text: str, view: MeshView) -> str:
     return text
 
 
-def _report(said: list[str], axis: Axis, who: str) -> str:
+def _report(said: list[str], axis: Axis, what: str) -> str:
     by_text: dict[str, list[int]] = {}
     for rank, text in zip(axis.ranks, said):
         by_text.setdefault(text, []).append(rank)
     parts = {text: text.split("\n") for text in by_text}
     shared = set.intersection(*(set(lines) for lines in parts.values()))
-    lines = [f"the ranks of {axis} disagree about {who}:"]
+    lines = [f"the ranks of {axis} disagree about {what}:"]
     for text, ranks in by_text.items():
-        differs = "; ".join(line for line in parts[text] if line not in shared) or "(nothing beside what all say)"
+        differs = "; ".join(line for line in parts[text] if line not in shared) or "(nothing besides what all say)"
         lines.append(f"  rank {', '.join(map(str, ranks))}: {differs}")
     return "\n".join(lines)

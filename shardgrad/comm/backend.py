@@ -12,8 +12,8 @@ from shardgrad.comm.shm.register import register
 def choose(device: str, environment: Mapping[str, str] = os.environ) -> str:
     """ "nccl" for CUDA ranks; "shm" for CPU ranks that all run on this host, where it works; else "gloo".
 
-    torchrun tells in LOCAL_WORLD_SIZE and WORLD_SIZE how many ranks run here and in all. Without either, a process is
-    alone; where only the second is set, nobody knows where the others are.
+    LOCAL_WORLD_SIZE and WORLD_SIZE, which torchrun sets, say how many ranks run here and in all. Without either, a
+    process is alone; where only the second is set, it is not known where the others are.
     """
     if device == "cuda":
         return "nccl"

@@ -1,7 +1,7 @@
 """The collectives over one mesh axis, along any dim, uneven shards included. Not differentiable.
 
 Each is an object that is built once and called often: `start(x)` begins and returns a handle, `wait(handle)` returns
-the result, and a call does both. The only file that asks torch.distributed to move data.
+the result, and a call does both. The only file that has torch.distributed move data.
 
 | collective      | input on a rank                  | result on a rank                                    |
 | --------------- | -------------------------------- | --------------------------------------------------- |
@@ -42,7 +42,7 @@ Handle = Any
 
 
 class Collective:
-    """A collective over an axis: what can be known before a tensor comes is settled when it is built.
+    """A collective over an axis: what can be known before a tensor comes is resolved when it is built.
 
     axis, what: where it runs, and what errors call it.
     direct, via_dispatcher: the call of the backend itself, and of the group, through PyTorch's dispatcher.
@@ -73,8 +73,8 @@ class Collective:
     def _begin(self, x: Tensor, *arguments: Any) -> Any:
         """Begin; what is returned is to be awaited, if it is not None.
 
-        x: one of the tensors. The dispatcher costs more than all the rest: it is for who listens there, and for tensors
-        whose memory does not hold their values as they are.
+        x: one of the tensors. The dispatcher costs more than all the rest: it is for modes that listen there, and for
+        tensors whose memory does not hold their values as they are.
         """
         odd = type(x) is not Tensor or x.is_neg() or x.is_conj()
         call = self._via_dispatcher if odd or dispatch_mode_active() else self._direct
@@ -124,7 +124,7 @@ class AllGather(Collective):
             x = padded(x, self._dim, self._missing)
         if not x.is_contiguous():
             x = x.contiguous()
-        # Results are tensors of their own, not views: those could not be changed in place by who gets them.
+        # Results are tensors of their own, not views: a caller could not change those in place.
         gathered = x.new_empty((self.axis.size * x.shape[0], *x.shape[1:]))
         if not gathered.numel():
             return None, gathered, x
@@ -271,8 +271,8 @@ def whole_size(parts: Sequence[int], axis: Axis, what: str) -> int:
     right = [chunk(size, axis.size, i)[1] for i in range(axis.size)]
     if list(parts) != right:
         raise ShapeError(
-            f"the shards of {what} over {axis} have sizes {list(parts)}, but {size} is cut as {right} (torch.chunk): "
-            "cut tensors with sg.shard(full, layout[name], mesh)"
+            f"the shards of {what} over {axis} have sizes {list(parts)}, but {size} is sharded as {right} "
+            "(torch.chunk): shard tensors with sg.shard(full, layout[name], mesh)"
         )
     return size
 

@@ -1,9 +1,9 @@
 """Start the process group of a job that may have been started before, in which old ranks have left their marks.
 
 torchrun keeps one store over all restarts of a job, and torch's ranks look each other up in it by keys that do not
-change: a rank that is quicker than its peer finds the address of the peer that died, and waits for nobody. So ranks
+change: a rank that is quicker than its peer finds the address of the peer that died, and waits in vain. So ranks
 first make sure of each other: every rank brings an identity of its own, the first one collects them until each has
-answered to it, and what follows happens under keys that nobody has used.
+answered to it, and what follows happens under keys that are unused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rendezvous(shared: Store, rank: int, ranks: int, timeout: timedelta) -> Stor
             store.set("seen", json.dumps(seen))
         else:
             seen = json.loads(_read(store, "seen") or "[]")
-        # Only who leads now can have seen an identity that is new.
+        # Only the present leader can have seen an identity that is new.
         if len(seen) == ranks and seen[rank] == mine:
             leader = seen[0]
             store.set(f"{leader} answered by {mine}", "")

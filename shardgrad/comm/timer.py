@@ -15,7 +15,7 @@ class CommTimer:
 
     On CUDA a wait only orders streams, so this is host time there.
 
-    named: whether torch.profiler is told what is started and what is waited for, as "start all-reduce of dX over tp".
+    named: whether torch.profiler records what is started and what is waited for, as "start all-reduce of dX over tp".
     """
 
     def __init__(self, named: bool = False) -> None:
@@ -31,7 +31,7 @@ timers: list[CommTimer] = []  # those open; without any, collectives need not lo
 def comm_timer(named: bool = False) -> Iterator[CommTimer]:
     """Measure the time this process spends in communication inside the block, backward included.
 
-    named: also tell torch.profiler what is started and what is waited for.
+    named: also record for torch.profiler what is started and what is waited for.
     """
     timer = CommTimer(named)
     timers.append(timer)

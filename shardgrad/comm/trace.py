@@ -1,4 +1,4 @@
-"""What torch.distributed was really asked to do: every collective in a block, seen below all of shardgrad."""
+"""What torch.distributed was really called for: every collective in a block, seen below all of shardgrad."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _paused: list[_Listener] = []
 
 
 def traced_op(operator: Callable[P, R]) -> Callable[P, R]:
-    """Let traces listen to what runs inside one of shardgrad's own operators, of which torch tells them the whole."""
+    """Let traces listen to what runs inside one of shardgrad's own operators, which torch shows them as a whole."""
 
     @functools.wraps(operator)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,7 +1,7 @@
 """Which rank holds which block of a tensor, as rectangles: a tensor of any dims laid flat, in sheets where it must be.
 
 The letters of a matrix drawn fall into three groups: those along its height, along its width, and those that all three
-tensors of a product carry (sheets). In a group only the letters that some axis cuts are drawn, nested in their order;
+tensors of a product carry (sheets). In a group only the letters that some axis shards are drawn, nested in their order;
 the others are whole wherever they occur.
 """
 
@@ -66,11 +66,11 @@ def listed(ranks: Sequence[int]) -> str:
 
 
 class Rulers:
-    """Where a letter is cut anywhere in the picture, and with that how parts of it are laid along an edge."""
+    """Where shards of a letter end anywhere in the picture, and with that how parts of it are laid along an edge."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
-        self.cuts: dict[str, list[int]] = {}
+        self.borders: dict[str, list[int]] = {}
         for step in timeline.steps:
             for travel in (*step.reads, step.made, *((step.bias,) if step.bias else ())):
                 for dims in (travel.before, travel.after):
@@ -79,19 +79,19 @@ class Rulers:
     def _note(self, dims: Dims) -> None:
         for dim in dims:
             if any(self.timeline.mesh[axis] > 1 for axis in dim.axes):
-                found = {0, self.timeline.sizes[dim.letter], *self.cuts.get(dim.letter, ())}
+                found = {0, self.timeline.sizes[dim.letter], *self.borders.get(dim.letter, ())}
                 for rank in self.timeline.ranks:
                     start, length = slab(self.timeline.sizes[dim.letter], dim.axes, rank.shape, rank.coordinate)
                     found |= {start, start + length}
-                self.cuts[dim.letter] = sorted(found)
+                self.borders[dim.letter] = sorted(found)
 
-    def pieces(self, letters: Iterable[str]) -> int:
+    def count(self, letters: Iterable[str]) -> int:
         """The number of smallest parts along an edge of these letters."""
-        return prod(max(1, len(self.cuts[letter]) - 1) for letter in letters if letter in self.cuts)
+        return prod(max(1, len(self.borders[letter]) - 1) for letter in letters if letter in self.borders)
 
     def intervals(self, dims: Dims, rank: int) -> list[Interval]:
         """The parts of an edge that a rank has; dims: those along the edge, in order."""
-        drawn = [dim for dim in dims if dim.letter in self.cuts]
+        drawn = [dim for dim in dims if dim.letter in self.borders]
         return self._nested(drawn, rank)
 
     def _nested(self, dims: Sequence[Dim], rank: int) -> list[Interval]:
@@ -105,9 +105,9 @@ class Rulers:
         if not inner:
             return [(start / size, length / size)] if length else []
         within = self._nested(inner, rank)
-        cuts = self.cuts[dim.letter]
+        borders = self.borders[dim.letter]
         found = []
-        for low, high in pairwise(cuts):
+        for low, high in pairwise(borders):
             if start <= low and high <= start + length:
                 found += [(low / size + at * (high - low) / size, of * (high - low) / size) for at, of in within]
         return found
@@ -116,12 +116,12 @@ class Rulers:
         """The numbers of the smallest parts of an edge that a rank has."""
         numbers = [0]
         for dim in dims:
-            if dim.letter not in self.cuts:
+            if dim.letter not in self.borders:
                 continue
-            cuts = self.cuts[dim.letter]
+            borders = self.borders[dim.letter]
             start, length = self._slab(dim, rank)
-            own = [at for at, (low, high) in enumerate(pairwise(cuts)) if start <= low < high <= start + length]
-            numbers = [outer * (len(cuts) - 1) + at for outer in numbers for at in own]
+            own = [at for at, (low, high) in enumerate(pairwise(borders)) if start <= low < high <= start + length]
+            numbers = [outer * (len(borders) - 1) + at for outer in numbers for at in own]
         return set(numbers)
 
     def _slab(self, dim: Dim, rank: int) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def sheets(
 
 
 def edge(dims: Dims, letters: Sequence[str], sizes: Mapping[str, int], mesh: Mapping[str, int]) -> tuple[str, str]:
-    """What is written at an edge: the letters with the axes that cut them, and the sizes with the numbers of ranks."""
+    """What is written at an edge: the letters with the axes that shard them, the sizes with the numbers of ranks."""
     here = along(dims, letters)
     numbers = ["/".join(map(str, (sizes[d.letter], *(mesh[axis] for axis in d.axes)))) for d in here]
     return " · ".join(map(str, here)), " · ".join(numbers)

@@ -9,7 +9,7 @@
                     Y stored
 
 Rows of the left operand and of the result lie side by side, as do columns of the upper operand and of the result: what
-is cut alike has the same colours side by side, and what is not must travel.
+is sharded alike has the same colours side by side, and what is not must travel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shardgrad.layout.units import format_si
 
 MOST_RANKS = 64
 _LONG, _SHORT, _STRIP = 1.2, 0.66, 0.22  # inches of an edge: the longest letter's, the shortest's, one that is missing
-_PIECE = 0.19  # the least width of a part with an owner of its own
+_PART = 0.19  # the least width of a part with an owner of its own
 _DEPTH = 0.84  # of a stack of sheets, at most
 _LINE = 0.135
 _SPACE = 0.5  # between panels
@@ -43,7 +43,7 @@ def draw(timeline: Timeline, path: Path) -> None:
     """Draw a layout on its mesh, to a .svg, .png or .pdf.
 
     Raises:
-        LayoutError: more ranks than can be told apart, or an ending that is no picture's.
+        LayoutError: more ranks than can be distinguished, or an ending that is no picture's.
     """
     if path.suffix not in ENDINGS:
         raise LayoutError(f"a picture ends in {', '.join(ENDINGS)}, not {path.name!r}")
@@ -54,7 +54,7 @@ def picture(timeline: Timeline) -> Paper:
     """The whole picture: heading, a panel for each phase, the mesh, what the signs mean.
 
     Raises:
-        LayoutError: more ranks than can be told apart.
+        LayoutError: more ranks than can be distinguished.
     """
     if len(timeline.ranks) > MOST_RANKS:
         raise LayoutError(
@@ -224,7 +224,7 @@ class _Panel:
             return _STRIP
         share = prod(self.timeline.sizes[letter] for letter in group) / max(1, largest)
         natural = max(_SHORT, _LONG * min(1.0, share))
-        return min(2.6, max(natural, _PIECE * self.rulers.pieces(group)))
+        return min(2.6, max(natural, _PART * self.rulers.count(group)))
 
     def _chain(self, flow: TensorFlow, height: tuple[str, ...], width: tuple[str, ...]) -> list[_Matrix]:
         """The tensor before and, if it moves, after."""

@@ -30,7 +30,7 @@ _DPI = 200
 
 
 def colour(rank: int) -> str:
-    """The colour of a rank; with more than eight ranks they come round again, and numbers tell them apart."""
+    """The colour of a rank; with more than eight ranks they come round again, and numbers distinguish them."""
     return RANKS[rank % len(RANKS)]
 
 

@@ -196,8 +196,8 @@ def _asked(
 def summary(lane: Lane) -> Summary:
     """How a rank spent its step."""
     waiting, travelling, products = lane.pairs("wait"), lane.pairs("travel"), lane.pairs("product")
-    talking = union([*waiting, *lane.pairs("start")])
-    other = without(lane.pairs("operation"), union([*talking, *products]))
+    communicating = union([*waiting, *lane.pairs("start")])
+    other = without(lane.pairs("operation"), union([*communicating, *products]))
     return Summary(
         rank=lane.rank,
         step=(lane.end - lane.start) / 1000,

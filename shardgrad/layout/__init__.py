@@ -1,9 +1,9 @@
-"""Layouts: notation, the rule, the derived plan, its cost and its explanation. Pure thought: no tensors.
+"""Layouts: notation, the rule, the derived plan, its cost and its explanation. No tensors.
 
 | file          | concept                                                                         |
 | ------------- | ------------------------------------------------------------------------------- |
 | `notation`    | text to tensors of letters and axes, and back                                   |
-| `rule`        | what an axis splits, who communicates along it, and what makes a layout illegal |
+| `rule`        | what an axis splits, what is communicated, and what makes a layout illegal      |
 | `nearest`     | the nearest legal layouts to an illegal one                                     |
 | `sizes`       | torch.chunk's arithmetic, nested, and what one rank knows from its shards       |
 | `plan`        | the routes by which each tensor comes to where it is used, and back             |

@@ -1,6 +1,6 @@
-"""Data parallelism, written into layouts: which letter the axis cuts, and whether weights are stored cut over it too.
+"""Data parallelism, written into layouts: which letter the axis splits, and whether weights are sharded over it too.
 
-One axis of the mesh cuts the batch, a row letter of every product. By the rule, W, which lacks that letter, is then
+One axis of the mesh splits the batch, a row letter of every product. By the rule, W, which lacks that letter, is then
 what is communicated along the axis: replicated (its gradient all-reduced), stored in shards (gathered, its gradient
 reduce-scattered), or marked (its gradient left to the caller). Nobody writes these collectives; the layout has them.
 """
@@ -16,7 +16,7 @@ from shardgrad.layout.notation import TensorSpec, parse_tensor
 
 @dataclass(frozen=True, slots=True)
 class BatchAxis:
-    """How layers take part in data parallelism over an axis of the mesh, which cuts the first dim of their input.
+    """How layers take part in data parallelism over an axis of the mesh, which splits the first dim of their input.
 
         W[m/tp,d]        replicated: dW is all-reduced over dp in every backward
         W[m/tp,d/dp]     shard_params=True: W is gathered in forward and in backward, dW reduce-scattered
@@ -24,8 +24,8 @@ class BatchAxis:
 
     Args:
         axis: of the mesh.
-        shard_params: whether matrices are stored cut over the axis ("fully sharded"), on the longest dim that nothing
-            cuts. Vectors (biases and the parameters of norms) stay replicated: each would be a collective of its own,
+        shard_params: whether matrices are sharded over the axis too ("fully sharded"), on the longest dim that no axis
+            shards. Vectors (biases and the parameters of norms) stay replicated: each would be a collective of its own,
             for a thousandth of the memory.
         accumulate: whether gradients of what is replicated over the axis are left partial. What is sharded is
             reduce-scattered in every backward all the same: only then are its gradients in shards.
@@ -40,14 +40,14 @@ class BatchAxis:
 
         Args:
             sizes: the global size of each of its letters.
-            vector: whether it is a bias or a norm's parameter, whatever its dims: then it is never cut.
+            vector: whether it is a bias or a norm's parameter, whatever its dims: then it is never sharded.
 
         Raises:
             LayoutError: `spec` has the axis already.
         """
         spec = parse_tensor(spec) if isinstance(spec, str) else spec
         if self.axis in spec.axes:
-            raise LayoutError(f"{spec} is cut by {self.axis} already: it cannot be the data parallel axis as well")
+            raise LayoutError(f"{spec} is sharded over {self.axis} already: it cannot also be the data parallel axis")
         if self.shard_params and not vector:
             free = [dim for dim in spec.dims if not dim.axes] or list(spec.dims)
             longest = max(free, key=lambda dim: sizes[dim.letter])

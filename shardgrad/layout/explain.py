@@ -1,4 +1,4 @@
-"""A layout told in words and formulas."""
+"""A layout in words and formulas."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _VERB = {
 
 def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
     """For forward, dX, dW and db: what is computed locally and what is communicated, on which axis."""
-    lines = [str(layout), "", *_who_talks(layout, reading), ""]
-    mesh = dict.fromkeys(reading.splits, 2)  # any axis of more than one rank is told alike
+    lines = [str(layout), "", *_communicated(layout, reading), ""]
+    mesh = dict.fromkeys(reading.splits, 2)  # any axis of more than one rank is described alike
     sizes = Sizes(mesh, dict.fromkeys(mesh, 0))
     need: list[set[Role]] = [{"lhs", "rhs", "bias"}]
     with_bias = layout.bias is not None
@@ -32,14 +32,14 @@ def explain(layout: Notation, reading: Reading, plan: Plan) -> str:
         title = phase
         if phase == "db":
             title = f"db, the gradient of {reading.bias}" if with_bias else f"db, if a bias {reading.bias} is added"
-        lines += [title, *(f"  {step}" for one in instructions for step in _told(one, layout, reading))]
+        lines += [title, *(f"  {line}" for one in instructions for line in _lines(one, layout, reading))]
         lines += [f"  {left}" for left in _left(phase, layout, reading)]
         if not any(isinstance(one, Communicate) for one in instructions):
             lines.append("  no communication")
     return "\n".join(lines)
 
 
-def _told(one: Instruction, layout: Notation, reading: Reading) -> list[str]:
+def _lines(one: Instruction, layout: Notation, reading: Reading) -> list[str]:
     """The lines for one instruction."""
     specs: dict[Role, TensorSpec] = {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out, "bias": reading.bias}
     if isinstance(one, Communicate | Slice):
@@ -77,7 +77,7 @@ def _after(reduced: bool, left: Sequence[str]) -> str:
     return ", after the reduction" if reduced else ""
 
 
-def _who_talks(layout: Notation, reading: Reading) -> list[str]:
+def _communicated(layout: Notation, reading: Reading) -> list[str]:
     lines = []
     for axis, letter in reading.splits.items():
         carriers = [t.name for t in (layout.lhs, layout.rhs, layout.out) if letter in t.letters]

@@ -23,7 +23,7 @@ class Layout:
 
         Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]")
 
-    Letters and names are yours; `/axis` after a letter says that the mesh axis cuts it (major first); `{axis}` after a
+    Letters and names are yours; `/axis` after a letter shards it over the mesh axis (major first); `{axis}` after a
     tensor leaves a sum over the axis to the caller; `+ B[…]` adds a bias. `layout["X"]` is how X is stored.
 
     A convolution is the same product with windows that slide along the last `spatial` dims of each tensor. Their

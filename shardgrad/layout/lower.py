@@ -33,7 +33,7 @@ from shardgrad.layout.sizes import Sizes
 
 Key = tuple[Role, int]
 
-# What a printed program uses beside its values.
+# What a printed program uses besides its values.
 _RESERVED = ("ctx", "linear", "matmul", "addmm", "later", "float64", "float32", "bfloat16", "float16")
 
 
@@ -112,7 +112,7 @@ class Products:
         return self.names.w_full[at] if gathered else self.names.w[at]
 
     def communicates_backward(self, at: int) -> bool:
-        """Whether the backward of one product communicates, beside the reduction of dX that products share."""
+        """Whether the backward of one product communicates, besides the reduction of dX that products share."""
         plan = self.plans[at]
         routes = [*plan.gather.values(), plan.reduce["rhs"]]
         routes += [plan.bias_grad, plan.bias_grad_gathered] if self.biased[at] else []
@@ -141,7 +141,7 @@ class Products:
 
 
 class Names:
-    """What each value is called: the layout's names in small letters, numbered where that does not tell them apart."""
+    """What each value is called: the layout's names in small letters, numbered where that is ambiguous."""
 
     def __init__(self, plans: Sequence[Plan], biased: Sequence[bool], share: Sequence[int]) -> None:
         taken = set(_RESERVED)

@@ -142,7 +142,7 @@ def _ordered_anew(layout: Notation, letter: str) -> Iterator[tuple[int, Notation
 
 
 def refusal(text: str, notation: Notation, wrong: Illegal) -> str:
-    """What is told of an illegal layout: where, why, and what is legal instead."""
+    """The message for an illegal layout: where, why, and what is legal instead."""
     at, width = locate(text, wrong.tensor, wrong.letter, wrong.axis)
     lines = ["illegal layout", point(text, at, width), wrong.why]
     proposals = nearest(notation, wrong)

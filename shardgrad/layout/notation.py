@@ -3,7 +3,7 @@
     X[n/dp,d] W[d,m/tp]{dp} -> Y[n/dp,m/tp] + B[m/tp]
 
 A tensor is a name, its dims in order, and in braces the axes over which a sum is left to the caller. A dim is a
-letter and the mesh axes that cut it, major first.
+letter and the mesh axes that it is sharded over, major first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][A-Za-z0-9_]*)|(?P<arrow>->|→)|(
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """One dimension: its letter, and the axes that cut it, major first (`d/tp`)."""
+    """One dimension: its letter, and the axes that it is sharded over, major first (`d/tp`)."""
 
     letter: str
     axes: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class TensorSpec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis that cuts the tensor, dim by dim."""
+        """Every axis that the tensor is sharded over, dim by dim."""
         return tuple(axis for dim in self.dims for axis in dim.axes)
 
     @property
@@ -57,7 +57,7 @@ class TensorSpec:
         return TensorSpec(f"d{self.name}", self.dims, partial=self.grad_partial, grad_partial=self.partial)
 
     def letter_with(self, axis: str) -> str | None:
-        """The letter that the axis cuts in this tensor, or None."""
+        """The letter that has the axis in this tensor, or None."""
         return next((dim.letter for dim in self.dims if axis in dim.axes), None)
 
     def axes_of(self, letter: str) -> tuple[str, ...]:

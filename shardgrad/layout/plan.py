@@ -32,7 +32,7 @@ class Move:
 def route(src: Dims, dst: Dims, partial: Collection[str] = (), left: Collection[str] = ()) -> tuple[Move, ...]:
     """Bring a tensor from `src` to `dst` storage, summing over `partial` axes except those `left` to the caller.
 
-    The cheapest order that is always right: undo what `dst` does not share (innermost first), then cut (a
+    The cheapest order that is always right: undo what `dst` does not share (innermost first), then shard (a
     reduce-scatter where the axis is partial, else a local slice), then all-reduce what is still partial.
     """
     pending = [axis for axis in partial if axis not in left]

@@ -136,7 +136,7 @@ class _Printer:
 
 
 def _stem(one: Communicate | Slice) -> str:
-    """The tensor's name in small letters: what the value is called, less what tells that it was gathered."""
+    """The tensor's name in small letters: what the value is called, less the suffix of a gathered one."""
     return one.tensor.lower()
 
 

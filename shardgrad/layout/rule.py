@@ -1,4 +1,4 @@
-"""The one rule: what an axis splits, who must talk along it, and what makes a layout illegal.
+"""The one rule: what an axis splits, what is communicated along it, and what makes a layout illegal.
 
 A letter stands in both operands (contracted), in one operand and the product (rows, columns), or in all three
 (batched). A mesh axis splits the one letter on which *every* tensor that carries the letter has the axis. The tensor
@@ -41,7 +41,7 @@ class Reading:
     bias: TensorSpec
 
     def compute_layout(self, spec: TensorSpec) -> TensorSpec:
-        """The tensor as a local product reads or makes it: cut only by the axes that split its letters."""
+        """The tensor as a local product reads or makes it: sharded only by the axes that split its letters."""
         return spec.with_axes({d.letter: tuple(a for a in d.axes if self.splits[a] == d.letter) for d in spec.dims})
 
     def communicated_over(self, spec: TensorSpec) -> tuple[str, ...]:
@@ -55,19 +55,19 @@ def read(layout: Notation) -> Reading:
     Raises:
         Illegal: the first thing found wrong.
     """
-    first, second, product = layout.lhs, layout.rhs, layout.out
+    lhs, rhs, out = layout.lhs, layout.rhs, layout.out
     _check_tensors(layout)
-    rows = tuple(x for x in first.letters if x in product.letters and x not in second.letters)
-    columns = tuple(x for x in second.letters if x in product.letters and x not in first.letters)
-    contracted = tuple(x for x in first.letters if x in second.letters and x not in product.letters)
-    batched = tuple(x for x in first.letters if x in second.letters and x in product.letters)
-    operands = (first, second, product)
+    rows = tuple(x for x in lhs.letters if x in out.letters and x not in rhs.letters)
+    columns = tuple(x for x in rhs.letters if x in out.letters and x not in lhs.letters)
+    contracted = tuple(x for x in lhs.letters if x in rhs.letters and x not in out.letters)
+    batched = tuple(x for x in lhs.letters if x in rhs.letters and x in out.letters)
+    operands = (lhs, rhs, out)
     axes = tuple(dict.fromkeys(a for tensor in operands for a in tensor.axes))
     splits = {axis: _letter_split_by(axis, operands, layout.spatial_letters) for axis in axes}
     _check_order(operands, splits)
     bias = layout.bias or _default_bias(layout, columns, splits)
     reading = Reading(splits, rows, contracted, columns, batched, bias)
-    _check_bias(bias, product, splits)
+    _check_bias(bias, out, splits)
     _check_marks(layout, reading)
     return reading
 
@@ -178,11 +178,11 @@ def _default_bias(layout: Notation, columns: tuple[str, ...], splits: dict[str, 
     return TensorSpec(name, tuple(Dim(d.letter, tuple(a for a in d.axes if splits[a] == d.letter)) for d in dims))
 
 
-def _check_bias(bias: TensorSpec, product: TensorSpec, splits: dict[str, str]) -> None:
+def _check_bias(bias: TensorSpec, out: TensorSpec, splits: dict[str, str]) -> None:
     for dim in bias.dims:
-        if dim.letter not in product.letters:
+        if dim.letter not in out.letters:
             raise Illegal(
-                f"the bias {bias.name} carries {dim.letter}, which {product.name} does not", bias.name, dim.letter
+                f"the bias {bias.name} carries {dim.letter}, which {out.name} does not", bias.name, dim.letter
             )
         for axis in dim.axes:
             if axis not in splits:
@@ -195,22 +195,22 @@ def _check_bias(bias: TensorSpec, product: TensorSpec, splits: dict[str, str]) -
 
 
 def _check_marks(layout: Notation, reading: Reading) -> None:
-    product = layout.out
+    out = layout.out
     for tensor in layout.tensors:
         summed: tuple[str, ...]
         if tensor is layout.bias:
-            summed = tuple(a for d in product.dims if d.letter not in tensor.letters for a in d.axes)
+            summed = tuple(a for d in out.dims if d.letter not in tensor.letters for a in d.axes)
         else:
             summed = reading.communicated_over(tensor)
         marks = (*tensor.partial, *tensor.grad_partial)
         for axis in marks:
             if marks.count(axis) > 1:
                 raise Illegal(f"{axis} stands twice in the braces of {tensor.name}", tensor.name)
-            what = tensor.name if tensor is product else f"d{tensor.name}"
+            what = tensor.name if tensor is out else f"d{tensor.name}"
             if axis in tensor.axes:
                 raise Illegal(
-                    f"{tensor.name} is cut by {axis} on {tensor.letter_with(axis)}, so {what} is complete there: it "
-                    f"cannot be left partial over {axis} as well",
+                    f"{tensor.name} is sharded over {axis} on {tensor.letter_with(axis)}, so {what} is complete there: "
+                    f"it cannot be left partial over {axis} as well",
                     tensor.name,
                     axis=axis,
                 )

@@ -1,7 +1,7 @@
 """Sizes of shards: torch.chunk's arithmetic, nested, and what one rank can know from the shards it holds.
 
-A level is a letter cut by some axes: ("n", ("dp", "tp")) is the size of n on this rank after dp, then tp. From a level
-every finer one follows; a coarser one does not, and where it is needed and unknown the ranks must exchange it.
+A level is a letter sharded over some axes: ("n", ("dp", "tp")) is the size of n on this rank after dp, then tp. From a
+level every finer one follows; a coarser one does not, and where it is needed and unknown the ranks must exchange it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Level = tuple[str, tuple[str, ...]]
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of one of `parts` chunks, as torch.chunk cuts: ceil(size / parts) each, the last ones less."""
+    """Start and length of one of `parts` chunks, as torch.chunk shards: ceil(size / parts) each, the last ones less."""
     most = -(-size // parts)
     start = min(index * most, size)
     return start, min(most, size - start)
 
 
 def slab(size: int, axes: Iterable[str], shape: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
-    """Start and length of this rank's part of a letter of global `size` cut by `axes`, major first."""
+    """Start and length of this rank's part of a letter of global `size` sharded over `axes`, major first."""
     start = 0
     for axis in axes:
         offset, size = chunk(size, shape[axis], coordinate[axis])
@@ -46,12 +46,12 @@ class Sizes:
         return letter, tuple(axis for axis in axes if self.shape[axis] > 1)
 
     def get(self, letter: str, axes: Iterable[str] = ()) -> int | None:
-        """The size at a level, cut down from the finest coarser level that is known; None if there is none."""
+        """The size at a level, from the finest coarser level that is known; None if there is none."""
         _, all_axes = self.level(letter, axes)
-        for cut in range(len(all_axes), -1, -1):
-            size = self.known.get((letter, all_axes[:cut]))
+        for depth in range(len(all_axes), -1, -1):
+            size = self.known.get((letter, all_axes[:depth]))
             if size is not None:
-                return slab(size, all_axes[cut:], self.shape, self.coordinate)[1]
+                return slab(size, all_axes[depth:], self.shape, self.coordinate)[1]
         return None
 
     def shape_of(self, dims: Iterable[Dim]) -> tuple[int, ...]:

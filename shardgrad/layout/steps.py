@@ -105,7 +105,7 @@ def timeline(
     if prod(mesh.values()) > MOST_RANKS:
         raise LayoutError(
             f"the mesh has {prod(mesh.values()):,} ranks, and each is looked at: at most {MOST_RANKS:,}; "
-            "Layout.collectives tells the bytes of one rank on a mesh of any size"
+            "Layout.collectives gives the bytes of one rank on a mesh of any size"
         )
     coordinates = [dict(zip(mesh, place)) for place in every(*(range(size) for size in mesh.values()))]
     sent: dict[tuple[str, str, str, str], list[int]] = {}
@@ -164,8 +164,8 @@ class _Maker:
             spec = self.layout.bias
             bias = self._flow(phase, spec.name, "bias", spec.dims, (), moves.get(spec.name, []))
         flops = tuple(self._flops(sizes) if role != "bias" else 0 for sizes in self.ranks)
-        told = formula(TensorSpec(name, result.before), [TensorSpec(read.name, read.after) for read in reads])
-        return Step(phase, told, tuple(reads), result, bias, flops)
+        local = formula(TensorSpec(name, result.before), [TensorSpec(read.name, read.after) for read in reads])
+        return Step(phase, local, tuple(reads), result, bias, flops)
 
     def _read(self, phase: str, role: Role, product: Matmul | SumBias, moves: Mapping[str, list[Move]]) -> TensorFlow:
         spec, forward = self.specs[role], phase == "forward"

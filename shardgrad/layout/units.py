@@ -7,11 +7,11 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 def format_si(amount: float, unit: str) -> str:
     """Three significant digits and a decimal (SI) prefix; whole numbers below a thousand as they are."""
-    step = 0
-    while step + 1 < len(_PREFIXES) and abs(amount) >= 999.5:
-        amount, step = amount / 1000, step + 1
-    number = f"{amount:.0f}" if step == 0 and amount == int(amount) else f"{amount:.{2 - _digits(amount)}f}"
-    return f"{number} {_PREFIXES[step]}{unit}"
+    power = 0
+    while power + 1 < len(_PREFIXES) and abs(amount) >= 999.5:
+        amount, power = amount / 1000, power + 1
+    number = f"{amount:.0f}" if power == 0 and amount == int(amount) else f"{amount:.{2 - _digits(amount)}f}"
+    return f"{number} {_PREFIXES[power]}{unit}"
 
 
 def _digits(amount: float) -> int:

@@ -1,4 +1,4 @@
-"""A transformer block sharded by hand, as Megatron-LM does it: tensor parallel, also with its rows (the sequence) cut.
+"""A transformer block sharded by hand, as Megatron-LM does it: tensor parallel, also sequence parallel.
 
 Every layer holds the collectives that it uses as attributes, so that a bug can be planted into one place.
 """
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.mutants.mutant import Program
 
-ROWS, D, HEADS, HEAD_DIM, M, VOCAB = 12, 10, 12, 2, 24, 36  # what is cut is cut evenly over 1, 2, 3 and 4 ranks
+ROWS, D, HEADS, HEAD_DIM, M, VOCAB = 12, 10, 12, 2, 24, 36  # what is sharded is even over 1, 2, 3 and 4 ranks
 Local = Callable[[Tensor], Tensor]
 
 
@@ -75,18 +75,18 @@ class Group:
 
 
 class Shard(nn.Module):
-    """Something with parameters that lie on the ranks of a group; `cut` says along which dim, None for replicas."""
+    """Something with parameters that lie on the ranks of a group; `sharded` says along which dim, None for replicas."""
 
-    cut: dict[str, int | None]
+    sharded: dict[str, int | None]
     weight: Tensor
     bias: Tensor
 
     def hold(self, tp: Group, **parameters: tuple[tuple[int, ...], int | None]) -> None:
-        self.tp, self.cut = tp, {}
+        self.tp, self.sharded = tp, {}
         for name, (shape, dim) in parameters.items():
             local = [size // tp.size if at == dim else size for at, size in enumerate(shape)]
             self.register_parameter(name, nn.Parameter(torch.zeros(local)))
-            self.cut[name] = dim
+            self.sharded[name] = dim
 
 
 class Column(Shard):
@@ -126,7 +126,7 @@ class Norm(Shard):
 
 
 class Embedding(Shard):
-    """The vocabulary is cut."""
+    """The vocabulary is sharded."""
 
     def __init__(self, tp: Group, vocab: int, d: int, sp: bool) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class CrossEntropy(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, one block, norm, head; cut over `tp`, or whole where tp is None."""
+    """Embedding, one block, norm, head; sharded over `tp`, or whole where tp is None."""
 
     tp: Any
 
@@ -202,20 +202,20 @@ class Model(nn.Module):
         return self.criterion(self.head(self.norm3(x)), targets)
 
 
-def cuts(model: nn.Module) -> dict[str, int | None]:
-    """Along which dim every parameter is cut."""
+def shard_dims(model: nn.Module) -> dict[str, int | None]:
+    """Along which dim every parameter is sharded."""
     return {
         f"{path}.{name}": dim
         for path, module in model.named_modules()
         if isinstance(module, Shard)
-        for name, dim in module.cut.items()
+        for name, dim in module.sharded.items()
     }
 
 
 def clip(model: Any, max_norm: float, *, times: int = 1) -> Tensor:
     """By the norm of all gradients. `times`: how often replicated ones are counted."""
-    tp, dims = model.tp, cuts(model)
-    squares = {cut: torch.zeros((), dtype=torch.float64) for cut in (True, False)}
+    tp, dims = model.tp, shard_dims(model)
+    squares = {sharded: torch.zeros((), dtype=torch.float64) for sharded in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             squares[dims[name] is not None] += parameter.grad.double().square().sum()
@@ -238,7 +238,7 @@ def program(mesh: DeviceMesh, *, sp: bool = False, dtype: torch.dtype = torch.fl
             parameter.copy_(noise / 4 if "bias" in name else 1 + noise / 4 if "norm" in name else noise * 0.4)
     parallel.to(dtype)
     single.to(dtype)
-    dims = cuts(parallel)
+    dims = shard_dims(parallel)
 
     def load(source: nn.Module) -> None:
         values = dict(source.named_parameters())

@@ -14,7 +14,7 @@ from shardgrad.mutants import by_hand
 from shardgrad.mutants.by_hand import move
 from shardgrad.mutants.mutant import Mutant, Program, on_gradient
 
-TP, SP = "by hand", "by hand, rows cut"
+TP, SP = "by hand", "by hand, rows sharded"
 MUTANTS: list[Mutant] = []
 _SELF = "made up for this list"
 _7452 = "Megatron-LM #7452, a list of wrong gradients and sums that nothing notices"
@@ -206,12 +206,12 @@ def _(model: Any) -> None:
     model.down.leave = move(lambda x: tp.sum(x).chunk(tp.size)[(tp.index + 1) % tp.size].contiguous(), tp.cat)
 
 
-@bug("rows are cut without being summed", SP, "sum over tp missing", _7452)
+@bug("rows are sharded without being summed", SP, "sum over tp missing", _7452)
 def _(model: Any) -> None:
     model.down.leave = model.tp.slice_rows
 
 
-@bug("dX's rows are cut without being summed", SP, "sum over tp missing", _7452)
+@bug("dX's rows are sharded without being summed", SP, "sum over tp missing", _7452)
 def _(model: Any) -> None:
     model.head.enter = move(model.tp.cat, model.tp.slice)
 
@@ -243,12 +243,12 @@ def _(model: Any) -> None:
     on_gradient(model, "up.weight", lambda g: g.bfloat16().to(g))
 
 
-@bug("the gradient of a cut weight is summed", TP, "shards summed over tp")
+@bug("the gradient of a sharded weight is summed", TP, "shards summed over tp")
 def _(model: Any) -> None:
     on_gradient(model, "gate.weight", model.tp.sum)
 
 
-@bug("the gradient of a cut weight is averaged", TP, "shards averaged over tp")
+@bug("the gradient of a sharded weight is averaged", TP, "shards averaged over tp")
 def _(model: Any) -> None:
     on_gradient(model, "gate.weight", lambda g: model.tp.sum(g) / model.tp.size)
 

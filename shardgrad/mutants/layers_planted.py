@@ -109,7 +109,7 @@ def fairscale(mesh: DeviceMesh) -> Program:
 
 
 def data_parallel(mesh: DeviceMesh) -> Program:
-    """Rows are cut; every rank's loss is its term of the mean, and gradients are summed as they arrive."""
+    """Rows are sharded; every rank's loss is its term of the mean, and gradients are summed as they arrive."""
     torch.manual_seed(3)
     parallel = nn.Sequential(nn.Linear(D, M), nn.GELU(), nn.Linear(M, 1))
     single = nn.Sequential(nn.Linear(D, M), nn.GELU(), nn.Linear(M, 1))

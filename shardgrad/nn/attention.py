@@ -114,7 +114,7 @@ class Attention(
         """The local shard of Y.
 
         Args:
-            x: [b, s, d], cut along s where `sequence_dim` says so.
+            x: [b, s, d], sharded along s where `sequence_dim` says so.
             sequence_size: s over all ranks. Only of use with `sequence_dim`: the ranks otherwise exchange it at every
                 call (one small exchange).
             mask: alike on every rank, over the whole sequence and all heads: broadcasts to [b, H, s, s] (query, then
@@ -123,7 +123,7 @@ class Attention(
             positions: where in the sequence x stands, for `rotary`: the first position, or all of them, [s] or [b, s],
                 of the whole sequence.
 
-        Shapes: x [b, s/tp, d] → y [b, s/tp, d] (or both with s uncut).
+        Shapes: x [b, s/tp, d] → y [b, s/tp, d] (or both with s whole).
 
         Raises:
             ShapeError: x, mask or positions do not fit.

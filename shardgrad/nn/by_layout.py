@@ -72,7 +72,7 @@ class Linear(Layer):
         self._bind(layout.lhs.name, len(layout.lhs.dims), bias)  # refuses what does not fit the layout
 
     def _complete(self, name: str, features: int, letters: tuple[str, ...]) -> None:
-        """Learn the size of the one letter that is not told, and check that the letters make the features."""
+        """Learn the size of the one letter that is not given, and check that the letters make the features."""
         missing = [letter for letter in letters if letter not in self.sizes]
         known = prod(self.sizes[letter] for letter in letters if letter in self.sizes)
         if len(missing) == 1 and features > 0 and known and features % known == 0:
@@ -86,7 +86,7 @@ class Linear(Layer):
 
         Args:
             x: this rank's shard, stored as `layout.lhs`.
-            sizes: global sizes of row letters, where the shards do not tell them: the ranks otherwise exchange them.
+            sizes: global sizes of row letters, where the shards do not give them: the ranks otherwise exchange them.
         """
         return self.multiply(self.layout.lhs.name, x, sizes=sizes)[0]
 

@@ -48,17 +48,17 @@ class _Conv(OneProduct):
         **where: Unpack[OnAxis],
     ) -> None:
         super().__init__(where)
-        who, n = type(self).__name__, self._spatial
+        user, n = type(self).__name__, self._spatial
         if shard_dim not in _LAYOUTS:
-            raise ShapeError(f"{who}: shard_dim is one of {', '.join(_LAYOUTS)}, not {shard_dim!r}")
+            raise ShapeError(f"{user}: shard_dim is one of {', '.join(_LAYOUTS)}, not {shard_dim!r}")
         if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
             raise ShapeError(
-                f"{who}: groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all at "
-                "least 1"
+                f"{user}: groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all "
+                "at least 1"
             )
         if shard_dim == "groups" and groups == 1:
             raise ShapeError(
-                f"{who}: shard_dim='groups' of one group leaves one rank all the work: shard_dim='out' or 'in'"
+                f"{user}: shard_dim='groups' of one group leaves one rank all the work: shard_dim='out' or 'in'"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.shard_dim = shard_dim
@@ -94,7 +94,7 @@ class _Conv(OneProduct):
             raise ShapeError(
                 f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but {self.layout.lhs} of {self.groups} "
                 f"groups of {self._sizes['c']} channels leaves this rank {factors} = {prod(self._channels)} channels "
-                f"in dim 1 of {self._spatial + 2}: cut x at the borders of groups, "
+                f"in dim 1 of {self._spatial + 2}: shard x at the borders of groups, "
                 "sg.shard(full.unflatten(1, (groups, -1)), layer.layout['X'], mesh).flatten(1, 2)"
             )
         return x.unflatten(1, self._channels)
@@ -137,7 +137,7 @@ _DOC = """nn.Conv{n}d with its channels, its groups or its batch sharded over an
 
     `"out"` and then `"in"` is a pair with one all-reduce forward and one backward; a depthwise layer between them takes
     `"groups"`, and communicates nothing. With groups > 1 a group is a letter of its own (`layer.layout` says all):
-    `"groups"` gives each rank whole groups, the others cut inside every group, so that the local channels are g·(o/tp).
+    `"groups"` gives each rank whole groups, the others shard inside every group, so the local channels are g·(o/tp).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of nn.Conv{n}d; global
@@ -145,7 +145,7 @@ _DOC = """nn.Conv{n}d with its channels, its groups or its batch sharded over an
         shard_dim: what the axis shards.
         parallel, or mesh, axis, device, dtype: as of `Parallel`.
 
-    Shapes: x [b, in_channels, …] → [b, out_channels, …], each cut as `layer.layout` says, channels of groups merged as
+    Shapes: x [b, in_channels, …] → [b, out_channels, …], sharded as `layer.layout` says, channels of groups merged as
     torch has them. The parameters' states are torch's own, [out_channels, in_channels / groups, …]; with groups > 1 the
     local weight has the groups as a dim of its own, [g, o, c, …].
 

@@ -2,7 +2,7 @@
 
 Elements are counted in the row-major order of the *global* tensor and take their bits, in that order, from a Philox
 stream (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; NumPy's `Philox`), which can be entered
-anywhere. So every mesh cuts the same global tensor of random bits.
+anywhere. So every mesh shards the same global tensor of random bits.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _block(key: int, shape: Sequence[int], starts: Sequence[int], lengths: Seque
     def effort(level: int) -> int:
         return prod(lengths[:level]) * (_PER_RUN + lengths[level] * strides[level])
 
-    # Runs of consecutive elements from dim `level` on, the dims inside it whole: more than is asked for where one of
-    # those is cut, and then cut out. Longer runs cost elements, shorter ones cost entries into the stream.
+    # Runs of consecutive elements from dim `level` on, the dims inside it whole: more than is needed where one of
+    # those is sharded. Longer runs cost elements, shorter ones cost entries into the stream.
     level = min(range(len(shape)), key=effort)
     size = lengths[level] * strides[level]
     whole = np.empty((prod(lengths[:level]), size), stream.kind)

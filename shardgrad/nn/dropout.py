@@ -62,7 +62,7 @@ class Dropout(ShardedModule):
             raise ValueError(f"p is a probability, not {p}")
         for axis in independent:
             if axis in self.spec.axes:
-                raise MeshError(f"axis {axis!r} cuts {self.spec}: its ranks hold parts of one tensor, not other data")
+                raise MeshError(f"axis {axis!r} shards {self.spec}: its ranks hold parts of one tensor, not other data")
         self.p, self.independent = p, tuple(independent)
         self._calls = 0
 
@@ -71,11 +71,11 @@ class Dropout(ShardedModule):
 
         Args:
             x: the local shard.
-            sizes: global sizes of letters. Needed for those that an axis cuts; without them the ranks exchange them,
+            sizes: global sizes of letters. Needed for those that an axis shards; without them the ranks exchange them,
                 one small exchange a call and axis.
 
         Raises:
-            ShapeError: x does not fit `spec`, or its shards are not cut as torch.chunk cuts.
+            ShapeError: x does not fit `spec`, or its shards are not as torch.chunk shards.
             DisagreementError: the ranks drew different keys.
         """
         if not self.training or self.p == 0:

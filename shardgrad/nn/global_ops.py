@@ -34,7 +34,7 @@ def clip_grad_norm_(
     """Scale the gradients in place so that their norm, over all shards, replicas counted once, is at most `max_norm`.
 
     torch.nn.utils.clip_grad_norm_ for a model of shards: (Σ|g|^p)^(1/p) over the global gradients, each of which is
-    then multiplied by min(1, max_norm / (norm + 1e-6)). One all-reduce of a few numbers for each axis that cuts a
+    then multiplied by min(1, max_norm / (norm + 1e-6)). One all-reduce of a few numbers for each axis that shards a
     parameter, whether or not this rank has gradients; called on every rank of those axes. Layers may be on several
     meshes. Gradients must be complete: a sum left to the caller (`W[d,m]{dp}`) comes first.
 
@@ -53,7 +53,7 @@ def clip_grad_norm_(
         ValueError: norm_type is not positive.
         ShapeError: a layer's parameter was replaced by something else (parametrized, pruned, of another shape).
         LayoutError: layers that share a parameter store it differently.
-        RuntimeError: the norm is not finite, if asked for.
+        RuntimeError: the norm is not finite, with error_if_nonfinite.
         DisagreementError: ranks came with another norm_type or other parameters.
     """
     order = float(norm_type)
@@ -79,9 +79,9 @@ def clip_grad_norm_(
         agree(mesh_view, axis, lambda: text, "the norm of the gradients")
     parts = {axes: _accumulate(gradients, order, device) for axes, gradients in by_axes.items()}
     for axis in meshes:
-        cut = [axes for axes in parts if axis in axes]
-        whole = _combine(torch.stack([parts[axes] for axes in cut]), axis, order)
-        parts.update(zip(cut, whole.unbind()))
+        sharded = [axes for axes in parts if axis in axes]
+        whole = _combine(torch.stack([parts[axes] for axes in sharded]), axis, order)
+        parts.update(zip(sharded, whole.unbind()))
     wide = reduce(torch.promote_types, (parameter.dtype for _, parameter, _ in parameters), torch.float32)
     total = _norm(parts.values(), order).to(wide)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -100,13 +100,13 @@ def clip_grad_norm_collectives(model: nn.Module) -> list[Collective]:
     for _, _, sharding in named_shardings(model):
         if sharding is not None:
             mesh_view = view(sharding.mesh)
-            cutting = tuple(sorted(name for name in sharding.spec.axes if mesh_view.shape[name] > 1))
-            for name in cutting:
-                sets.setdefault(name, set()).add(cutting)
+            sharding_axes = tuple(sorted(name for name in sharding.spec.axes if mesh_view.shape[name] > 1))
+            for name in sharding_axes:
+                sets.setdefault(name, set()).add(sharding_axes)
                 axes[name] = mesh_view.axes[name]
     found = []
-    for name, cut in sets.items():
-        count = sent("all-reduce", 2 * len(cut), axes[name].size, axes[name].index)  # of what `_accumulate` makes
+    for name, groups in sets.items():
+        count = sent("all-reduce", 2 * len(groups), axes[name].size, axes[name].index)  # of what `_accumulate` makes
         found.append(Collective("clip", "all-reduce", "norms", name, 8 * count))
     return found
 

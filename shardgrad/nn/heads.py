@@ -1,4 +1,4 @@
-"""Grouped heads cut over an axis: which key and value heads a rank's query heads attend."""
+"""Grouped heads sharded over an axis: which key and value heads a rank's query heads attend."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shardgrad.layout.sizes import chunk
 class Heads:
     """This rank's part of `queries` query heads, of which each `queries / groups` consecutive ones share a KV head.
 
-    first, count: its query heads, cut as torch.chunk cuts.
+    first, count: its query heads, as torch.chunk shards them.
     first_kv, count_kv: the KV heads that these attend.
-    aligned: whether on every rank those are the KV heads as torch.chunk cuts them, so that they can be stored cut.
+    aligned: whether on every rank those are the KV heads as torch.chunk shards them, so they can be stored sharded.
     """
 
     queries: int

@@ -42,7 +42,7 @@ class Layer(ShardedModule):
 
         __init__    super().__init__(where), then build(sizes)
         forward     what lies between the products: `multiply("X", x)` gives those of X; see `OneProduct`
-        transfers   what it sends beside its products, if it does.
+        transfers   what it sends besides its products, if it does.
 
     Parameters and their initial values, binding, torch.compile, `collectives` and the docstring's table follow from the
     layouts.
@@ -70,12 +70,12 @@ class Layer(ShardedModule):
         axes: Sequence[str] | None = None,
     ) -> None:
         """where: the constructor's keywords of `takes`. axes: of the mesh; None: those of `Parallel`."""
-        who = type(self).__name__
-        parallel = Parallel.of(who, where, self.takes, self.default_axis)
+        user = type(self).__name__
+        parallel = Parallel.of(user, where, self.takes, self.default_axis)
         super().__init__(parallel.mesh, parallel.axes if axes is None else axes)
         if not reduce and parallel.sequence_dim is not None:
             raise LayoutError(
-                f"{who}: with reduce=False the caller gathers x and reduces y (sg.all_gather, sg.reduce_scatter along "
+                f"{user}: with reduce=False the caller gathers x and reduces y (sg.all_gather, sg.reduce_scatter along "
                 "the sequence), and the layer sees whole sequences: leave out "
                 f"sequence_dim={parallel.sequence_dim}"
             )
@@ -101,7 +101,7 @@ class Layer(ShardedModule):
             products: instead of the class's, where a choice decides them.
             operation: what kind of products they are; None: matmul's.
             merged: of a parameter, as of `ParamSharding`.
-            unknown: letters whose parts are not torch.chunk's: their sizes are not told to products.
+            unknown: letters whose parts are not torch.chunk's: their sizes are not given to products.
         """
         self._sizes = dict(sizes)
         groups: dict[str, list[Product]] = {}
@@ -270,7 +270,7 @@ class Layer(ShardedModule):
             known[bound.sequence] = sequence_size
         if sizes:
             known.update(sizes)
-        return run(bound.product, x, *operands, known)
+        return run(bound.matmul, x, *operands, known)
 
     @staticmethod
     def compiling() -> bool:
@@ -291,7 +291,7 @@ class Layer(ShardedModule):
         found: list[Collective] = []
         for x in self._recipes:
             key = x, self._dims(x, dims), self._biased(x)
-            found += (self._products.get(key) or self._bind(*key)).product.collectives(sizes, dtype)
+            found += (self._products.get(key) or self._bind(*key)).matmul.collectives(sizes, dtype)
         return found
 
     def global_sizes(self, shape: Sequence[int]) -> Sizes:
@@ -312,7 +312,7 @@ class Layer(ShardedModule):
         return Sizes(mesh_view.shape, mesh_view.coordinate, {(letter, ()): size for letter, size in sizes.items()})
 
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
-        """What a layer sends beside its products, for x of so many dims; see `nn.transfer`."""
+        """What a layer sends besides its products, for x of so many dims; see `nn.transfer`."""
         return ()
 
     def _flags(self) -> str:
@@ -353,7 +353,7 @@ class OneProduct(Layer):
             given = bound.given
             if sequence_size is not None and bound.sequence is not None:
                 given = (*given, (bound.sequence, sequence_size))
-            y = bound.product((x, weight) if bias is None else (x, weight, bias), given)
+            y = bound.matmul((x, weight) if bias is None else (x, weight, bias), given)
         return self.leave(y) if self.wraps else y
 
     def enter(self, x: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ class _ParallelLinear(OneProduct):
         save_gathered: Collection[str],
         where: Mapping[str, Any],
     ) -> None:
-        who = type(self).__name__
+        user = type(self).__name__
         if isinstance(save_gathered, str) or not set(save_gathered) <= {"X", "W"}:
             raise LayoutError(
-                f"{who}: save_gathered names operands, as save_gathered=('X',), of X and W; not {save_gathered!r}"
+                f"{user}: save_gathered names operands, as save_gathered=('X',), of X and W; not {save_gathered!r}"
             )
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
-                raise ShapeError(f"{who}: {name} must be at least 1, not {size}")
+                raise ShapeError(f"{user}: {name} must be at least 1, not {size}")
         super().__init__(where, reduce=reduce, save_gathered=tuple(save_gathered))
         self.in_features, self.out_features, self.wraps = in_features, out_features, wraps
         self.build({"d": in_features, "m": out_features}, bias=bias)

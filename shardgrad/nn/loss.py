@@ -1,4 +1,4 @@
-"""Cross-entropy of logits whose vocabulary is cut over an axis; the whole vocabulary never exists on one rank."""
+"""Cross-entropy of logits whose vocabulary is sharded over an axis; the whole vocabulary never exists on one rank."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """F.cross_entropy over a vocabulary that is cut over an axis, in fp32 for 16-bit logits.
+    """F.cross_entropy over a vocabulary that is sharded over an axis, in fp32 for 16-bit logits.
 
     Communicates three numbers a token: the maximum, the sum of exponentials, and the target's logit (four with label
     smoothing). The logits are read, never written. The loss and each token's loss are alike on every rank of the axis.
 
     Args:
-        logits: [..., vocab_size / ranks], this rank's part, cut as torch.chunk cuts.
+        logits: [..., vocab_size / ranks], this rank's part, as torch.chunk shards.
         target: [...] of ids of the whole vocabulary, alike on every rank of the axis.
         vocab_size: the global vocabulary.
-        mesh, axis: the axis of the mesh that cuts the vocabulary.
+        mesh, axis: the axis of the mesh that shards the vocabulary.
         token_axes: axes over which ranks hold different tokens (data parallel): `mean` divides by the tokens of all of
             them, and `mean` and `sum` are those of all tokens, on every rank. Call backward on every rank, once.
         ignore_index, label_smoothing, reduction: as of F.cross_entropy; smoothing is over the global vocabulary.
@@ -59,7 +59,7 @@ def vocab_parallel_cross_entropy(
     tokens_over = [axis_on(mesh, name, "vocab_parallel_cross_entropy") for name in token_axes]
     if over in tokens_over:
         raise ShapeError(
-            f"axis {axis!r} cuts the vocabulary; it cannot be one of token_axes={tuple(token_axes)} as well"
+            f"axis {axis!r} shards the vocabulary; it cannot be one of token_axes={tuple(token_axes)} as well"
         )
     _check(logits, target, vocab_size, over, ignore_index, label_smoothing, reduction)
     if torch.compiler.is_compiling():
@@ -174,7 +174,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _losses(
     logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, ...]:
-    """Per-token losses, and what the gradient needs beside the logits."""
+    """Per-token losses, and what the gradient needs besides the logits."""
     wide = logits.float() if logits.element_size() < 4 else logits
     start, here = chunk(vocab_size, over.size, over.index)
     ignored = target == ignore_index

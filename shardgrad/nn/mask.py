@@ -1,4 +1,4 @@
-"""Masks of attention, cut as the heads are."""
+"""Masks of attention, sharded as the heads are."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ParamSharding:
-    """How a parameter is stored: which axes cut which of its dims, on which mesh, and its global shape.
+    """How a parameter is stored: which axes shard which of its dims, on which mesh, and its global shape.
 
     merged: its global shape in a state, where dims that are letters of their own here are one there (the groups and the
     out-channels of a convolution); None where it is `shape`.
@@ -60,7 +60,7 @@ class ShardedModule(nn.Module):
         self._axes = tuple(axes)
         self._shardings: dict[str, ParamSharding] = {}
         self._mesh = ParamSharding(TensorSpec("", ()), (), mesh)
-        self._products: dict[Any, Any] = {}  # bound at first use, by whatever a layer tells them apart by
+        self._products: dict[Any, Any] = {}  # bound at first use, by whatever key the layer has for them
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and torch.save take: not the bound products, which hold process groups and are bound again."""

@@ -1,4 +1,4 @@
-"""A mixture of experts, which are cut over an axis: tokens go to the ranks that own their experts, and come back."""
+"""A mixture of experts, sharded over an axis: tokens go to the ranks that own their experts, and come back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MoE(Layer):
             are (Switch; needed with top_k = 1, where a sum of one gate would leave the router without gradient).
         parallel, or mesh, axis, device, dtype: as of `Parallel`; the axis shards the experts and the tokens.
 
-    Parameters (global shapes): router [e, d], replicated; up and gate [e, f, d], down [e, d, f], cut by experts.
+    Parameters (global shapes): router [e, d], replicated; up and gate [e, f, d], down [e, d, f], sharded by experts.
 
     Raises:
         ShapeError: a size is below 1, or top_k is not between 1 and num_experts.

@@ -1,4 +1,4 @@
-"""Where a layer lives and how it is parallel: what every layer of a model is told, told once."""
+"""Where a layer lives and how it is parallel: given once for all layers of a model."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Parallel:
 
     @classmethod
     def of(cls, layer: str, where: Mapping[str, Any], takes: type, axis: str = "tp") -> Parallel:
-        """What a layer was told, by `parallel=` or by keywords.
+        """The `Parallel` that a layer was given, by `parallel=` or by keywords.
 
         Args:
             takes: the TypedDict of the keywords that the layer knows.
-            axis: where none is told.
+            axis: where none is given.
 
         Raises:
-            TypeError: an unknown keyword, one beside parallel=, no mesh; or parallel= shards x in a way that the layer
+            TypeError: an unknown keyword, one besides parallel=, no mesh; or parallel= shards x in a way that the layer
                 knows nothing of.
             ShapeError: as of the class.
         """
@@ -92,7 +92,7 @@ class Parallel:
         beside = [name for name in where if name != "parallel"]
         if beside:
             raise TypeError(
-                f"{layer}: {beside[0]}=… beside parallel=…, which says it already: give one, or make another by "
+                f"{layer}: {beside[0]}=… besides parallel=…, which says it already: give one, or make another by "
                 f"dataclasses.replace(parallel, {beside[0]}=…)"
             )
         for name in ("sequence_dim", "data") if "axis" in names else ():  # else a layout says all of it

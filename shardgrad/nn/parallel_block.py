@@ -26,11 +26,11 @@ class ParallelBlock(nn.Module):
         A W… -> Y[b,s,m]{tp}                 and its Y: each of reduce=False
 
     forward: all-reduce of Attention(N) + MLP(N), once; backward: all-reduce of the sum of both dN, once: half of what
-    the two in sequence need. With X cut along s: forward all-gathers N and reduce-scatters the sum; backward
+    the two in sequence need. With X sharded along s: forward all-gathers N and reduce-scatters the sum; backward
     all-gathers dY and reduce-scatters dN, each once. N is kept as gathered from forward to backward.
 
     Args:
-        norm: of X; its sequence_dim, 1 or None, says whether X and Y are cut along the sequence.
+        norm: of X; its sequence_dim, 1 or None, says whether X and Y are sharded along the sequence.
         attention, mlp: with reduce=False, over the norm's axis and with its `data`.
 
     Raises:

@@ -64,7 +64,7 @@ class LearnedPositions(Layer):
         """
         if first < 0 or sequence < 0 or first + sequence > self.num_positions:
             raise ShapeError(
-                f"positions {first} to {first + sequence - 1} were asked for, of {self.num_positions} (num_positions)"
+                f"positions {first} to {first + sequence - 1} are needed, of {self.num_positions} (num_positions)"
             )
         (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
         rows = weight[first : first + sequence]

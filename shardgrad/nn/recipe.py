@@ -29,10 +29,10 @@ class Product:
 class Bound:
     """A layer's products of one input, for an input of so many dims, with what each call has to add.
 
-    given: the sizes that the layer knows. sequence: the letter whose size a call may tell.
+    given: the sizes that the layer knows. sequence: the letter whose size a call may give.
     """
 
-    product: BoundMatmul
+    matmul: BoundMatmul
     given: Given
     sequence: str | None
 
@@ -40,9 +40,9 @@ class Bound:
 @dataclass(frozen=True)
 class Recipe:
     """Products of one input, and all that binding them on a mesh depends on. Nothing of it can be forgotten in `key`,
-    by which torch.compile tells graphs apart: they are made of the same fields."""
+    by which torch.compile distinguishes graphs: they are made of the same fields."""
 
-    who: str
+    user: str
     products: tuple[Product, ...]
     sizes: Given
     parallel: Parallel
@@ -65,7 +65,7 @@ class Recipe:
 
     @cached_property
     def features(self) -> int:
-        """How many dims the input has beside those that `n` stands for."""
+        """How many dims the input has besides those that `n` stands for."""
         return sum(dim.letter != ROWS for dim in self.notations[0].lhs.dims)
 
     def rows(self, dims: int) -> Rows:
@@ -79,8 +79,8 @@ class Recipe:
         if dims < self.features:
             got = "a scalar" if dims == 0 else f"{dims} dims"
             least = "one dim" if self.features == 1 else f"{self.features} dims"
-            raise ShapeError(f"{self.who} needs an input of at least {least}, got {got}")
-        return Rows.of(self.notations[0], dims - self.features, self.parallel, self.who)
+            raise ShapeError(f"{self.user} needs an input of at least {least}, got {got}")
+        return Rows.of(self.notations[0], dims - self.features, self.parallel, self.user)
 
     def layouts(self, dims: int, biased: bool) -> tuple[Layout, ...]:
         """The layouts for an input of so many dims."""
@@ -94,7 +94,7 @@ class Recipe:
         return tuple(found)
 
     def bind(self, dims: int, biased: bool) -> Bound:
-        """The products for an input of so many dims.
+        """The bound products for an input of so many dims.
 
         Raises:
             ShapeError: as `rows`.
@@ -103,7 +103,7 @@ class Recipe:
         operation = CONTRACT if self.operation is None else self.operation
         given = tuple((x, size) for x, size in self.sizes if any(x in layout.letters for layout in layouts))
         parallel = self.parallel
-        product = bind(
+        bound = bind(
             layouts, (biased,) * len(layouts), parallel.mesh, self.save_gathered, parallel.reduce_dtype, operation
         )
-        return Bound(product, given, rows.sequence)
+        return Bound(bound, given, rows.sequence)

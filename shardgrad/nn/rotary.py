@@ -12,8 +12,8 @@ class Rotary(nn.Module):
     """Feature i of a head and feature i + k/2 are a pair, turned by the angle position · base^(-2i/k).
 
     Pairs are half a head apart ("rotate half"), as in Llama and Hugging Face's models, not neighbours as in the paper.
-    It has no parameters, mixes no heads and no positions, and so needs no communication whatever is cut: what it must
-    be told is where in the sequence its input stands.
+    It has no parameters, mixes no heads and no positions, and so needs no communication whatever is sharded: it must be
+    given where in the sequence its input stands.
 
     Args:
         head_dim: k, even.

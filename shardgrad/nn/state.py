@@ -61,7 +61,7 @@ def state_dict(
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Fill a model, on any mesh, with a global state: `model.load_state_dict(state)` whose tensors are global.
 
-    Each rank cuts its shard out and copies it into place; nothing is communicated, except for a DTensor stored
+    Each rank copies its shard into place; nothing is communicated, except for a DTensor stored
     otherwise than the parameter, which is gathered (then all ranks of its mesh must come, with the same state).
 
     Args:
@@ -139,14 +139,14 @@ def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device |
 def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Tensor:
     if sharding is None:
         return value.detach()
-    from torch.distributed.tensor import DTensor  # a second of imports, for those who ask
+    from torch.distributed.tensor import DTensor  # a second of imports, only where it is needed
 
     placements = _placements(sharding)
     if placements is None:
         raise LayoutError(
-            f"{name} is stored as {sharding.spec}: a DTensor cuts a dim by the axes of its mesh in the mesh's order "
-            f"({', '.join(view(sharding.mesh).shape)}). Name the axes of the mesh in the order of the layout, or take "
-            "global tensors (as_dtensor=False)"
+            f"{name} is stored as {sharding.spec}: a DTensor shards a dim over the axes of its mesh in the mesh's "
+            f"order ({', '.join(view(sharding.mesh).shape)}). Name the axes of the mesh in the order of the layout, or "
+            "take global tensors (as_dtensor=False)"
         )
     stride = tuple(prod(sharding.shape[at + 1 :]) for at in range(len(sharding.shape)))
     return DTensor.from_local(
@@ -162,8 +162,8 @@ def _placements(sharding: ParamSharding) -> list[Placement] | None:
     order = list(sizes)
     placements: list[Placement] = [Replicate() for _ in order]
     for at, dim in enumerate(sharding.spec.dims):
-        cutting = [order.index(axis) for axis in dim.axes if sizes[axis] > 1]
-        if cutting != sorted(cutting):
+        places = [order.index(axis) for axis in dim.axes if sizes[axis] > 1]
+        if places != sorted(places):
             return None
         for axis in dim.axes:
             placements[order.index(axis)] = Shard(at)
@@ -175,7 +175,7 @@ def _misfit(
 ) -> list[str]:
     given, wanted = state[source], tuple(value.shape) if sharding is None else sharding.merged or sharding.shape
     if sharding is not None and hasattr(given, "to_local"):
-        wanted = sharding.shape  # a DTensor has the dims that axes cut
+        wanted = sharding.shape  # a DTensor has the dims that axes shard
     if not isinstance(given, Tensor):
         return [f"{name}: a {type(given).__name__}, not a tensor"]
     if tuple(given.shape) != wanted:

@@ -2,7 +2,7 @@
 
 | symbol   | becomes                                                                                              |
 | -------- | ---------------------------------------------------------------------------------------------------- |
-| `n`      | the rows, as many letters as the input has dims beside those written: none, `n`, `b,s`, …            |
+| `n`      | the rows, as many letters as the input has dims besides those written: none, `n`, `b,s`, …            |
 | `/tp`    | the layer's axis                                                                                     |
 | `/sp`    | the layer's axis on the letter of `sequence_dim`; nothing without it                                 |
 | (`/dp`)  | not written: the data parallel axis shards the first row, and weights are stored over it             |
@@ -31,7 +31,7 @@ def row_letters(count: int) -> tuple[str, ...]:
     return _LETTERS.get(count) or tuple(f"n{at}" for at in range(count))
 
 
-def sequence_row(rows: int, sequence_dim: int, who: str) -> int:
+def sequence_row(rows: int, sequence_dim: int, user: str) -> int:
     """Which of so many rows the sequence dim is, of a tensor that has one dim of features after them.
 
     Raises:
@@ -40,7 +40,7 @@ def sequence_row(rows: int, sequence_dim: int, who: str) -> int:
     dims = rows + 1
     if not -dims <= sequence_dim < dims or sequence_dim % dims == rows:
         raise ShapeError(
-            f"{who}: sequence_dim={sequence_dim} of {dims} dims is not a row dim (the last one holds features)"
+            f"{user}: sequence_dim={sequence_dim} of {dims} dims is not a row dim (the last one holds features)"
         )
     return sequence_dim % dims
 
@@ -56,7 +56,7 @@ class Rows:
     data: BatchAxis | None
 
     @classmethod
-    def of(cls, template: Notation, count: int, parallel: Parallel, who: str) -> Rows:
+    def of(cls, template: Notation, count: int, parallel: Parallel, user: str) -> Rows:
         """count: how many rows `n` stands for.
 
         Raises:
@@ -66,11 +66,11 @@ class Rows:
         rows = [x for x in lhs if x in template.out.letters and x not in template.rhs.letters]
         letters = tuple(one for x in rows for one in (many if x == ROWS else (x,)))
         if parallel.data is not None and not letters:
-            raise ShapeError(f"{who}: an input of one dim has no batch that {parallel.data.axis} could cut")
+            raise ShapeError(f"{user}: an input of one dim has no batch that {parallel.data.axis} could shard")
         sequence = None
         if parallel.sequence_dim is not None:
             written = next((d.letter for t in template.tensors for d in t.dims if SEQUENCE in d.axes), None)
-            sequence = many[sequence_row(count, parallel.sequence_dim, who)] if written == ROWS else written
+            sequence = many[sequence_row(count, parallel.sequence_dim, user)] if written == ROWS else written
         return cls(letters, many, sequence, parallel.data)
 
     def stored(self, spec: TensorSpec, axis: str, reduce: bool = True) -> str:

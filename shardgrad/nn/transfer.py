@@ -1,4 +1,4 @@
-"""What a layer sends beside its products, predicted: a tensor brought from one storage to another."""
+"""What a layer sends besides its products, predicted: a tensor brought from one storage to another."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@
 | `chunking`   | the pass that puts chunked products in place of others                  |
 | `chunks`     | a product and its communication in chunks, side by side                 |
 | `overlap`    | in how many chunks, from what links and multipliers were measured to do |
-| `deferred`   | weight gradients computed when they are asked for                       |
+| `deferred`   | weight gradients computed later, at a call of the program's             |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |
 | `reference`  | the NumPy reference of a product's backward                             |
 """

@@ -30,7 +30,7 @@ class Map(Protocol):
         """Add the result to `main`, which may be of a wider dtype."""
 
     def with_bias(self, left: Tensor, right: Tensor, bias: Tensor, /) -> Tensor:
-        """The result plus a bias; asked only of a product of matrices."""
+        """The result plus a bias; only for a product of matrices."""
 
 
 class Local(NamedTuple):

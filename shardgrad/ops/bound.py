@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Given = tuple[tuple[str, int], ...]  # global sizes of letters
 
-_MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, fewer than memory minds
+_MOST_SHAPES = 512  # programs remembered for a product; more than a training run has, few enough for memory
 
 
 class BoundMatmul:
@@ -59,7 +59,7 @@ class BoundMatmul:
                     f"{layout} has {of}, but {operation} has {operation.spatial}: layouts with spatial dims are for "
                     "sg.convolve, others for sg.matmul"
                 )
-        # Sizes that follow from others, and that no operand tells.
+        # Sizes that follow from others, and that no operand gives.
         self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
@@ -104,7 +104,7 @@ class BoundMatmul:
             with torch.autocast(self.device_type, enabled=False):
                 return self(tensors, given)
         found = self.executable(tensors, given)
-        # functorch says what it cannot do, from `apply`.
+        # functorch raises for what it cannot do, from `apply`.
         return (found.function.apply if found.function is not None else found.call)(*tensors)
 
     def cast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ class BoundMatmul:
         self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
     ) -> Executable:
         sizes, exchanged = self._sizes(tensors, given, needs)
-        # Where sizes are exchanged, the local shapes do not tell them; they are asked for at every call.
+        # Where sizes are exchanged, the local shapes do not give them; they are exchanged at every call.
         where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
         found = self._executables.get(where)
         if found is None:
@@ -173,7 +173,7 @@ class BoundMatmul:
         namespace = Namespace(self.view, sizes, [self.operation.local(layout, sizes) for layout in self.layouts])
         chunked = None
         if self.view.settings:
-            from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` asked for
+            from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` sets
 
             chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
         return Executable(products, self.name, namespace, needs, self._check_backward, chunked)
@@ -197,7 +197,7 @@ class BoundMatmul:
     def _learn(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...] | None = None
     ) -> tuple[Sizes, list[Level]]:
-        """What the local shapes and `given` tell, and the levels that they do not tell.
+        """The sizes that the local shapes and `given` give, and the levels that they do not give.
 
         needs: of each tensor, whether it needs a gradient: compared with the other ranks. None: nothing is.
         """
@@ -211,8 +211,8 @@ class BoundMatmul:
                 specs.append(layout.bias)
                 values.append(next(biases))
         self._check_kind(values, [spec.name for spec in specs])
-        told = {x: size for x, size in (given or {}).items() if x not in self._derived}
-        sizes = sizing.learn(specs, values, told, self.view, self.name)
+        given_sizes = {x: size for x, size in (given or {}).items() if x not in self._derived}
+        sizes = sizing.learn(specs, values, given_sizes, self.view, self.name)
         sizes.known.update(((x, ()), size) for x, size in (given or {}).items() if x in self._derived)
         self._derive(sizes)
         if needs is not None:
@@ -288,7 +288,7 @@ class BoundMatmul:
     def _agree(self, products: Products, needs: tuple[bool, ...]) -> None:
         """Compare with the other ranks what all must mean alike, along every axis that a call communicates along.
 
-        A backward counts with every gradient if any is wanted: ranks that want different ones are to be told so.
+        A backward counts with every gradient if any is wanted: ranks that want different ones raise.
         """
         moved: dict[str, set[str]] = {}
         for one in communication(self._instructions(products, gradients=any(needs))):
@@ -313,7 +313,7 @@ class BoundMatmul:
         return "\n".join(lines)
 
     def _check_backward(self, dys: Sequence[Tensor | None]) -> None:
-        """Do the ranks ask for the same gradients of the same kind?"""
+        """Compare with the other ranks which dYs there are, and of which dtypes."""
         lines = ["backward", *(f"layout {layout}" for layout in self.layouts)]
         for layout, dy in zip(self.layouts, dys):
             lines.append(f"d{layout.out.name} {'is None' if dy is None else dy.dtype}")
@@ -338,16 +338,16 @@ def bind(
     """Decide all that does not depend on shapes; the same arguments give the same product."""
     mesh_view = view(mesh)
     key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
-    product = mesh_view.bound.get(key)
-    if product is None:
+    bound = mesh_view.bound.get(key)
+    if bound is None:
         _check_layouts(layouts, biased)
-        product = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
-        mesh_view.bound[key] = product
-    return product
+        bound = BoundMatmul(layouts, biased, mesh_view, _kept(save_gathered, layouts), reduce_dtype, operation)
+        mesh_view.bound[key] = bound
+    return bound
 
 
 def run(
-    product: BoundMatmul,
+    bound: BoundMatmul,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -356,15 +356,15 @@ def run(
     """Differentiably compute bound products of x. biases: those that there are."""
     tensors = (x, *weights, *biases)
     if torch.compiler.is_compiling():
-        from shardgrad.ops import compiled  # of no use to anybody else
+        from shardgrad.ops import compiled  # of no use elsewhere
 
-        if not torch.is_autocast_enabled(product.device_type):
-            return compiled.run(product, tensors, sizes)
-        tensors = product.cast(tensors)
-        with torch.autocast(product.device_type, enabled=False):
-            return compiled.run(product, tensors, sizes)
-    made = product(tensors, tuple(sizes.items()) if sizes else ())
-    return made if product.count > 1 else (made,)
+        if not torch.is_autocast_enabled(bound.device_type):
+            return compiled.run(bound, tensors, sizes)
+        tensors = bound.cast(tensors)
+        with torch.autocast(bound.device_type, enabled=False):
+            return compiled.run(bound, tensors, sizes)
+    made = bound(tensors, tuple(sizes.items()) if sizes else ())
+    return made if bound.count > 1 else (made,)
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:

@@ -40,7 +40,7 @@ from shardgrad.ops.overlap import WHOLE, Chunking, choose, choose_together, is_s
 def chunking_pass(
     view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype, *, traced: bool
 ) -> Pass | None:
-    """The pass for products of one set of shapes; None where `set_overlap` did not ask for it.
+    """The pass for products of one set of shapes; None where `set_overlap` did not set one.
 
     traced: only to learn shapes from: ranks exchange nothing.
     """
@@ -125,19 +125,19 @@ class _Chunker:
         found = self._chunkable(move, product, spec)
         if found is None or move.move.kind == "all-gather":
             return None
-        contraction, step, same = found
+        contraction, transfer, same = found
         shape = self._compute_shape(product.index, product.role)
         rows, columns = prod(shape[: contraction.rows]), prod(shape[contraction.rows :])
         inner = self._multiplications(product.index) // max(1, rows * columns)
         # Along rows, the second matrix is read again and again; along columns, the first, and all is copied once.
         by_rows = columns * inner <= rows * (inner + columns)
-        if step.kind == "reduce-scatter":
-            by_rows = step.dim >= contraction.rows
+        if transfer.kind == "reduce-scatter":
+            by_rows = transfer.dim >= contraction.rows
         elif not same:
             by_rows = rows >= columns
         reread = (columns if by_rows else rows) * inner
-        chunking = self._choose(step, same, shape, product.index, 1, reread, None, following_flops)
-        return ChunkedMatmulReduce(contraction, step, chunking, by_rows=by_rows) if chunking != WHOLE else None
+        chunking = self._choose(transfer, same, shape, product.index, 1, reread, None, following_flops)
+        return ChunkedMatmulReduce(contraction, transfer, chunking, by_rows=by_rows) if chunking != WHOLE else None
 
     def _gather(self, made: Instructions, gather: Communicate, readers: Sequence[Matmul]) -> Instructions:
         """The gather of a left operand side by side with the products that read it."""
@@ -156,17 +156,17 @@ class _Chunker:
         if len(_moves_into(made, gather.out)) != 1 or found[0] is None or None in found:
             return None
         products = [one[0] for one in found if one is not None]
-        step, same = found[0][1], all(one is not None and one[2] for one in found)
-        if step.kind != "all-gather" or any(step.dim >= one.rows or not one.lhs_has_rows for one in products):
+        transfer, same = found[0][1], all(one is not None and one[2] for one in found)
+        if transfer.kind != "all-gather" or any(transfer.dim >= one.rows or not one.lhs_has_rows for one in products):
             return None
-        stored, ranks = self._sizes.shape_of(spec.dims), step.axis.size
-        if stored[step.dim] * ranks != step.global_size:
+        stored, ranks = self._sizes.shape_of(spec.dims), transfer.axis.size
+        if stored[transfer.dim] * ranks != transfer.global_size:
             return None
         reread = sum(prod(self._compute_shape(one.index, "rhs")) for one in readers) * (ranks - 1)
-        chunking = self._choose(step, same, stored, readers[0].index, len(readers), reread, 1 / ranks)
+        chunking = self._choose(transfer, same, stored, readers[0].index, len(readers), reread, 1 / ranks)
         if chunking == WHOLE:
             return None
-        return ChunkedGatherMatmul(products, step, chunking, assemble=_is_read_by_others(made, gather, readers))
+        return ChunkedGatherMatmul(products, transfer, chunking, assemble=_is_read_by_others(made, gather, readers))
 
     def _gather_rhs(self, made: Instructions, product: Matmul) -> Instructions:
         """The gather of a weight side by side with the product, Y or dX, that reads it."""
@@ -183,22 +183,22 @@ class _Chunker:
         found = self._chunkable(gather, product, rhs)
         if len(_moves_into(made, gather.out)) != 1 or found is None:
             return None
-        contraction, step, same = found
-        stored, ranks = self._sizes.shape_of(rhs.dims), step.axis.size
+        contraction, transfer, same = found
+        stored, ranks = self._sizes.shape_of(rhs.dims), transfer.axis.size
         places = {letter: out.letters.index(letter) for letter in rhs.letters if letter in out.letters}
-        if step.kind != "all-gather" or stored[step.dim] * ranks != step.global_size or not places:
+        if transfer.kind != "all-gather" or stored[transfer.dim] * ranks != transfer.global_size or not places:
             return None
-        gathered = rhs.letters[step.dim]
+        gathered = rhs.letters[transfer.dim]
         # A letter that is whole here leaves whole chunks; the gathered one, the local shard's part to begin with.
         letter = max(places, key=lambda one: (one != gathered, stored[rhs.letters.index(one)]))
         local = 1 / ranks if letter == gathered else 0.0
         left = prod(self._compute_shape(product.index, product.operands[0]))
-        chunking = self._choose(step, same, stored, product.index, 1, left * (ranks - 1 if local else 1), local)
+        chunking = self._choose(transfer, same, stored, product.index, 1, left * (ranks - 1 if local else 1), local)
         if chunking == WHOLE:
             return None
         along, place = rhs.letters.index(letter), places[letter]
         kept = _is_read_by_others(made, gather, [product])
-        return ChunkedRhsGatherMatmul(contraction, step, chunking, along, place, assemble=kept)
+        return ChunkedRhsGatherMatmul(contraction, transfer, chunking, along, place, assemble=kept)
 
     def _put(
         self,
@@ -258,7 +258,7 @@ class _Chunker:
 
     def _choose(
         self,
-        step: Transfer,
+        transfer: Transfer,
         same: bool,
         moved: tuple[int, ...],
         at: int,
@@ -272,8 +272,8 @@ class _Chunker:
         reread: elements that each chunk beyond the first reads once more. local_fraction, following_flops: see
             `Costs.chunks`.
         """
-        size, name = self._dtype.itemsize, step.axis.name
-        count = sent(step.kind, prod(moved), step.axis.size) * size
+        size, name = self._dtype.itemsize, transfer.axis.name
+        count = sent(transfer.kind, prod(moved), transfer.axis.size) * size
         flops = 2 * products * self._multiplications(at)
 
         def choice() -> Chunking:
@@ -283,8 +283,8 @@ class _Chunker:
             return choice() if flops else WHOLE
         if self._traced or not prod(moved):
             return WHOLE
-        what = f"{step.what} {moved} beside products of {self._layouts[at]}, {self._dtype}"
-        return choose_together(self._view, step.axis, what, choice)
+        what = f"{transfer.what} {moved} beside products of {self._layouts[at]}, {self._dtype}"
+        return choose_together(self._view, transfer.axis, what, choice)
 
     def _spec(self, at: int, role: Role) -> TensorSpec:
         layout = self._layouts[at]

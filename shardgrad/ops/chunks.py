@@ -1,8 +1,8 @@
-"""Communication hidden behind the product that it belongs to: both are cut into pieces, and run side by side.
+"""Communication hidden behind the product that it belongs to: both are split into chunks, and run side by side.
 
-A reduction: each piece of the product is reduced while the next is computed. A gather: the part of the product that
-needs the own shard alone comes first, if there is one, and each piece of the others' shards is multiplied while the
-next arrives. Pieces are cut along rows or columns of the product, so no sum is split that was not split before.
+A reduction: each chunk of the product is reduced while the next is computed. A gather: the part of the product that
+needs the own shard alone comes first, if there is one, and each chunk of the others' shards is multiplied while the
+next arrives. Chunks are of rows or columns of the product, so no sum is split that was not split before.
 (Overlap by splitting: Wang et al. 2023, ASPLOS, doi 10.1145/3567955.3567959.)
 """
 
@@ -39,15 +39,15 @@ class ChunkedMatmulReduce:
     by_rows: whether the chunks are of its rows; else of its columns. A reduce-scatter needs the other side whole.
     """
 
-    def __init__(self, product: Contraction, step: Transfer, chunking: Chunking, *, by_rows: bool) -> None:
+    def __init__(self, product: Contraction, transfer: Transfer, chunking: Chunking, *, by_rows: bool) -> None:
         self._product, self._chunking, self._by_rows = product, chunking, by_rows
         self._reduce: Collective
-        if step.kind == "all-reduce":
-            self._reduce = AllReduce(step.axis, step.what)
+        if transfer.kind == "all-reduce":
+            self._reduce = AllReduce(transfer.axis, transfer.what)
         else:  # rows are one dim there
-            dim = step.dim - product.rows + 1 if by_rows else step.dim
-            self._reduce = ReduceScatter(step.axis, dim, step.what)
-        self._in_place = by_rows and step.kind == "all-reduce"
+            dim = transfer.dim - product.rows + 1 if by_rows else transfer.dim
+            self._reduce = ReduceScatter(transfer.axis, dim, transfer.what)
+        self._in_place = by_rows and transfer.kind == "all-reduce"
 
     def start(self, left: Tensor, right: Tensor) -> Handle:
         """Compute the product and start to sum it; what is returned is for `wait`."""
@@ -89,24 +89,26 @@ class ChunkedMatmulReduce:
 
 
 class ChunkedGatherMatmul:
-    """Products of one tensor that is gathered along a row dim, piece by piece, the own shard's part first."""
+    """Products of one tensor that is gathered along a row dim, chunk by chunk, the own shard's part first."""
 
-    def __init__(self, products: Sequence[Contraction], step: Transfer, chunking: Chunking, *, assemble: bool) -> None:
-        self._products, self._step, self._chunking = tuple(products), step, chunking
-        self._axis: Axis = step.axis
-        self._gather = AllGather(step.axis, 0, step.axis.size, step.what)
+    def __init__(
+        self, products: Sequence[Contraction], transfer: Transfer, chunking: Chunking, *, assemble: bool
+    ) -> None:
+        self._products, self._transfer, self._chunking = tuple(products), transfer, chunking
+        self._axis: Axis = transfer.axis
+        self._gather = AllGather(transfer.axis, 0, transfer.axis.size, transfer.what)
         self._assemble = assemble
 
     def __call__(self, stored: Tensor, *others: Tensor) -> Any:
         """Each product with the whole tensor; and the whole tensor itself, if it is to be assembled."""
-        axis, at = self._axis, self._step.dim
+        axis, at = self._axis, self._transfer.dim
         shape = stored.shape
         before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
         mine = stored.reshape(before, own, after)
         coming = []
         for start, length in self._chunking.chunks(own):
-            piece = mine[:, start : start + length].contiguous().unsqueeze(0)
-            coming.append((start, length, self._gather.start(piece)))
+            part = mine[:, start : start + length].contiguous().unsqueeze(0)
+            coming.append((start, length, self._gather.start(part)))
         whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
         parts = None if whole is None else whole.view(before, axis.size, own, after)
         if parts is not None:
@@ -143,32 +145,32 @@ def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
 
 
 class ChunkedRhsGatherMatmul:
-    """A product whose second operand, a stored weight, is gathered piece by piece, along a letter of the product.
+    """A product whose second operand, a stored weight, is gathered chunk by chunk, along a letter of the product.
 
-    along: the dim of the second operand that is cut, and that becomes dim `place` of the product. If it is also the dim
-    that is gathered, the own shard's part comes first.
+    along: the dim of the second operand that is split into chunks, and that becomes dim `place` of the product. If it
+        is also the dim that is gathered, the own shard's part comes first.
     """
 
     def __init__(
-        self, product: Contraction, step: Transfer, chunking: Chunking, along: int, place: int, *, assemble: bool
+        self, product: Contraction, transfer: Transfer, chunking: Chunking, along: int, place: int, *, assemble: bool
     ) -> None:
-        self._product, self._step, self._chunking = product, step, chunking
-        self._axis: Axis = step.axis
+        self._product, self._transfer, self._chunking = product, transfer, chunking
+        self._axis: Axis = transfer.axis
         self._along, self._place, self._assemble = along, place, assemble
-        # Every rank's piece by itself, or already side by side.
-        dim, size = (0, step.axis.size) if along == step.dim else (step.dim, step.global_size)
-        self._gather = AllGather(step.axis, dim, size, step.what)
+        # Every rank's chunk by itself, or already side by side.
+        dim, size = (0, transfer.axis.size) if along == transfer.dim else (transfer.dim, transfer.global_size)
+        self._gather = AllGather(transfer.axis, dim, size, transfer.what)
 
     def __call__(self, stored: Tensor, left: Tensor) -> Any:
         """The product of the other operand with the whole weight; and that itself, if it is to be assembled."""
-        axis, at, along = self._axis, self._step.dim, self._along
+        axis, at, along = self._axis, self._transfer.dim, self._along
         own_first = at == along
         blocks: list[tuple[int, Handle]] = []  # where each begins along that dim of a shard
         for start, length in self._chunking.chunks(stored.shape[along]):
-            piece = stored.narrow(along, start, length)
-            blocks.append((start, self._gather.start(piece.unsqueeze(0) if own_first else piece)))
+            part = stored.narrow(along, start, length)
+            blocks.append((start, self._gather.start(part.unsqueeze(0) if own_first else part)))
         shape = list(stored.shape)
-        shape[at] = self._step.global_size
+        shape[at] = self._transfer.global_size
         whole = stored.new_empty(shape) if self._assemble else None
         out: Tensor | None = None
 

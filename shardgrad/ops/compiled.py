@@ -1,6 +1,6 @@
 """Products as torch.compile sees them: one operator for forward and one for backward, opaque, and kept in order.
 
-A compiled graph holds tensors, numbers and strings; it names a product by its handle.
+A compiled graph holds tensors, numbers and strings; it names a bound product by its handle.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from shardgrad.ops.executable import Executable
 
 
-def run(product: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
-    """What `product(tensors, …)` computes, in a graph. Called where torch.compile traces."""
+def run(bound: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
+    """What `bound(tensors, …)` computes, in a graph. Called where torch.compile traces."""
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in tensors]
     known = dict(sizes or {})
-    made = torch.ops.shardgrad.product(product.handle, tensors, needs, ",".join(known), list(known.values()))
-    return tuple(made[: product.count])
+    made = torch.ops.shardgrad.product(bound.handle, tensors, needs, ",".join(known), list(known.values()))
+    return tuple(made[: bound.count])
 
 
-class _Split:
+class _GraphFunctions:
     """Forward and backward of an executable as two functions, with what backward needs in the hands of the caller."""
 
     def __init__(self, executable: Executable) -> None:
@@ -66,17 +66,17 @@ class _Split:
 
 def _find(
     handle: str, like: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int], traced: bool
-) -> _Split:
-    product = handles.named(handle)
-    if product is None:
+) -> _GraphFunctions:
+    bound = handles.named(handle)
+    if bound is None:
         raise MeshError(
             f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
         )
     given = dict(zip(letters.split(","), map(int, sizes))) if letters else None
-    executable = product.executable_for_graph(like, given, tuple(needs), traced=traced)
-    if executable.split is None:
-        executable.split = _Split(executable)
-    return executable.split
+    executable = bound.executable_for_graph(like, given, tuple(needs), traced=traced)
+    if executable.graph_functions is None:
+        executable.graph_functions = _GraphFunctions(executable)
+    return executable.graph_functions
 
 
 def _own(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -103,17 +103,17 @@ def product_forward(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
     """Every Y, and then the operands that are kept as gathered."""
-    split = _find(handle, tensors, needs, letters, sizes, False)
+    functions = _find(handle, tensors, needs, letters, sizes, False)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(split.forward(*tensors), tensors)
+        return _own(functions.forward(*tensors), tensors)
 
 
 @product_forward.register_fake
 def _(
     handle: str, tensors: Sequence[Tensor], needs: Sequence[bool], letters: str, sizes: Sequence[int]
 ) -> list[Tensor]:
-    split = _find(handle, tensors, needs, letters, sizes, True)
-    return [tensors[0].new_empty(shape) for shape in split.shapes()]
+    functions = _find(handle, tensors, needs, letters, sizes, True)
+    return [tensors[0].new_empty(shape) for shape in functions.shapes()]
 
 
 @torch.library.custom_op(
@@ -135,15 +135,15 @@ def product_backward(
     """The gradients that there are, of X, each weight and each bias."""
     if deferring():
         raise RuntimeError(
-            "weight gradients of a compiled product cannot be put off: its backward is one operator. Leave out "
+            "weight gradients of a compiled product cannot be deferred: its backward is one operator. Leave out "
             "sg.defer_weight_grads(), or torch.compile"
         )
     like = _like(handle, dys, shapes, needs)
-    split = _find(handle, like, needs, letters, sizes, False)
+    functions = _find(handle, like, needs, letters, sizes, False)
     if checking_every_call():
-        split.executable.check(dys)
+        functions.executable.check(dys)
     with torch.autocast(like[0].device.type, enabled=False):
-        return _own(split.backward(saved, dys), (*saved, *dys))
+        return _own(functions.backward(saved, dys), (*saved, *dys))
 
 
 @product_backward.register_fake
@@ -171,12 +171,12 @@ def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], need
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     handle, tensors, needs, letters, sizes = inputs
-    split = _find(handle, tensors, needs, letters, sizes, True)
+    functions = _find(handle, tensors, needs, letters, sizes, True)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*split.saved(tensors, output))
+    ctx.save_for_backward(*functions.saved(tensors, output))
     shapes = [number for tensor in tensors for number in (tensor.dim(), *tensor.shape)]
     ctx.rest = shapes, list(needs), letters, list(sizes)
-    ctx.handle, ctx.count = handle, split.executable.products.count
+    ctx.handle, ctx.count = handle, functions.executable.products.count
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -185,9 +185,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if all(dy is None for dy in dys):
         return None, [None] * len(needs), None, None, None
     like = _like(ctx.handle, dys, shapes, needs)
-    split = _find(ctx.handle, like, needs, letters, sizes, True)
+    functions = _find(ctx.handle, like, needs, letters, sizes, True)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
-    has_grad = split.has_gradients([dy is not None for dy in dys])
+    has_grad = functions.has_gradients([dy is not None for dy in dys])
     return None, [next(made) if has else None for has in has_grad], None, None, None
 
 

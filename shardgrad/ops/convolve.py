@@ -133,9 +133,9 @@ class Convolution:
                     f"a kernel of {w} = {kernel} with dilation {self.dilation[at]} does not fit into {x} = {size} with "
                     f"padding {self.padding[at]} on both sides (in {layout})"
                 )
-            told = sizes.known.setdefault((y, ()), made)
-            if told != made:
-                raise ShapeError(f"sizes says {y} = {told}, but {x} = {size} and {w} = {kernel} make it {made}")
+            known = sizes.known.setdefault((y, ()), made)
+            if known != made:
+                raise ShapeError(f"sizes says {y} = {known}, but {x} = {size} and {w} = {kernel} make it {made}")
 
     def local(self, layout: Layout, sizes: Sizes) -> Local:
         return _local(self, layout, sizes)
@@ -168,8 +168,12 @@ class _Order:
         self._to = None if order == tuple(range(len(order))) else order
         self._from = None if self._to is None else back
         self._ordered = tuple(shape[at] for at in order)
-        cut = len(first), len(first) + len(second)
-        self.merged = (prod(self._ordered[: cut[0]]), prod(self._ordered[cut[0] : cut[1]]), *self._ordered[cut[1] :])
+        ends = len(first), len(first) + len(second)
+        self.merged = (
+            prod(self._ordered[: ends[0]]),
+            prod(self._ordered[ends[0] : ends[1]]),
+            *self._ordered[ends[1] :],
+        )
 
     def merge(self, tensor: Tensor) -> Tensor:
         return (tensor if self._to is None else tensor.permute(self._to)).reshape(self.merged)

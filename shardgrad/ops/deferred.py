@@ -1,4 +1,4 @@
-"""Weight gradients put off: backward hands on dX at once, and dW and db are computed when they are asked for.
+"""Deferred weight gradients: backward hands on dX at once, and dW and db are computed by a later call.
 
 A pipeline's schedule wants this: the stage before waits for dX alone, and dW fills what would be idle (zero bubble: Qi
 et al. 2023, arXiv 2401.10241).
@@ -19,7 +19,7 @@ from shardgrad.ops.modes import deferrals
 
 
 class WeightGrads:
-    """The gradients that were put off, in the order in which backward would have computed them."""
+    """The gradients that were deferred, in the order in which backward would have computed them."""
 
     def __init__(self) -> None:
         self._later: list[tuple[Sequence[Any], Callable[[], Sequence[Tensor | None]]]] = []
@@ -45,7 +45,7 @@ class WeightGrads:
     def __del__(self) -> None:
         if self._later:
             warnings.warn(
-                f"weight gradients of {len(self._later)} products were put off and never computed: call later.run()",
+                f"weight gradients of {len(self._later)} products were deferred and never computed: call later.run()",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -53,14 +53,14 @@ class WeightGrads:
 
 @contextmanager
 def defer_weight_grads() -> Iterator[WeightGrads]:
-    """Put off the weights' and biases' gradients of all products whose backward runs inside the block.
+    """Defer the weights' and biases' gradients of all products whose backward runs inside the block.
 
         with sg.defer_weight_grads() as later:
             loss.backward()  # inputs' gradients, and those of embeddings and norms
         later.run()  # the weights' gradients of products, with their share of the communication
 
     The results are those of an undeferred backward, to the bit, weights used more than once included. The gradient of a
-    weight that is itself computed, as `w.t()` is, is not put off (a cast under autocast is). `later.run()` may
+    weight that is itself computed, as `w.t()` is, is not deferred (a cast under autocast is). `later.run()` may
     be called inside the block or after it, after any number of backwards; it must be called at the same place on every
     rank. Until then the inputs and dYs of the products stay in memory. (torch calls a parameter's hooks in the
     backward too, with None and before anything is accumulated.)

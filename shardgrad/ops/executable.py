@@ -28,7 +28,7 @@ class Executable:
 
     call: Y of every product (a tensor if there is one), differentiably, of X, the weights and the biases there are.
     function: the autograd Function behind it; None where nothing needs a gradient.
-    split: the same as two functions, kept for torch.compile (`compiled`).
+    graph_functions: the same as two functions, kept for torch.compile (`compiled`).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Executable:
         # Backward, by which dYs there are, whether the weights' gradients are deferred, and which go to a main_grad.
         self._backwards: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
         self._forward = self.forward_function()
-        self.split: Any = None
+        self.graph_functions: Any = None
         self.function: type[torch.autograd.Function] | None = None
         self.call: Callable[..., Any] = self._differentiable() if any(needs) else self._forward
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardgrad.ops.bound import BoundMatmul
 
-_products: weakref.WeakValueDictionary[str, BoundMatmul] = weakref.WeakValueDictionary()
+_bound: weakref.WeakValueDictionary[str, BoundMatmul] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
-def name(product: BoundMatmul, text: str) -> str:
-    """A handle for a product. `text` tells what it is and where, so that no cached graph of another rank is taken."""
+def name(bound: BoundMatmul, text: str) -> str:
+    """A handle for a bound product. `text` says what and where it is, so no cached graph of another rank is taken."""
     handle = f"{text} #{next(_numbers)}"
-    _products[handle] = product
+    _bound[handle] = bound
     return handle
 
 
 def named(handle: str) -> BoundMatmul | None:
-    """The product, if it still exists."""
-    return _products.get(handle)
+    """The bound product, if it still exists."""
+    return _bound.get(handle)

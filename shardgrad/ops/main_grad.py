@@ -16,8 +16,8 @@ def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torc
 
     A weight of a product has its gradient added as the product is made: no 16-bit gradient is stored (on CUDA, its
     sums leave the multiplier in float32; on CPUs they are rounded once, as they would be without). Other gradients,
-    such as of norms, are added when autograd has them. The name is Megatron's. Whoever steps reads `main_grad`, and
-    sets it to zero.
+    such as of norms, are added when autograd has them. The name is Megatron's. The optimizer's step
+    has to read `main_grad`, and to set it to zero.
 
     Returns:
         The buffers, shaped as the local parameters, one for each that is trained.

@@ -56,7 +56,7 @@ def matmul(
     """The product of two sharded tensors, in the storage that the layout writes. Local shards in, local shard out.
 
     Differentiable: each gradient comes back stored as its tensor is, complete (but for axes marked `{axis}`), for one
-    global scalar loss. What nobody needs is neither computed nor communicated.
+    global scalar loss. What is not needed is neither computed nor communicated.
 
         y = matmul(x, w, "X[n,d] W[d,m/tp] -> Y[n,m/tp]", mesh)
 
@@ -70,7 +70,7 @@ def matmul(
         mesh: a DeviceMesh with named axes, which has every axis that the layout mentions.
         bias: local shard of the bias, stored as `layout.bias`: as the layout writes it, else the product's column
             letters, split by the axes that split them. Added once, after the reduction.
-        sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds uncut by storage;
+        sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds unsharded by storage;
             without it the ranks then exchange their sizes, one small exchange a call.
         save_gathered: names of operands that stay in memory as gathered until backward; the others are gathered again.
         reduce_dtype: the dtype in which partial sums are reduced, e.g. torch.float32 for 16-bit operands.

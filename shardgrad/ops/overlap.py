@@ -1,4 +1,4 @@
-"""In how many pieces to cut a product with its communication: from what links and multipliers were measured to do."""
+"""In how many chunks to split a product with its communication, by measured links and multipliers."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
 
 _MOST = 8
-_NEARLY = 0.04  # by how much more time than the best pieces take, fewer are preferred
-_LEAST_GAIN = 0.05  # of a product and its communication, below which cutting is not worth the risk of a wrong model
-_STEEPEST = 4.0  # how many times as large as its neighbour a piece may be
+_NEARLY = 0.04  # by how much more time than the best chunks take, fewer are preferred
+_LEAST_GAIN = 0.05  # of a product and its communication, below which chunks are not worth the risk of a wrong model
+_STEEPEST = 4.0  # how many times as large as its neighbour a chunk may be
 _GRAIN = 16  # multipliers like rows and columns in such numbers
 _KEY, _DECIDED = "overlap", "overlap decided"
 
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """Into how many pieces, and how many thousandths of each piece the next one has. Of whole numbers, so that ranks
-    can tell each other."""
+    """Into how many chunks, and how many thousandths of each chunk the next one has. Of whole numbers, so that ranks
+    can exchange them."""
 
     count: int
     steepness: int = 1000
 
     def chunks(self, size: int) -> list[tuple[int, int]]:
-        """Start and length of each piece that is not empty, of so many rows or columns."""
+        """Start and length of each chunk that is not empty, of so many rows or columns."""
         grain = _GRAIN if size >= 4 * _GRAIN * self.count else 1
         edges, so_far = [0], 0.0
         for share in self.shares[:-1]:
@@ -43,7 +43,7 @@ class Chunking:
 
     @property
     def shares(self) -> list[float]:
-        """The relative sizes of the pieces, whose sum is 1."""
+        """The relative sizes of the chunks, whose sum is 1."""
         sizes = [(self.steepness / 1000) ** at for at in range(self.count)]
         return [size / sum(sizes) for size in sizes]
 
@@ -69,7 +69,7 @@ class Link:
 @dataclass(frozen=True)
 class Costs:
     """Of a machine: links by mesh axis; by dtype, seconds for each multiplication and addition of a product, and for
-    each byte of an operand that a product in pieces reads once more."""
+    each byte of an operand that a product in chunks reads once more."""
 
     links: Mapping[str, Link]
     seconds_per_flop: Mapping[torch.dtype, float] = field(default_factory=dict)
@@ -85,11 +85,11 @@ class Costs:
         local_fraction: float | None,
         following_flops: int = 0,
     ) -> Chunking:
-        """The pieces for which communication and product together should take about the least time; none if that gains
+        """The chunks for which communication and product together should take about the least time; none if that gains
         too little.
 
         sent: bytes that a rank sends. flops: multiplications and additions of the whole product. reread_bytes: bytes
-        that each piece beyond the first reads once more. local_fraction: for a gather, the share of the product that
+        that each chunk beyond the first reads once more. local_fraction: for a gather, the share of the product that
         can be computed before anything has come; None for a reduction. following_flops: multiplications and additions
         of products that follow before a reduction is waited for.
         """
@@ -105,20 +105,20 @@ class Costs:
             else _taken((1.0,), link, comm, compute, 0.0, None, tail)
         )
         taken = {
-            cut: _taken(cut.shares, link, comm, compute, more, local_fraction, tail)
-            for cut in _choices(comm, compute, local_fraction)
+            choice: _taken(choice.shares, link, comm, compute, more, local_fraction, tail)
+            for choice in _choices(comm, compute, local_fraction)
         }
         least = min(taken.values())
         if least > whole * (1 - _LEAST_GAIN):
             return WHOLE
         # The fewest that are nearly as good: ranks that are not in step lose time at each of them.
         return min(
-            (cut for cut in taken if taken[cut] <= least * (1 + _NEARLY)), key=lambda cut: (cut.count, taken[cut])
+            (one for one in taken if taken[one] <= least * (1 + _NEARLY)), key=lambda one: (one.count, taken[one])
         )
 
 
 def _choices(comm: float, compute: float, local_fraction: float | None) -> Iterator[Chunking]:
-    """Equal pieces; and such that each is communicated in the time of its neighbour's product, so that little is left
+    """Equal chunks; and such that each is communicated in the time of its neighbour's product, so that little is left
     at the end."""
     before, after = (comm, compute) if local_fraction is None else (compute * (1 - local_fraction), comm)
     steepness = min(max(before / after, 1 / _STEEPEST), _STEEPEST) if after > 0 else 1.0
@@ -136,7 +136,7 @@ def _taken(
     local_fraction: float | None,
     tail: float = 0.0,
 ) -> float:
-    """Seconds until the last piece is there, if products follow one another, and so do collectives."""
+    """Seconds until the last chunk is there, if products follow one another, and so do collectives."""
     sent = 0.0
     if local_fraction is None:
         made = -more
@@ -155,7 +155,7 @@ def _taken(
 
 @dataclass(frozen=True)
 class Always:
-    """A number of equal pieces that is given, wherever a product can be cut."""
+    """A number of equal chunks that is given, wherever a product can be split."""
 
     count: int
 
@@ -173,14 +173,14 @@ class Always:
 
 
 def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
-    """From now on, products on this mesh hide communication behind themselves, in pieces. Call it alike on all ranks.
+    """From now on, products on this mesh hide communication behind themselves, in chunks. Call it alike on all ranks.
 
-    how: what `measure_costs` returned: each product is cut where that gains, and into as many pieces as gain most. A
-        number: always so many pieces. None: never (as at first).
+    how: what `measure_costs` returned: each product is split where that gains, and into as many chunks as gain most. A
+        number: always so many chunks. None: never (as at first).
 
     What is hidden: the reduction of Y behind Y's own product (row parallel), the gather of X or dY behind the product
     that reads it (sequence parallel), the gather of W and the reduction of dW likewise (fully sharded). A reduction of
-    dX runs behind the product of dW with or without this. Rows or columns are cut, sums are not; but a multiplier may
+    dX runs behind the product of dW with or without this. Rows or columns are split, sums are not; but a multiplier may
     round a smaller matrix differently, so bits may change with `how`: it is never decided behind your back.
     """
     mesh_view = view(mesh)
@@ -190,7 +190,7 @@ def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
     else:
         if isinstance(how, int):
             if how < 1:
-                raise ValueError(f"a product is cut into at least 1 piece, not {how}")
+                raise ValueError(f"a product is split into at least 1 chunk, not {how}")
             how = Always(how)  # type: ignore[assignment]
         mesh_view.settings[_KEY] = how
     for bound in mesh_view.bound.values():
@@ -198,7 +198,7 @@ def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
 
 
 def is_set(mesh_view: MeshView) -> bool:
-    """Whether overlap was asked for on a mesh."""
+    """Whether overlap was set on a mesh."""
     return _KEY in mesh_view.settings
 
 
@@ -220,7 +220,7 @@ def choose(
 def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable[[], Chunking]) -> Chunking:
     """What the first rank of an axis would choose, where ranks that have different shapes might differ.
 
-    Asked when `what`, which all ranks of the axis have alike, is first to be done; remembered from then on.
+    Decided when `what`, which all ranks of the axis have alike, is first to be done; remembered from then on.
     """
     how = mesh_view.settings.get(_KEY)
     if how is None or isinstance(how, Always):
@@ -228,7 +228,7 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
     decided = mesh_view.settings.setdefault(_DECIDED, {})
     if (axis.name, what) not in decided:
         mine = choose()
-        value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "pieces of a product")
+        value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "chunks of a product")
         decided[axis.name, what] = Chunking(*divmod(value, 10**6))
     return decided[axis.name, what]
 
@@ -250,12 +250,12 @@ def measure_costs(
         a, b = (torch.randn(count, size, device=device).to(dtype) for count in (rows, size))
         parts = a.chunk(chunks)
         whole = _slowest(_seconds(lambda a=a, b=b: torch.mm(a, b), repeats, device), mesh_view)  # type: ignore[misc]
-        cut = _slowest(
+        chunked = _slowest(
             _seconds(lambda parts=parts, b=b: [torch.mm(part, b) for part in parts], repeats, device),  # type: ignore[misc]
             mesh_view,
         )
         rates[dtype] = whole / (2 * rows * size**2)
-        reread[dtype] = max(0.0, cut - whole) / ((chunks - 1) * b.numel() * b.element_size())
+        reread[dtype] = max(0.0, chunked - whole) / ((chunks - 1) * b.numel() * b.element_size())
     for name, axis in mesh_view.axes.items():
         if axis.size > 1:
             links[name] = _link(axis, mesh_view, repeats)

@@ -261,7 +261,7 @@ def _check_letters(letters: str, spec: str) -> None:
 
 
 def shard(tensor: ArrayLike, dim: int, ranks: int) -> list[Array]:
-    """Views of `tensor` cut along `dim` as torch.chunk cuts: ⌈size/ranks⌉ each, the last ones less or empty.
+    """Views of `tensor`, sharded along `dim` as torch.chunk shards: ⌈size/ranks⌉ each, the last ones less or empty.
 
     Unlike torch.chunk, which may return fewer, there is one shard for each rank. ValueError if ranks < 1.
     """

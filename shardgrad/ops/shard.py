@@ -1,4 +1,4 @@
-"""Cut a global tensor into this rank's shard, and assemble the global tensor from the shards."""
+"""Shard a global tensor, and assemble the global tensor from the shards."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from shardgrad.ops.size_exchange import exchange
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a global tensor, contiguous and of its own memory. No communication.
 
-    Every dim is cut as torch.chunk cuts, once for each of its axes, major first. Marks (`{axis}`) are not applied: a
-    tensor marked as partial, or whose gradient is, is cut like any other. The result does not require grad.
+    Every dim is sharded as torch.chunk shards, once for each of its axes, major first. Marks (`{axis}`) are not
+    applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The result does not require
+    grad.
 
     Raises:
         ShapeError: `full` has another number of dims than `spec`.
@@ -33,7 +34,7 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     mesh_view = view(mesh)
     mesh_view.require(spec.axes, spec)
     if full.dim() != len(spec.dims):
-        raise ShapeError(f"{spec} has {len(spec.dims)} dims, but the tensor to cut has shape {tuple(full.shape)}")
+        raise ShapeError(f"{spec} has {len(spec.dims)} dims, but the tensor to shard has shape {tuple(full.shape)}")
     part = full.detach()
     for at, dim in enumerate(spec.dims):
         start, length = slab(full.shape[at], dim.axes, mesh_view.shape, mesh_view.coordinate)
@@ -42,7 +43,7 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
 
 
 def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[str, int] | None = None) -> Tensor:
-    """The global tensor, on every rank: all-gathered over the axes that cut it, summed over those it is partial on.
+    """The global tensor, on every rank: all-gathered over its axes, summed over those it is partial on.
 
     A product marked `Y[n,m]{tp}` is summed over tp; a gradient is partial where its tensor is marked, so assemble it
     with `layout["X"].grad`. Not differentiable.
@@ -52,7 +53,7 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
         sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
-        ShapeError: the shards are not cut as torch.chunk cuts, or contradict `sizes`.
+        ShapeError: the shards are not as torch.chunk shards, or contradict `sizes`.
         MeshError: the mesh lacks an axis of `spec`.
     """
     mesh_view = view(mesh)

@@ -15,12 +15,12 @@ def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: objec
     """Learn the missing levels from the other ranks' shards: one small exchange for each axis they are stored on.
 
     Raises:
-        ShapeError: on every rank that sees it, if the shards are not cut as torch.chunk cuts.
+        ShapeError: on every rank that sees it, if the shards are not as torch.chunk shards.
     """
     by_axes: dict[tuple[str, ...], list[tuple[Level, int]]] = {}
     for letter, axes in missing:
         finer = [known for known in sizes.known if known[0] == letter and known[1][: len(axes)] == axes]
-        assert finer, f"nothing carries {letter} cut by {axes}"
+        assert finer, f"nothing carries {letter} sharded over {axes}"
         best = min(finer, key=lambda level: len(level[1]))
         by_axes.setdefault(best[1][len(axes) :], []).append(((letter, axes), sizes.known[best]))
     for over, entries in by_axes.items():
@@ -34,14 +34,15 @@ def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: objec
             sizes.known[level] = total
 
     for (letter, axes), size in sizes.known.items():
-        for cut in range(len(axes) - 1, -1, -1):
-            above = sizes.known.get((letter, axes[:cut]))
+        for depth in range(len(axes) - 1, -1, -1):
+            above = sizes.known.get((letter, axes[:depth]))
             if above is not None:
-                expected = slab(above, axes[cut:], sizes.shape, sizes.coordinate)[1]
+                expected = slab(above, axes[depth:], sizes.shape, sizes.coordinate)[1]
                 if expected != size:
                     raise ShapeError(
-                        f"{'/'.join((letter, *axes))} is {size} on this rank, but {'/'.join((letter, *axes[:cut]))} is "
-                        f"{above} in all, so it should be {expected} (torch.chunk; in {user})"
+                        f"{'/'.join((letter, *axes))} is {size} on this rank, but "
+                        f"{'/'.join((letter, *axes[:depth]))} is {above} in all, so it "
+                        f"should be {expected} (torch.chunk; in {user})"
                     )
                 break
 
@@ -58,8 +59,8 @@ def contradiction(
     user: object,
 ) -> str:
     letter, axes = level
-    cut = next(n for n in range(len(axes), -1, -1) if (letter, axes[:n]) in sizes.known)
-    base = letter, axes[:cut]
+    depth = next(n for n in range(len(axes), -1, -1) if (letter, axes[:n]) in sizes.known)
+    base = letter, axes[:depth]
     where = ", ".join(f"{axis} = {view.coordinate[axis]} of {view.shape[axis]}" for axis in axes) or "unsplit"
     lines = [
         f"{spec.name} has local shape {shape}, which does not fit {spec} in {user}:",
@@ -67,11 +68,11 @@ def contradiction(
         f"  because {source.get(base, f'{letter} = {sizes.known[base]} was exchanged')}",
     ]
     known = sizes.known[base]
-    for axis in axes[cut:]:
+    for axis in axes[depth:]:
         parts = [chunk(known, view.shape[axis], i)[1] for i in range(view.shape[axis])]
-        lines.append(f"  {known} over {axis} is cut as {parts} (torch.chunk)")
+        lines.append(f"  {known} over {axis} is sharded as {parts} (torch.chunk)")
         known = parts[view.coordinate[axis]]
-    lines.append("  cut tensors with sg.shard(full, layout[name], mesh)")
+    lines.append("  shard tensors with sg.shard(full, layout[name], mesh)")
     if ";" in str(user):
         lines.append("  (a letter has one size in all layouts of a call: give another size another letter)")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ def learn(
     view: MeshView,
     user: object,
 ) -> Sizes:
-    """The sizes that the local shapes and the `given` global sizes tell.
+    """The sizes that follow from the local shapes and the `given` global sizes.
 
     Raises:
         ShapeError: they contradict the layout, each other, or torch.chunk's arithmetic.
@@ -58,7 +58,7 @@ def learn(
 
 
 def unknown(moves: Sequence[Move], sizes: Sizes) -> list[Level]:
-    """The levels that the moves gather to and that nothing known tells, coarsest first, none twice."""
+    """The levels that the moves gather to and that nothing known gives, coarsest first, none twice."""
     missing: list[Level] = []
     for move in moves:
         if move.kind != "all-gather" or sizes.shape[move.axis] == 1:

@@ -20,15 +20,15 @@ class Block(nn.Module):
 
     def __init__(self, d: int, heads: int, *, mesh: DeviceMesh, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        cut = 1 if sequence_parallel else None
-        self.d, self.cut = d, cut
-        self.attention_norm = LayerNorm(d, mesh=mesh, sequence_dim=cut, dtype=dtype)
-        self.attention = Attention(d, heads, mesh=mesh, sequence_dim=cut, dtype=dtype)
-        self.mlp_norm = LayerNorm(d, mesh=mesh, sequence_dim=cut, dtype=dtype)
-        self.mlp = MLP(d, 4 * d, mesh=mesh, sequence_dim=cut, dtype=dtype)
+        dim = 1 if sequence_parallel else None
+        self.d, self.sequence_dim = d, dim
+        self.attention_norm = LayerNorm(d, mesh=mesh, sequence_dim=dim, dtype=dtype)
+        self.attention = Attention(d, heads, mesh=mesh, sequence_dim=dim, dtype=dtype)
+        self.mlp_norm = LayerNorm(d, mesh=mesh, sequence_dim=dim, dtype=dtype)
+        self.mlp = MLP(d, 4 * d, mesh=mesh, sequence_dim=dim, dtype=dtype)
 
     def forward(self, x: Tensor, sequence: int) -> Tensor:
-        known = sequence if self.cut is not None else None
+        known = sequence if self.sequence_dim is not None else None
         x = x + self.attention(self.attention_norm(x), known)
         return x + self.mlp(self.mlp_norm(x), known)
 

@@ -57,7 +57,9 @@ class Cell(Section):
         description="weak scaling: a size times the ranks to this power (1: in proportion; 0.5: of both sides of a "
         "square matrix)",
     )
-    sequence_parallel: bool = Field(default=True, description="of a block: whether rows are cut between its products")
+    sequence_parallel: bool = Field(
+        default=True, description="of a block: whether rows are sharded between its products"
+    )
     ranks: int | None = Field(default=None, ge=1, description="processes; null: what the mesh has")
     mesh: dict[str, _Count] | None = Field(
         default=None, description="ranks of each axis, major first; null: one axis with all ranks"
@@ -65,7 +67,7 @@ class Cell(Section):
     dtype: Literal["float32", "bfloat16", "float64", "float16"] = Field(default="float32", description="of all tensors")
     overlap: Annotated[_Count | Literal["measured"] | None, BeforeValidator(_off)] = Field(
         default=None,
-        description="pieces in which products are cut to hide communication; measured: what the cell's own ranks "
+        description="chunks in which products are done to hide communication; measured: what the cell's own ranks "
         "measure to pay; off: none",
     )
     backend: str | None = Field(

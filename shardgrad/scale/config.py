@@ -1,4 +1,4 @@
-"""What a scaling experiment is told: how to run it, and the matrix that makes its cells."""
+"""A scaling experiment's configuration: how to run it, and the matrix that makes its cells."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell of an experiment. label: what tells its series from others; series: all that ranks do not change."""
+    """A cell of an experiment. label: what its series is called; series: all that ranks do not change."""
 
     cell: Cell
     label: str
@@ -95,7 +95,7 @@ def _unknown(config: Config) -> Iterator[str]:
 
 
 def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
-    """(as asked for, as resolved), and what is wrong."""
+    """(as written, as resolved), and what is wrong."""
     cells: list[tuple[Cell, Cell]] = []
     problems: list[str] = []
     seen: set[str] = set()
@@ -107,8 +107,8 @@ def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
                 problems.append(f"{_where(key, entry, at)} = [] has no value")
         for chosen in product(*options):
             try:
-                asked = Cell.model_validate(dict(zip(values, chosen)))
-                resolved = resolve(asked)
+                written = Cell.model_validate(dict(zip(values, chosen)))
+                resolved = resolve(written)
             except ValidationError as error:
                 for text, detail in zip(settings.format_errors(Cell, error.errors()), error.errors()):
                     problems.append(f"{_where(str(detail['loc'][0]), entry, at).rpartition('.')[0]}.{text}")
@@ -117,7 +117,7 @@ def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
             else:
                 if resolved.key not in seen:
                     seen.add(resolved.key)
-                    cells.append((asked, resolved))
+                    cells.append((written, resolved))
     return cells, problems
 
 
@@ -138,17 +138,19 @@ def _cell(keys: Mapping[str, Any], chosen: Sequence[Any]) -> str:
 
 
 _LABELS = ("kind", "layout", "train", "sequence_parallel", "bias", "keep", "dtype", "overlap", "backend", "device")
-_ELSE = ("sizes", "set", "threads", "grow")  # told only where series could not be told apart without
+_ELSE = ("sizes", "set", "threads", "grow")  # named only where series would have one label without
 
 
 def _labelled(cells: Sequence[tuple[Cell, Cell]]) -> Iterator[Planned]:
-    """Labels of what varies between series, as short as tells them apart."""
-    every = [(asked.series(), asked, resolved) for asked, resolved in cells]
+    """Labels of what varies between series, as short as makes them distinct."""
+    every = [(written.series(), written, resolved) for written, resolved in cells]
     varied = [key for key in (*_LABELS, *_ELSE) if len({str(series[key]) for series, _, _ in every}) > 1]
     keys = [key for key in varied if key in _LABELS]
     for more in [None, *(key for key in varied if key in _ELSE)]:
         keys += [more] if more is not None else []
-        labels = [asked.label or ", ".join(filter(None, (_label(asked, key) for key in keys))) for _, asked, _ in every]
+        labels = [
+            written.label or ", ".join(filter(None, (_label(written, key) for key in keys))) for _, written, _ in every
+        ]
         if len(set(labels)) == len({str(series) for series, _, _ in every}):
             break
     for label, (series, _, resolved) in zip(labels, every):
@@ -156,7 +158,7 @@ def _labelled(cells: Sequence[tuple[Cell, Cell]]) -> Iterator[Planned]:
 
 
 def _label(cell: Cell, key: str) -> str:
-    """A value as a label tells it; nothing where it is what one expects."""
+    """A value as a label has it; nothing where it is what one expects."""
     value = getattr(cell, key)
     if key == "kind":
         return "" if value == "layer" else str(value)

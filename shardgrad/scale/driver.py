@@ -29,7 +29,7 @@ _BUILTIN = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
 class Stopped(Exception):
-    """The user, or the system, asked the driver to end."""
+    """The driver is to end, by the user or the system."""
 
 
 class Show(Protocol):
@@ -74,21 +74,21 @@ def run(experiment: Experiment, results: Results, show: Show, *, retry: bool = F
     return lines
 
 
-def _cell(cell: Cell, told: dict[str, Any]) -> Line:
+def _cell(cell: Cell, settings: dict[str, Any]) -> Line:
     """Run one cell; its figures, or why there are none."""
     reason = unavailable(cell)
     if reason is not None:
         return {"status": "skipped", "reason": reason}
     with TemporaryDirectory(prefix="shardgrad-scale-") as name:
         folder = Path(name)
-        (folder / "cell.json").write_text(json.dumps({"cell": cell.model_dump(), **told}))
+        (folder / "cell.json").write_text(json.dumps({"cell": cell.model_dump(), **settings}))
         start = time.monotonic()
-        status = _start(cell, folder, told["timeout_s"])
+        status = _start(cell, folder, settings["timeout_s"])
         ranks = [folder / f"rank-{rank}.json" for rank in range(cell.world)]
         took = {"wall_seconds": round(time.monotonic() - start, 3)}
         if status == 0 and all(path.exists() for path in ranks):
             return {"status": "ok", **took, **summed([json.loads(path.read_text()) for path in ranks])}
-        return {"status": "failed", **took, **_why(folder, status, told["timeout_s"])}
+        return {"status": "failed", **took, **_why(folder, status, settings["timeout_s"])}
 
 
 def unavailable(cell: Cell) -> str | None:

@@ -16,7 +16,7 @@ def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
-    if os.getppid() != parent:  # it died before this was asked for
+    if os.getppid() != parent:  # it died before this was set
         os.kill(os.getpid(), how)
 
 

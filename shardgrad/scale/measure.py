@@ -81,7 +81,7 @@ def by_kind(moves: Any) -> dict[str, int]:
 
 
 def resident(key: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory, where Linux tells; key VmHWM: the most there have been."""
+    """Bytes of this process in memory, where Linux says; key VmHWM: the most there have been."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

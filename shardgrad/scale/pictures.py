@@ -16,7 +16,7 @@ from shardgrad.layout.units import format_si
 from shardgrad.scale import machine
 from shardgrad.scale.table import Row, seconds
 
-# Paul Tol's bright palette; markers differ too, so that curves can be told apart without colours.
+# Paul Tol's bright palette; markers differ too, so that curves are distinct without colours.
 _SERIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _COMPUTING, _COMMUNICATING = "#77AADD", "#EE8866"
@@ -175,9 +175,9 @@ def _time(title: str, rows: Sequence[Row]) -> Figure:
     right = max(row.line["quartiles"][1] for row in listed) * scale
     for row, y in zip(listed, places):
         line = row.line
-        whole, talking = line["seconds"] * scale, (line["communicating"] or 0.0) * scale
-        axes.barh(y, whole - talking, 0.72, color=_COMPUTING)
-        axes.barh(y, talking, 0.72, left=whole - talking, color=_COMMUNICATING)
+        whole, communicating = line["seconds"] * scale, (line["communicating"] or 0.0) * scale
+        axes.barh(y, whole - communicating, 0.72, color=_COMPUTING)
+        axes.barh(y, communicating, 0.72, left=whole - communicating, color=_COMMUNICATING)
         low, high = (value * scale for value in line["quartiles"])
         axes.plot([low, high], [y, y], color=_INK, linewidth=1.1, solid_capstyle="butt")
         for edge in (low, high):

@@ -1,4 +1,4 @@
-"""From a cell as it was asked for to one that can run: mesh, sizes, layout and backend written out, or refused."""
+"""From a cell as it was written to one that can run: mesh, sizes, layout and backend written out, or refused."""
 
 from __future__ import annotations
 

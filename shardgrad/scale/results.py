@@ -87,14 +87,14 @@ class Results:
 def summed(ranks: list[Line]) -> Line:
     """One cell's figures from what its ranks measured.
 
-    A step is as long as on its slowest rank. Of its communication the mean over ranks is told: what the slowest rank
+    A step is as long as on its slowest rank. Of its communication the mean over ranks counts: what the slowest rank
     computes, the others wait.
     """
     steps = [max(times) for times in zip(*(rank["seconds"] for rank in ranks))]
     middle = median(steps)
-    talking = None
+    communicating = None
     if all(rank["communicating"] is not None for rank in ranks):
-        talking = median(sum(times) / len(ranks) for times in zip(*(rank["communicating"] for rank in ranks)))
+        communicating = median(sum(times) / len(ranks) for times in zip(*(rank["communicating"] for rank in ranks)))
     predicted = [sum(rank["predicted"].values()) for rank in ranks]
     traced = [sum(rank["traced"].values()) for rank in ranks]
     most = ranks[max(range(len(ranks)), key=traced.__getitem__)]
@@ -103,7 +103,7 @@ def summed(ranks: list[Line]) -> Line:
         "seconds": middle,
         "quartiles": _quartiles(steps),
         "steps": steps,
-        "communicating": talking,
+        "communicating": communicating,
         "tokens_per_second": ranks[0]["tokens"] / middle,
         "flops": ranks[0]["flops"],
         "bytes_predicted": predicted,

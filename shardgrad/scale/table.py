@@ -76,14 +76,14 @@ def cells(row: Row) -> tuple[str, ...]:
     if not row.ok:
         return name, ranks, line["status"], *["–"] * (len(COLUMNS) - 3)
     low, high = line["quartiles"]
-    talking = line["communicating"]
+    communicating = line["communicating"]
     memory = line["peak_memory"]
     return (
         name,
         ranks,
         seconds(line["seconds"]),
         f"{seconds(low)} – {seconds(high)}",
-        "–" if talking is None else f"{talking / line['seconds']:.0%}",
+        "–" if communicating is None else f"{communicating / line['seconds']:.0%}",
         "–" if row.speed_up is None else f"{row.speed_up:.2f}",
         "–" if row.efficiency is None else f"{row.efficiency:.0%}",
         f"{line['tokens_per_second']:,.0f}",

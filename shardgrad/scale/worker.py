@@ -34,9 +34,9 @@ def main(folder: Path) -> int:
     try:
         measured = _run(json.loads((folder / "cell.json").read_text()))
     except Exception as error:
-        told = "".join(traceback.format_exception_only(error)).strip()
+        text = "".join(traceback.format_exception_only(error)).strip()
         traceback.print_exc()
-        (folder / f"rank-{rank}.error").write_text(json.dumps({"time": time.time(), "rank": rank, "error": told}))
+        (folder / f"rank-{rank}.error").write_text(json.dumps({"time": time.time(), "rank": rank, "error": text}))
         sys.stderr.flush()
         os._exit(1)  # threads of the backend may wait for a rank that is gone
     path = folder / f"rank-{rank}.json"
@@ -45,9 +45,9 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _run(told: dict[str, object]) -> Measured:
-    cell = Cell.model_validate(told["cell"])
-    seed, warmup, repeats, timeout = (told[key] for key in ("seed", "warmup", "repeats", "timeout_s"))
+def _run(settings: dict[str, object]) -> Measured:
+    cell = Cell.model_validate(settings["cell"])
+    seed, warmup, repeats, timeout = (settings[key] for key in ("seed", "warmup", "repeats", "timeout_s"))
     if cell.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(cell.threads)

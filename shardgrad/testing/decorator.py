@@ -15,7 +15,7 @@ RANK_SUPPLIES = ("rank", "monkeypatch")
 
 @dataclass(frozen=True)
 class Ranks:
-    """How to run a test: what ``@distributed`` was told, carried to the plugin by a mark."""
+    """How to run a test: the arguments of ``@distributed``, carried to the plugin by a mark."""
 
     world_sizes: tuple[int, ...]
     timeout: float

@@ -55,7 +55,7 @@ def _import(name: str, file: str, loader_class: type[SourceFileLoader]) -> types
 
 
 class _RewritingLoader(SourceFileLoader):
-    """Compiles a test module as pytest does, so that a failing ``assert`` tells its operands.
+    """Compiles a test module as pytest does, so that a failing ``assert`` shows its operands.
 
     pytest offers its rewriting publicly only as an import hook of a whole pytest session. This is the one
     place that reaches for the function behind it; should a pytest move it, asserts are plain and the locals

@@ -10,7 +10,7 @@ from .messages import Group
 class Membership:
     """The default process group that this rank is in, if any.
 
-    It is kept from one task to the next while both ask for the same: entering costs some 10 ms, a task in a
+    It is kept from one task to the next while both need the same: entering costs some 10 ms, a task in a
     group already there less than one.
     """
 
@@ -28,7 +28,7 @@ class Membership:
 
         from shardgrad.comm.shm.register import register
 
-        register()  # also where torch was told not to load installed backends
+        register()  # also where torch is set not to load installed backends
         dist.init_process_group(
             group.backend, init_method=f"file://{group.store}", rank=self.rank, world_size=group.world_size
         )

@@ -121,7 +121,7 @@ def _collect(ranks: list[RankProcess], timeout: float) -> list[Reply]:
     deadline = end = time.monotonic() + timeout
     while len(replies) < len(ranks) and (left := deadline - time.monotonic()) > 0:
         running = {rank: process for rank, process in enumerate(ranks) if rank not in replies}
-        # The pipe's end tells that a rank died, except where something it started holds it open: look, too.
+        # The pipe's end shows that a rank died, except where something it started holds it open: look, too.
         wait([process.connection for process in running.values()], min(left, _POLL))
         arrived = {rank: reply for rank, process in running.items() if (reply := _receive(process))}
         replies |= arrived
@@ -139,7 +139,7 @@ def _collect(ranks: list[RankProcess], timeout: float) -> list[Reply]:
 
 def _receive(process: RankProcess) -> Reply | None:
     """The reply or the death of a rank, None while it runs."""
-    ended = process.exit_code() is not None  # asked first: a rank may reply, then end
+    ended = process.exit_code() is not None  # read first: a rank may reply, then end
     try:
         if process.connection.poll():
             reply: Reply = process.connection.recv()

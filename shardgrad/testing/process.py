@@ -64,7 +64,7 @@ class RankProcess:
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     def send(self, task: Task | None) -> None:
-        """Gives the rank a task; None asks it to end. If it is dead, that shows when its reply is awaited."""
+        """Gives the rank a task; None ends it. If it is dead, that shows when its reply is awaited."""
         with contextlib.suppress(OSError):
             self.connection.send(task)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class RankError(RuntimeError):
-    """A function did not return on every rank; the message tells what each rank did."""
+    """A function did not return on every rank; the message says what each rank did."""
 
 
 def run_distributed(

@@ -1,4 +1,4 @@
-"""The process of one rank: it waits for tasks, runs each in the process group it asks for, and replies.
+"""The process of one rank: it waits for tasks, runs each in the process group it needs, and replies.
 
 Torch is imported once, and the process group kept from one task to the next where the task allows it: this
 is what makes a test cost milliseconds.
@@ -32,7 +32,7 @@ from .messages import READY, Call, Filter, Reply, Status, Task
 
 
 def main(connection: Connection[Any, Any], directory: str, rank: str) -> None:
-    """Serves tasks until told to stop (None) or until the other end of the pipe is gone."""
+    """Serves tasks until one is None or until the other end of the pipe is gone."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # a rank that dies leaves what it printed
@@ -95,7 +95,7 @@ def _seed() -> None:
 
 
 def _status(error: BaseException) -> Status:
-    pytest = sys.modules.get("pytest")  # if nobody imported it, nobody raised its outcomes
+    pytest = sys.modules.get("pytest")  # if it was not imported, its outcomes were not raised
     if isinstance(error, unittest.SkipTest) or (pytest and isinstance(error, pytest.skip.Exception)):
         return "skipped"
     return "xfailed" if pytest and isinstance(error, pytest.xfail.Exception) else "failed"

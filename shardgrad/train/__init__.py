@@ -30,7 +30,7 @@
 | `pictures`    | the page's pictures                                                   |
 | `environment` | what a run ran on                                                     |
 | `generate`    | a sample of text from the sharded model                               |
-| `curve`       | does a training curve differ from one device's by more than rounding? |
+| `curve`       | whether a training curve differs from one device's by rounding alone  |
 """
 
 from shardgrad.train.launch import main as main

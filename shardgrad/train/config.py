@@ -1,4 +1,4 @@
-"""What a training run is told: the keys, what each allows, and how they are read from YAML and the command line."""
+"""A training run's configuration: the keys, what each allows, and how they are read from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Run(_Section):
         "from that checkpoint, or that run's newest; null: begin anew. Restarts by torchrun always go on",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, batches and the sample")
-    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, beside the rest")
+    tensorboard: bool = Field(default=False, description="write the curves for TensorBoard too, besides the rest")
     check: bool = Field(
         default=True, description="whether to compare the first step with one device, which holds it in float64"
     )
@@ -46,7 +46,7 @@ class Mesh(_Section):
         max_length=3,
         description="ranks of the axes z, x, y of a 3D layout, instead of dp and tp: batch, features, heads and hidden",
     )
-    fully_sharded: bool = Field(default=False, description="whether weights are stored cut over dp as well")
+    fully_sharded: bool = Field(default=False, description="whether weights are sharded over dp as well")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
     timeout_s: Number = Field(
         default=120.0, gt=0, description="seconds after which a collective that waits is an error"
@@ -166,7 +166,7 @@ def keys() -> Iterator[tuple[str, Any]]:
 
 
 def _disagreements(config: Config) -> Iterator[str]:
-    """What no single key tells."""
+    """What no single key shows."""
     model, train = config.model, config.train
     if model.d_model % model.heads:
         fits = [heads for heads in range(1, model.d_model + 1) if model.d_model % heads == 0]
@@ -209,7 +209,7 @@ def _data_disagreements(data: Data) -> Iterator[str]:
         if data.vocab is None or data.vocab <= 256:
             yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"
     elif data.vocab is not None and (data.tokenizer not in (None, "bytes") or data.vocab != 256):
-        yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer tells"
+        yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer says"
 
 
 def check_ranks(config: Config, ranks: int) -> Config:
@@ -249,9 +249,7 @@ def check_ranks(config: Config, ranks: int) -> Config:
         )
     _check_batch(config, dp, "mesh.dp")
     if config.mesh.fully_sharded and dp == 1:
-        raise ConfigError(
-            "mesh.fully_sharded stores weights cut over dp, but mesh.dp = 1: set mesh.dp, or leave it out"
-        )
+        raise ConfigError("mesh.fully_sharded shards weights over dp, but mesh.dp = 1: set mesh.dp, or leave it out")
     return config.model_copy(update={"mesh": config.mesh.model_copy(update={"dp": dp, "tp": tp})})
 
 

@@ -1,4 +1,4 @@
-"""Does a sharded training curve differ from one device's by more than the order of summation? Measured, not guessed.
+"""Whether a sharded training curve differs from one device's by the order of summation alone: measured, not guessed.
 
 Rounding makes two right runs part: a sum done in another order differs in its last bit, and training amplifies the
 difference from step to step. How far they part cannot be derived, but it can be seen: one device trains several times
@@ -125,7 +125,7 @@ class Spread:
 
         At each step the unit is the largest distance that any run has had from the mean so far, at least one unit of
         float32 roundoff of the loss, to which every run rounds it. Distances grow over a run, so the early steps, where
-        a unit is small, tell most. By construction each of the runs is at a distance of at most 1. NaN and steps that
+        a unit is small, show most. By construction each of the runs is at a distance of at most 1. NaN and steps that
         are missing are infinitely far.
         """
         if len(curve) != len(self.mean) or not all(map(isfinite, curve)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 BYTES = 256  # a vocabulary in which every byte is a token
 _WHOLE = 2**26  # bytes of a part up to which the digest reads all of it
-_PIECES, _PIECE = 64, 2**16  # of a longer part: this many pieces of so many bytes
+_SAMPLES, _SAMPLE = 64, 2**16  # of a longer part: this many samples of so many bytes
 
 
 class DataError(ValueError):
@@ -36,8 +36,8 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """Tells two texts, or two ways of parting one, from each other. Of a part longer than 64 MiB its length and 64
-        pieces spread over it are looked at, not all of it."""
+        """A digest that differs for two texts, or two ways of parting one. Of a part longer than 64 MiB its length and
+        64 samples spread over it are read, not all of it."""
         parts = b"".join(_digest(part) for part in (self.train, self.held_out))
         return hashlib.blake2b(parts, digest_size=8).hexdigest()
 
@@ -47,8 +47,8 @@ def _digest(part: NDArray[Any]) -> bytes:
     if part.nbytes <= _WHOLE:
         state.update(np.ascontiguousarray(part).data)
     else:
-        count = _PIECE // part.itemsize
-        for start in np.linspace(0, len(part) - count, _PIECES).astype(np.int64):
+        count = _SAMPLE // part.itemsize
+        for start in np.linspace(0, len(part) - count, _SAMPLES).astype(np.int64):
             state.update(np.ascontiguousarray(part[start : start + count]).data)
     return state.digest()
 
@@ -136,7 +136,7 @@ def held_out(text: Text, size: int, seq_len: int, batches: int | None = None) ->
 
 
 def _sequences(ids: NDArray[Any], starts: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
-    """Only what is asked for leaves a mapped file."""
+    """Inputs and targets. Of a mapped file only these are read."""
     windows = np.empty((len(starts), seq_len + 1), dtype=np.int64)
     for row, start in enumerate(starts):
         windows[row] = ids[start : start + seq_len + 1]

@@ -1,4 +1,4 @@
-"""The folder that a run leaves its results in, and finds again: after a restart by torchrun, or when told to go on."""
+"""The folder that a run leaves its results in, and finds again: after a restart by torchrun, or to go on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A Llama style decoder in a 3D layout: every product is cut over three axes of the mesh, and no weight is replicated.
+"""A Llama style decoder in a 3D layout: every product is sharded over three axes, and no weight is replicated.
 
-The axes are called as AxoNN calls them: z cuts the batch and stores weights, x cuts the features of the residual
-stream, y cuts heads and hidden features. Between products the residual stream is X[b/z,s/y,d/x], one part a rank
+The axes are called as AxoNN calls them: z splits the batch and stores weights, x splits the features of the residual
+stream, y splits heads and hidden features. Between products the residual stream is X[b/z,s/y,d/x], one part a rank
 (scatter: reduce-scatter):
 
     query, key, value   X[b/z,s/y,d/x] W[h/y,k,d/x/z] -> Q[b/z,s,h/y/x,k]    gather X on y, W on z; scatter Q on x
@@ -10,8 +10,8 @@ stream, y cuts heads and hidden features. Between products the residual stream i
     down                H[b/z,s/x,f/y] W[m/x/z,f/y] -> Y[b/z,s/y,m/x]        as output
     head                X[b/z,s/y,d/x] W[v/y,d/x/z] -> L[b/z,s,v/y]          gather X on y, W on z; all-reduce L on x
 
-Two borders are no 3D products: the embedding looks up whole rows (its table is cut over y and z, replicated over x) of
-which each rank keeps its features, and a norm sums squares over x.
+Two borders are no 3D products: the embedding looks up whole rows (its table is sharded over y and z, replicated over x)
+of which each rank keeps its features, and a norm sums squares over x.
 
 Source: Agarwal et al. 1995 (the 3D product); Singh et al. 2024, arXiv 2305.13525 (AxoNN).
 """
@@ -91,7 +91,7 @@ class Grid(Decoder):
 
 
 class GridAttention(nn.Module):
-    """Causal self-attention, each rank with its own heads, cut over y and then x: x and y are X[b/z,s/y,d/x]."""
+    """Causal self-attention, each rank with its own heads, sharded over y and then x: x and y are X[b/z,s/y,d/x]."""
 
     def __init__(self, d_model: int, heads: int, rotary: Rotary, linear: partial[Linear]) -> None:
         super().__init__()

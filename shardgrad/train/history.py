@@ -41,7 +41,7 @@ class History:
     """Losses in nats a token, by steps done; and over the whole run: tokens trained on, seconds of training (held-out
     evaluation apart), and this rank's share of them spent in communication.
 
-    step: steps done. since: what the next line of measurements will tell.
+    step: steps done. since: what the next line of measurements will hold.
     After a restart the losses begin with the last held-out one before it, if there was one.
     """
 

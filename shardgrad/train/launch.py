@@ -42,7 +42,7 @@ from shardgrad.train.report import Report
 from shardgrad.train.resume import Keeper, restore
 from shardgrad.train.signals import Stop
 
-_GRACE_S = 10.0  # how long the other ranks leave the first one to tell what is wrong, and torchrun to end them all
+_GRACE_S = 10.0  # how long the other ranks leave the first one to print what is wrong, and torchrun to end them all
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -145,8 +145,8 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     report = Report(shown=start is not None)
     mesh_view = view(mesh)
     settings = config.run
-    told = Start.from_text(text_of_first(start.to_text() if start is not None else "", mesh_view))
-    found = corpus.open_corpus(config.data, config.model.seq_len, told.folder)
+    begun = Start.from_text(text_of_first(start.to_text() if start is not None else "", mesh_view))
+    found = corpus.open_corpus(config.data, config.model.seq_len, begun.folder)
     meant = f"{config.to_yaml()}text {found.text.digest}"
     for axis in mesh_view.axes.values():
         agree(mesh_view, axis, lambda: meant, "the configuration or the text")
@@ -154,13 +154,13 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     model = build(config, found.text.vocab, mesh)
     optimizer = make_optimizer(model, config.train)
     history = History()
-    saved = restore(told.checkpoint, model, optimizer, history) if told.checkpoint is not None else None
-    path, board = (told.folder / name for name in (folder.METRICS, folder.TENSORBOARD))
+    saved = restore(begun.checkpoint, model, optimizer, history) if begun.checkpoint is not None else None
+    path, board = (begun.folder / name for name in (folder.METRICS, folder.TENSORBOARD))
     with (
         Metrics(path if start is not None else None, history.step, board if settings.tensorboard else None) as metrics,
-        Stop(f"{told.folder} {history.step}") as stop,
+        Stop(f"{begun.folder} {history.step}") as stop,
     ):
-        report.say(f"run folder: {told.folder}")
+        report.say(f"run folder: {begun.folder}")
         report.layouts(model)
         count = sum(prod(sharding.shape) for _, _, sharding in named_shardings(model) if sharding is not None)
         report.corpus(count, found.text)
@@ -177,16 +177,16 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
         )
         if saved is not None:
             changed = [] if saved["text"] == found.text.digest else ["the text is another one"]
-            report.going_on(told.checkpoint, saved, mesh_view.shape, [*(start.notes if start else ()), *changed])
+            report.going_on(begun.checkpoint, saved, mesh_view.shape, [*(start.notes if start else ()), *changed])
         if saved is None or saved["mesh"] != mesh_view.shape:  # the same mesh was compared when the run began
             check_first_step(model, config, found.text, report, metrics, history.step)
-        keeper = Keeper(told.folder, config, found.text.digest, model, optimizer, mesh, metrics, stop)
+        keeper = Keeper(begun.folder, config, found.text.digest, model, optimizer, mesh, metrics, stop)
         train(model, optimizer, config, found.text, report, metrics, history, keeper.after_step)
         if keeper.stopped is not None:
             metrics.write("stopped", step=history.step, signal=keeper.stopped)
-            report.stopped(keeper.stopped, history.step, told.folder)
+            report.stopped(keeper.stopped, history.step, begun.folder)
             return
-        _finish(model, config, found, history, report, metrics, told.folder)
+        _finish(model, config, found, history, report, metrics, begun.folder)
 
 
 def _finish(

@@ -31,7 +31,7 @@ class Llama(Decoder):
         rope_theta: the base of the rotary frequencies.
         others: as of `GPT`. There is no table of positions; seq_len only bounds the ids.
 
-    Source: Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; the cuts: Korthikanti et al. 2022, arXiv 2205.05198.
+    Source: Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; the shards: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
     def __init__(

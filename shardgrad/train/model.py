@@ -1,4 +1,4 @@
-"""A GPT, tensor, sequence and data parallel: the residual stream is cut along the sequence and the batch everywhere."""
+"""A GPT, tensor, sequence and data parallel: the residual stream is sharded along sequence and batch everywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GPT(Decoder):
     Initial values are GPT-2's (see `Decoder.reset_parameters`), drawn by counter: the same on any mesh after the same
     torch.manual_seed.
 
-    Source: Radford et al. 2019 (GPT-2); the cuts: Korthikanti et al. 2022, arXiv 2205.05198.
+    Source: Radford et al. 2019 (GPT-2); the shards: Korthikanti et al. 2022, arXiv 2205.05198.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ def _page(name: str, lines: Sequence[dict[str, Any]], config: dict[str, dict[str
 <div class="tiles">{"".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in tiles)}</div>
 <div class="two">{shown}</div>
 <div class="two"><div><h2>What was proved before training</h2>{proof or "<p>nothing: run.check = false</p>"}</div>
-<div><h2>Sample</h2><pre>{escape(_printable(sample)) or "none asked for"}</pre></div></div>
+<div><h2>Sample</h2><pre>{escape(_printable(sample)) or "none"}</pre></div></div>
 <h2>Configuration</h2><div class="columns">{sections}{_table(start["environment"].items(), "environment")}</div>
 </body></html>
 """
@@ -114,8 +114,8 @@ def _bytes(by_rank: Sequence[dict[str, int]]) -> str:
     alike = all(row["predicted"] == row["traced"] for row in by_rank)
     sizes = sorted(row["traced"] for row in by_rank)
     span = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
-    told = "as predicted from the layouts, to the byte" if alike else "not what the layouts predict"
-    return f'<p class="{"good" if alike else "bad"}">A rank sends {span} bytes a step, {told}.</p>'
+    verdict = "as predicted from the layouts, to the byte" if alike else "not what the layouts predict"
+    return f'<p class="{"good" if alike else "bad"}">A rank sends {span} bytes a step, {verdict}.</p>'
 
 
 def _table(rows: Iterable[tuple[str, Any]], title: str = "") -> str:

@@ -177,7 +177,7 @@ def _layouts(module: nn.Module) -> list[object]:
 
 
 def _every(path: str) -> str:
-    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is told once."""
+    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is printed once."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 

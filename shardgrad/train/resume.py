@@ -71,7 +71,7 @@ def check_config(config: Config, start: Path) -> list[str]:
     differ = {
         key: (saved[key], value)
         for key, value in _flat(config.model_dump()).items()
-        if key in saved and saved[key] != value  # a key that is newer than the checkpoint told it nothing
+        if key in saved and saved[key] != value  # a key that is newer than the checkpoint had no effect there
     }
     another = [
         _difference(key, was, now)
@@ -122,7 +122,7 @@ def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, his
 class Keeper:
     """Saves a run while it trains; one on every rank.
 
-    run: the folder. stop: asked after every step whether it was the last.
+    run: the folder. stop: says after every step whether it was the last.
     """
 
     def __init__(

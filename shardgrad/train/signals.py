@@ -1,12 +1,12 @@
 """A polite end: SIGTERM or SIGINT on any rank lets all ranks end after the same step.
 
 Ranks get a signal at different moments, or one of them alone, and must not part: one that has stopped would leave the
-others waiting. The store of the process group carries the word, not a collective: asking it took 32 to 79 µs a step
+others waiting. The store of the process group carries the word, not a collective: reading it took 32 to 79 µs a step
 here (2 and 4 ranks over gloo), an all-reduce of one number 276 to 616 µs.
 
-Why they agree: a rank that has been told to stop writes, at the end of its step n, that n + 1 is the last. Every step
+Why they agree: a rank that got a signal writes, at the end of its step n, that n + 1 is the last. Every step
 has a collective in which every rank's data takes part, so no rank ends step n + 1 before the writer has begun it, and
-what the writer wrote is there when any rank asks at its end. Of several writers the first counts, for all.
+what the writer wrote is there when any rank reads at its end. Of several writers the first counts, for all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Stop:
     SIGINT is noted once: a second one, from a user who does not want to wait, interrupts. A scheduler's SIGTERM comes
     twice as a rule, from it and from torchrun.
 
-    name: tells this run from others that used the same process group; alike on every rank.
+    name: distinguishes this run from others that used the same process group; alike on every rank.
     """
 
     def __init__(self, name: str) -> None:

@@ -18,7 +18,7 @@ from shardgrad.train.decoder import Decoder
 
 @dataclass(frozen=True)
 class Done:
-    """What a step tells. loss: of the whole batch, in nats a token; norm: of the gradients before clipping, if any."""
+    """A step's result. loss: of the whole batch, in nats a token; norm: of the gradients before clipping, if any."""
 
     loss: Tensor
     norm: Tensor | None

@@ -1,4 +1,4 @@
-"""Is a sharded model right? It is compared with the same model on one device, tensor by tensor.
+"""Whether a sharded model is right: compared with the same model on one device, tensor by tensor.
 
 The room is not called `verify` because `sg.verify` is the function: importing a module `shardgrad.verify` would put the
 module in the function's place.
@@ -29,8 +29,8 @@ module in the function's place.
 | `arithmetic`     | how much one result of a product may be rounded                                 |
 | `oracle`         | the right result of a product, and its magnitude                                |
 | `finite`         | `check_finite`: no NaN and no inf                                               |
-| `replicas`       | `check_replicas`: are copies still copies?                                      |
-| `fingerprint`    | 64 bits that tell a tensor's bits apart                                         |
+| `replicas`       | `check_replicas`: whether copies are still copies                               |
+| `fingerprint`    | 64 bits that distinguish a tensor's bits                                        |
 | `together`       | a problem of one rank is raised on all                                          |
 | `spmd_types`     | a second opinion by Meta's spmd_types                                           |
 """

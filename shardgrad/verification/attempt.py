@@ -70,7 +70,7 @@ class Attempt:
         if not torch.equal(drawn, torch.get_rng_state()):
             raise ValueError(
                 "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
-                "rounding cannot be told: let it draw none, for this comparison"
+                "rounding cannot be measured: let it draw none, for this comparison"
             )
         update = self._update(exact_model)
         update.run(exact_model, dict(exact_model.named_parameters()), exact)
@@ -193,7 +193,7 @@ class Attempt:
     def _run_parallel(self, values: Sequence[Tensor], exact: Recording, update: Update, seed: int) -> Recording:
         with torch.no_grad():
             for one, value in zip(self.pairs, values):
-                mine = one.split.cut(value, self.mesh.shape, self.mesh.coordinate)
+                mine = one.split.shard(value, self.mesh.shape, self.mesh.coordinate)
                 local_part(one.parameter.detach()).copy_(mine)
         assert exact.result is not None
         whole = exact.result
@@ -206,7 +206,7 @@ class Attempt:
                     f"{tuple(whole.shape)}: give splits={{{WHOLE!r}: 'Y[…]'}}, or a parallel_loss"
                 )
             full = fit(_gradient(seed)(whole), place.shape)
-            mine = _complete(place.split).cut(full, self.mesh.shape, self.mesh.coordinate).to(result.dtype)
+            mine = _complete(place.split).shard(full, self.mesh.shape, self.mesh.coordinate).to(result.dtype)
             if not isinstance(result, DTensor):
                 return mine
             whole_placements = [Replicate() if p.is_partial() else p for p in result.placements]
@@ -216,7 +216,7 @@ class Attempt:
 
         parameters = {one.name: one.parameter for one in self.pairs}
         recording = forward_backward(self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient)
-        if not any(one.unsummed for one in self.pairs):  # else somebody must sum the gradients first
+        if not any(one.unsummed for one in self.pairs):  # else the caller must sum the gradients first
             Update(self.clip, update.optimizer, update.max_norm).run(self.parallel.model, parameters, recording)
         return recording
 

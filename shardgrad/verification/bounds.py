@@ -1,4 +1,4 @@
-"""Is a tensor of a sharded product right? Every element against float64, within the bound of its roundings."""
+"""Whether a tensor of a sharded product is right: every element against float64, within the bound of its roundings."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def compare(
     start: tuple[int, ...] = (),
     rank: int | None = None,
 ) -> Worst:
-    """The worst element of a tensor (a shard that begins at `start`) beside what it must be."""
+    """The worst element of a tensor (a shard that begins at `start`) against what it must be."""
     if observed is None:
         return Worst(name, inf, rank=rank, problem="there is none (None)")
     if observed.shape != right.exact.shape or observed.dtype != dtype:

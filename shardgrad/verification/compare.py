@@ -59,8 +59,8 @@ def measure(
     """
 
     def found(verdict: Verdict, *numbers: float) -> Measured:
-        told = numbers or (inf, 0.0, inf, 1.0, inf, 1.0, 0.0)
-        return Measured(key, split, shape, local, exact, scale, (VERDICTS.index(verdict), *told, order))
+        measured = numbers or (inf, 0.0, inf, 1.0, inf, 1.0, 0.0)
+        return Measured(key, split, shape, local, exact, scale, (VERDICTS.index(verdict), *measured, order))
 
     local = None if tensor is None else local_part(tensor)
     exact = scale = None
@@ -77,13 +77,13 @@ def measure(
     if list(got.shape) != part:
         return found("wrong shape")
     own = fit(torch.maximum(spread.own, least), shape)
-    wanted, unit, yard = (split.cut(t, mesh.shape, mesh.coordinate) for t in (exact, scale, own))
+    wanted, unit, yard = (split.shard(t, mesh.shape, mesh.coordinate) for t in (exact, scale, own))
     got = got.detach().to(wanted)
     error = torch.where(got == wanted, torch.zeros_like(got), got - wanted).abs()
     if tuple(real.shape) != shape and key[0] != "gradient" and real.dim() == len(shape):
         inside = torch.zeros(shape, dtype=torch.bool, device=exact.device)
         inside[tuple(slice(size) for size in real.shape)] = True
-        error = torch.where(split.cut(inside, mesh.shape, mesh.coordinate), error, torch.zeros_like(error))
+        error = torch.where(split.shard(inside, mesh.shape, mesh.coordinate), error, torch.zeros_like(error))
     bounds = Bounds.of(spread.freedom * error.numel() / max(exact.numel(), 1), exact.numel())
     if not error.numel():
         return found("rounding", 0.0, 0.0, 0.0, bounds.norm, 0.0, bounds.element, 0.0)
@@ -110,8 +110,8 @@ def _summed(local: Tensor | None, split: Split, exact: Tensor, mesh: MeshView) -
         if all(at[axis] == mesh.coordinate[axis] for axis in mesh.axes if axis not in split.partial)
     ]
     terms = [tensor.to(exact) for tensor in mine if tensor is not None]
-    alike = len(terms) == len(mine) and len({term.shape for term in terms}) == 1
-    return torch.stack(terms).sum(0) if alike else None
+    complete = len(terms) == len(mine) and len({term.shape for term in terms}) == 1
+    return torch.stack(terms).sum(0) if complete else None
 
 
 def _flat(at: int, local: Tensor, split: Split, shape: Sequence[int], mesh: MeshView) -> float:

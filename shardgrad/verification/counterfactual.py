@@ -1,6 +1,6 @@
-"""Explanations by one device: what would a module's output be if one of its parameters had been other than it was?
+"""Explanations by one device: a module's output as it would be if one of its parameters had been another.
 
-Or a gradient, if a parameter had been other in backward alone?
+Or a gradient, as it would be if a parameter had been another in backward alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _parameters(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split
 def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Each rank has what its own shard of a parameter gives, or all have what one rank's shard is missing from.
 
-    In backward too: there a gradient of what a cut parameter is multiplied with is a sum over its shards.
+    In backward too: there a gradient of what a sharded parameter is multiplied with is a sum over its shards.
     """
     backward = seen.kind in ("output gradient", "input gradient", "gradient")
     parameters = list(known.before.items()) if backward and seen.fits else []
@@ -55,7 +55,7 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                     return
                 made.append(full)
         over = list_of(axes)
-        parts = [seen.split.cut(full, seen.mesh, at) for full, at in zip(alone, seen.found.coordinates)]
+        parts = [seen.split.shard(full, seen.mesh, at) for full, at in zip(alone, seen.found.coordinates)]
         remedy = f"add the terms of {name}'s shards over {over}: " + (
             "what it multiplies must pass sg.replicate (or sg.all_gather), whose backward sums"
             if backward
@@ -72,14 +72,14 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                 runs += 1
                 if full is None or runs > _RUNS:
                     return
-                parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+                parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
                 says, remedy = (
                     f"what comes back through {name} is {by:.4g} times what it should be",
                     "look at what reduces it",
                 )
                 yield Hypothesis(made_so, says, f"{remedy} over {list_of(each)} in backward", parts, seen.size, cost=1)
         for rank, full in enumerate(without):
-            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
             says, remedy = (
                 f"the term of rank {rank}'s shard of {name} is not in it",
                 "let every rank take part in the sum",
@@ -106,7 +106,7 @@ def other_parameters(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             runs += 1
             if full is None or runs > _RUNS:
                 return
-            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
             yield Hypothesis(made, says, remedy, parts, seen.size, cost=1)
 
 
@@ -127,28 +127,28 @@ def _changes(
             yield f"summed twice over {over}", more, remedy, {name: value * p}
             yield f"mean over {over} where a sum belongs", less, remedy, {name: value / p}
     yield "sign flipped", f"it is what comes out with -{name}", f"look for a minus at {name}", {name: -value}
-    for dim, cut in enumerate(split.spec.dims):
+    for dim, stored in enumerate(split.spec.dims):
         size = value.shape[dim]
-        counts = {seen.mesh[axis] for axis in cut.axes} | {2, 3}
+        counts = {seen.mesh[axis] for axis in stored.axes} | {2, 3}
         for parts in sorted(n for n in counts if n > 1 and size % n == 0):
-            pieces = value.chunk(parts, dim)
-            cuts = parts in {seen.mesh[axis] for axis in cut.axes}
+            blocks = value.chunk(parts, dim)
+            shards = parts in {seen.mesh[axis] for axis in stored.axes}
             for order in dict.fromkeys(
                 [
                     tuple(reversed(range(parts))),
                     *(tuple((i + s) % parts for i in range(parts)) for s in range(1, parts)),
                 ]
             ):
-                made = "shards permuted" if cuts else "blocks interchanged"
-                says = f"it is what comes out if the {parts} pieces of dim {dim} of {name} stand as {list(order)}"
-                remedy = f"look at the order in which {name} is cut, loaded or joined along dim {dim}"
-                yield made, says, remedy, {name: torch.cat([pieces[i] for i in order], dim)}
+                made = "shards permuted" if shards else "blocks interchanged"
+                says = f"it is what comes out if the {parts} blocks of dim {dim} of {name} stand as {list(order)}"
+                remedy = f"look at the order in which {name} is sharded, loaded or joined along dim {dim}"
+                yield made, says, remedy, {name: torch.cat([blocks[i] for i in order], dim)}
         says = f"it is what comes out if dim {dim} of {name} is in reverse order"
         if size > 3:
             yield "reversed", says, f"look for a flip of {name}", {name: value.flip(dim)}
             says = f"it is what comes out if dim {dim} of {name} is rolled by one"
             yield "shifted", says, f"look for an offset that is off by one at {name}", {name: value.roll(1, dim)}
-        if cut.axes:
+        if stored.axes:
             for made, how in (("reversed", lambda t, d: t.flip(d)), ("blocks interchanged", _halves)):
                 moved = value.clone()
                 for at in seen.found.coordinates:
@@ -185,7 +185,7 @@ def some_uses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             ("one use counted twice", f"{which} is in it twice", total + term, "look for a gradient that is added by "
              "hand, or by two hooks, there"),
         ):  # fmt: skip
-            parts = [seen.split.cut(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
             yield Hypothesis(made, what, remedy, parts, seen.size, cost=1)
 
 
@@ -200,7 +200,7 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     def nearest(rows: Tensor) -> Tensor:
         return torch.cdist(rows, choices, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
-    wanted, told = [], []
+    wanted, shown = [], []
     for rank in seen.ranks:
         held, right = (t.reshape(-1, table.shape[1]) for t in (seen.held[rank], seen.right[rank]))
         if not bool(held.isfinite().all()) or len(held) * choices.numel() > _MOST:
@@ -215,11 +215,11 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         for at in range(len(held)):
             a, b, c = int(ids[at]) - 1, int(instead[at]) - 1, int(besides[at]) - 1
             if replaced[at] and a != b:
-                told.append(f"id {a} gets {f'row {b}' if b >= 0 else 'zeros'}")
+                shown.append(f"id {a} gets {f'row {b}' if b >= 0 else 'zeros'}")
             elif not replaced[at] and c >= 0:
-                told.append(f"id {a} gets its row and row {c}")
-    if told:
-        shown = list(dict.fromkeys(told))
+                shown.append(f"id {a} gets its row and row {c}")
+    if shown:
+        shown = list(dict.fromkeys(shown))
         says = f"of {name}, {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''}"
         remedy = (
             "look at which ids a rank takes for its own, first <= id < first + rows, at the row that it reads, "

@@ -1,10 +1,10 @@
 """Why a tensor is wrong: explanations are tried until one reproduces what every rank has.
 
 An explanation fits if what it predicts differs from what was seen by no more than verification itself allows
-(`rounding.Bounds`), and by an eighth at most of what the right tensor differs. The simplest that fits is told: for the
-whole tensor before for some ranks, that before for some elements; without a constant fitted to it before with one. What
-is as simple and fits as well is told too. A fit that could be chance is none: an explanation of some elements, or with
-numbers fitted to it, must save 20 bits for each, n log₂(error before / error left) for n elements.
+(`rounding.Bounds`), and by an eighth at most of what the right tensor differs. The simplest that fits is reported: for
+the whole tensor before for some ranks, that before for some elements; without a constant fitted to it before with one.
+What is as simple and fits as well is reported too. A fit that could be chance is none: an explanation of some elements,
+or with numbers fitted to it, must save 20 bits for each, n log₂(error before / error left) for n elements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is the matter with one tensor. `fits` is empty if no explanation fits; several cannot be told apart.
+    """Why one tensor is wrong. `fits` is empty if no explanation fits; several fit equally well.
 
     error: of the worst element, in units of rounding, as it was seen.
     off: where it is wrong and by how much, for the reader.
@@ -67,7 +67,7 @@ class Diagnosis:
             left = f"reproduces it to {fit.error:.2g} times rounding, where {fit.allowed:.0f} are allowed"
             left = left if fit.allowed else "is what was seen"
             where = f" ({fit.where})" if fit.where else ""
-            start = f"the {self.kind} of {self.name}" if at == 0 else "or, which cannot be told apart"
+            start = f"the {self.kind} of {self.name}" if at == 0 else "or, which fits as well"
             lines.append(f"{start}: {fit.name}{where}. {_sentence(fit.says)}; this {left}. {_sentence(fit.remedy)}.")
         return "\n".join(lines)
 
@@ -75,16 +75,16 @@ class Diagnosis:
 def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]:
     """Of wrong tensors in the order of execution: the first and those after it, until one is explained.
 
-    Later ones are wrong in consequence, mostly; they are looked at only where the first tells nothing.
+    Later ones are wrong in consequence, mostly; they are looked at only where the first has no explanation.
     """
     after = ("norm", "step")  # where a gradient is wrong, these are wrong in consequence alone
     looked_at = [one for one in found if one.kind not in after or found[0].kind in after]
-    told = []
+    diagnoses = []
     for one in looked_at[:MOST]:
-        told.append(explain(one, known))
-        if told[-1].fits:
+        diagnoses.append(explain(one, known))
+        if diagnoses[-1].fits:
             break
-    return tuple(told)
+    return tuple(diagnoses)
 
 
 def explain(found: Observed, known: Context) -> Diagnosis:

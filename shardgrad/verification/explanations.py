@@ -29,7 +29,7 @@ def _reduce(seen: Evidence, axes: Sequence[str]) -> str:
     """Where the reduction belongs, by what the tensor is."""
     over = list_of(axes)
     return {
-        "output": f"reduce the terms over {over} after the product whose summed dim is cut (sg.all_reduce, "
+        "output": f"reduce the terms over {over} after the product whose summed dim is sharded (sg.all_reduce, "
         "sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
         "output gradient": f"what comes next uses this output differently on each rank of {over}: let it pass "
         "sg.replicate, whose backward is the all-reduce (Megatron: copy_to_tensor_model_parallel_region)",
@@ -51,7 +51,9 @@ def missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     elif (seen.kind, seen.name) in known.exact and not seen.fits and seen.exact.dim():
         whole = [seen.exact] * len(seen.ranks)
         says = "every rank holds the whole tensor, where it should hold its part"
-        yield Hypothesis("not cut", says, f"cut it: store it as {seen.split}", whole, [seen.scale] * len(seen.ranks))
+        yield Hypothesis(
+            "not sharded", says, f"shard it: store it as {seen.split}", whole, [seen.scale] * len(seen.ranks)
+        )
 
 
 def not_finite(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
@@ -84,7 +86,7 @@ def nothing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     if seen.kind == "step":
         if seen.name in known.before:
             value, split = known.before[seen.name]
-            at = [split.cut(value.double(), seen.mesh, c) for c in seen.found.coordinates]
+            at = [split.shard(value.double(), seen.mesh, c) for c in seen.found.coordinates]
             says = "it is what it was before the step"
             yield Hypothesis(
                 "stale",
@@ -108,7 +110,7 @@ def padding_counted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         return
     inside = torch.zeros(seen.exact.shape, dtype=torch.bool)
     inside[tuple(slice(size) for size in real)] = True
-    mine = [seen.split.cut(inside, seen.mesh, c) for c in seen.found.coordinates]
+    mine = [seen.split.shard(inside, seen.mesh, c) for c in seen.found.coordinates]
     wanted = [torch.where(m, right, held) for m, right, held in zip(mine, seen.right, seen.held)]
     says = "it is right but for what belongs to the padding, which should be zero"
     yield Hypothesis(
@@ -123,13 +125,13 @@ def padding_counted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
 
 def sum_missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The ranks' tensors are terms: only their sum (or mean) is right."""
-    for axes, ranks in seen.axes(cut=False) if seen.fits else ():
-        alike = all(
+    for axes, ranks in seen.axes(sharded=False) if seen.fits else ():
+        same = all(
             bool(((seen.held[r] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[r]).all())
             for group in seen.groups(axes)
             for r in group
         )
-        if alike:
+        if same:
             continue
         over, total = list_of(axes), seen.summed(seen.held, axes)
         squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
@@ -227,13 +229,13 @@ def _number(c: float, seen: Evidence) -> str:
 
 def summed_shards(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Shards, which are different parts, were added up or averaged as if they were terms or replicas."""
-    for axes, p in seen.axes(cut=True):
+    for axes, p in seen.axes(sharded=True):
         if not seen.fits or any(len({seen.right[r].shape for r in group}) > 1 for group in seen.groups(axes)):
             continue
         total = seen.summed(seen.right, axes)
         size = [square.sqrt() for square in seen.summed([size.square() for size in seen.size], axes)]
         over = list_of(axes)
-        remedy = f"take it out of what is reduced over {over}: {seen.split} is cut there"
+        remedy = f"take it out of what is reduced over {over}: {seen.split} is sharded there"
         says = f"the shards of the ranks of {over}, which are different parts of it, were added up"
         yield Hypothesis(f"shards summed over {over}", says, remedy, total, size)
         says = f"the shards of the ranks of {over}, which are different parts of it, were averaged"
@@ -245,7 +247,7 @@ def other_tensor(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     for (kind, name), (exact, split) in known.exact.items():
         if (kind, name) == (seen.kind, seen.name) or kind in ("norm", "loss") or exact.dim() != seen.exact.dim():
             continue
-        wanted = [split.cut(exact, seen.mesh, at) for at in seen.found.coordinates]
+        wanted = [split.shard(exact, seen.mesh, at) for at in seen.found.coordinates]
         if any(a.shape != b.shape for a, b in zip(wanted, seen.right)):
             continue
         size = [
@@ -265,7 +267,7 @@ def update(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     if seen.kind != "step" or seen.name not in known.before or not seen.fits:
         return
     value, split = known.before[seen.name]
-    before = [split.cut(value.double(), seen.mesh, at) for at in seen.found.coordinates]
+    before = [split.shard(value.double(), seen.mesh, at) for at in seen.found.coordinates]
     step = [right - at for right, at in zip(seen.right, before)]
     taken = [held - at for held, at in zip(seen.held, before)]
     if before and any(bool(at.any()) for at in before):
@@ -314,33 +316,34 @@ def norm(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     for axes, p in seen.axes():
         over = list_of(axes)
 
-        def cut_along(cutting: tuple[str, ...], axes: tuple[str, ...] = axes) -> bool:
-            return any(axis in cutting for axis in axes)
+        def sharded_over(sharding: tuple[str, ...], axes: tuple[str, ...] = axes) -> bool:
+            return any(axis in sharding for axis in axes)
 
         def whole(exact: Tensor) -> float:
             return float(exact.square().sum())
 
         once = {name: whole(exact) for name, (exact, _) in gradients.items()}
-        shared = sum(once[n] for n, (_, split) in gradients.items() if not cut_along(_axes_of(split)))
+        shared = sum(once[n] for n, (_, split) in gradients.items() if not sharded_over(_axes_of(split)))
         total = sum(once.values())
-        cut_here = [
+        local = [
             sum(
-                whole(split.cut(exact, seen.mesh, seen.found.coordinates[rank]))
+                whole(split.shard(exact, seen.mesh, seen.found.coordinates[rank]))
                 for exact, split in gradients.values()
-                if cut_along(_axes_of(split))
+                if sharded_over(_axes_of(split))
             )
             for rank in seen.ranks
         ]
         remedy = (
-            f"sum squares over {over} of cut gradients alone; count each replicated gradient once (sg.clip_grad_norm_)"
+            f"sum squares over {over} of sharded gradients alone; count each replicated gradient once "
+            "(sg.clip_grad_norm_)"
         )
         every = len(seen.ranks)
         counted = f"replicated gradients were counted {p} times, once by every rank of {over}"
         possible: tuple[tuple[str, str, list[float]], ...] = (
             ("replicated gradients counted by every rank", counted, [total + (p - 1) * shared] * every),
-            (f"sum over {over} missing", "every rank has the norm of its own part", [shared + c for c in cut_here]),
+            (f"sum over {over} missing", "every rank has the norm of its own part", [shared + c for c in local]),
             ("replicated gradients left out", f"those replicated over {over} were left out", [total - shared] * every),
-            ("cut gradients left out", f"gradients that are cut over {over} were left out", [shared] * every),
+            ("sharded gradients left out", f"gradients sharded over {over} were left out", [shared] * every),
         )
         for name, says, squares in possible:
             wanted = [torch.tensor(sqrt(max(square, 0.0)), dtype=torch.float64) for square in squares]

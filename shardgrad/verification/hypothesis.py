@@ -19,11 +19,11 @@ from shardgrad.verification.rounding import Bounds, floor
 class Context:
     """What is known of the step besides the wrong tensor.
 
-    exact: every tensor that was compared, float64, in the shape that the parallel model stores, and how it is cut.
-    before: the parameters before the step, global, by the parallel model's names; and how they are cut.
+    exact: every tensor that was compared, float64, in the shape that the parallel model stores, and how it is sharded.
+    before: the parameters before the step, global, by the parallel model's names; and how they are sharded.
     real: the shape of a tensor on one device, where the stored one is larger (padded).
     again: `again(key, {parameter: value}, backward)`: what one device would compute for a tensor, in float64, if
-        parameters had other values, in forward and backward or in backward alone; None if it cannot be told.
+        parameters had other values, in forward and backward or in backward alone; None if it cannot be computed.
     uses: the terms of a parameter's gradient, one for each time that one device uses it, and by which function.
     """
 
@@ -66,7 +66,7 @@ class Evidence:
         inside = torch.zeros(self.exact.shape, dtype=torch.bool, device=self.exact.device)
         inside[tuple(slice(size) for size in real)] = True
         for rank in self.ranks:
-            mine = self.split.cut(inside, self.mesh, self.found.coordinates[rank])
+            mine = self.split.shard(inside, self.mesh, self.found.coordinates[rank])
             self.held[rank] = torch.where(mine, self.held[rank], self.right[rank])
 
     def groups(self, axes: Sequence[str]) -> Iterator[list[int]]:
@@ -87,19 +87,19 @@ class Evidence:
                     sums[rank] = total
         return sums
 
-    def axes(self, *, cut: bool | None = None) -> Iterator[tuple[tuple[str, ...], int]]:
-        """Every set of axes longer than 1, and its number of ranks: of those that cut the tensor, that do not, or all.
+    def axes(self, *, sharded: bool | None = None) -> Iterator[tuple[tuple[str, ...], int]]:
+        """Every set of axes longer than 1, and its number of ranks: of those that shard the tensor, the others, or all.
 
-        Of sets with the same number of ranks all are told, as they cannot be told apart by a factor.
+        Of sets with the same number of ranks all are given, as a factor does not distinguish them.
         """
-        cutting = {axis for dim in self.split.spec.dims for axis in dim.axes}
-        fit = [a for a, n in self.mesh.items() if n > 1 and (cut is None or (a in cutting) == cut)]
+        sharding = {axis for dim in self.split.spec.dims for axis in dim.axes}
+        fit = [a for a, n in self.mesh.items() if n > 1 and (sharded is None or (a in sharding) == sharded)]
         for count in range(1, len(fit) + 1):
             for axes in combinations(fit, count):
                 yield axes, prod(self.mesh[axis] for axis in axes)
 
     def whole_along(self, dim: int, rank: int) -> tuple[Tensor, Tensor]:
-        """The exact tensor and rounding's size, cut as on this rank but whole along `dim`."""
+        """The exact tensor and rounding's size, sharded as on this rank but whole along `dim`."""
         own = self.split.indices(self.exact.shape, self.mesh, self.found.coordinates[rank])
         exact, scale = self.exact, self.scale
         for other, index in enumerate(own):
@@ -119,7 +119,7 @@ class Hypothesis:
     name: the entry of the table of explanations.
     says, remedy: in the words of the user.
     wanted, size: what the explanation predicts for each rank, and what rounding does to it.
-    got: what is to be compared with it: by default what every rank has; for explanations that tell the ranks' sum, it.
+    got: what is to be compared with it: by default what every rank has; for explanations of the ranks' sum, it.
     cost: the less simple, the more.
     fitted: how many numbers of the prediction were taken from what was seen.
     """

@@ -1,4 +1,4 @@
-"""What was seen of one tensor of a sharded model: every rank's part, the exact whole, and how it should be cut."""
+"""What was seen of one tensor of a sharded model: every rank's part, the exact whole, and how it should be sharded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ parameter, the norm of all gradients before clipping, a parameter after an optim
 class Split:
     """How a global tensor lies on a mesh.
 
-    spec: the axes that cut each dim, and those over which the local *values* are terms of a sum (`spec.partial`).
-    stride: how many interleaved parts a cut dim consists of, each of them cut over the axis (Megatron's
-        `partition_stride`: 2 for a fused gate and up, of which every rank has a piece of either).
+    spec: the axes that shard each dim, and those over which the local *values* are terms of a sum (`spec.partial`).
+    stride: how many interleaved parts a sharded dim consists of, each of them sharded over the axis (Megatron's
+        `partition_stride`: 2 for a fused gate and up, of which every rank has a part of either).
     """
 
     spec: TensorSpec
@@ -54,7 +54,7 @@ class Split:
             found.append(torch.cat([torch.arange(start, start + length) + at * part for at in range(parts)]))
         return found
 
-    def cut(self, full: Tensor, mesh_shape: Mapping[str, int], coordinate: Mapping[str, int]) -> Tensor:
+    def shard(self, full: Tensor, mesh_shape: Mapping[str, int], coordinate: Mapping[str, int]) -> Tensor:
         """The part of a global tensor that the rank at `coordinate` should hold (of a partial one: of the sum)."""
         for dim, index in enumerate(self.indices(full.shape, mesh_shape, coordinate)):
             if len(index) != full.shape[dim]:
@@ -89,11 +89,11 @@ class Observed:
 
     def expected(self, at: int) -> Tensor:
         """What rank `at` should hold, float64; of a partial sum: what the terms should sum to."""
-        return self.split.cut(self.exact, self.mesh_shape, self.coordinates[at])
+        return self.split.shard(self.exact, self.mesh_shape, self.coordinates[at])
 
     def scale_at(self, at: int) -> Tensor:
         """The size of rounding of each element that rank `at` should hold."""
-        return self.split.cut(self.scale, self.mesh_shape, self.coordinates[at])
+        return self.split.shard(self.scale, self.mesh_shape, self.coordinates[at])
 
     def agrees(self, at: int, tensor: Tensor, times: float) -> bool:
         """Whether a tensor is what rank `at` should hold, up to so many times rounding, element by element."""

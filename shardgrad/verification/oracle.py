@@ -50,13 +50,13 @@ def parts(
     letters: tuple[Letters, Letters, Letters],
     blocks: Mapping[str, Sequence[tuple[int, int]]],
 ) -> Tensor:
-    """Σ |partial sum|, over the parts into which ranks cut the letters that are summed over; not rounded down."""
+    """Σ |partial sum|, over the parts into which ranks shard the letters that are summed over; not rounded down."""
     ls, rs, out = letters
     a, b, product = left.double(), right.double(), Contraction(ls, rs, out)
     total: Tensor | None = None
-    for cut in itertools.product(*blocks.values()):
+    for parts in itertools.product(*blocks.values()):
         x, y = a, b
-        for letter, (start, length) in zip(blocks, cut):
+        for letter, (start, length) in zip(blocks, parts):
             x = x.narrow(ls.index(letter), start, length) if letter in ls else x
             y = y.narrow(rs.index(letter), start, length) if letter in rs else y
         part = product(x, y).abs()

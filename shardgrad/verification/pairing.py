@@ -56,7 +56,7 @@ def fit(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def same_but_joined(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether one shape is the other with neighbouring dims joined, so that row-major order is alike."""
+    """Whether one shape is the other with neighbouring dims joined, so that row-major order is the same."""
     first, second = (set(accumulate(shape, mul)) | {1} for shape in (a, b))
     return torch.Size(a).numel() == torch.Size(b).numel() and (first <= second or second <= first)
 
@@ -146,13 +146,13 @@ def _split(
     found = list(how.candidates(single_shape, shapes, mesh))
     if len(found) == 1:
         return found[0]
-    hint = f"give splits={{{name!r}: 'W[…]'}}, with a letter for each dim and /axis after those that are cut"
+    hint = f"give splits={{{name!r}: 'W[…]'}}, with a letter for each dim and /axis after those that are sharded"
     if found:
-        raise LayoutError(f"{name} could be cut as {' or '.join(map(str, found[:4]))}: {hint}")
+        raise LayoutError(f"{name} could be sharded as {' or '.join(map(str, found[:4]))}: {hint}")
     if len(set(shapes)) == 1 and same_but_joined(shapes[0], single_shape):
         return Split.of([()] * len(shapes[0]))
     raise LayoutError(
-        f"no way to cut {single_shape}, the shape that {name} has in single, gives the ranks' shapes "
+        f"no way to shard {single_shape}, the shape that {name} has in single, gives the ranks' shapes "
         f"{', '.join(map(str, dict.fromkeys(shapes)))}: {hint}"
     )
 

@@ -26,7 +26,7 @@ class Place:
     """One tensor to compare.
 
     single: its key in the single model's recordings.
-    split, shape: how it lies on the mesh, and the global shape that is so cut; larger than the single model's where
+    split, shape: how it lies on the mesh, and the global shape that is so sharded; larger than the single model's where
         padded.
     """
 
@@ -209,7 +209,7 @@ class Placer:
         if len(found) > 1 and tensor is not None:
             full = fit(whole.double(), shape)
             far = [
-                float((tensor.double() - split.cut(full, self.mesh.shape, self.mesh.coordinate)).square().sum())
+                float((tensor.double() - split.shard(full, self.mesh.shape, self.mesh.coordinate)).square().sum())
                 for split in found
             ]
             mine = torch.tensor(far, dtype=torch.float64, device=self.mesh.device)

@@ -39,11 +39,15 @@ def wrong_slices(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     says = ", ".join(moved)
     if sorted(source) == list(seen.ranks):
         remedy = (
-            "look at the order of ranks where the tensor is cut or loaded: rank i of the axis has torch.chunk's piece i"
+            "look at the order of ranks where the tensor is sharded or loaded: rank i of the axis has chunk i of "
+            "torch.chunk"
         )
         yield Hypothesis("shards permuted", says, remedy, wanted, rounding, cost=1)
     else:
-        remedy = "let each rank cut by its own index on the axis (mesh.get_local_rank), not by 0 or by the global rank"
+        remedy = (
+            "let each rank take the chunk of its own index on the axis (mesh.get_local_rank), not that of 0 or of the "
+            "global rank"
+        )
         yield Hypothesis("another rank's shard", says, remedy, wanted, rounding, cost=1)
 
 
@@ -113,7 +117,7 @@ def _taken(
 
 
 def _blocks(seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> Iterator[Hypothesis]:
-    """The dim in k pieces, in another order; of the whole where a rank has it whole, else of the rank's own part."""
+    """The dim in k blocks, in another order; of the whole where a rank has it whole, else of the rank's own part."""
     axes = seen.split.spec.dims[dim].axes
     ranks = {n: axis for axis, n in seen.mesh.items() if n > 1}
     for parts in sorted({2, 3, 4, 5, 6, 8, *ranks}):
@@ -121,18 +125,18 @@ def _blocks(seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: l
         for rank in seen.ranks:
             held, mine = seen.held[rank].movedim(dim, 0), own[rank]
             pool, scale = (t.movedim(dim, 0) for t in pools[rank])
-            pieces = [
+            blocks = [
                 slice(start, start + length) for start, length in (chunk(len(mine), parts, i) for i in range(parts))
             ]
-            if any(piece.stop == piece.start for piece in pieces):
+            if any(block.stop == block.start for block in blocks):
                 break
             index, order, at = [], [], 0
             left = list(range(parts))
-            while left:  # pieces may be of different lengths: what stands here begins where the last one ended
-                best = _nearest(held[at:], [(pool[mine[pieces[j]]], scale[mine[pieces[j]]]) for j in left], left)
+            while left:  # blocks may be of different lengths: what stands here begins where the last one ended
+                best = _nearest(held[at:], [(pool[mine[blocks[j]]], scale[mine[blocks[j]]]) for j in left], left)
                 left.remove(best)
                 order.append(best)
-                index.append(mine[pieces[best]])
+                index.append(mine[blocks[best]])
                 at += len(index[-1])
             rows.append(torch.cat(index))
             orders.append(order)
@@ -140,18 +144,20 @@ def _blocks(seen: Evidence, dim: int, pools: list[tuple[Tensor, Tensor]], own: l
             continue
         shown = next(order for order in orders if order != sorted(order))
         says = (
-            f"dim {dim} of {'each part' if axes else 'the tensor'} consists of {parts} pieces, which stand as {shown}"
+            f"dim {dim} of {'each part' if axes else 'the tensor'} consists of {parts} blocks, which stand as {shown}"
         )
         if not axes and parts in ranks:
             remedy = f"gather in the order of the ranks of {ranks[parts]}, and along dim {dim}"
             yield _taken(seen, dim, pools, rows, "gathered in the wrong order", says, remedy, cost=1)
-        remedy = "look at fused parts (q, k, v; gate, up), heads or halves: the order in which they are cut and joined"
+        remedy = (
+            "look at fused parts (q, k, v; gate, up), heads or halves: the order in which they are sharded and joined"
+        )
         yield _taken(seen, dim, pools, rows, "blocks interchanged", says, remedy, cost=1 + (len(own[0]) % parts > 0))
 
 
-def _nearest(held: Tensor, pieces: list[tuple[Tensor, Tensor]], names: list[int]) -> int:
-    """Of the pieces that may stand at the beginning of `held`, the one that is nearest in units of rounding."""
-    far = [float(((held[: len(piece)] - piece) / (scale + 1e-300)).square().mean()) for piece, scale in pieces]
+def _nearest(held: Tensor, blocks: list[tuple[Tensor, Tensor]], names: list[int]) -> int:
+    """Of the blocks that may stand at the beginning of `held`, the one that is nearest in units of rounding."""
+    far = [float(((held[: len(block)] - block) / (scale + 1e-300)).square().mean()) for block, scale in blocks]
     return names[far.index(min(far))]
 
 
@@ -189,7 +195,7 @@ def transposed(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         remedy = f"dims {a} and {b}: look for a transpose that is missing or one too many, or a view where it belongs"
         for how in (_viewed, _viewed_back):
             wanted, size = (
-                [seen.split.cut(how(t, a, b), seen.mesh, at) for at in seen.found.coordinates]
+                [seen.split.shard(how(t, a, b), seen.mesh, at) for at in seen.found.coordinates]
                 for t in (seen.exact, seen.scale)
             )
             yield Hypothesis("transposed", f"dims {a} and {b} of the whole are exchanged", remedy, wanted, size, cost=1)

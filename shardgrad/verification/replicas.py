@@ -1,4 +1,4 @@
-"""`check_replicas`: are copies still copies? By fingerprints, in two small exchanges for each axis."""
+"""`check_replicas`: whether copies are still copies, by fingerprints, in two small exchanges for each axis."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from shardgrad.verification.together import Held, gradient, held, spread
 _MOST = 10  # tensors that an error lists
 _CAUSES = {
     "value": "a step taken on some ranks only, a change of one rank's copy, ranks that loaded or drew other values",
-    "gradient": "a gradient that was not summed (a norm without sequence_dim where rows are cut, a parameter used on "
-    "cut rows without sg.replicate, DDP missing on the axis), a rank that skipped a backward, dropout with other seeds",
+    "gradient": "a gradient that was not summed (a norm without sequence_dim where rows are sharded, a parameter used "
+    "on sharded rows without sg.replicate, DDP missing on the axis), a rank that skipped a backward, dropout with "
+    "other seeds",
     "optimizer state": "other hyper-parameters or another state loaded on some ranks, a step skipped on some ranks",
 }
 
@@ -45,8 +46,8 @@ def check_replicas(
         sg.check_replicas(model, optimizer, step=step)
 
     Args:
-        model: a shardgrad layer's parameter is replicated over the axes of its mesh that do not cut it, a DTensor over
-            those where it is placed as Replicate.
+        model: a shardgrad layer's parameter is replicated over the axes of its mesh that do not shard it, a DTensor
+            over those where it is placed as Replicate.
         optimizer: whose states of these parameters are compared as well; those that are not tensors are left out.
         mesh: over all of whose ranks parameters are replicated that say nothing themselves (plain torch layers);
             without it they are left out.
@@ -92,9 +93,9 @@ def check_replicas(
             nothing = torch.zeros((), dtype=torch.int64, device=mesh_view.device)
             mine = torch.stack([nothing if tensor is None else prints[id(tensor)] for _, _, tensor in entries])
             problems += _deviations(entries, gather_ints(mine.tolist(), axis, mesh_view.device, _WHAT), axis)
-    told = _spread(problems, meshes)
-    if told:
-        raise VerificationError(_report(told, step))
+    found = _spread(problems, meshes)
+    if found:
+        raise VerificationError(_report(found, step))
     return len(compared)
 
 

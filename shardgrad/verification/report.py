@@ -1,4 +1,4 @@
-"""What a verification found: a row for each tensor, the places that are wrong, and how they are told."""
+"""What a verification found: a row for each tensor, the places that are wrong, and how they are printed."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _times(ratio: float, allowed: float) -> str:
 
 
 def _shortened(name: str, most: int) -> str:
-    """The end of a name tells more than its beginning."""
+    """A name shortened at its beginning: its end says more."""
     return name if len(name) <= most else "…" + name[1 - most :]
 
 

@@ -1,7 +1,7 @@
 """What rounding alone may do to a tensor: runs of one device whose sums go in other orders, and bounds that follow.
 
 The yardstick of a tensor is how far one device, in the working precision, is from float64. One such run is one draw of
-a random error, so there are several: every product and every sum over rows is cut into as many blocks as there are
+a random error, so there are several: every product and every sum over rows is done in as many blocks as there are
 ranks, of elements in a random order, each block's result is rounded to the working precision, and they are added in it.
 That is what a correct sharded program does, on one device.
 """
@@ -48,7 +48,7 @@ class Reordered(shim.TorchDispatchMode):
 
 
 def _product(mode: Reordered, func: Any, x: Tensor, w: Tensor) -> Tensor:
-    """[..., n, k] [..., k, m] (or [k]), cut along k."""
+    """[..., n, k] [..., k, m] (or [k]), in blocks of k."""
     along = -1 if w.dim() == 1 else -2
     parts = [func(x.index_select(-1, at), w.index_select(along, at)) for at in mode.cut(x.shape[-1], x.device)]
     return reduce(torch.add, parts)
@@ -158,7 +158,7 @@ class Spread:
     @property
     def freedom(self) -> float:
         """Effective degrees of freedom of the error's squared norm, 2 mean² / variance over the runs (Satterthwaite),
-        halved because few runs tell the variance; between 1 and the number of elements.
+        halved because few runs give the variance badly; between 1 and the number of elements.
 
         1 where one rounding upstream moves all elements together; many where each has errors of its own.
         """

@@ -1,4 +1,4 @@
-"""How the tensors of a model lie on the mesh: said by the user, by who made them, or found from their shapes."""
+"""How the tensors of a model lie on the mesh: said by the user, known from their layers, or found from their shapes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read(name: str, how: Any, mesh: MeshView) -> Split:
         split = Split(how)
     elif isinstance(how, str):
         spec = parse_tensor(how)
-        # A single tensor's braces are read as an operand's, whose gradient is partial; here its value is what is told.
+        # A single tensor's braces are read as an operand's, whose gradient is partial; here its value is meant.
         split = Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
     else:
         raise LayoutError(f"splits: {name!r} must be text such as 'W[m/tp,d]', instead), not {type(how).__name__}")
@@ -102,7 +102,7 @@ def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
             continue
         if placement.is_partial():
             partial.append(axis)
-        elif type(placement).__name__ == "_StridedShard":  # FSDP2 over tensor parallel: cut after the others
+        elif type(placement).__name__ == "_StridedShard":  # FSDP2 over tensor parallel: sharded after the others
             strided.append((placement.dim, axis))  # type: ignore[attr-defined]
         elif placement.is_shard():
             axes[placement.dim].append(axis)  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def shardings_by_layers(model: nn.Module) -> dict[int, ParamSharding]:
 
 
 def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
-    """From Megatron-core's attributes on parameters; None where there are none that say it is cut.
+    """From Megatron-core's attributes on parameters; None where there are none that say it is sharded.
 
     Raises:
         LayoutError: the mesh has several axes and none is called tp.
@@ -140,12 +140,12 @@ def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
         )
     axis = "tp" if "tp" in axes else axes[0]
     at = int(parameter.partition_dim) % parameter.dim()  # type: ignore[attr-defined]
-    cut = [(axis,) if dim == at else () for dim in range(parameter.dim())]
-    return Split.of(cut, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
+    axes_of = [(axis,) if dim == at else () for dim in range(parameter.dim())]
+    return Split.of(axes_of, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
 
 
 def candidates(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView) -> Iterator[Split]:
-    """Every way in which a global shape could be cut, as torch.chunk cuts, into the shapes that the ranks have.
+    """Every way in which a global shape could be sharded, as torch.chunk shards, into the shapes that the ranks have.
 
     locals: each rank's shape, in the mesh's order. Ways with fewer axes come first.
     """
@@ -156,9 +156,9 @@ def candidates(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: Mesh
         return
     names = [name for name, ranks in mesh.shape.items() if ranks > 1]
     differs = [dim for dim in range(len(shape)) if any(local[dim] != shape[dim] for local in locals)]
-    cuts = [cut for count in range(1, len(names) + 1) for cut in permutations(names, count)]
-    for chosen in sorted(product(cuts, repeat=len(differs)), key=lambda some: sum(map(len, some))):
-        used = [axis for cut in chosen for axis in cut]
+    orders = [order for count in range(1, len(names) + 1) for order in permutations(names, count)]
+    for chosen in sorted(product(orders, repeat=len(differs)), key=lambda some: sum(map(len, some))):
+        used = [axis for order in chosen for axis in order]
         if len(set(used)) < len(used):
             continue
         by_dim = dict(zip(differs, chosen))
@@ -171,10 +171,10 @@ def candidates(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: Mesh
 
 
 def whole_shape(split: Split, locals: Sequence[Sequence[int]], mesh: MeshView, name: str) -> tuple[int, ...]:
-    """The global shape of a tensor of known split: local sizes added up along the axes that cut a dim.
+    """The global shape of a tensor of known split: local sizes added up along the axes that shard a dim.
 
     Raises:
-        ShapeError: the ranks' shapes are not those of a tensor so cut.
+        ShapeError: the ranks' shapes are not those of a tensor so sharded.
     """
     everywhere = coordinates(mesh)
     shape = []

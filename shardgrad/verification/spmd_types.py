@@ -2,7 +2,7 @@
 
 spmd_types knows four types of a local tensor over a mesh axis, and follows them through torch: V, each rank has another
 part; P, one term of a sum; R, alike on all ranks, with a gradient that is one term of a sum; I, alike on all ranks, and
-so is the gradient. What shardgrad does is told to it here, once; nothing of it runs but inside `typecheck`.
+so is the gradient. What shardgrad does is declared here, once; nothing of it runs but inside `typecheck`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shardgrad.ops import shard
 from shardgrad.ops.bound import BoundMatmul, Given
 
 # The type over the axis before and after; a value that differs from rank to rank may be meant as a term of a sum, which
-# nothing but its use can tell (an embedding's rows, zero where another rank has the id).
+# only its use can show (an embedding's rows, zero where another rank has the id).
 _PAIRS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "replicate": ((I,), R),
     "all_reduce": ((P, V), I),
@@ -61,7 +61,7 @@ def _followed_products() -> Iterator[None]:
         with spmd.no_typecheck():
             made = real(self, tensors, given)
             outs = made if self.count > 1 else (made,)
-        _product(outs, product=self, x=tensors[0], rest=tensors[1:])
+        _product(outs, bound=self, x=tensors[0], rest=tensors[1:])
         return made
 
     BoundMatmul.__call__ = call  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
     """Type every parameter of shardgrad layers by its storage.
 
     Args:
-        summed: axes over which gradients are summed by somebody else after backward (data parallelism).
+        summed: axes over which gradients are summed by other code after backward (data parallelism).
     """
     for _, parameter, sharding in named_shardings(model):
         if sharding is not None:
@@ -93,7 +93,7 @@ def typed(x: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
 
 
 def _types(spec: TensorSpec, axes: Collection[str]) -> dict[str, Any]:
-    """Cut: varying. A sum left to the caller: partial; of the gradient: replicated. Else the gradient is complete."""
+    """Sharded: varying. A sum left to the caller: partial; of the gradient: replicated. Else: complete gradient."""
     special = {**dict.fromkeys(spec.axes, V), **dict.fromkeys(spec.partial, P), **dict.fromkeys(spec.grad_partial, R)}
     return {axis: special.get(axis, I) for axis in axes}
 
@@ -103,8 +103,8 @@ def _set(x: Tensor, types: Mapping[str, Any], mesh_view: MeshView) -> None:
 
 
 def _register() -> None:
-    """Tell spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
-    sizes and texts, and the cutting of tensors that get their type afterwards."""
+    """Declare to spmd_types what shardgrad's autograd Functions do, and what is bookkeeping: exchanges of
+    sizes and texts, and the sharding of tensors that get their type afterwards."""
     rules: tuple[tuple[Any, Any], ...] = (
         (adjoint._Pair, _pair),
         (replicated._Together, _together),
@@ -136,15 +136,15 @@ def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -
     spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
 
 
-def _product(outs: tuple[Tensor, ...], *, product: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:
+def _product(outs: tuple[Tensor, ...], *, bound: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:
     """Over the axes that a layout mentions, as it stores its tensors; over others, as torch's own product."""
-    biases = iter(rest[len(product.layouts) :])
-    for layout, w, biased, y in zip(product.layouts, rest, product.biased, outs):
+    biases = iter(rest[len(bound.layouts) :])
+    for layout, w, biased, y in zip(bound.layouts, rest, bound.biased, outs):
         added = next(biases) if biased else None
         tensors = [(x, layout.lhs), (w, layout.rhs)]
         tensors += [] if added is None else [(added, layout.bias)]
         types = {}
-        for axis in product.view.axes.values():
+        for axis in bound.view.axes.values():
             if axis.size == 1:
                 continue
             if axis.name in layout.axes:

@@ -1,4 +1,4 @@
-"""What one rank finds wrong, every rank says: a problem is spread over all axes of a mesh before anyone raises."""
+"""What one rank finds wrong, every rank raises: a problem is spread over all axes of a mesh first."""
 
 from __future__ import annotations
 

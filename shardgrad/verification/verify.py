@@ -46,7 +46,7 @@ def verify(
     Compared are the outputs of modules, their gradients, the loss, the gradient of every parameter and of the input,
     the norm of all gradients before clipping, and the parameters after an optimizer step; each on every rank. The
     yardstick of a tensor is how far one device in the working precision is from float64, over nine runs whose sums go
-    in different orders; docs/verify.md tells how far beyond it a tensor may be.
+    in different orders; docs/verify.md says how far beyond it a tensor may be.
 
     `single` is not changed: copies of it get the parallel model's values. `parallel` is changed while it runs, and its
     parameters, buffers and gradients restored. Call it on every rank of the mesh; each computes `single` itself.
@@ -59,8 +59,8 @@ def verify(
         mesh: the mesh over which `parallel` is split.
         loss: `loss(model, *batch)` returns a scalar loss, or an output, which is then given a random gradient. By
             default the model is called.
-        parallel_loss, parallel_batch: where they differ for `parallel` (a loss of cut logits, this rank's sequences).
-        splits: how tensors of `parallel` lie on the mesh, where neither they nor their layers tell and their shapes
+        parallel_loss, parallel_batch: where they differ for `parallel` (sharded logits, this rank's sequences).
+        splits: how tensors of `parallel` lie on the mesh, where neither they nor their layers say and their shapes
             leave it open: `{"fc1.weight": "W[m/tp,d]"}`, for parameters, for modules' outputs under the module's name
             (`"fc2": "Y[n,m]{tp}"` for terms of a sum), for gradients of outputs under `"fc2.grad"`, for `"loss"`.
             Braces on a parameter mean that its gradient is left unsummed.
@@ -98,8 +98,8 @@ def verify(
     with _restored(parallel):
         measured = replicas + attempt.run(seed, constants=perturb, nudge=False)
         rows = dict(zip((one.key for one in measured), rows_of(measured, mesh_view)))
-        alike = {one.key for one in replicas if rows[one.key].ok}  # what is alike is as it should be: no news
-        measured = [one for one in measured if one.key not in alike]
+        same = {one.key for one in replicas if rows[one.key].ok}  # what is the same is as it should be: no news
+        measured = [one for one in measured if one.key not in same]
         rows = {one.key: rows[one.key] for one in measured}
         if any(not row.ok for row in rows.values()):
             # A derivative that jumps (of ReLU at zero, of a maximum of equals) may differ by chance at one point. What
@@ -123,7 +123,7 @@ def verify(
 
 def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) -> Measured:
     """Whether every rank holds the very bits of the global value that the first holder has."""
-    wanted = one.split.cut(value, mesh.shape, mesh.coordinate)
+    wanted = one.split.shard(value, mesh.shape, mesh.coordinate)
     local = local_part(one.parameter.detach())
     same = torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (local, wanted))) if local.numel() else True
     key: Key = ("value", one.name)

@@ -87,15 +87,15 @@ def test_the_step_is_measured_of_every_contender(tmp_path: Path, rank: int) -> N
 @distributed(world_size=2)
 def test_overlap_is_measured_in_every_case(tmp_path: Path, rank: int) -> None:
     rows, costs = overlap.measure([(6, 8, 10)], [torch.float32], 1, turn=0.001)
-    ours = {(row.case, row.name) for row in rows if row.name in (overlap.WHOLE, overlap.PIECES)}
-    assert ours == {(case, name) for case in overlap.CASES for name in (overlap.WHOLE, overlap.PIECES)}
+    ours = {(row.case, row.name) for row in rows if row.name in (overlap.WHOLE, overlap.CHUNKED)}
+    assert ours == {(case, name) for case in overlap.CASES for name in (overlap.WHOLE, overlap.CHUNKED)}
     assert set(costs.links) == {"tp"}
     for row in rows:
         expected = (row.products.median + row.communication.median - row.together.median) / min(
             row.could.median, row.communication.median
         )
         assert row.hidden.median == pytest.approx(expected)  # of one round
-        assert (row.unwaited is None) == (row.name not in (overlap.WHOLE, overlap.PIECES))
+        assert (row.unwaited is None) == (row.name not in (overlap.WHOLE, overlap.CHUNKED))
     assert json.dumps(overlap.as_json(rows, costs))
     if rank == 0:
         overlap.draw(rows, str(tmp_path / "overlap.png"))

@@ -279,7 +279,7 @@ def test_tensors_that_cannot_be_moved_are_refused(rank: int, world_size: int) ->
         dist.all_reduce(torch.ones(3, device="meta"))
     with pytest.raises(ShmError, match="input has 3 elements, its place in the output 4"):
         dist.all_gather([torch.empty(4), torch.empty(4)], torch.ones(3))
-    with pytest.raises(ShmError, match="do not cut dim 0"):
+    with pytest.raises(ShmError, match="do not split dim 0"):
         dist.all_to_all_single(torch.empty(4), torch.empty(4), [2, 2], [1, 2])
     dist.barrier()
 

@@ -21,7 +21,7 @@ def drawn(
     return sheets(Rulers(walked), layout[name].dims, (), height, width)
 
 
-def test_columns_are_cut_as_torch_cuts() -> None:
+def test_columns_are_sharded_as_torch_shards() -> None:
     layout, sizes = PRESETS["column"], {"n": 3, "d": 5, "m": 10}
     walked = timeline(layout, sizes, {"tp": 4})
     (sheet,) = drawn(layout, walked, "W", "d", "m")
@@ -119,9 +119,9 @@ def test_areas_are_the_shards_sizes(seed: int) -> None:
         spec = layout[name]
         found = sheets(rulers, spec.dims, (), height, width)
         weights = [1.0]
-        for letter in (letter for letter in spec.letters if letter in layout.batched and letter in rulers.cuts):
-            cuts = rulers.cuts[letter]
-            parts = [(high - low) / sizes[letter] for low, high in pairwise(cuts)]
+        for letter in (letter for letter in spec.letters if letter in layout.batched and letter in rulers.borders):
+            borders = rulers.borders[letter]
+            parts = [(high - low) / sizes[letter] for low, high in pairwise(borders)]
             weights = [outer * part for outer in weights for part in parts]
         areas = dict.fromkeys(range(len(walked.ranks)), 0.0)
         for sheet in found:

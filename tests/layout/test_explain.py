@@ -1,4 +1,4 @@
-"""The table of the design, read off `explain` and the plan: who talks, when, along which axis."""
+"""The table of the design, read off `explain` and the plan: what is communicated, when, along which axis."""
 
 from __future__ import annotations
 

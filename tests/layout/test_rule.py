@@ -32,7 +32,7 @@ ILLEGAL = [
     ("X[n,d]{tp} W[d/tp,m] -> Y[n,m]", (15, 2), "axis tp splits no letter"),
     ("X[n,d]{tp} W[d,m] -> Y[n,m]", (0, 1), "dX is no sum over tp (it is summed over no axis)"),
     ("X[n/tp,d]{tp} W[d,m/tp] -> Y[n,m/tp]", (4, 2), "it cannot be left partial over tp as well"),
-    ("X[n,d/tp] W[d/tp,m] -> Y[n,m/tp]{tp}", (29, 2), "Y is cut by tp on m, so Y is complete there"),
+    ("X[n,d/tp] W[d/tp,m] -> Y[n,m/tp]{tp}", (29, 2), "Y is sharded over tp on m, so Y is complete there"),
     ("X[n,d/tp] W[d/tp,m] -> Y[n,m]{tp,tp}", (23, 1), "tp stands twice in the braces of Y"),
     ("X[n,d] W[d,m/tp]{tp} -> Y[n,m/tp]", (13, 2), "dW is complete there"),
 ]

@@ -18,7 +18,7 @@ FEW = (
     "the sum of a row-parallel product is dropped",
     "dX of one of two products of an input is not summed",
     "every rank adds the bias",
-    "rows are cut without being summed",
+    "rows are sharded without being summed",
     "each rank keeps the next rank's rows",
     "the norm counts replicas p times",
 )

@@ -1,4 +1,4 @@
-"""Attention with its heads cut, and the feed-forward block, against one device in float64."""
+"""Attention with its heads sharded, and the feed-forward block, against one device in float64."""
 
 from __future__ import annotations
 

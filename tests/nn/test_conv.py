@@ -145,7 +145,7 @@ def test_states_as_dtensors_and_wrong_uses(world_size: int) -> None:
     sg.load_state_dict(layer, sg.state_dict(layer, as_dtensor=True))
     with pytest.raises(ValueError, match=r"weight: global shape \(9, 2, 2, 2\) in the model, \(9, 3, 2, 2\)"):
         sg.load_state_dict(layer, {"weight": torch.ones(9, 3, 2, 2), "bias": torch.ones(9)})
-    with pytest.raises(sg.ShapeError, match=r"leaves this rank [21] · 2 = [42] channels(.|\n)*cut x at the borders"):
+    with pytest.raises(sg.ShapeError, match=r"leaves this rank [21] · 2 = [42] channels(.|\n)*shard x at the borders"):
         layer(torch.ones(1, 3, 4, 4))
     with pytest.raises(sg.ShapeError, match="groups=4 must divide in_channels=6"):
         sg.Conv2d(6, 8, 2, groups=4, mesh=mesh)

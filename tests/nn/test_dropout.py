@@ -1,4 +1,4 @@
-"""Dropout: one mask for the global tensor, however it is cut; drawn again where it must be the same, else anew."""
+"""Dropout: one mask for the global tensor, however it is sharded; drawn again where it must be the same, else anew."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_none_all_and_evaluation(world_size: int) -> None:
             sg.Dropout(p, "X[n]", mesh=mesh)
     with pytest.raises(sg.MeshError, match="no axis 'dp' of Dropout"):
         sg.Dropout(0.5, "X[n/dp]", mesh=mesh)
-    with pytest.raises(sg.MeshError, match=r"axis 'tp' cuts X\[n/tp\]"):
+    with pytest.raises(sg.MeshError, match=r"axis 'tp' shards X\[n/tp\]"):
         sg.Dropout(0.5, "X[n/tp]", mesh=mesh, independent=("tp",))
     with pytest.raises(sg.ShapeError, match="has 2 dims, but the tensor"):
         sg.Dropout(0.5, "X[n,d]", mesh=mesh)(torch.ones(3))

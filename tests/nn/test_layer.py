@@ -104,7 +104,7 @@ def test_wrong_keywords_are_refused_by_name(world_size: int) -> None:
             {"mesh": mesh, "reduce_dtype": D},
             "LayerNorm got an unexpected .*'reduce_dtype'",
         ),
-        (sg.SwiGLU, {"parallel": parallel, "axis": "tp"}, r"SwiGLU: axis=… beside parallel=…"),
+        (sg.SwiGLU, {"parallel": parallel, "axis": "tp"}, r"SwiGLU: axis=… besides parallel=…"),
         (sg.MLP, {}, r"MLP needs mesh=…, or parallel=sg.Parallel\(mesh, …\)"),
         (sg.MLP, {"parallel": mesh}, "MLP: parallel is a sg.Parallel, not DeviceMesh"),
         (sg.Conv1d, {"parallel": replace(parallel, data=sg.BatchAxis())}, "Conv1d knows no data"),

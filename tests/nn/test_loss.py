@@ -1,4 +1,4 @@
-"""Cross-entropy over a cut vocabulary against F.cross_entropy."""
+"""Cross-entropy over a sharded vocabulary against F.cross_entropy."""
 
 from __future__ import annotations
 

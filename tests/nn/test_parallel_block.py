@@ -152,7 +152,7 @@ def test_reduces_once_where_two_layers_reduce_twice(world_size: int) -> None:
         ("forward", "reduce-scatter"): 1,
         ("dN", "all-gather"): 1,
         ("dN", "reduce-scatter"): 1,
-        ("dW", "all-reduce"): 1,  # of the norm's weight and bias, whose rows are cut
+        ("dW", "all-reduce"): 1,  # of the norm's weight and bias, whose rows are sharded
     }
 
 

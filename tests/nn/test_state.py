@@ -174,7 +174,7 @@ def test_nested_cuts_are_dtensors_in_the_order_of_the_mesh(world_size: int) -> N
     table = Table(mesh, (5, 3), "tp/dp", "")
     load_state_dict(table, {"weight": randn(5, 3, seed=0)})
     assert torch.equal(state_dict(table)["weight"], randn(5, 3, seed=0))
-    with pytest.raises(sg.LayoutError, match=r"W\[a/tp/dp,b\]: a DTensor cuts .* mesh's order \(dp, tp\)"):
+    with pytest.raises(sg.LayoutError, match=r"W\[a/tp/dp,b\]: a DTensor shards .* mesh's order \(dp, tp\)"):
         state_dict(table, as_dtensor=True)
     zeros = state_dict(Table(mesh, (5, 3), "dp", ""), as_dtensor=True)
     load_state_dict(table, zeros)  # what cannot be written as a DTensor can be read from one

@@ -95,7 +95,7 @@ def test_positions_that_are_not_there_are_refused(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     positions = sg.LearnedPositions(9, WIDTH, mesh=mesh)
     assert positions(9).shape == (9, WIDTH)
-    with pytest.raises(sg.ShapeError, match=r"positions 5 to 9 were asked for, of 9"):
+    with pytest.raises(sg.ShapeError, match=r"positions 5 to 9 are needed, of 9"):
         positions(5, 5)
     with pytest.raises(sg.ShapeError, match=r"sequence_dim is 1 or None, not 0"):
         sg.LearnedPositions(9, WIDTH, mesh=mesh, sequence_dim=0)

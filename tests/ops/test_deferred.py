@@ -1,4 +1,4 @@
-"""Weight gradients put off are those of an undeferred backward, to the bit, and so is what is communicated."""
+"""Deferred weight gradients are those of an undeferred backward, to the bit, and so is what is communicated."""
 
 from __future__ import annotations
 
@@ -176,5 +176,5 @@ def test_what_is_never_computed_is_said(world_size: int) -> None:
         sg.matmul(torch.randn(5, 6), w, PRESETS["column"], mesh).sum().backward()
     holder = [later]
     del later
-    with pytest.warns(RuntimeWarning, match=r"of 1 products were put off and never computed: call later\.run"):
+    with pytest.warns(RuntimeWarning, match=r"of 1 products were deferred and never computed: call later\.run"):
         holder.clear()

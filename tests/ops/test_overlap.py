@@ -1,4 +1,4 @@
-"""A product done in pieces beside its communication is the same product, and is cut only where that pays."""
+"""A product done in chunks beside its communication is the same product, and is split only where that pays."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shardgrad.ops.overlap import WHOLE, Chunking, Costs, Link
 from shardgrad.testing import distributed
 
 SIZES = {"b": 3, "n": 12, "s": 24, "d": 24, "m": 12, "k": 5}
-# layout -> whether forward, and backward, are cut
+# layout -> whether forward, and backward, are in chunks
 LAYOUTS = {
     "X[n,d/tp] W[d/tp,m] -> Y[n,m]": (True, False),
     "X[n,d/tp] W[m,d/tp] -> Y[n,m]": (True, False),
     "X[b,s,d/tp] W[m,d/tp] -> Y[b,s,m]": (True, False),
     "X[n,d/tp] W[d/tp,m] -> Y[n/tp,m]": (True, True),
     "X[b,s,d/tp] W[m,d/tp] -> Y[b,s/tp,m]": (True, True),
-    "X[b,s,d/tp] W[m,d/tp] -> Y[b/tp,s,m]": (False, False),  # 3 rows over tp are cut evenly by 1 and 3 ranks only
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b/tp,s,m]": (False, False),  # 3 rows over tp are sharded evenly by 1 and 3 ranks only
     "X[b,s,d/tp,k] W[m,d/tp,k] -> Y[b,s/tp,m]": (True, True),
-    "X[b,s,d/tp] W[m,d/tp] -> Y[b,s,m/tp]": (True, False),  # summed along a column dim: cut along two row dims as one
+    "X[b,s,d/tp] W[m,d/tp] -> Y[b,s,m/tp]": (True, False),  # summed along a column dim: split along two row dims as one
     "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]": (True, True),
     "X[b,s/tp,d] W[m/tp,d] -> Y[b,s,m/tp]": (True, True),
     "X[b,s/tp,d] W[m/tp,k,d] -> Y[b,s,m/tp,k]": (True, True),
@@ -64,7 +64,7 @@ def once(
 
 @distributed(world_size=[1, 2, 3, 4])
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
+def test_the_same_product_in_chunks(world_size: int, text: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     layout = Layout(text)
     sizes = {letter: SIZES[letter] for letter in layout.letters}
@@ -95,7 +95,7 @@ def test_the_same_product_in_pieces(world_size: int, text: str) -> None:
     assert run()[1] == usual
 
 
-# Where dX is reduced over tp, W is gathered beside dX, and dW is reduced beside itself: (forward, backward) are cut.
+# Where dX is reduced over tp, W is gathered beside dX, and dW is reduced beside itself: (forward, backward) in chunks.
 FULLY_SHARDED = {
     "X[n/dp,d] W[m/tp,d/dp] -> Y[n/dp,m/tp]": (True, True),
     "X[n/dp,d] W[d/dp,m/tp] -> Y[n/dp,m/tp]": (True, True),
@@ -176,14 +176,14 @@ def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, te
 
 
 def test_the_number_of_pieces_follows_from_the_costs() -> None:
-    """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 pieces leave 1/6 of it in sight."""
+    """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 chunks leave 1/6 of it in sight."""
     f32 = torch.float32
     costs = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11})
     work = ("tp", 10**6, 10**9, 0, f32)
     assert costs.chunks(*work, None) == Chunking(6)
     assert costs.chunks(*work, 0.5).count > 1
     assert costs.chunks(*work, 0.0).count > 1
-    slow = Costs({"tp": Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each piece more costs 6 ms
+    slow = Costs({"tp": Link(6e-3, 1e-8, 1.0)}, {f32: 1e-11})  # each chunk more costs 6 ms
     assert slow.chunks(*work, None) == WHOLE
     # dW's product takes as long as dX's reduction.
     assert costs.chunks(*work, None, following_flops=10**9 + 10**7) == WHOLE
@@ -192,7 +192,7 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
     assert none.chunks(*work, None) == WHOLE
     assert none.chunks(*work, 0.5) == WHOLE
     again = Costs({"tp": Link(1e-5, 1e-8, 1.0)}, {f32: 1e-11}, {f32: 1e-9})
-    assert again.chunks("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each piece more reads for 1 ms
+    assert again.chunks("tp", 10**6, 10**9, 10**6, f32, None).count < 8  # each chunk more reads for 1 ms
     assert again.chunks("tp", 10**6, 10**9, 10**7, f32, None) == WHOLE
     each = Costs({"tp": Link(1e-5, 1e-8, 1.0, 1e-3)}, {f32: 1e-11})  # each collective takes 1 ms of the product's
     assert 1 < each.chunks(*work, None).count < 8
@@ -203,7 +203,7 @@ def test_the_number_of_pieces_follows_from_the_costs() -> None:
 
 
 def test_pieces_shrink_where_their_communication_is_the_shorter() -> None:
-    """A product of 10 ms, of which each piece takes half as long to send: the next may have half its size."""
+    """A product of 10 ms, of which each chunk takes half as long to send: the next may have half its size."""
     costs = Costs({"tp": Link(1e-5, 5e-9, 1.0)}, {torch.float32: 1e-11})
     cut = costs.chunks("tp", 10**6, 10**9, 0, torch.float32, None)
     assert cut.steepness == 500
@@ -228,5 +228,5 @@ def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
     everyone: list[object] = [None] * world_size
     torch.distributed.all_gather_object(everyone, costs)
     assert all(one == everyone[0] for one in everyone)
-    with pytest.raises(ValueError, match="at least 1 piece"):
+    with pytest.raises(ValueError, match="at least 1 chunk"):
         sg.set_overlap(mesh, 0)

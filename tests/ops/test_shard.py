@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_said_with_the_numbers(world_size: int) -> None:
         (ShapeError, ["X[n,d] has 2 dims", "has 3: shape (1, 4, 5)"], {"x": torch.ones(1, 4, 5)}),
         (
             ShapeError,
-            ["its m/tp is 3 here", "should be 4", "sizes says m = 8", "8 over tp is cut as [4, 4]"],
+            ["its m/tp is 3 here", "should be 4", "sizes says m = 8", "8 over tp is sharded as [4, 4]"],
             {"sizes": {"m": 8}},
         ),
         (ShapeError, ["sizes names 'z'"], {"sizes": {"z": 8}}),
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_said_with_the_numbers(world_size: int) -> None:
         sg.matmul(x, [], mesh)
     with pytest.raises(sg.LayoutError, match="must write it alike"):
         sg.matmul(x, [(w, column), (w, "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]")], mesh)
-    with pytest.raises(ShapeError, match="has 2 dims, but the tensor to cut has shape"):
+    with pytest.raises(ShapeError, match="has 2 dims, but the tensor to shard has shape"):
         sg.shard(torch.ones(3), Layout(column)["X"], mesh)
 
 
@@ -129,8 +129,8 @@ def test_shards_that_are_not_cut_as_torch_cuts_are_refused_on_every_rank(world_s
     mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("tp",))
     rank = mesh.get_local_rank("tp")
     layout = Layout("X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]")
-    x = torch.ones((1, 2, 2)[rank], 4)  # torch.chunk cuts 5 as 2, 2, 1
-    with pytest.raises(ShapeError, match=r"have sizes \[1, 2, 2\], but 5 is cut as \[2, 2, 1\]"):
+    x = torch.ones((1, 2, 2)[rank], 4)  # torch.chunk shards 5 as 2, 2, 1
+    with pytest.raises(ShapeError, match=r"have sizes \[1, 2, 2\], but 5 is sharded as \[2, 2, 1\]"):
         sg.matmul(x, torch.ones(4, 2), layout, mesh)
     with pytest.raises(ShapeError, match=r"have sizes \[1, 2, 2\]"):
         sg.unshard(x, layout["X"], mesh)

@@ -64,7 +64,7 @@ def config_of(**mesh: object) -> Config:
         ({"dp": 2, "tp": 2}, 3, "mesh.dp * mesh.tp = 2 * 2, but 3 processes were started: start torchrun with --nproc"),
         ({"dp": None, "tp": 2}, 3, "mesh.tp = 2 does not divide the ranks: 3 processes were started"),
         ({"dp": 4}, 4, "train.batch / train.accumulate = 12 / 2 = 6 sequences do not divide by mesh.dp = 4"),
-        ({"fully_sharded": True}, 2, "mesh.fully_sharded stores weights cut over dp, but mesh.dp = 1"),
+        ({"fully_sharded": True}, 2, "mesh.fully_sharded shards weights over dp, but mesh.dp = 1"),
         ({"grid": [1, 2, 2]}, 2, r"mesh.grid = \[1, 2, 2\] has 4 ranks, but 2 processes were started"),
         ({"grid": [4, 1, 1]}, 4, "= 6 sequences do not divide by mesh.grid's z = 4"),
     ],

@@ -95,7 +95,7 @@ def test_a_copy_that_is_wrong_on_one_rank(world_size: int) -> None:
     loss = backward(model, ids, targets)
     found = compare(model, loss, ids, targets, reference)
     assert found.ok, found.table()
-    for name in ("norm.weight", "blocks.0.mlp.up.weight"):  # replicated over both axes; over dp, and cut over tp
+    for name in ("norm.weight", "blocks.0.mlp.up.weight"):  # replicated over both axes; over dp, and sharded over tp
         parameter = model.get_parameter(name)
         right = parameter.grad.clone()
         if torch.distributed.get_rank() == world_size - 1:

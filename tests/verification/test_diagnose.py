@@ -27,7 +27,7 @@ def observed(
     generator = torch.Generator().manual_seed(seed)
     exact = torch.randn(shape, generator=generator, dtype=torch.float64)
     scale = torch.full_like(exact, torch.finfo(dtype).eps)
-    locals_ = tuple(locals_of(r, split.cut(exact, MESH, at)).to(dtype) for r, at in enumerate(AT))
+    locals_ = tuple(locals_of(r, split.shard(exact, MESH, at)).to(dtype) for r, at in enumerate(AT))
     return Observed(name, kind, locals_, exact, split, MESH, AT, scale)
 
 
@@ -162,7 +162,7 @@ def test_padding_and_other_tensors_and_steps() -> None:
         (0.3, "scaled by a constant"),
     ):
         step = observed(
-            lambda rank, right, c=factor: (b := CUT.cut(before, MESH, AT[rank])) + c * (right - b), kind="step"
+            lambda rank, right, c=factor: (b := CUT.shard(before, MESH, AT[rank])) + c * (right - b), kind="step"
         )
         assert expected in names(step, Context(before={"up.weight": (before, CUT)})), factor
 
@@ -173,7 +173,7 @@ def test_a_tensor_that_a_rank_lacks() -> None:
     assert names(lacking) == ["never computed"]
     assert "rank 0 never computed it" in explain(lacking, Context()).fits[0].says
     whole = Observed(found.name, found.kind, (found.exact.float(),) * 6, found.exact, CUT, MESH, AT, found.scale)
-    assert names(whole, Context(exact={("gradient", "up.weight"): (found.exact, CUT)})) == ["not cut"]
+    assert names(whole, Context(exact={("gradient", "up.weight"): (found.exact, CUT)})) == ["not sharded"]
 
 
 def test_steps_of_other_rates_and_decays() -> None:
@@ -182,7 +182,7 @@ def test_steps_of_other_rates_and_decays() -> None:
 
     def step(rate: Callable[[int], float], decay: float = 0.0) -> list[str]:
         def made(rank: int, right: Tensor) -> Tensor:
-            old = CUT.cut(before, MESH, AT[rank])
+            old = CUT.shard(before, MESH, AT[rank])
             return old + rate(rank) * (right - old) - decay * old
 
         fits = explain(observed(made, kind="step"), known).fits
@@ -207,7 +207,7 @@ def test_uses_of_one_parameter(counts: tuple[int, ...], expected: str) -> None:
     exact = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # what observed makes
     terms.append(exact - sum(terms))
     full = sum(count * term for count, term in zip(counts, terms))
-    found = observed(lambda rank, right: CUT.cut(full, MESH, AT[rank]))
+    found = observed(lambda rank, right: CUT.shard(full, MESH, AT[rank]))
     known = Context(uses=lambda name: [(by, term) for by, term in zip(("embedding", "linear", "linear"), terms)])
     (fit,) = explain(found, known).fits
     assert fit.name == expected

@@ -102,7 +102,7 @@ def test_training_keeps_replicas_alike_and_each_kind_of_deviation_is_named(world
         return
     bias, norm = model[3].bias, model[0].weight
     with torch.no_grad():
-        model[1].weight += rank  # cut: no replica
+        model[1].weight += rank  # sharded: no replica
     sg.check_replicas(model, optimizer)
     with sg.trace_collectives() as traced:
         sg.check_replicas(model, optimizer)
@@ -143,9 +143,9 @@ def test_nan_is_alike_where_it_is_alike_and_a_forgotten_sum_is_found(world_size:
     with torch.no_grad():
         model[0].weight[2] = torch.nan
     sg.check_replicas(model)
-    wrong = sg.LayerNorm(6, mesh=mesh)  # rows are cut, but nobody said so
+    wrong = sg.LayerNorm(6, mesh=mesh)  # rows are sharded, but no setting says so
     wrong(torch.randn(3, 6, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
-    with pytest.raises(sg.VerificationError, match="a norm without sequence_dim where rows are cut"):
+    with pytest.raises(sg.VerificationError, match="a norm without sequence_dim where rows are sharded"):
         sg.check_replicas(wrong)
     right = sg.LayerNorm(6, mesh=mesh, sequence_dim=0)
     right(torch.randn(3, 6, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
@@ -153,7 +153,7 @@ def test_nan_is_alike_where_it_is_alike_and_a_forgotten_sum_is_found(world_size:
 
 
 class Marked(ShardedModule):
-    """A parameter cut over tp, replicated over dp, whose gradient is left to the caller over dp."""
+    """A parameter sharded over tp, replicated over dp, whose gradient is left to the caller over dp."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__(mesh, ("dp", "tp"))

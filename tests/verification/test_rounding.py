@@ -127,7 +127,7 @@ def test_a_split_in_interleaved_parts() -> None:
     """Megatron's partition_stride: of a fused gate and up, each rank has a piece of either."""
     full = torch.arange(12.0).view(12, 1).expand(12, 3)
     split = Split.of([("tp",), ()], stride=2)
-    parts = [split.cut(full, {"tp": 3}, {"tp": rank})[:, 0].tolist() for rank in range(3)]
+    parts = [split.shard(full, {"tp": 3}, {"tp": rank})[:, 0].tolist() for rank in range(3)]
     assert parts == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     with pytest.raises(ValueError, match="do not divide 11"):
         split.indices((11, 3), {"tp": 3}, {"tp": 0})

@@ -211,7 +211,7 @@ def test_what_happens_at_one_point_alone_is_not_accused(world_size: int) -> None
 def test_a_mesh_of_two_axes(world_size: int) -> None:
     """Rows over dp, hidden features over tp; every parameter's gradient is summed over dp."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))
-    x = rows(count=6)  # three on each, by either axis: which one cut them is told by their values
+    x = rows(count=6)  # three on each, by either axis: their values show which one shards them
     for forgotten in (False, True):
         model = Hand(mesh)
 
@@ -301,7 +301,7 @@ def test_names_are_translated_or_missed_with_the_nearest(world_size: int) -> Non
         sg.verify(Hand(mesh), more, rows(), mesh)
     wide = Single()
     wide.up = nn.Linear(D, M + 1)
-    with pytest.raises(sg.LayoutError, match=r"no way to cut \(8, 6\), the shape that up.weight has in single"):
+    with pytest.raises(sg.LayoutError, match=r"no way to shard \(8, 6\), the shape that up.weight has in single"):
         sg.verify(Hand(mesh), wide, rows(), mesh)
     for dropout in (nn.Dropout(0.1), sg.Dropout(0.1, "X[n,d]", mesh=mesh)):
         more.extra = dropout
@@ -356,7 +356,7 @@ def test_a_report_can_be_read(world_size: int) -> None:
 
 @distributed(world_size=[2])
 def test_micro_batches(world_size: int) -> None:
-    """Halves of two rows each look like a batch cut over two ranks, and are not."""
+    """Halves of two rows each look like a batch sharded over two ranks, and are not."""
     mesh = tp(world_size)
     x = rows(count=4)
 

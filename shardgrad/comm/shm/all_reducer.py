@@ -1,4 +1,4 @@
-"""All-reduces by one operation. What depends on a tensor's shape alone is settled when the shape is first seen."""
+"""All-reduces by one operation. What depends on a tensor's shape alone is resolved when the shape is first seen."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AllReducer:
 
         Args:
             tensors: one, in a list as torch has it.
-            opts: torch's options, of which only `asyncOp` is asked.
+            opts: torch's options, of which only `asyncOp` counts.
             timeout: seconds that it may take; None for the group's own.
 
         Raises:

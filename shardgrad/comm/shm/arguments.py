@@ -46,7 +46,7 @@ def parts_of(flat: Tensor, shaped: Tensor, splits: Sequence[int], ranks: int, wh
             raise ShmError(f"all-to-all: dim 0 of the {which}, {rows}, does not divide by {ranks} ranks; give splits")
         splits = [rows // ranks] * ranks
     if len(splits) != ranks or sum(splits) != rows or min(splits) < 0:
-        raise ShmError(f"all-to-all: {which} splits {list(splits)} do not cut dim 0, {rows}, for {ranks} ranks")
+        raise ShmError(f"all-to-all: {which} splits {list(splits)} do not split dim 0, {rows}, for {ranks} ranks")
     each = flat.numel() // rows if rows else 0
     return list(flat.split([each * split for split in splits]))
 
@@ -58,5 +58,5 @@ def as_bytes(flat: Tensor) -> Tensor:
 
 
 def one_or_all(sizes: Sequence[int]) -> int | tuple[int, ...]:
-    """Sizes as a message tells them: one number where they are alike."""
+    """Sizes as a message writes them: one number where they are equal."""
     return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)

@@ -106,7 +106,7 @@ class Parcels(Meeting):
 
     sources, targets: by rank, what goes to it and where what comes from it goes.
     longest: elements in the longest parcel of any rank; None if only its sender and its addressee know, in which case
-    the ranks tell each other the lengths in the first round.
+    the ranks exchange the lengths in the first round.
     """
 
     def __init__(
@@ -160,23 +160,23 @@ class WrongSplit(Exception):
 
 
 class ReduceScatter(Meeting):
-    """Each rank reduces one piece of everyone's tensors. Pieces may differ in length."""
+    """Each rank reduces one part of all ranks' tensors. Parts may differ in length."""
 
-    def __init__(self, text: str, pieces: Sequence[Tensor], out: Tensor, by: Reduction) -> None:
+    def __init__(self, text: str, parts: Sequence[Tensor], out: Tensor, by: Reduction) -> None:
         super().__init__(text)
-        self.pieces, self.out, self.by = pieces, out, by
-        self.area = SLOT // len(pieces) // _LINE * _LINE
+        self.parts, self.out, self.by = parts, out, by
+        self.area = SLOT // len(parts) // _LINE * _LINE
         self.chunk = self.area // out.element_size()
-        self.rounds = _rounds(max(piece.numel() for piece in pieces), self.chunk)
+        self.rounds = _rounds(max(part.numel() for part in parts), self.chunk)
 
     def write(self, i: int, box: Mailbox) -> None:
         for rank in box.others:
-            _put(self.pieces[rank], i * self.chunk, self.chunk, box, rank * self.area)
+            _put(self.parts[rank], i * self.chunk, self.chunk, box, rank * self.area)
 
     def read(self, i: int, box: Mailbox) -> None:
         out = _part(self.out, i * self.chunk, self.chunk)
         if n := out.numel():
-            mine = _part(self.pieces[box.rank], i * self.chunk, self.chunk)
+            mine = _part(self.parts[box.rank], i * self.chunk, self.chunk)
             at = box.rank * self.area
             self.by.into(out, [mine if r == box.rank else box.slot(r, out.dtype, at, n) for r in range(box.ranks)])
 
@@ -265,7 +265,7 @@ class AllReduce(Meeting):
                 at = (start - i * self.chunk) * size
                 mine = self.tensor[start : start + count]
                 parts = [mine if r == box.rank else box.slot(r, dtype, at, count) for r in range(box.ranks)]
-                # Straight into the slot of the next round, which nobody reads any more: see the mailbox.
+                # Straight into the slot of the next round, which no rank reads any more: see the mailbox.
                 result = box.slot(box.rank, dtype, self.results, count, ahead=1)
                 self.by.into(result, parts)
                 mine.copy_(result)

@@ -1,4 +1,4 @@
-"""Sleep until a word of shared memory changes, wake who sleeps, and the fence that goes before publishing."""
+"""Sleep until a word of shared memory changes, wake the sleepers, and the fence that goes before publishing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def wait(address: int, value: int, seconds: float) -> None:
 
 
 def wake(address: int) -> None:
-    """Wake everyone who sleeps on the word."""
+    """Wake all that sleep on the word."""
     _syscall(
         ctypes.c_long(_SYS_FUTEX),
         ctypes.c_void_p(address),

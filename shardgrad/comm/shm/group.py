@@ -35,7 +35,7 @@ from shardgrad.comm.shm.work import ShmWork
 
 
 def _via_dispatcher(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
-    """Tell PyTorch's dispatcher of the call, if somebody listens there (`sg.trace_collectives`, CommDebugMode), and
+    """Show the call to PyTorch's dispatcher, if a mode listens there (`sg.trace_collectives`, CommDebugMode), and
     hide from it the copies and sums that the call is made of, as other backends do."""
     name = method.__name__
 
@@ -77,7 +77,7 @@ class ShmGroup(dist.ProcessGroup):
         self._together: list[Ticket] | None = None
         self._results_together: list[Tensor] = []
 
-    # What torch asks a group about itself
+    # What torch reads of a group
 
     def getBackendName(self) -> str:
         return "shm"
@@ -125,7 +125,7 @@ class ShmGroup(dist.ProcessGroup):
         pass
 
     def shutdown(self) -> None:
-        """Leave the group and free its memory; ranks that still wait for this one are told."""
+        """Leave the group and free its memory; ranks that still wait for this one are notified."""
         queue, self._queue = self._queue, None
         for reducer in self._reducers.values():
             reducer.close()
@@ -152,8 +152,8 @@ class ShmGroup(dist.ProcessGroup):
         return self.allreduce(tensors, opts or dist.AllreduceCoalescedOptions())
 
     def all_reducer(self, op: Any) -> AllReducer:
-        """All-reduces by one operation, at less cost than by `allreduce`: of the options only `asyncOp` is asked, what
-        has ended has no work, and nobody at the dispatcher is told."""
+        """All-reduces by one operation, at less cost than by `allreduce`: of the options only `asyncOp` counts, what
+        has ended has no work, and the dispatcher does not see the call."""
         found = self._reducers.get(op)
         if found is None:
             found = self._reducers[op] = AllReducer(self._queue, op, self._label)
@@ -181,28 +181,28 @@ class ShmGroup(dist.ProcessGroup):
     @_via_dispatcher
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
-        pieces = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
-        return self._work([self._reduce_scatter(out, pieces, opts.reduceOp.op, opts)], opts)
+        parts = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
+        return self._work([self._reduce_scatter(out, parts, opts.reduceOp.op, opts)], opts)
 
     @_via_dispatcher
     def reduce_scatter_tensor_coalesced(self, outs: list[Tensor], ins: list[Tensor], opts: Any = None) -> ShmWork:
         opts = opts or dist.ReduceScatterOptions()
         op, tickets = opts.reduceOp.op, []
         for out, whole in zip(outs, ins, strict=True):
-            pieces = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
-            tickets.append(self._reduce_scatter(out, pieces, op, opts))
+            parts = equal_parts(flat_input(whole), out, self._size, "reduce-scatter")
+            tickets.append(self._reduce_scatter(out, parts, op, opts))
         return self._work(tickets, opts)
 
-    def _reduce_scatter(self, out: Tensor, pieces: Sequence[Tensor], op: Any, opts: Any) -> Ticket:
-        check_count(pieces, self._size, "reduce-scatter: input tensors")
+    def _reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], op: Any, opts: Any) -> Ticket:
+        check_count(parts, self._size, "reduce-scatter: input tensors")
         outputs: list[tuple[Tensor, Tensor]] = []
         flat = flat_output(out, outputs)
         by = self.all_reducer(op).by(flat.dtype)
-        sizes = [piece.numel() for piece in pieces]
-        check_numel("reduce-scatter", flat, pieces[self._rank])
-        check_dtype("reduce-scatter", flat.dtype, pieces)
+        sizes = [part.numel() for part in parts]
+        check_numel("reduce-scatter", flat, parts[self._rank])
+        check_dtype("reduce-scatter", flat.dtype, parts)
         text = words("reduce-scatter", by.name, one_or_all(sizes), flat.dtype)
-        return self._start(text, c.ReduceScatter(text, pieces, flat, by), opts, [out], outputs)
+        return self._start(text, c.ReduceScatter(text, parts, flat, by), opts, [out], outputs)
 
     # Copies of what one rank has
 
@@ -353,11 +353,11 @@ class ShmGroup(dist.ProcessGroup):
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int) -> ShmWork:
         return self._receive(tensors[0], ANY, tag, "from any rank")
 
-    def _receive(self, tensor: Tensor, source: int, tag: int, whom: str) -> ShmWork:
+    def _receive(self, tensor: Tensor, source: int, tag: int, peer: str) -> ShmWork:
         outputs: list[tuple[Tensor, Tensor]] = []
         flat = flat_output(tensor, outputs)
         ticket = self._ticket(
-            f"receive of {flat.numel()} {dtype_name(flat.dtype)} {whom} (tag {tag})", [tensor], outputs
+            f"receive of {flat.numel()} {dtype_name(flat.dtype)} {peer} (tag {tag})", [tensor], outputs
         )
         self._alive().receive(ticket, source, as_bytes(flat), tag, dtype_name(flat.dtype).encode().ljust(32, b"\0"))
         return self._work([ticket])

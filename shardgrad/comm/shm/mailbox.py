@@ -1,7 +1,7 @@
-"""Rounds: write your slot, publish, wait until everyone has published, read their slots.
+"""Rounds: write your slot, publish, wait until all ranks have published, read their slots.
 
 A rank has two slots and uses them in turn. That needs no acknowledgement: a rank publishes round k+1 only when it has
-read round k, and everyone waits for everyone in each round, so when round k+1 is complete nobody reads round k any
+read round k, and all ranks wait for all in each round, so when round k+1 is complete no rank reads round k any
 more.
 """
 
@@ -24,7 +24,7 @@ class Mailbox:
     """One rank's view of the slots of all.
 
     round: the number of the round that this rank is in; the slots of odd and of even rounds alternate.
-    moves: counts everything that this rank has done, to tell an idle look from a useful one.
+    moves: counts everything that this rank has done, to distinguish an idle look from a useful one.
     """
 
     def __init__(self, segment: Segment, rank: int) -> None:
@@ -107,8 +107,8 @@ class Mailbox:
     fence = staticmethod(futex.fence)
 
     def ring(self) -> None:
-        """Wake the ranks that sleep. After the news is stored, and before it is looked who sleeps, comes a fence: who
-        goes to sleep does both in the other order, so that one of the two sees the other."""
+        """Wake the ranks that sleep. After the news is stored, and before the sleepers are looked up, comes a fence: a
+        rank that goes to sleep does both in the other order, so that one of the two sees the other."""
         futex.fence()
         for sleeping, bell in self.bells:
             if self.words[sleeping]:
@@ -121,7 +121,7 @@ class Mailbox:
         futex.wake(self.segment.address + 8 * bell)
 
     def sleep(self, seconds: float, useless: Callable[[], bool]) -> None:
-        """Sleep until somebody rings, if looking once more (`useless`) finds nothing to do."""
+        """Sleep until another rank rings, if looking once more (`useless`) finds nothing to do."""
         expected = self.words[self._my_bell]
         with self._counting:
             self.words[self._my_sleeping] += 1

@@ -1,6 +1,6 @@
 """Send and receive: a ring of records for each ordered pair of ranks.
 
-Messages between two ranks arrive in the order they were sent. One whose tag nobody has asked for is set aside in the
+Messages between two ranks arrive in the order they were sent. One whose tag has not been asked for is set aside in the
 receiver's own memory, so that tags may be received in any order.
 """
 
@@ -47,7 +47,7 @@ class Receiving:
 
 @dataclass(eq=False, slots=True)
 class _Message:
-    """A message that comes in: into its receiver's target, or into memory of its own until someone asks for it."""
+    """A message that comes in: into its receiver's target, or into memory of its own until it is received."""
 
     source: int
     tag: int

@@ -25,8 +25,8 @@ class Peers:
             if peer == rank:
                 continue
             try:
-                # A descriptor of the process itself: it tells a death at once, also of a process that nobody has
-                # waited for yet, and cannot mean another process that got the same number later.
+                # A descriptor of the process itself: it shows a death at once, also of a process that has not
+                # been waited for yet, and cannot mean another process that got the same number later.
                 descriptor = os.pidfd_open(pid)
             except ProcessLookupError:
                 self._dead.add(peer)
@@ -37,7 +37,7 @@ class Peers:
     def gone(self, ranks: list[int]) -> str:
         """Which of these ranks will never come, in words; empty if all still may.
 
-        Who asks must look once more for what it waits for: a rank may have done its part and ended since.
+        The caller must look once more for what it waits for: a rank may have done its part and ended since.
         """
         for descriptor, _ in self._watch.poll(0):
             self._dead.add(self._rank_of[descriptor])

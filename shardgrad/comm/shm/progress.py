@@ -1,4 +1,4 @@
-"""A thread that moves asynchronous operations on while nobody waits for them.
+"""A thread that moves asynchronous operations on while the program does not wait for them.
 
 Collectives that the program waits for at once never need it: the calling thread does all the work. Nor do those of one
 round: from when they are started the others have all they need. It is there for longer asynchronous ones, so that they

@@ -1,8 +1,8 @@
 """The operations of a group on their way, and how to wait for one.
 
 Collectives move on one after another, in the order in which they were started, which is the same on all ranks; messages
-between two ranks move on independently. Whoever waits moves things on itself: a small all-reduce is then a few stores
-and loads in the calling thread. Operations that nobody waits for are moved on by the thread of `progress`.
+between two ranks move on independently. A thread that waits moves things on itself: a small all-reduce is then a few
+stores and loads in the calling thread. Operations that no thread waits for are moved on by the thread of `progress`.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Ticket:
 
     @property
     def given(self) -> bool:
-        """Whether the other ranks have all that they need from this one, so that none is held up if nobody here moves
-        the operation on."""
+        """Whether the other ranks have all that they need from this one, so that none is held up if no thread here
+        moves the operation on."""
         return self.done or (self.operation is not None and self.operation.given)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -310,7 +310,7 @@ class Queue:
         self._call_back(tickets)
 
     def close(self) -> None:
-        """End: what is still under way fails here; ranks that wait for this one are told."""
+        """End: what is still under way fails here; ranks that wait for this one are notified."""
         self.peers.leave()
         with self._lock:
             tickets = [*self._tickets, *self._messages]
@@ -355,7 +355,7 @@ class Queue:
         self.box.sleep(seconds, lambda: self.busy() and not self.poll() and self.busy())
 
     def look(self) -> None:
-        """Has an operation taken too long, or will it never end? Fails the group if so."""
+        """Fail the group if an operation has taken too long, or will never end."""
         if failure := self.peers.failure():
             return self._fail_for(lambda: failure)
         now = time.monotonic()
@@ -395,8 +395,8 @@ class Queue:
         for ticket, ranks in self._current():
             if now > ticket.deadline or ticket.operation is not None:
                 late = ", ".join(str(self.peers.names[rank]) for rank in ranks)
-                who = f"rank {late} did not come" if late else "it was not finished"
-                return f"rank {self._me}: {ticket.what} over {self.label} took more than {ticket.timeout:g} s: {who}"
+                why = f"rank {late} did not come" if late else "it was not finished"
+                return f"rank {self._me}: {ticket.what} over {self.label} took more than {ticket.timeout:g} s: {why}"
         return ""
 
 

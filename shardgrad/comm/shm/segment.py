@@ -37,7 +37,7 @@ class Plan:
         self.pairs = -(-(self.splits + 2 * ranks * 8 * ranks) // 64) * 64
         self.slots = -(-(self.pairs + 128 * ranks * ranks) // 4096) * 4096
         self.rings = self.slots + 2 * ranks * SLOT
-        # A rank with nobody to talk to needs one ring's place at most; rings to oneself are part of the square.
+        # A rank without peers needs one ring's place at most; rings to oneself are part of the square.
         self.size = self.rings + ranks * ranks * RING * self.record
 
     record = RECORD + 64  # its data after its own small header

@@ -38,5 +38,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def words(what: str, how: str, count: object, dtype: torch.dtype, whom: str = "") -> str:
-    return f"{what}{f' ({how})' if how else ''} of {count} {dtype_name(dtype)}{whom}"
+def words(what: str, how: str, count: object, dtype: torch.dtype, peer: str = "") -> str:
+    return f"{what}{f' ({how})' if how else ''} of {count} {dtype_name(dtype)}{peer}"

@@ -62,10 +62,10 @@ class ShmWork(dist.Work):
     def source_rank(self) -> int:
         return self._tickets[0].source
 
-    _source_rank = source_rank  # torch's recv asks by this name
+    _source_rank = source_rank  # torch's recv calls it by this name
 
     def get_future(self) -> torch.futures.Future[Any]:
-        """A future of the list of tensors; the progress thread fulfils it, or who waits for a later operation."""
+        """A future of the list of tensors; the progress thread fulfils it, or a wait for a later operation."""
         if self._future is None:
             future: torch.futures.Future[Any] = torch.futures.Future()
             self._future = future
