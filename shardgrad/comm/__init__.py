@@ -5,6 +5,7 @@
 | `shim`           | the one place that knows torch's private or renamed names                 |
 | `mesh`           | what shardgrad needs of a DeviceMesh, looked up once                      |
 | `collectives`    | the collectives over one mesh axis, with uneven shards                    |
+| `all_to_all`     | the all-to-all that moves shards from one dim to another                  |
 | `timer`          | the time that a process spends in communication                           |
 | `adjoint`        | differentiable collectives, each with its adjoint                         |
 | `agree`          | whether the ranks of an axis mean the same                                |

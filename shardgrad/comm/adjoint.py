@@ -29,10 +29,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
+from shardgrad.comm.all_to_all import AllToAll
 from shardgrad.comm.collectives import (
     AllGather,
     AllReduce,
-    AllToAll,
     AllToAllRows,
     ReduceScatter,
     gather_ints,

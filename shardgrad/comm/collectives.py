@@ -8,7 +8,6 @@ the result, and a call does both. The only file that has torch.distributed move 
 | `AllGather`     | its shard of a dim               | the whole dim                                       |
 | `ReduceScatter` | one term of a sum                | its chunk, along a dim, of the sum                  |
 | `AllReduce`     | one term of a sum                | the sum, in place                                   |
-| `AllToAll`      | its shard of one dim             | its shard of another dim                            |
 | `AllToAllRows`  | rows, by the rank they go to     | rows, by the rank they come from                    |
 """
 
@@ -122,7 +121,7 @@ class AllGather(Collective):
 
     def start(self, x: Tensor) -> Handle:
         if self._missing:
-            x = _padded(x, self._dim, self._missing)
+            x = padded(x, self._dim, self._missing)
         if not x.is_contiguous():
             x = x.contiguous()
         # Results are tensors of their own, not views: a caller could not change those in place.
@@ -161,7 +160,7 @@ class ReduceScatter(Collective):
         dim, ranks, size = self._dim, self.axis.size, x.shape[self._dim]
         padded_size = -(-size // ranks)
         if padded_size * ranks != size:
-            x = _padded(x, dim, padded_size * ranks - size)
+            x = padded(x, dim, padded_size * ranks - size)
         if dim:
             x = x.unflatten(dim, (ranks, padded_size)).movedim(dim, 0)
         if not x.is_contiguous():
@@ -218,36 +217,6 @@ class AllReduce(Collective):
         if work is not None:
             self._await(work)
         return x
-
-
-class AllToAll(Collective):
-    """From shards of the dim `concat` to shards of the dim `split`. `global_size`: of `concat` over all ranks."""
-
-    __slots__ = ("_concat", "_size", "_split")
-
-    def __init__(self, axis: Axis, split: int, concat: int, global_size: int, what: str = "all-to-all") -> None:
-        super().__init__(axis, what, dist.all_to_all_single, dist.all_to_all_single)
-        self._split, self._concat, self._size = split, concat, global_size
-
-    def start(self, x: Tensor) -> Handle:
-        ranks, split, concat = self.axis.size, self._split, self._concat
-        size = x.shape[split]
-        padded_size = -(-size // ranks)
-        x = _padded(x, split, padded_size * ranks - size)
-        x = _padded(x, concat, -(-self._size // ranks) - x.shape[concat])
-        sent = x.unflatten(split, (ranks, padded_size)).movedim(split, 0).contiguous()
-        received = torch.empty_like(sent)
-        work = None
-        if sent.numel():
-            work = self._begin(sent, received.view(-1), sent.view(-1), None, None, self.axis.group, True)
-        return work, received, sent, chunk(size, ranks, self.axis.index)[1]
-
-    def wait(self, handle: Handle) -> Tensor:
-        work, received, _, own = handle
-        if work is not None:
-            self._await(work)
-        whole: Tensor = received.movedim(0, self._concat).flatten(self._concat, self._concat + 1)
-        return whole.narrow(self._concat, 0, self._size).narrow(self._split, 0, own)
 
 
 class AllToAllRows(Collective):
@@ -308,7 +277,7 @@ def whole_size(parts: Sequence[int], axis: Axis, what: str) -> int:
     return size
 
 
-def _padded(x: Tensor, dim: int, missing: int) -> Tensor:
+def padded(x: Tensor, dim: int, missing: int) -> Tensor:
     """`x` with so many zeros behind it along `dim`."""
     if missing == 0:
         return x

@@ -12,6 +12,7 @@
 | `passes`      | communication behind products, and what is done with let go of                  |
 | `contraction` | one contraction as one product of matrices                                      |
 | `printer`     | instructions as lines of Python                                                 |
+| `predict`     | what one layout becomes, on a mesh that need not exist                          |
 | `program`     | the text of forward and backward                                                |
 | `cost`        | every collective of every phase, with its bytes                                 |
 | `layout`      | `Layout`, the face of the room                                                  |

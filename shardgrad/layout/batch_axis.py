@@ -53,13 +53,3 @@ class BatchAxis:
             longest = max(free, key=lambda dim: sizes[dim.letter])
             return spec.with_axes({longest.letter: (*longest.axes, self.axis)})
         return replace(spec, grad_partial=(*spec.grad_partial, self.axis)) if self.accumulate else spec
-
-
-def stored_over(data: BatchAxis | None, spec: str, sizes: Mapping[str, int], *, vector: bool = False) -> str:
-    """`data.storage(spec, sizes)`, or `spec` itself without data parallelism."""
-    return spec if data is None else str(data.storage(spec, sizes, vector=vector))
-
-
-def rows_over(data: BatchAxis | None, letter: str) -> str:
-    """The first row letter, which the data parallel axis splits before all others do: `b/dp`."""
-    return letter if data is None else f"{letter}/{data.axis}"

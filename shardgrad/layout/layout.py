@@ -8,16 +8,14 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from shardgrad.errors import LayoutError
-from shardgrad.layout.lower import Products, backward, forward
 from shardgrad.layout.notation import TensorSpec, parse
-from shardgrad.layout.plan import Plan, Role, derive
-from shardgrad.layout.program import backward_program, forward_program
+from shardgrad.layout.plan import Plan, derive
 from shardgrad.layout.rule import Illegal, Reading, read
-from shardgrad.layout.schedule import Instructions
 from shardgrad.layout.sizes import Sizes
 
 if TYPE_CHECKING:
     from shardgrad.layout.cost import Collective
+    from shardgrad.layout.schedule import Instructions
 
 
 class Layout:
@@ -116,9 +114,9 @@ class Layout:
 
     def explain(self) -> str:
         """In words and formulas, for forward, dX, dW and db: what is computed locally, what is communicated where."""
-        notation = parse(self.text)._replace(spatial=self.spatial)
         from shardgrad.layout.explain import explain
 
+        notation = parse(self.text)._replace(spatial=self.spatial)
         return explain(notation, self.reading, self.plan)
 
     def collectives(
@@ -151,15 +149,11 @@ class Layout:
         Raises:
             LayoutError: a size, an axis or a name is missing or unknown.
         """
-        from shardgrad.layout import cost
+        from shardgrad.layout import predict
 
-        width = cost.itemsize(dtype)
-        reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
-        if reduce_width < width:
-            raise LayoutError(f"reduce_dtype {reduce_dtype} is narrower than {dtype}: sums would lose what is there")
-        known = self.resolve(sizes, mesh_shape, coordinate)
-        made = self.instructions(mesh_shape, bias=bias, frozen=frozen, save_gathered=save_gathered)
-        return list(cost.collectives(made, known, wire=width, reduce_wire=reduce_width))
+        return predict.collectives(
+            self, self.resolve(sizes, mesh_shape, coordinate), dtype, bias, frozen, save_gathered, reduce_dtype
+        )
 
     def instructions(
         self,
@@ -173,13 +167,9 @@ class Layout:
 
         Arguments and errors as of `collectives`; of the ranks it is the first of each axis.
         """
-        frozen, has_bias = self._checked(frozen, save_gathered), self.has_bias if bias is None else bias
-        operands: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs"}
-        if has_bias:
-            operands[self.bias.name] = "bias"
-        need = {role for name, role in operands.items() if name not in frozen}
-        products = self._products(mesh_shape, has_bias, save_gathered, None, contraction=False)
-        return (*forward(products), *backward(products, [need]))
+        from shardgrad.layout import predict
+
+        return predict.instructions(self, mesh_shape, bias, frozen, save_gathered)
 
     def program(
         self,
@@ -208,47 +198,10 @@ class Layout:
         Raises:
             LayoutError: as `collectives`.
         """
-        frozen, has_bias = self._checked(frozen, save_gathered), self.has_bias if bias is None else bias
-        products = self._products(
-            dict.fromkeys(self.axes, 2) if mesh_shape is None else mesh_shape,
-            has_bias,
-            save_gathered,
-            coordinate,
-            dtype=str(dtype).removeprefix("torch."),
-            reduce_dtype=None if reduce_dtype in (None, dtype) else str(reduce_dtype).removeprefix("torch."),
-            contraction=self.spatial == 0,
-        )
-        needs = [t.name not in frozen for t in (self.lhs, self.rhs, self.bias)[: 2 + has_bias]]
-        if not any(needs):
-            return forward_program(products, None).text
-        return f"{forward_program(products, needs).text}\n{backward_program(products, needs, [True]).text}"
+        from shardgrad.layout import predict
 
-    def _checked(self, frozen: Collection[str], save_gathered: Collection[str]) -> Collection[str]:
-        """frozen, once both name operands of this layout."""
-        operands = self.lhs.name, self.rhs.name
-        for what, names, known in (
-            ("frozen", frozen, (*operands, self.bias.name)),
-            ("save_gathered", save_gathered, operands),
-        ):
-            for name in names:
-                if name not in known:
-                    raise LayoutError(f"{what}: no operand {name!r} in {self}")
-        return frozen
-
-    def _products(
-        self,
-        mesh_shape: Mapping[str, int],
-        has_bias: bool,
-        save_gathered: Collection[str],
-        coordinate: Mapping[str, int] | None,
-        **more: Any,
-    ) -> Products:
-        for axis in self.axes:
-            if axis not in mesh_shape:
-                raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {self}")
-        sizes = Sizes(mesh_shape, dict.fromkeys(mesh_shape, 0) | dict(coordinate or {}))
-        roles: dict[str, Role] = {self.lhs.name: "lhs", self.rhs.name: "rhs"}
-        return Products((self.plan,), (has_bias,), sizes, frozenset((roles[name], 0) for name in save_gathered), **more)
+        shape = dict.fromkeys(self.axes, 2) if mesh_shape is None else mesh_shape
+        return predict.program(self, shape, bias, frozen, save_gathered, dtype, reduce_dtype, coordinate)
 
     def resolve(
         self, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int] | None = None

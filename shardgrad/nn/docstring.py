@@ -8,8 +8,7 @@ from itertools import groupby
 
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse
-
-_SIZE = 4  # of every letter, on two ranks: what is sent does not depend on it
+from shardgrad.layout.schedule import communication
 
 
 def with_products(doc: str, products: Sequence[str], lookup: str | None = None) -> str:
@@ -34,11 +33,11 @@ def _lines(products: Sequence[str], lookup: str | None, sequence: str) -> list[s
         for template in group:
             layout, biased = Layout(template.replace("/sp", sequence)), parse(template).bias is not None
             frozen = (x.name,) if template == lookup else ()
-            rows = layout.collectives(dict.fromkeys(layout.letters, _SIZE), {"tp": 2}, frozen=frozen)
+            rows = communication(layout.instructions(dict.fromkeys(layout.axes, 2), frozen=frozen))
             phases |= {f"d{layout.rhs.name}": [], **({"db": []} if biased else {})}
             for row in rows:
                 if row.tensor not in gathered:  # else it is shared with the product before
-                    phases[row.phase].append(f"{row.operation} {row.tensor} over {row.axis}")
+                    phases[row.phase].append(f"{row.move.kind} {row.tensor} over {row.move.axis}")
             gathered |= {x.name, f"d{x.name}"}
             lines.append(str(layout))
         if frozen:

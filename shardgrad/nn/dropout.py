@@ -19,6 +19,7 @@ from shardgrad.nn.counter import bits32
 from shardgrad.nn.init import draw_seed
 from shardgrad.nn.module import ShardedModule
 from shardgrad.ops import sizing
+from shardgrad.ops.size_exchange import exchange
 
 
 class Dropout(ShardedModule):
@@ -118,7 +119,7 @@ class Dropout(ShardedModule):
         known = sizing.learn([self.spec], [x], given, mesh_view, self.spec)
         missing = sizing.unknown(route(self.spec.dims, tuple(Dim(dim.letter) for dim in self.spec.dims)), known)
         if missing:
-            sizing.exchange(missing, known, mesh_view, self.spec)
+            exchange(missing, known, mesh_view, self.spec)
         return known
 
     def extra_repr(self) -> str:

@@ -188,7 +188,9 @@ class BoundMatmul:
     ) -> tuple[Sizes, bool]:
         sizes, missing = self._learn(tensors, given, needs)
         if missing:
-            sizing.exchange(missing, sizes, self.view, self.name)
+            from shardgrad.ops.size_exchange import exchange
+
+            exchange(missing, sizes, self.view, self.name)
             self._derive(sizes)
         return sizes, bool(missing)
 

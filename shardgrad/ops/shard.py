@@ -15,6 +15,7 @@ from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import slab
 from shardgrad.ops import sizing
 from shardgrad.ops.namespace import run_route
+from shardgrad.ops.size_exchange import exchange
 
 
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
@@ -63,7 +64,7 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
     known = sizing.learn([spec], [local], given, mesh_view, spec)
     missing = sizing.unknown(moves, known)
     if missing:
-        sizing.exchange(missing, known, mesh_view, spec)
+        exchange(missing, known, mesh_view, spec)
     reduced = any(move.kind == "all-reduce" for move in moves)  # in place
     full = run_route(local.detach().clone() if reduced else local.detach(), moves, spec.name, mesh_view, known)
     return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()

@@ -127,11 +127,16 @@ def bounded(
     # Errors of the float64 in which bounds are computed are put on top of everything.
     safe = 1 + (what.all_terms + 64) * 2.0**-52
     magnitude = magnitude * safe
-    inside = stages.inside.relative(lam) * magnitude
+    added = None if bias is None or made != "Y" else _like(bias.double(), layout.bias.letters, y.letters)
+    within = magnitude
+    if added is not None and not any((*what.reduced, *what.left)):  # it may be one more term of the product's sum
+        stages.inside.add(unit(torch.float32 if DIGITS[dtype] < DIGITS[torch.float32] else dtype))
+        within = magnitude + added.abs()
+    inside = stages.inside.relative(lam) * within
     partial = oracle.parts(left, other, letters, what.blocks) + error + inside
     exact_sum = value
-    if bias is not None and made == "Y":
-        added = _like(bias.double(), layout.bias.letters, y.letters).expand_as(value)
+    if added is not None:
+        added = added.expand_as(value)
         magnitude = magnitude + added.abs()
         if any(what.left):  # one rank adds it before the caller sums
             stages.outside.add(unit(dtype))
@@ -140,7 +145,7 @@ def bounded(
         value, error = value + carried, error + value.abs() * 2.0**-52
     bound = inside + stages.outside.relative(lam) * partial
     bound = bound + stages.last.relative(lam) * (exact_sum.abs() + error + bound)
-    if bias is not None and made == "Y" and not any(what.left):
+    if added is not None and not any(what.left):
         bound = bound + unit(dtype) * (value.abs() + error + bound)
     # What relative errors do not see: operands and products too small, each at most as often as there are terms.
     wide = torch.float32 if DIGITS[dtype] < DIGITS[torch.float32] else dtype

@@ -8,13 +8,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm import shim
+from shardgrad.layout.notation import Dim
 from shardgrad.testing import distributed
 
 
 @distributed(world_size=[2, 4])
 def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
-    sg.shard(torch.ones(2), sg.TensorSpec("t", (sg.layout.Dim("n"),)), mesh)  # the mesh is known from here on
+    sg.shard(torch.ones(2), sg.TensorSpec("t", (Dim("n"),)), mesh)  # the mesh is known from here on
     dp = mesh.get_group("dp")
     x = torch.ones(6, 2)
     with sg.trace_collectives() as traced:

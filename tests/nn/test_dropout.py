@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import shardgrad as sg
-from shardgrad.layout.notation import parse_tensor
+from shardgrad.layout.notation import Dim, parse_tensor
 from shardgrad.nn import init
 from shardgrad.testing import distributed
 
@@ -63,7 +63,7 @@ def test_recomputation_sees_the_same_mask(world_size: int, reentrant: bool) -> N
     results = []
     for recompute in (False, True):
         torch.manual_seed(6)
-        x = torch.ones(2, sg.shard(torch.ones(8), sg.TensorSpec("s", (sg.layout.Dim("s", ("tp",)),)), mesh).numel(), 6)
+        x = torch.ones(2, sg.shard(torch.ones(8), sg.TensorSpec("s", (Dim("s", ("tp",)),)), mesh).numel(), 6)
         x.requires_grad_()
         down.zero_grad()
         y = checkpoint(block, x, use_reentrant=reentrant) if recompute else block(x)

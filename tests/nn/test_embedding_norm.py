@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.layout.notation import Dim
 from shardgrad.testing import distributed
 
 D = torch.float64
@@ -73,7 +74,7 @@ def test_norms_have_complete_gradients(world_size: int, kind: str, sequence_dim:
             parameter.add_(randn(*parameter.shape, seed=at))
     load_from(plain, sharded)
     letters = ",".join(["b", "s" if sequence_dim is None else "s/tp", "x", "y"][: len(shape)])
-    stored = sg.TensorSpec("X", tuple(sg.layout.Dim(c[0], tuple(c.split("/")[1:])) for c in letters.split(",")))
+    stored = sg.TensorSpec("X", tuple(Dim(c[0], tuple(c.split("/")[1:])) for c in letters.split(",")))
     x, dy = randn(*shape, seed=8), randn(*shape, seed=9)
     local = sg.shard(x, stored, mesh).requires_grad_()
     y = sharded(local)
