@@ -6,7 +6,7 @@ Names are imported when first used: every pytest run loads the plugin, and need 
 import sys
 from importlib import import_module
 
-# The public names by the module that they are in; `__init__.pyi` tells type checkers the same.
+# The public names by the module that they are in; `__init__.pyi` lists the same for type checkers.
 _NAMES = {
     "comm.adjoint": "all_gather all_reduce all_to_all all_to_all_rows gather_replicated reduce_scatter replicate "
     "slice_replicated",

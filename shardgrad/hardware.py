@@ -1,4 +1,4 @@
-"""What a program runs on and with, for whoever writes figures down."""
+"""What a program runs on and with, to be recorded beside its figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def processor() -> str:
 
 
 def cores() -> int | None:
-    """The cores that this process may use; None where nothing tells."""
+    """The cores that this process may use; None where it is not known."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -46,7 +46,7 @@ def load(
 ) -> M:
     """Read a YAML file, then `section.key=value` overrides, whose values are YAML too.
 
-    disagreements: what no single key tells, asked once every key is right.
+    disagreements: what no single key shows, checked once every key is right.
 
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong; lists all of them, with the nearest key.

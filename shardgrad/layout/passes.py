@@ -76,7 +76,7 @@ def _wait_late(instructions: Sequence[Instruction]) -> list[Instruction]:
     pending: dict[str, Wait] = {}
     found: list[Instruction] = []
     for one in instructions:
-        at_end = isinstance(one, Save | Defer | Return)  # also of what nobody reads
+        at_end = isinstance(one, Save | Defer | Return)  # also of what is not read
         for value in [value for value in pending if at_end or value in one.reads or value in one.writes]:
             found.append(pending.pop(value))
         if isinstance(one, Wait):

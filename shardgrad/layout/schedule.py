@@ -180,7 +180,7 @@ class Free(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class Return(Instruction):
-    """The results; None for one that nobody needs, or that has gone another way. single: not as a tuple."""
+    """The results; None for one that is not needed, or that has gone another way. single: not as a tuple."""
 
     READS = ("results",)
     results: tuple[str | None, ...]

@@ -5,7 +5,7 @@
 | `bilinear`   | a bilinear map of two local tensors, with its two transposes            |
 | `contract`   | the local product of two tensors given by letters                       |
 | `sizing`     | from local shapes to sizes: check, infer, exchange                      |
-| `size_exchange` | sizes that local shapes do not tell, exchanged between ranks |
+| `size_exchange` | sizes that local shapes do not give, exchanged between ranks |
 | `shard`      | a global tensor to this rank's shard, and back                          |
 | `handles`    | names by which compiled graphs refer to bound products                  |
 | `modes`      | what makes a backward unusual while it is in force                      |

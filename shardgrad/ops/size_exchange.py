@@ -1,4 +1,4 @@
-"""Sizes that local shapes do not tell, exchanged between ranks; and what is said where shapes contradict each other."""
+"""Sizes that local shapes do not give, exchanged between ranks; and what is said where shapes contradict each other."""
 
 from __future__ import annotations
 
