@@ -92,6 +92,7 @@ def test_masks_are_those_of_the_global_tensor(
 
 
 @distributed(world_size=[2], backend="shm")
+@pytest.mark.slow
 def test_on_three_axes(world_size: int) -> None:
     for grid in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
         mesh = init_device_mesh("cpu", grid, mesh_dim_names=("z", "x", "y"))
