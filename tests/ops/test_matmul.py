@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -502,3 +503,31 @@ def test_autocast_casts_operands_as_it_does_for_torchs_own_products(world_size: 
         assert parameter.grad.dtype == torch.float32
         assert bool(parameter.grad.isfinite().all())
     assert {event.dtype for event in traced if event.operation == "all-reduce"} <= {"bfloat16"}
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X[n/tp,d] W[d,a,b] -> Y[n/tp,b,a] + B[a,b]",  # db is summed in another order of letters than dY's
+        "X[n,d/tp] W[d/tp,a,b] -> Y[b,n,a/tp] + B[a,b]",
+        "X[d,n/tp] W[a/tp,d] -> Y[a/tp,n]",
+        "X[n,d] W[d,m/tp] -> Y[m/tp,n] + B[n]",
+    ],
+)
+def test_collectives_are_given_contiguous_tensors(world_size: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses others."""
+    from shardgrad.comm.collectives import Collective
+
+    begin, given = Collective._begin, []
+
+    def listening(self: Collective, x: torch.Tensor, *arguments: Any) -> Any:
+        given.extend(one.is_contiguous() for one in (x, *arguments) if isinstance(one, torch.Tensor))
+        return begin(self, x, *arguments)
+
+    monkeypatch.setattr(Collective, "_begin", listening)
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layout = Layout(text)
+    check(layout, mesh, {letter: {"n": 8, "d": 6, "a": 4, "b": 3, "m": 4}[letter] for letter in layout.letters})
+    assert given
+    assert all(given)
