@@ -7,6 +7,7 @@
 | `template`       | layouts with symbols for what each model decides                           |
 | `recipe`         | from a layer's templates to bound products: all that binding depends on    |
 | `docstring`      | the table in a layer's docstring, read from its layouts                    |
+| `existing`       | a layer whose parameters are parts of tensors that exist                   |
 | `parallel`       | `Parallel`: where layers lie, made once by a model and passed on           |
 | `transfer`       | a tensor brought from one storage to another, differentiably               |
 | `shardings`      | how every parameter of a model is stored                                   |

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -187,32 +186,9 @@ class Layer(ShardedModule):
         Raises:
             ShapeError: a tensor is missing, is one too many, or has another shape.
         """
-        from shardgrad.ops.shard import shard
+        from shardgrad.nn.existing import layer_of
 
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        names = cls.takes.__annotations__
-        where = {name: value for name, value in kwargs.items() if name in names}
-        parallel = Parallel.of(cls.__name__, where, cls.takes, cls.default_axis)
-        dtype = parallel.dtype or next((tensor.dtype for tensor in given.values()), None)
-        rest = {name: value for name, value in kwargs.items() if name not in names}
-        with torch.random.fork_rng(devices=[]):  # a layer without values draws its seeds all the same
-            rest["parallel"] = replace(parallel, device="meta", dtype=dtype)
-            layer = cls(*args, **rest)
-        layer.parallel = replace(parallel, dtype=dtype)
-        layer.to_empty(device=parallel.device or view(parallel.mesh).device)
-        if set(given) != set(layer._shardings):
-            raise ShapeError(f"{cls.__name__} has {', '.join(layer._shardings)}; given are {', '.join(given)}")
-        for name, sharding in layer._shardings.items():
-            tensor, parameter = given[name], layer.get_parameter(name)
-            if tuple(tensor.shape) != sharding.shape:
-                raise ShapeError(
-                    f"{cls.__name__}.{name} has global shape {sharding.shape}, but the tensor given has "
-                    f"{tuple(tensor.shape)}"
-                )
-            with torch.no_grad():
-                parameter.copy_(shard(tensor, sharding.spec, parallel.mesh))
-            parameter.requires_grad_(tensor.requires_grad)
-        return layer
+        return layer_of(cls, tensors, args, kwargs)
 
     def layouts(self, dims: int) -> tuple[Layout, ...]:
         """The layouts of all products, in order, for an input of so many dims."""
