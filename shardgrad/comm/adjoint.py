@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
@@ -109,15 +108,16 @@ _PAIRS: dict[str, tuple[_Local, _Local]] = {
 
 
 class _Pair(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor, at: _Where) -> Tensor:
-        ctx.name, ctx.at = name, at
-        return _PAIRS[name][0](x, at)
+    """One half of a pair; its backward is the other half, and so on: linear, it has all derivatives."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        return None, _PAIRS[ctx.name][1](grad, ctx.at), None
+    def forward(ctx: Any, name: str, x: Tensor, at: _Where, back: bool) -> Tensor:
+        ctx.name, ctx.at, ctx.back = name, at, back
+        return _PAIRS[name][back](x, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, _Pair.apply(ctx.name, grad, ctx.at, not ctx.back), None, None
 
 
 @torch.library.custom_op(
@@ -220,7 +220,7 @@ def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
         numbers = (at.dim, at.global_size, at.other, at.other_global_size)
         place = at.axis.size, at.axis.index
         return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, place, numbers, at.send, at.receive)
-    return _Pair.apply(name, x, at)
+    return _Pair.apply(name, x, at, False)
 
 
 def _dim(x: Tensor, dim: int) -> int:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.collectives import AllReduce
+from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.shim import is_fake
 from shardgrad.comm.trace import traced_op
@@ -166,7 +166,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("vocab_parallel_cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing), None, None, None, None, None
 

@@ -8,9 +8,9 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.errors import ShapeError
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective
@@ -78,7 +78,7 @@ class _Gated(torch.autograd.Function):
         return F.silu(g).mul_(u)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("SwiGLU")
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         g, u = ctx.saved_tensors
         return torch.ops.aten.silu_backward(dh * u, g), F.silu(g).mul_(dh)

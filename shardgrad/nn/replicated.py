@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import all_gather, replicate
 from shardgrad.comm.collectives import AllReduce
+from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import slab
@@ -109,7 +109,7 @@ class _Together(torch.autograd.Function):
         return tuple([tensor.view_as(tensor) for tensor in tensors])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("a parameter's gradient summed over ranks")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat = AllReduce(ctx.over)(torch.cat([grad.reshape(-1) for grad in grads]))
         return None, *(part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in grads]), grads))

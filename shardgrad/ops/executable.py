@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardgrad.comm import shim
 from shardgrad.comm.agree import checking_every_call, every_call
+from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.layout.lower import Products
 from shardgrad.layout.program import Pass, backward_program, forward_program
 from shardgrad.ops.modes import deferrals, main_grads
@@ -74,7 +74,7 @@ class Executable:
     def _differentiable(self) -> Callable[..., Any]:
         usual = self._backward_function((True,) * self.products.count)
         unusual, several = self._run_backward, self.products.count > 1
-        refusing = once_differentiable(unusual)
+        refusing = first_derivative_only(self._title)(unusual)
 
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used

@@ -176,3 +176,24 @@ def test_rows_that_do_not_add_up_are_refused(world_size: int) -> None:
     ):
         with pytest.raises(sg.ShapeError, match=why):
             sg.all_to_all_rows(x, mesh, send=send, receive=receive)
+
+
+@distributed(world_size=[1, 2, 3])
+@pytest.mark.parametrize("name", ["replicate", "all_reduce", "all_gather", "gather_replicated", "reduce_scatter"])
+def test_second_derivatives_of_collectives(world_size: int, name: str) -> None:
+    """x -> AᵀAx is linear and its own transpose, so its derivative along v is AᵀAv: exactly, on integers."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    rank = mesh.get_local_rank("tp")
+    rows = chunk(5, world_size, rank)[1] if "gather" in name else 5
+    x, v = (numbers((rows, 3), 10 * seed + rank) for seed in (1, 2))
+
+    def gradient(at: torch.Tensor) -> torch.Tensor:
+        y = getattr(sg, name)(at, mesh, "tp")
+        (grad,) = torch.autograd.grad((y * y).sum() / 2, at, create_graph=True)
+        return grad
+
+    leaf = x.clone().requires_grad_()
+    (second,) = torch.autograd.grad((gradient(leaf) * v).sum(), leaf)
+    expected = gradient(v.clone().requires_grad_())
+    assert torch.equal(second, expected.detach())
+    assert bool(second.any())
