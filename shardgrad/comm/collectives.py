@@ -1,7 +1,7 @@
 """The collectives over one mesh axis, along any dim, uneven shards included. Not differentiable.
 
 Each is an object that is built once and called often: `start(x)` begins and returns a handle, `wait(handle)` returns
-the result, and a call does both. The only file that has torch.distributed move data.
+the result, and a call does both. Only this file and `all_to_all` have torch.distributed move data.
 
 | collective      | input on a rank                  | result on a rank                                    |
 | --------------- | -------------------------------- | --------------------------------------------------- |

@@ -169,7 +169,8 @@ class Layout:
         """
         from shardgrad.layout import predict
 
-        return predict.instructions(self, mesh_shape, bias, frozen, save_gathered)
+        sizes = self.resolve(dict.fromkeys(self.letters, 1), mesh_shape)
+        return predict.instructions(self, sizes, bias, frozen, save_gathered)
 
     def program(
         self,
@@ -201,7 +202,8 @@ class Layout:
         from shardgrad.layout import predict
 
         shape = dict.fromkeys(self.axes, 2) if mesh_shape is None else mesh_shape
-        return predict.program(self, shape, bias, frozen, save_gathered, dtype, reduce_dtype, coordinate)
+        sizes = self.resolve(dict.fromkeys(self.letters, 1), shape, coordinate)
+        return predict.program(self, sizes, bias, frozen, save_gathered, dtype, reduce_dtype)
 
     def resolve(
         self, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int] | None = None

@@ -154,7 +154,6 @@ class Names:
             taken.add(name)
             return name
 
-        self.new = new
         count = range(len(plans))
         called = [{role: name.lower() for role, name in plan.names.items()} for plan in plans]
         self.x = new(called[0]["lhs"])
@@ -186,8 +185,13 @@ class _Writer:
     def emit(self, instruction: Instruction) -> None:
         self.instructions.append(instruction)
 
-    def route(self, phase: str, tensor: str, src: str, out: str, moves: Sequence[Move]) -> str:
-        """Bring a value along a route; return the value that holds it at the end."""
+    def route(
+        self, phase: str, tensor: str, src: str, out: str, moves: Sequence[Move], *, stays_wide: bool = False
+    ) -> str:
+        """Bring a value along a route; return the value that holds it at the end.
+
+        stays_wide: whether it keeps the dtype in which it was reduced.
+        """
         p = self.products
         moves = p.moves(moves)
         reducing = [at for at, move in enumerate(moves) if move.kind in ("reduce-scatter", "all-reduce")]
@@ -202,7 +206,7 @@ class _Writer:
                 self.emit(started)
                 self.emit(Wait(phase, started))
             src = out
-            if p.reduce_dtype and at == max(reducing, default=-1):
+            if p.reduce_dtype and at == max(reducing, default=-1) and not stays_wide:
                 self.emit(Cast(phase, out, out, p.dtype))
         return src
 
@@ -353,7 +357,7 @@ class _Backward(_Writer):
         """Reduce a gradient to where it is stored, and put it among the results."""
         if self._accumulates(output, moves, terms):
             return
-        value = self.route(phase, tensor, value, value, moves)
+        value = self.route(phase, tensor, value, value, moves, stays_wide=output in self.main)
         if output in self.main:
             self.emit(Accumulate(phase, self.names.main[output], value))
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from shardgrad.layout.schedule import (
     Accumulate,
+    Call,
     Communicate,
     Defer,
     Free,
@@ -114,6 +115,32 @@ def _block(instructions: Sequence[Instruction]) -> list[Instruction]:
     return found
 
 
+def without_products(instructions: Sequence[Instruction], absent: Collection[int]) -> Instructions:
+    """Leave out what is computed for some of the products, none of which communicates: their terms of a sum, and the
+    gradients of their weights and biases, whose places among the results stay empty."""
+    if not absent:
+        return tuple(instructions)
+    gone: set[str] = set()
+    kept: list[Instruction] = []
+    summed: set[str] = set()
+    for one in instructions:
+        made = one.value if isinstance(one, Accumulate) and isinstance(one.value, Matmul) else one
+        if isinstance(made, Matmul | SumBias) and made.index in absent:
+            if not (isinstance(made, Matmul) and made.role == "lhs"):  # a sum has other terms
+                gone.add(made.out)
+        elif isinstance(one, Matmul) and one.role == "lhs":
+            kept.append(one if one.out in summed else replace(one, into=None))
+            summed.add(one.out)
+        elif isinstance(one, Return):
+            results = tuple(None if value in gone else value for value in one.results)
+            kept.append(replace(one, results=results))
+        elif isinstance(one, Defer):
+            kept.append(replace(one, body=without_products(one.body, absent)))
+        elif not gone.intersection(one.reads):
+            kept.append(one)
+    return tuple(kept)
+
+
 def free(instructions: Sequence[Instruction]) -> Instructions:
     """Let go of what was gathered as soon as no later instruction reads it, if there is still something to compute."""
     last: dict[str, int] = {}
@@ -135,4 +162,4 @@ def free(instructions: Sequence[Instruction]) -> Instructions:
 
 
 def _is_product(one: Instruction) -> bool:
-    return isinstance(one, Matmul | SumBias | Accumulate)
+    return isinstance(one, Matmul | SumBias | Accumulate | Call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from shardgrad.errors import LayoutError
@@ -18,20 +18,15 @@ if TYPE_CHECKING:
 
 
 def instructions(
-    layout: Layout,
-    mesh_shape: Mapping[str, int],
-    bias: bool | None,
-    frozen: Collection[str],
-    save_gathered: Collection[str],
+    layout: Layout, sizes: Sizes, bias: bool | None, frozen: Collection[str], save_gathered: Collection[str]
 ) -> Instructions:
-    """`Layout.instructions`."""
-    _check(layout, frozen, save_gathered)
-    has_bias = layout.has_bias if bias is None else bias
+    """`Layout.instructions`, of one rank's sizes."""
+    has_bias = _has_bias(layout, bias, frozen, save_gathered)
     operands: dict[str, Role] = {layout.lhs.name: "lhs", layout.rhs.name: "rhs"}
     if has_bias:
         operands[layout.bias.name] = "bias"
     need = {role for name, role in operands.items() if name not in frozen}
-    products = _products(layout, mesh_shape, has_bias, save_gathered, None, contraction=False)
+    products = Products((layout.plan,), (has_bias,), sizes, _saved(layout, save_gathered), contraction=False)
     return (*forward(products), *backward(products, [need]))
 
 
@@ -47,35 +42,31 @@ def collectives(
     """`Layout.collectives`, of one rank's sizes."""
     from shardgrad.layout import cost
 
-    width = cost.itemsize(dtype)
-    reduce_width = width if reduce_dtype is None else cost.itemsize(reduce_dtype)
-    if reduce_width < width:
-        raise LayoutError(f"reduce_dtype {reduce_dtype} is narrower than {dtype}: sums would lose what is there")
-    made = instructions(layout, sizes.shape, bias, frozen, save_gathered)
-    return list(cost.collectives(made, sizes, wire=width, reduce_wire=reduce_width))
+    wire, reduce_wire = widths(dtype, reduce_dtype)
+    made = instructions(layout, sizes, bias, frozen, save_gathered)
+    return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
 
 
 def program(
     layout: Layout,
-    mesh_shape: Mapping[str, int],
+    sizes: Sizes,
     bias: bool | None,
     frozen: Collection[str],
     save_gathered: Collection[str],
     dtype: Any,
     reduce_dtype: Any,
-    coordinate: Mapping[str, int] | None,
 ) -> str:
-    """`Layout.program`."""
-    _check(layout, frozen, save_gathered)
-    has_bias = layout.has_bias if bias is None else bias
-    products = _products(
-        layout,
-        mesh_shape,
-        has_bias,
-        save_gathered,
-        coordinate,
-        dtype=str(dtype).removeprefix("torch."),
-        reduce_dtype=None if reduce_dtype in (None, dtype) else str(reduce_dtype).removeprefix("torch."),
+    """`Layout.program`, of one rank."""
+    has_bias = _has_bias(layout, bias, frozen, save_gathered)
+    widths(dtype, reduce_dtype)
+    own, wide = (None if one is None else str(one).removeprefix("torch.") for one in (dtype, reduce_dtype))
+    products = Products(
+        (layout.plan,),
+        (has_bias,),
+        sizes,
+        _saved(layout, save_gathered),
+        str(own),
+        None if wide == own else wide,
         contraction=layout.spatial == 0,
     )
     needs = [spec.name not in frozen for spec in (layout.lhs, layout.rhs, layout.bias)[: 2 + has_bias]]
@@ -84,8 +75,23 @@ def program(
     return f"{forward_program(products, needs).text}\n{backward_program(products, needs, [True]).text}"
 
 
-def _check(layout: Layout, frozen: Collection[str], save_gathered: Collection[str]) -> None:
-    """Refuse names that are no operands."""
+def widths(dtype: Any, reduce_dtype: Any) -> tuple[int, int]:
+    """Bytes of an element of the operands, and of one that is reduced.
+
+    Raises:
+        LayoutError: reduce_dtype is narrower than dtype.
+    """
+    from shardgrad.layout.cost import itemsize
+
+    width = itemsize(dtype)
+    wide = width if reduce_dtype is None else itemsize(reduce_dtype)
+    if wide < width:
+        raise LayoutError(f"reduce_dtype {reduce_dtype} is narrower than {dtype}: sums would lose what is there")
+    return width, wide
+
+
+def _has_bias(layout: Layout, bias: bool | None, frozen: Collection[str], save_gathered: Collection[str]) -> bool:
+    """Whether a bias is added, once frozen and save_gathered name operands of the layout."""
     operands = layout.lhs.name, layout.rhs.name
     for what, names, known in (
         ("frozen", frozen, (*operands, layout.bias.name)),
@@ -94,20 +100,9 @@ def _check(layout: Layout, frozen: Collection[str], save_gathered: Collection[st
         for name in names:
             if name not in known:
                 raise LayoutError(f"{what}: no operand {name!r} in {layout}")
+    return layout.has_bias if bias is None else bias
 
 
-def _products(
-    layout: Layout,
-    mesh_shape: Mapping[str, int],
-    has_bias: bool,
-    save_gathered: Collection[str],
-    coordinate: Mapping[str, int] | None,
-    **more: Any,
-) -> Products:
-    for axis in layout.axes:
-        if axis not in mesh_shape:
-            raise LayoutError(f"the mesh {dict(mesh_shape)} lacks axis {axis!r} of {layout}")
-    sizes = Sizes(mesh_shape, dict.fromkeys(mesh_shape, 0) | dict(coordinate or {}))
+def _saved(layout: Layout, save_gathered: Collection[str]) -> frozenset[tuple[Role, int]]:
     roles: dict[str, Role] = {layout.lhs.name: "lhs", layout.rhs.name: "rhs"}
-    saved = frozenset((roles[name], 0) for name in save_gathered)
-    return Products((layout.plan,), (has_bias,), sizes, saved, **more)
+    return frozenset((roles[name], 0) for name in save_gathered)

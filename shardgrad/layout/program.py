@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from shardgrad.layout.contraction import LINEAR, arrange
 from shardgrad.layout.lower import Products, backward, forward
-from shardgrad.layout.passes import free, hide_latency
+from shardgrad.layout.passes import free, hide_latency, without_products
 from shardgrad.layout.printer import Printed, print_function
 from shardgrad.layout.schedule import Instructions, Matmul, Return, Save
 
@@ -28,9 +28,8 @@ def forward_program(
     """
     made = hide_latency(forward(products, needs))
     if returns_saved:
-        gathered = [
-            products.value(key, gathered=True) for key in products.saved(needs or ()) if key in products.saved_gathered
-        ]
+        keys = products.saved(needs) if needs else ()
+        gathered = [products.value(key, gathered=True) for key in keys if key in products.saved_gathered]
         made = tuple(
             Return(one.phase, (*one.results, *gathered)) if isinstance(one, Return) else one
             for one in made
@@ -58,13 +57,22 @@ def backward_program(
         main, defer: as of `lower.backward`.
     """
     names = products.names
-    made = hide_latency(backward(products, products.roles_needed(needs, has_grad), main=main, defer=defer))
+    # Ordered as if every dY were there, so that ranks which lack different ones communicate in one order.
+    every = [any(has_grad)] * products.count
+    made = hide_latency(backward(products, products.roles_needed(needs, every), main=main, defer=defer))
+    absent = {at for at, (takes, has) in enumerate(zip(every, has_grad)) if takes and not has}
     buffers = (names.main[output] for output in sorted(main))
-    return _printed("backward", (*names.dy, *products.saved_values(needs), *buffers), made, products, also)
+    arguments = (*names.dy, *products.saved_values(needs), *buffers)
+    return _printed("backward", arguments, made, products, also, absent)
 
 
 def _printed(
-    name: str, arguments: tuple[str, ...], made: Instructions, products: Products, also: Pass | None
+    name: str,
+    arguments: tuple[str, ...],
+    made: Instructions,
+    products: Products,
+    also: Pass | None,
+    absent: Collection[int] = (),
 ) -> Printed:
     def expression(one: Matmul) -> str | None:
         """torch's own way to write a local product, where it has one."""
@@ -77,4 +85,5 @@ def _printed(
             return found.expression
         return _WITH_BIAS.get(found.expression or "") if found.rows == 1 else None
 
-    return print_function(name, arguments, free(made if also is None else also(made)), expression)
+    passed = without_products(made if also is None else also(made), absent)
+    return print_function(name, arguments, free(passed), expression)

@@ -1,7 +1,7 @@
 """The list of instructions that a layout becomes: what every rank does, in order, in forward and in backward.
 
 Values are named as a reader would name them: `x`, `x_full` once gathered, `dx`, `dw`. Nothing here holds a tensor.
-Cost, explanation, timeline and the comparison between ranks read this list; `printer` writes the Python that runs.
+Cost, explanation, timeline and the executor read this list; `printer` writes the Python that runs.
 
 | instruction   | effect                                                                                       |
 | ------------- | -------------------------------------------------------------------------------------------- |

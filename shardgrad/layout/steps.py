@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from shardgrad.errors import LayoutError
+from shardgrad.layout.cost import collectives, itemsize
 from shardgrad.layout.explain import formula
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import Dim, TensorSpec
@@ -109,12 +110,13 @@ def timeline(
         )
     coordinates = [dict(zip(mesh, place)) for place in every(*(range(size) for size in mesh.values()))]
     sent: dict[tuple[str, str, str, str], list[int]] = {}
-    for at, coordinate in enumerate(coordinates):
-        for one in layout.collectives(sizes, mesh, dtype, save_gathered=save_gathered, coordinate=coordinate):
-            key = (one.phase, one.operation, one.tensor, one.axis)
-            sent.setdefault(key, [0] * len(coordinates))[at] = one.bytes
     ranks = tuple(layout.resolve(sizes, mesh, coordinate) for coordinate in coordinates)
     made = layout.instructions(mesh, bias=layout.has_bias, save_gathered=save_gathered)
+    width = itemsize(dtype)
+    for at, here in enumerate(ranks):
+        for one in collectives(made, here, wire=width, reduce_wire=width):
+            key = (one.phase, one.operation, one.tensor, one.axis)
+            sent.setdefault(key, [0] * len(coordinates))[at] = one.bytes
     maker = _Maker(layout, mesh, ranks, sent)
     steps = tuple(maker.step(name, instructions) for name, instructions in phases(made).items())
     return Timeline(layout, sizes, mesh, str(dtype).removeprefix("torch."), ranks, steps)

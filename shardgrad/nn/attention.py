@@ -137,7 +137,7 @@ class Attention(
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of query, key and value, of replicated KV heads those that this rank's query heads use."""
-        parameters: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self._shardings}
         shared = self._replicated()
         used = for_rows([parameters[name] for name in shared], [self._shardings[name] for name in shared], (self.axis,))
         for name, whole in zip(shared, used):

@@ -150,6 +150,8 @@ class BoundMatmul:
                     f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
                     f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
                 )
+            if len(self._traced) >= _MOST_SHAPES:
+                self._traced.clear()
             found = self._traced[key] = self._build(tensors, sizes, needs, traced=True)
         return found
 
@@ -274,14 +276,9 @@ class BoundMatmul:
         Raises:
             LayoutError: reduce_dtype is narrower than dtype.
         """
-        from shardgrad.layout import cost
+        from shardgrad.layout import cost, predict
 
-        wire = cost.itemsize(dtype)
-        reduce_wire = wire if self.reduce_dtype is None else cost.itemsize(self.reduce_dtype)
-        if reduce_wire < wire:
-            raise LayoutError(
-                f"reduce_dtype {self.reduce_dtype} is narrower than {dtype}: sums would lose what is there"
-            )
+        wire, reduce_wire = predict.widths(dtype, self.reduce_dtype)
         made = self._instructions(self._products(sizes, dtype), gradients=True)
         return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
 
@@ -313,10 +310,9 @@ class BoundMatmul:
         return "\n".join(lines)
 
     def _check_backward(self, dys: Sequence[Tensor | None]) -> None:
-        """Compare with the other ranks which dYs there are, and of which dtypes."""
+        """Compare with the other ranks which products these are, and the dtypes of their dYs (some may be absent)."""
         lines = ["backward", *(f"layout {layout}" for layout in self.layouts)]
-        for layout, dy in zip(self.layouts, dys):
-            lines.append(f"d{layout.out.name} {'is None' if dy is None else dy.dtype}")
+        lines += sorted({f"dY is {dy.dtype}" for dy in dys if dy is not None})
         for name in self.axes:
             agree(self.view, self.view.axes[name], lambda: "\n".join(lines), "the backward of a product")
 
@@ -336,6 +332,8 @@ def bind(
     operation: Operation = CONTRACT,
 ) -> BoundMatmul:
     """Decide all that does not depend on shapes; the same arguments give the same product."""
+    if isinstance(save_gathered, str):
+        raise TypeError(f"save_gathered is a collection of operands' names: save_gathered=({save_gathered!r},)")
     mesh_view = view(mesh)
     key = (layouts, biased, tuple(save_gathered), reduce_dtype, operation)
     bound = mesh_view.bound.get(key)
@@ -379,8 +377,6 @@ def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:
 
 
 def _kept(save_gathered: Collection[str], layouts: Sequence[Layout]) -> frozenset[Key]:
-    if isinstance(save_gathered, str):
-        raise TypeError(f"save_gathered is a collection of operands' names: save_gathered=({save_gathered!r},)")
     kept: set[Key] = set()
     for name in save_gathered:
         seconds = [("rhs", at) for at, layout in enumerate(layouts) if layout.rhs.name == name]

@@ -138,7 +138,7 @@ def product_backward(
             "weight gradients of a compiled product cannot be deferred: its backward is one operator. Leave out "
             "sg.defer_weight_grads(), or torch.compile"
         )
-    like = _like(handle, dys, shapes, needs)
+    like = _like(dys, shapes, needs)
     functions = _find(handle, like, needs, letters, sizes, False)
     if checking_every_call():
         functions.executable.check(dys)
@@ -156,12 +156,12 @@ def _(
     letters: str,
     sizes: Sequence[int],
 ) -> list[Tensor]:
-    like = _like(handle, dys, shapes, needs)
+    like = _like(dys, shapes, needs)
     has_grad = _find(handle, like, needs, letters, sizes, True).has_gradients([dy is not None for dy in dys])
     return [torch.empty_like(tensor) for tensor, has in zip(like, has_grad) if has]
 
 
-def _like(handle: str, dys: Sequence[Tensor | None], shapes: Sequence[int], needs: Sequence[bool]) -> list[Tensor]:
+def _like(dys: Sequence[Tensor | None], shapes: Sequence[int], needs: Sequence[bool]) -> list[Tensor]:
     """Tensors as the call of forward was given them, without values: backward's executable is found by their shapes."""
     dy = next(dy for dy in dys if dy is not None)
     rest: Iterator[int] = iter(map(int, shapes))
@@ -184,7 +184,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     shapes, needs, letters, sizes = ctx.rest
     if all(dy is None for dy in dys):
         return None, [None] * len(needs), None, None, None
-    like = _like(ctx.handle, dys, shapes, needs)
+    like = _like(dys, shapes, needs)
     functions = _find(ctx.handle, like, needs, letters, sizes, True)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
     has_grad = functions.has_gradients([dy is not None for dy in dys])

@@ -132,3 +132,15 @@ def test_a_mesh_that_lists_its_ranks_out_of_order_is_refused(world_size: int) ->
     mesh = DeviceMesh("cpu", torch.tensor([1, 0]), mesh_dim_names=("tp",))
     with pytest.raises(sg.MeshError, match="out of order along axis 'tp'"):
         sg.ColumnParallelLinear(4, 4, mesh=mesh)
+
+
+@distributed(world_size=2)
+def test_an_output_that_one_rank_does_not_use_is_no_disagreement(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    x, w, v = (torch.ones(3, 3, requires_grad=True) for _ in range(3))
+    layouts = "X[n,d] W[d,m/tp] -> Y[n,m/tp]", "X[n,d] V[d,m/tp] -> Z[n,m/tp]"
+    with sg.check_every_call():
+        y, z = sg.matmul(x, [(w, layouts[0]), (v, layouts[1])], mesh, sizes={"m": 6})
+        (y.sum() if mesh.get_local_rank("tp") else y.sum() + z.sum()).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[9.0] * 3] * 3  # three terms of 3 columns each

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import torch
 from layouts import random_layout
 
 from shardgrad import PRESETS, Layout, LayoutError
 from shardgrad.layout.lower import Key, Products, backward, forward
-from shardgrad.layout.passes import free, hide_latency
+from shardgrad.layout.passes import free, hide_latency, without_products
 from shardgrad.layout.program import backward_program, forward_program
 from shardgrad.layout.schedule import Communicate, Defer, Free, Instruction, Instructions, Return, Save, Wait
 from shardgrad.layout.sizes import Sizes
@@ -53,6 +55,7 @@ def test_the_program_of_a_layout() -> None:
     wide = layout.program(dtype="bfloat16", reduce_dtype="float32")
     assert "    dx = dx.to(float32)\n    dx = reduce_scatter_dx_tp.start(dx)\n" in wide
     assert "    dx = reduce_scatter_dx_tp.wait(dx)\n    dx = dx.to(bfloat16)\n" in wide
+    assert layout.program(dtype="float32", reduce_dtype=torch.float32) == COLUMN_SEQUENCE
 
 
 def test_a_bias_on_a_sum_that_is_left_to_the_caller_is_added_by_one_rank() -> None:
@@ -61,7 +64,17 @@ def test_a_bias_on_a_sum_that_is_left_to_the_caller_is_added_by_one_rank() -> No
     assert layout.program({"tp": 3}, coordinate={"tp": 2}).split("\n")[1] == "    y = x.mm(w)"
 
 
-@pytest.mark.parametrize("wrong", [{"mesh_shape": {}}, {"frozen": ("Q",)}, {"save_gathered": ("B",)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mesh_shape": {}},
+        {"mesh_shape": {"tp": 0}},
+        {"mesh_shape": {"tp": 2}, "coordinate": {"tp": 7}},
+        {"frozen": ("Q",)},
+        {"save_gathered": ("B",)},
+        {"dtype": "float32", "reduce_dtype": "bfloat16"},
+    ],
+)
 def test_what_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(LayoutError):
         Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]").program(**wrong)  # type: ignore[arg-type]
@@ -210,6 +223,42 @@ def test_what_is_printed_is_python_with_a_name_for_all_it_uses(at: int) -> None:
             assert set(printed.globals) <= used
 
 
+def mixed(*texts: str) -> Products:
+    """Products of one input whose weights are stored in different ways: of some, nothing communicates."""
+    layouts = [Layout(text) for text in texts]
+    axes = dict.fromkeys(axis for layout in layouts for axis in layout.axes)
+    sizes = Sizes(dict.fromkeys(axes, 2), dict.fromkeys(axes, 0))
+    return Products(tuple(layout.plan for layout in layouts), tuple(layout.has_bias for layout in layouts), sizes)
+
+
+MIXED = [
+    mixed(
+        "X[n/dp,d] Wa[m,d] -> A[n/dp,m]",
+        "X[n/dp,d] Wc[n/dp,m,d] -> C[n/dp,m]",
+        "X[n/dp,d] We[m/dp,d] -> E[n,m/dp]",
+    ),
+    mixed("X[n/tp,d] W[n/tp,m,d] -> Y[n/tp,m]", "X[n/tp,d] V[o,d] -> Z[n/tp,o] + B1[o]"),
+    mixed("X[n/tp,d] W[n/tp,d] -> Y[n/tp]", "X[n/tp,d] V[o/tp,d] -> Z[n,o/tp]", "X[n/tp,d] U[n/tp,k,d] -> Q[n/tp,k]"),
+]
+
+
+@pytest.mark.parametrize("p", [*MIXED, *(p for p in CASES if p.count > 1)])
+def test_ranks_that_lack_different_dys_communicate_in_one_order(p: Products) -> None:
+    count = 1 + p.count + len(p.biases)
+    for needs in ((True,) * count, (False,) + (True,) * (count - 1), (True,) + (False,) * (count - 1)):
+        orders = set()
+        for pattern in itertools.product((True, False), repeat=p.count):
+            if any(pattern):
+                has_grad = p.taking_part(pattern)
+                printed = backward_program(p, needs, has_grad)
+                orders.add(tuple((c.tensor, c.move) for c in printed.globals.values() if isinstance(c, Communicate)))
+                absent = {at for at, has in enumerate(has_grad) if not has}
+                full = hide_latency(backward(p, p.roles_needed(needs, (True,) * p.count)))
+                given = (*(p.names.dy[at] for at in range(p.count) if has_grad[at]), *p.saved_values(needs))
+                check_order(without_products(full, absent), given)
+        assert len(orders) == 1, orders
+
+
 class _Tensor:
     """The methods that programs call."""
 
@@ -240,3 +289,12 @@ def test_saves_only_what_the_wanted_gradients_read() -> None:
         made = layout.program(frozen=frozen)
         assert f"ctx.save_for_backward({', '.join(values)})" in made
     assert not any(isinstance(one, Save) for one in layout.instructions({"tp": 2}))
+
+
+def test_a_gradient_that_is_added_to_a_buffer_stays_as_wide_as_it_was_reduced() -> None:
+    plan = PRESETS["data"].plan
+    p = Products((plan,), (False,), Sizes({"dp": 2}, {"dp": 0}), dtype="bfloat16", reduce_dtype="float32")
+    text = backward_program(p, (True, True), (True,), main=(1,)).text
+    assert "dw = dw.to(float32)" in text
+    assert "to(bfloat16)" not in text
+    assert "main_w.add_(dw)" in text

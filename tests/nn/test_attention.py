@@ -309,3 +309,20 @@ def test_rotary_turns_by_the_position_itself() -> None:
     right = torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns[:, None])
     turned = sg.Rotary(6, base=500.0)(x, positions)
     torch.testing.assert_close(turned, torch.cat(right.unbind(-1), -1), rtol=1e-13, atol=1e-13)
+
+
+@distributed(world_size=[2, 3])
+def test_key_and_value_that_share_a_weight(world_size: int) -> None:
+    """Tied, where KV heads are replicated: both uses count."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    tied = sg.Attention(12, 6, num_kv_heads=1, bias=False, mesh=mesh)
+    apart = sg.Attention(12, 6, num_kv_heads=1, bias=False, mesh=mesh)
+    apart.load_state_dict(tied.state_dict())
+    tied.value_weight = tied.key_weight
+    with torch.no_grad():
+        apart.value_weight.copy_(tied.key_weight)
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+    for layer in (tied, apart):
+        layer(x).square().sum().backward()
+    assert tied.key_weight.grad is not None
+    torch.testing.assert_close(tied.key_weight.grad, apart.key_weight.grad + apart.value_weight.grad)

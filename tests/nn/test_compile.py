@@ -225,3 +225,21 @@ def test_main_grads(world_size: int) -> None:
     for p, right in zip(layer.parameters(), expected):
         assert p.grad is None
         torch.testing.assert_close(p.main_grad, right, rtol=1e-12, atol=1e-12)
+
+
+@distributed(world_size=[1, 2])
+def test_without_gradients(world_size: int) -> None:
+    """Inference, frozen layers, and what is saved as gathered for a backward that never comes."""
+    mesh = tp(world_size)
+    x = randn(3, 6, seed=3)
+    for layer in (
+        sg.ColumnParallelLinear(6, 4, mesh=mesh, dtype=D),
+        sg.SwiGLU(6, 5, mesh=mesh, dtype=D),
+        sg.ColumnParallelLinear(6, 4, mesh=mesh, dtype=D, sequence_dim=0, save_gathered=("X",)).requires_grad_(False),
+    ):
+        size = {"sequence_size": 3 * world_size} if getattr(layer, "save_gathered", ()) else {}
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            assert torch.equal(compiled(x, **size), layer(x, **size))
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            assert torch.equal(compiled(x, **size), layer(x, **size))
