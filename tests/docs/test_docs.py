@@ -202,12 +202,13 @@ def _stop(process: "subprocess.Popen[str]") -> str:
     return STILL_THERE
 
 
-COLD = re.compile(r"shardgrad (verify|mutants|scale)\b(?!.*--dry-run)|launch/train\.py")
-"""Commands that start ranks of their own, each of which imports torch: slow. Other tests run the same commands."""
+COLD = re.compile(r"shardgrad (verify|mutants|scale|bench (overhead|memory))\b(?!.*--dry-run)|launch/train\.py")
+"""Commands that start ranks of their own, each of which imports torch, or that measure for long: slow. Other tests run
+the same commands."""
 
 
 def marks(path: Path, blocks: list[Block], index: int) -> tuple[pytest.MarkDecorator, ...]:
-    """Slow is a block that is run, not parsed alone, and starts ranks."""
+    """Slow is a block that is run, not parsed alone, and of such a command."""
     shell = [i for i, block in enumerate(blocks) if block.info.strip() == "sh"]
     run = index in shell and not (path == README and index in shell[:README_COMMANDS])
     return (pytest.mark.slow,) if run and COLD.search(blocks[index].text) else ()

@@ -89,6 +89,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_torchrun(config: Path, tmp_path: Path) -> None:
     done = start(LAUNCH, config, "sample.tokens=0", ranks=None)
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,7 @@ def test_without_torchrun(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000005" / "state.json").exists()
 
 
+@pytest.mark.slow
 def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> None:
     """A norm whose parameters' gradients are no longer summed over the ranks."""
     script = tmp_path / "planted.py"

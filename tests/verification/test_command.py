@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import forked
+import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -47,6 +48,7 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
     assert "the nearest key is model.heads" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_command_with_status_1_and_nothing_of_torchruns(tmp_path: Path) -> None:
     """In every rank, before anything else: norms' gradients are not summed over the sequence's parts."""
     (tmp_path / "sitecustomize.py").write_text(
