@@ -50,7 +50,8 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
     seen: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
         size = _world_size(item)
-        if size is not None and size >= LARGE:
+        trains = "train" in item.path.parts and size == 4 and sizes[_function(item)] & set(ALWAYS)
+        if size is not None and (size >= LARGE or trains):  # a whole training run is shown on fewer ranks
             item.add_marker(pytest.mark.slow)
         if size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS):
             continue

@@ -72,6 +72,7 @@ def test_shapes_that_agreed_once_are_compared_again_only_on_request(world_size: 
 
 
 @distributed(world_size=3, timeout=60)
+@pytest.mark.slow
 def test_a_rank_that_never_comes_ends_in_a_named_timeout(world_size: int) -> None:
     mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu", mesh_dim_names=("tp",))
     x, w = torch.ones(4, 5), torch.ones(5, 3)

@@ -336,6 +336,7 @@ def test_failures_are_told_by_rank(project: Project) -> None:
 # ---- what loses ranks ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_or_die(project: Project) -> None:
     """The ranks are replaced each time, so the last test passes, and no time is spent waiting for the dead."""
     pytester = project(
