@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shardgrad.errors import LayoutError
 from shardgrad.layout.lower import Products, backward, forward
-from shardgrad.layout.plan import Role
+from shardgrad.layout.notation import TensorSpec
+from shardgrad.layout.plan import Plan, Role
 from shardgrad.layout.program import backward_program, forward_program
 from shardgrad.layout.schedule import Instructions
 from shardgrad.layout.sizes import Sizes
 
 if TYPE_CHECKING:
     from shardgrad.layout.cost import Collective
-    from shardgrad.layout.layout import Layout
+
+
+class Layout(Protocol):
+    """What is asked of a `shardgrad.Layout`."""
+
+    lhs: TensorSpec
+    rhs: TensorSpec
+    bias: TensorSpec
+    has_bias: bool
+    spatial: int
+    plan: Plan
 
 
 def instructions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,8 @@ from shardgrad.errors import ShapeError
 from shardgrad.nn.parallel import Parallel
 from shardgrad.ops.shard import shard
 
-if TYPE_CHECKING:
-    from shardgrad.nn.layer import Layer
 
-L = TypeVar("L", bound="Layer")
-
-
-def layer_of(cls: type[L], tensors: Mapping[str, Tensor | None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> L:
+def layer_of(cls: Any, tensors: Mapping[str, Tensor | None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """`Layer.from_tensors`."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     names = cls.takes.__annotations__

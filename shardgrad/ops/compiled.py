@@ -19,11 +19,10 @@ from shardgrad.ops import handles
 from shardgrad.ops.deferred import deferring
 
 if TYPE_CHECKING:
-    from shardgrad.ops.bound import BoundMatmul
     from shardgrad.ops.executable import Executable
 
 
-def run(bound: BoundMatmul, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
+def run(bound: Any, tensors: Sequence[Tensor], sizes: Mapping[str, int] | None) -> tuple[Tensor, ...]:
     """What `bound(tensors, …)` computes, in a graph. Called where torch.compile traces."""
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in tensors]

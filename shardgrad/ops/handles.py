@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import weakref
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from shardgrad.ops.bound import BoundMatmul
-
-_bound: weakref.WeakValueDictionary[str, BoundMatmul] = weakref.WeakValueDictionary()
+_bound: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
-def name(bound: BoundMatmul, text: str) -> str:
+def name(bound: Any, text: str) -> str:
     """A handle for a bound product. `text` says what and where it is, so no cached graph of another rank is taken."""
     handle = f"{text} #{next(_numbers)}"
     _bound[handle] = bound
     return handle
 
 
-def named(handle: str) -> BoundMatmul | None:
+def named(handle: str) -> Any:
     """The bound product, if it still exists."""
     return _bound.get(handle)
