@@ -97,9 +97,9 @@ def wrong_ways(found: Imports) -> list[str]:
 
 
 def circles(found: Imports) -> list[str]:
-    """Modules that, at run time, import each other in a circle: what is left when modules that import nothing of what
-    is left, and those that nothing of it imports, are taken away."""
-    left = {module: {t for t, runs in targets.items() if runs and t in found} for module, targets in found.items()}
+    """Modules that import each other in a circle, if only for type checkers: what is left when modules that import
+    nothing of what is left, and those that nothing of it imports, are taken away."""
+    left = {module: {t for t in targets if t in found} for module, targets in found.items()}
     before = -1
     while before != len(left):
         before = len(left)
