@@ -62,7 +62,7 @@ class _Printer:
     # One method an instruction.
 
     def communicate(self, one: Communicate) -> list[str]:
-        name = self.name(f"{one.move.kind.replace('-', '_')}_{_stem(one)}_{one.move.axis}", one)
+        name = self.name(f"{one.move.kind.replace('-', '_')}_{one.tensor.lower()}_{one.move.axis}", one)
         self.started[id(one)] = name
         return [f"{one.out} = {name}({one.src})" if one.blocking else f"{one.out} = {name}.start({one.src})"]
 
@@ -71,7 +71,7 @@ class _Printer:
         return [f"{out} = {self.started[id(one.started)]}.wait({out})"]
 
     def slice(self, one: Slice) -> list[str]:
-        return [f"{one.out} = {self.name(f'slice_{_stem(one)}_{one.move.axis}', one)}({one.src})"]
+        return [f"{one.out} = {self.name(f'slice_{one.tensor.lower()}_{one.move.axis}', one)}({one.src})"]
 
     def cast(self, one: Cast) -> list[str]:
         self.globals[one.dtype] = one
@@ -133,11 +133,6 @@ class _Printer:
     def call(self, one: Call) -> list[str]:
         outs = f"{', '.join(one.outs)} = " if one.outs else ""
         return [f"{outs}{self.name(one.name, one)}({', '.join(one.args)})"]
-
-
-def _stem(one: Communicate | Slice) -> str:
-    """The tensor's name in small letters: what the value is called, less the suffix of a gathered one."""
-    return one.tensor.lower()
 
 
 _LINES: dict[type[Instruction], Callable[[_Printer, Any], list[str]]] = {

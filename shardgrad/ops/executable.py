@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm import shim
-from shardgrad.comm.agree import checking_every_call, every_call
+from shardgrad.comm.agree import every_call
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.layout.lower import Products
 from shardgrad.layout.program import Pass, backward_program, forward_program
@@ -95,7 +95,7 @@ class Executable:
 
     def _run_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of X, each weight and each bias; None where none is needed, or where it goes another way."""
-        if checking_every_call():
+        if every_call:
             self.check(dys)
         from shardgrad.ops.deferred import can_defer, defer
         from shardgrad.ops.main_grad import buffers_of
