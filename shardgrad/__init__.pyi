@@ -35,7 +35,6 @@ from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
 from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
 from shardgrad.nn.mlp import MLP as MLP
 from shardgrad.nn.mlp import SwiGLU as SwiGLU
-from shardgrad.nn.module import ParamSharding as ParamSharding
 from shardgrad.nn.moe import MoE as MoE
 from shardgrad.nn.norm import LayerNorm as LayerNorm
 from shardgrad.nn.norm import RMSNorm as RMSNorm
@@ -44,6 +43,7 @@ from shardgrad.nn.parallel_block import ParallelBlock as ParallelBlock
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_ as all_reduce_partial_grads_
 from shardgrad.nn.positions import LearnedPositions as LearnedPositions
 from shardgrad.nn.rotary import Rotary as Rotary
+from shardgrad.nn.sharding import ParamSharding as ParamSharding
 from shardgrad.nn.shardings import named_shardings as named_shardings
 from shardgrad.nn.state import load_state_dict as load_state_dict
 from shardgrad.nn.state import state_dict as state_dict

@@ -27,9 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
-from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
-from shardgrad.ops.shard import shard, unshard
 
 FORMAT = 1
 STATE = "state.json"
@@ -137,14 +136,14 @@ def _whole(local: Tensor, sharding: ParamSharding | None) -> Tensor:
     """The global tensor, on the CPU and of its own memory."""
     if sharding is None or not sharding.spec.axes:
         return local.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return unshard(local, sharding.spec, sharding.mesh, sharding.sizes).cpu()
+    return sharding.unshard(local).cpu()
 
 
 def _part(full: Tensor, name: str, parameter: Tensor, sharding: ParamSharding | None, folder: Path) -> Tensor:
-    shape = tuple(parameter.shape) if sharding is None else sharding.shape
+    shape = tuple(parameter.shape) if sharding is None else sharding.global_shape
     if tuple(full.shape) != shape:
         raise ValueError(f"{name} has global shape {shape} in this model, but {tuple(full.shape)} in {folder}")
-    return full if sharding is None else shard(full, sharding.spec, sharding.mesh)
+    return full if sharding is None else sharding.shard(full)
 
 
 def _check_names(found: set[str], wanted: set[str], folder: Path) -> None:

@@ -10,6 +10,7 @@
 | `existing`       | a layer whose parameters are parts of tensors that exist                   |
 | `parallel`       | `Parallel`: where layers lie, made once by a model and passed on           |
 | `transfer`       | a tensor brought from one storage to another, differentiably               |
+| `sharding`       | how one parameter is stored: its part taken, read, put together again      |
 | `shardings`      | how every parameter of a model is stored                                   |
 | `by_layout`      | a linear layer on any layout                                               |
 | `linear`         | column and row parallel linear layers                                      |

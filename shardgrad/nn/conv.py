@@ -146,8 +146,7 @@ _DOC = """nn.Conv{n}d with its channels, its groups or its batch sharded over an
         parallel, or mesh, axis, device, dtype: as of `Parallel`.
 
     Shapes: x [b, in_channels, …] → [b, out_channels, …], sharded as `layer.layout` says, channels of groups merged as
-    torch has them. The parameters' states are torch's own, [out_channels, in_channels / groups, …]; with groups > 1 the
-    local weight has the groups as a dim of its own, [g, o, c, …].
+    torch has them. The parameters are torch's own, [out_channels, in_channels / groups, …].
 
     Raises:
         ShapeError: groups do not divide the channels, or a setting is out of range.

@@ -12,7 +12,6 @@ from torch import Tensor
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.nn.parallel import Parallel
-from shardgrad.ops.shard import shard
 
 
 def layer_of(cls: Any, tensors: Mapping[str, Tensor | None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -32,12 +31,12 @@ def layer_of(cls: Any, tensors: Mapping[str, Tensor | None], args: Sequence[Any]
         raise ShapeError(f"{cls.__name__} has {', '.join(layer._shardings)}; given are {', '.join(given)}")
     for name, sharding in layer._shardings.items():
         tensor, parameter = given[name], layer.get_parameter(name)
-        if tuple(tensor.shape) != sharding.shape:
+        if tuple(tensor.shape) != sharding.global_shape:
             raise ShapeError(
-                f"{cls.__name__}.{name} has global shape {sharding.shape}, but the tensor given has "
+                f"{cls.__name__}.{name} has global shape {sharding.global_shape}, but the tensor given has "
                 f"{tuple(tensor.shape)}"
             )
         with torch.no_grad():
-            parameter.copy_(shard(tensor, sharding.spec, parallel.mesh))
+            parameter.copy_(sharding.shard(tensor))
         parameter.requires_grad_(tensor.requires_grad)
     return layer

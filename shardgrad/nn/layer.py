@@ -82,6 +82,7 @@ class Layer(ShardedModule):
         self._recipes: dict[str, Recipe] = {}  # by the name of the input
         self._sizes: dict[str, int] = {}
         self._input = ""
+        self._in_letters: dict[str, list[int]] = {}  # the shapes of parameters some of whose letters are one dim
 
     def build(
         self,
@@ -137,6 +138,13 @@ class Layer(ShardedModule):
     def add(self, name: str, spec: TensorSpec, merged: tuple[int, ...] | None = None) -> None:
         """Declare a parameter on the layer's device and of its dtype."""
         self.declare(name, str(spec), self._sizes, self.parallel.device, self.parallel.dtype, merged)
+        if merged is not None:
+            self._in_letters[name] = self._shardings[name].block()[1]
+
+    def operand(self, name: str) -> Tensor:
+        """A parameter as products have it, with a dim for each letter."""
+        parameter: Tensor = getattr(self, name)
+        return parameter.view(self._in_letters[name]) if name in self._in_letters else parameter
 
     def parameter_name(self, product: str, kind: str) -> str:
         """The name of a product's weight or bias."""
@@ -240,7 +248,7 @@ class Layer(ShardedModule):
             bound = self._products.get((name, dims, biased)) or self._bind(name, dims, biased)
         if operands is None:
             weights, biases = zip(*(one.names for one in self._recipes[name].products))
-            operands = [getattr(self, one) for one in weights], [getattr(self, one) for one in biases if biased]
+            operands = [self.operand(one) for one in weights], [self.operand(one) for one in biases if biased]
         known = dict(bound.given)
         if sequence_size is not None and bound.sequence is not None:
             known[bound.sequence] = sequence_size
@@ -324,6 +332,8 @@ class OneProduct(Layer):
             plain = "weight" in parameters and "bias" in parameters  # not parametrized: found at once
             weight: Any = parameters["weight"] if plain else self.weight
             bias: Any = parameters["bias"] if plain else self.bias
+            if self._in_letters:
+                weight, bias = self.operand("weight"), None if bias is None else self.operand("bias")
             key = self._input, x.dim(), bias is not None
             bound = self._products.get(key) or self._bind(*key)
             given = bound.given

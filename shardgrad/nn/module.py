@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,40 +13,10 @@ from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.layout.notation import TensorSpec, parse_tensor
-from shardgrad.layout.sizes import slab
 from shardgrad.nn.init import draw_seed
+from shardgrad.nn.sharding import ParamSharding
 
 Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class ParamSharding:
-    """How a parameter is stored: which axes shard which of its dims, on which mesh, and its global shape.
-
-    merged: its global shape in a state, where dims that are letters of their own here are one there (the groups and the
-    out-channels of a convolution); None where it is `shape`.
-    """
-
-    spec: TensorSpec
-    shape: tuple[int, ...]
-    mesh: DeviceMesh
-    merged: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo: object) -> ParamSharding:
-        return self  # a mesh holds process groups, which cannot be copied
-
-    def block(self) -> tuple[list[int], list[int]]:
-        """Where this rank's part begins in the global tensor, and its shape."""
-        mesh_view = view(self.mesh)
-        slabs = [
-            slab(size, dim.axes, mesh_view.shape, mesh_view.coordinate) for dim, size in zip(self.spec.dims, self.shape)
-        ]
-        return [start for start, _ in slabs], [length for _, length in slabs]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The global size of each letter."""
-        return {dim.letter: size for dim, size in zip(self.spec.dims, self.shape)}
 
 
 class ShardedModule(nn.Module):
@@ -94,7 +63,7 @@ class ShardedModule(nn.Module):
         sharding = ParamSharding(spec, tuple(sizes[letter] for letter in spec.letters), self.mesh, merged)
         self._shardings[name] = sharding
         where = view(self.mesh).device if device is None else device
-        self.register_parameter(name, nn.Parameter(torch.empty(sharding.block()[1], device=where, dtype=dtype)))
+        self.register_parameter(name, nn.Parameter(torch.empty(sharding.local_shape, device=where, dtype=dtype)))
 
     def fill(self, name: str, values: Fill, generator: torch.Generator | None = None) -> None:
         """Set a parameter to `values(seed, global shape, starts, lengths)`.
@@ -120,4 +89,4 @@ class ShardedModule(nn.Module):
             seed = share_first(mesh_view, mesh_view.axis(axis), text, seed, "a layer being built")
         starts, lengths = sharding.block()
         with torch.no_grad():
-            parameter.copy_(values(seed, sharding.shape, starts, lengths))
+            parameter.copy_(values(seed, sharding.shape, starts, lengths).view_as(parameter))

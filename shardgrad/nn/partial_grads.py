@@ -10,7 +10,7 @@ from torch import nn
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.layout.cost import Collective, sent
-from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
 BUCKET = 1 << 24

@@ -17,7 +17,7 @@ from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import slab
-from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.sharding import ParamSharding
 
 
 def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], axes: Sequence[str]) -> list[Tensor]:

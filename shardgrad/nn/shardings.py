@@ -6,7 +6,8 @@ from torch import nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.nn.module import ParamSharding, ShardedModule
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.sharding import ParamSharding
 
 
 def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamSharding | None]]:
@@ -37,7 +38,7 @@ def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamShar
             if other is not sharding and _storage(other) != _storage(sharding):
                 raise LayoutError(
                     f"{first} and {where} are one parameter, but stored differently: {other.spec} of global shape "
-                    f"{other.shape} and {sharding.spec} of {sharding.shape}"
+                    f"{other.global_shape} and {sharding.spec} of {sharding.global_shape}"
                 )
     found = []
     for name, parameter in model.named_parameters():
@@ -49,7 +50,7 @@ def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamShar
 
 
 def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
-    shape = tuple(sharding.block()[1])
+    shape = sharding.local_shape
     if hasattr(parameter, "to_local"):
         raise TypeError(
             f"{name} is a DTensor (FSDP2?) of a tensor that shardgrad stores as {sharding.spec}: what is global over "
@@ -62,7 +63,7 @@ def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
         )
     if tuple(parameter.shape) != shape:
         raise ShapeError(
-            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape {sharding.shape} "
+            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape {sharding.global_shape} "
             f"leaves this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
         )
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
-from shardgrad.nn.module import ParamSharding
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
-from shardgrad.ops.shard import shard, unshard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -129,9 +128,7 @@ def _is_tensor(name: str, value: object) -> bool:
 
 
 def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device | str | None) -> Tensor:
-    full = value.detach() if sharding is None else unshard(value, sharding.spec, sharding.mesh, sharding.sizes)
-    if sharding is not None and sharding.merged is not None:
-        full = full.reshape(sharding.merged)
+    full = value.detach() if sharding is None else sharding.unshard(value)
     moved = full if device is None else full.to(device)
     return moved.clone() if sharding is None and moved is full else moved
 
@@ -150,7 +147,12 @@ def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Ten
         )
     stride = tuple(prod(sharding.shape[at + 1 :]) for at in range(len(sharding.shape)))
     return DTensor.from_local(
-        value.detach(), sharding.mesh, placements, run_check=False, shape=torch.Size(sharding.shape), stride=stride
+        value.detach().reshape(sharding.block()[1]),
+        sharding.mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(sharding.shape),
+        stride=stride,
     )
 
 
@@ -173,7 +175,7 @@ def _placements(sharding: ParamSharding) -> list[Placement] | None:
 def _misfit(
     name: str, value: Tensor, sharding: ParamSharding | None, state: Mapping[str, Any], source: str
 ) -> list[str]:
-    given, wanted = state[source], tuple(value.shape) if sharding is None else sharding.merged or sharding.shape
+    given, wanted = state[source], tuple(value.shape) if sharding is None else sharding.global_shape
     if sharding is not None and hasattr(given, "to_local"):
         wanted = sharding.shape  # a DTensor has the dims that axes shard
     if not isinstance(given, Tensor):
@@ -199,6 +201,6 @@ def _part(given: Tensor, value: Tensor, sharding: ParamSharding | None) -> Tenso
             and given.device_mesh == sharding.mesh
             and list(given.placements) == _placements(sharding)
         ):
-            return given.to_local()
+            return given.to_local().reshape(sharding.local_shape)
         given = given.full_tensor()
-    return given if sharding is None else shard(given.reshape(sharding.shape), sharding.spec, sharding.mesh)
+    return given if sharding is None else sharding.shard(given)

@@ -19,7 +19,8 @@ from torch import nn
 from shardgrad.comm.mesh import view
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.layer import Layer
-from shardgrad.nn.module import ParamSharding, ShardedModule
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.train.data import Text
 from shardgrad.train.decoder import Decoder
 from shardgrad.verification import report as verification

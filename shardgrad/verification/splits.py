@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.notation import TensorSpec, parse_tensor
-from shardgrad.nn.module import ParamSharding, ShardedModule
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.observed import Split
 

@@ -10,7 +10,7 @@ import shardgrad as sg
 
 def whole(tensor: Tensor, sharding: sg.ParamSharding | None) -> Tensor:
     """A parameter, or its gradient, as one device holds it."""
-    return tensor.detach() if sharding is None else sg.unshard(tensor, sharding.spec, sharding.mesh, sharding.sizes)
+    return tensor.detach() if sharding is None else sharding.unshard(tensor)
 
 
 def load_from(plain: nn.Module, sharded: nn.Module) -> nn.Module:

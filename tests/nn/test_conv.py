@@ -53,7 +53,7 @@ def check(sharded: nn.Module, plain: nn.Module, x: Tensor, groups: int, shard_di
         assert sharding is not None
         right = gradients[name].grad
         assert right is not None
-        assert torch.equal(whole(parameter.grad, sharding), right.reshape(sharding.shape)), name
+        assert torch.equal(whole(parameter.grad, sharding), right), name
     assert {event.operation for event in traced} == (
         {
             "out": {"all-reduce"},
