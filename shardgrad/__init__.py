@@ -19,6 +19,7 @@ _NAMES = {
     "layout.layout": "Layout",
     "layout.notation": "TensorSpec",
     "layout.presets": "PRESETS",
+    "models.parallelize": "parallelize",
     "nn.attention": "Attention",
     "nn.by_layout": "Linear",
     "nn.conv": "Conv1d Conv2d",

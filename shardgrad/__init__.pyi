@@ -22,6 +22,7 @@ from shardgrad.layout.cost import Collective as Collective
 from shardgrad.layout.layout import Layout as Layout
 from shardgrad.layout.notation import TensorSpec as TensorSpec
 from shardgrad.layout.presets import PRESETS as PRESETS
+from shardgrad.models.parallelize import parallelize as parallelize
 from shardgrad.nn.attention import Attention as Attention
 from shardgrad.nn.by_layout import Linear as Linear
 from shardgrad.nn.conv import Conv1d as Conv1d
