@@ -179,7 +179,7 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_f
 
 
 def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
-    """Give a module the hooks of the one that it takes the place of; those who registered them can still remove them."""
+    """Give a module the hooks of the one whose place it takes; those who registered them can still remove them."""
     for name in (*_HOOKS, *_HOOK_FLAGS):
         mine = getattr(new, name)
         theirs = getattr(old, name)
