@@ -12,6 +12,8 @@
 | `transfer`       | a tensor brought from one storage to another, differentiably               |
 | `sharding`       | how one parameter is stored: its part taken, read, put together again      |
 | `shardings`      | how every parameter of a model is stored                                   |
+| `dtensors`       | parameters that torch shards beside shardgrad (FSDP2)                      |
+| `data_parallel`  | whether what DDP and FSDP2 take for replicas are replicas                  |
 | `by_layout`      | a linear layer on any layout                                               |
 | `linear`         | column and row parallel linear layers                                      |
 | `conv`           | convolutions in five layouts                                               |
