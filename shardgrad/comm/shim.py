@@ -129,7 +129,7 @@ def places_along(mesh: Any, axis: str) -> dict[int, int]:
     if axis not in names:
         return {}
     dim = names.index(axis)
-    ranks = root.mesh.movedim(dim, 0).flatten(1)
+    ranks = root.mesh.movedim(dim, 0).reshape(root.mesh.shape[dim], -1)
     return {int(rank): at for at, row in enumerate(ranks.tolist()) for rank in row}
 
 

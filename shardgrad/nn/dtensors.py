@@ -87,6 +87,6 @@ def reshard(model: nn.Module) -> None:
     """Have `fully_shard` put its DTensors back for the parameters that it left gathered after a forward: these are what
     the optimizer knows, and what is written to them lasts."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # without it there is none
-    for module in model.modules() if fsdp is not None else ():
+    for module in model.modules() if fsdp is not None and isinstance(model, nn.Module) else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()

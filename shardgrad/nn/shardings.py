@@ -62,12 +62,6 @@ def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
             f"{name} was a parameter of the layer and is a {type(parameter).__name__} now (parametrized or pruned?): "
             "how it is stored is no longer known"
         )
-    if tuple(parameter.shape) != shape:
-        raise ShapeError(
-            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape "
-            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of "
-            "replacing it"
-        )
     for ranks in group_ranks(parameter) if is_dtensor(parameter) else ():
         found = differing(sharding, ranks)
         if found is not None:
@@ -76,6 +70,12 @@ def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
                 f"{sharding.spec}: along axis {found[0]!r} these hold different shards, which are no parts of one "
                 "tensor. Give fully_shard an axis of the mesh that shards no parameter: mesh=mesh['dp']"
             )
+    if tuple(parameter.shape) != shape:
+        raise ShapeError(
+            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape "
+            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of "
+            "replacing it"
+        )
 
 
 def _storage(sharding: ParamSharding) -> tuple[object, ...]:
