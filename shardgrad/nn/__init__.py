@@ -20,7 +20,8 @@
 | `embedding`      | an embedding whose vocabulary is sharded                                   |
 | `positions`      | learned positions, also where the sequence is sharded                      |
 | `rotary`         | rotary positions of queries and keys                                       |
-| `norm`           | norms with replicated parameters, while rows may be sharded                |
+| `norm`           | norms whose rows, or whose features, may be sharded                        |
+| `sharded_norm`   | norms of sharded features, as functions                                    |
 | `attention`      | self-attention with sharded heads                                          |
 | `heads`          | which key and value heads a rank's query heads attend                      |
 | `mask`           | masks of attention, sharded as the heads are                               |

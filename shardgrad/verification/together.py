@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.agree import gather_texts
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView, view
-from shardgrad.nn.dtensors import is_dtensor, local, sharding_places, whole
+from shardgrad.nn.dtensors import is_dtensor, local, reshard, sharding_places, whole
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.verification.fingerprint import fingerprint
@@ -74,6 +74,7 @@ def held(model: nn.Module, mesh: DeviceMesh | None) -> tuple[list[Held], list[Me
         ValueError: nothing says how any parameter is held.
     """
     meshes: dict[int, MeshView] = {} if mesh is None else {id(mesh): view(mesh)}
+    reshard(model)
     found: list[Held] = []
     for name, parameter, sharding in named_shardings(model):
         replicated, sharded = [], []
