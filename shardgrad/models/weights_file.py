@@ -144,9 +144,16 @@ class WeightsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._first = 8 + len(text)
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (closed by `close`)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._first + end)
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (see close)
+        try:
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(self._first + end)
+        except OSError:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, or a view of one, of which a row is made contiguous at a time if need be."""
@@ -158,11 +165,10 @@ class WeightsWriter:
         for row in rows:
             self._file.write(row.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
 
-    def close(self) -> None:
-        """Close the file when all of it is on the disk."""
+    def to_disk(self) -> None:
+        """Return when all that was written is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
 
 
 def split_sizes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
