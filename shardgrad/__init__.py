@@ -19,6 +19,8 @@ _NAMES = {
     "layout.layout": "Layout",
     "layout.notation": "TensorSpec",
     "layout.presets": "PRESETS",
+    "models.pretrained_load": "load_pretrained",
+    "models.pretrained_save": "save_pretrained",
     "nn.attention": "Attention",
     "nn.by_layout": "Linear",
     "nn.conv": "Conv1d Conv2d",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +52,14 @@ def _nearest(path: str, models: dict[str, nn.Module]) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _run_init(owner: nn.Module, module: nn.Module, buffers: list[Tensor]) -> None:
+def _run_init(owner: Any, module: nn.Module, buffers: list[Tensor]) -> None:
     """Let a model initialise these buffers of one of its modules, and nothing else of it."""
     from transformers.initialization import guard_torch_init_functions
 
     given = {id(one) for one in buffers}
-    with _marked([one for one in (*module.parameters(), *module.buffers()) if id(one) not in given]):
-        with guard_torch_init_functions():
-            owner._init_weights(module)
+    kept = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in given]
+    with _marked(kept), guard_torch_init_functions():
+        owner._init_weights(module)
 
 
 @contextmanager

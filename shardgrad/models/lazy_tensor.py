@@ -30,7 +30,7 @@ def stack(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
     first = tensors[0].shape
     for at, tensor in enumerate(tensors):
         if tensor.shape != first:
-            raise ValueError(f"{len(tensors)} tensors to stack: the first has shape {first}, number {at} {tensor.shape}")
+            raise ValueError(f"to stack, the first tensor has shape {first}, number {at} {tensor.shape}")
 
     def read(at: At) -> Tensor:
         inner = at[:dim] + at[dim + 1 :]

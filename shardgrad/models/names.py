@@ -27,9 +27,9 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 class CheckpointNames:
-    """The names of one model's tensors in a folder of files; those of a model that transformers does not know are its own."""
+    """The names of one model's tensors in files; of a model that transformers does not know, the model's own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._prefix: str | None = None
         self._saved: list[Any] = []
         self._loaded: list[Any] = []

@@ -26,11 +26,12 @@ def load_pretrained(
 ) -> list[str]:
     """Fill a model, on any mesh or none, with a folder that transformers or `sg.save_pretrained` has written.
 
-    Every rank reads the slices that it stores, straight into place, and nothing is communicated: beside its own parameters
-    a rank holds no more than a part of one tensor. Names and arrangements of the files become the model's as in
-    transformers' `from_pretrained` (prefixes, old names, experts stored one by one), and so do dtypes. Parameters and
-    buffers on the meta device become real; buffers that files do not hold, such as rotary frequencies, are computed as
-    the model itself does. The generation config is read too. The model stays in training or evaluation mode.
+    Every rank reads the slices that it stores, straight into place, and nothing is communicated: beside its own
+    parameters a rank holds no more than its part of one tensor. Names and arrangements of the files become the model's
+    as in transformers' `from_pretrained` (prefixes, old names, experts stored one by one); values are converted to the
+    parameters' dtypes. What is on the meta device becomes real; buffers that files do not hold, such as rotary
+    frequencies, are computed as the model itself does. The generation config is read too. The model stays in training
+    or evaluation mode (`from_pretrained` leaves it in evaluation).
 
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its files.
@@ -151,7 +152,7 @@ def _fill(
             held[key] = target
 
 
-def _read_generation_config(model: nn.Module, folder: Path) -> None:
+def _read_generation_config(model: Any, folder: Path) -> None:
     if not is_pretrained(model) or not model.can_generate() or not (folder / "generation_config.json").is_file():
         return
     from transformers import GenerationConfig

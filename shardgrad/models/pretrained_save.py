@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +34,9 @@ def save_pretrained(
     """Write a model, on any mesh or none, as `from_pretrained` of plain transformers loads it, to the same bits.
 
     Called on every rank; the first writes config.json, generation_config.json and the tensors, by the names and in the
-    arrangement of transformers' files. Tensors are gathered one at a time and written at once: beside its own parameters
-    a rank holds one whole tensor. The folder appears, under its name, when all of it is on the disk. Of a model that is
-    not transformers', only the tensors are written, by the model's names.
+    arrangement of transformers' files. Tensors are gathered one at a time and written at once: beside its own
+    parameters a rank holds one whole tensor. The folder appears, under its name, when all of it is on the disk. Of a
+    model that is not transformers', only the tensors are written, by the model's names.
 
     Args:
         folder: does not exist yet, or is empty (a tokenizer is saved there afterwards).
@@ -71,7 +74,7 @@ def save_pretrained(
             whole = tensor.detach() if sharding is None else sharding.unshard(tensor)
             if output is not None:
                 parts = names.of_file(name, whole)
-                output.attempt(lambda parts=parts: output.write(parts))  # type: ignore[misc]
+                output.attempt(partial(output.write, parts))
                 del parts
             del whole
         if output is not None:
@@ -80,14 +83,15 @@ def save_pretrained(
 
 
 class _Output:
-    """The folder as the first rank writes it: under another name until it is whole. After the first error, nothing is done."""
+    """The folder as the first rank writes it: under another name until it is whole; after an error, nothing more."""
 
     def __init__(self, folder: Path, pieces: dict[str, Piece], most: int) -> None:
         self.error = ""
         self._folder, self._pieces = folder, pieces
         self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         self._begun = False
-        files = split_sizes({name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}, most)
+        sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}
+        files = split_sizes(sizes, most)
         single = len(files) == 1
         self._files = {
             WEIGHTS if single else f"model-{at:05d}-of-{len(files):05d}.safetensors": held
@@ -96,12 +100,12 @@ class _Output:
         self._file_of = {name: filename for filename, held in self._files.items() for name in held}
         self._writers: dict[str, WeightsWriter] = {}
 
-    def attempt(self, step: object) -> None:
+    def attempt(self, step: Callable[[], None]) -> None:
         """Do a step, unless one has failed; keep what went wrong, since the other ranks must hear of it."""
         if self.error:
             return
         try:
-            step()  # type: ignore[operator]
+            step()
         except (OSError, TypeError, ValueError) as error:
             self.error = f"cannot write the model to {self._folder}: {error}"
 
@@ -174,7 +178,7 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"{', '.join(meta)} on the meta device: sg.load_pretrained or to_empty(device=…) give values")
 
 
-def _write_configs(model: nn.Module, folder: Path) -> None:
+def _write_configs(model: Any, folder: Path) -> None:
     """The configs as transformers' save_pretrained writes them; the model's own are left as they are."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")

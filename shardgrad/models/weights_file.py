@@ -108,7 +108,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, "pt"))
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be read ({error}): it is missing or cut short. Download or save it again") from None
+        raise OSError(f"{path} cannot be read ({error}): missing or cut short? Download or save it again") from None
 
 
 def _lazy(file: Any, name: str, path: Path) -> LazyTensor:
