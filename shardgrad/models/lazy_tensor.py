@@ -36,7 +36,8 @@ def stack(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
         inner = at[:dim] + at[dim + 1 :]
         chosen = tensors[at[dim].start : at[dim].stop]
         if not chosen:
-            return tensors[0].read(inner).unsqueeze(dim).narrow(dim, 0, 0)
+            nothing = tensors[0].read(tuple(slice(0, 0) for _ in inner))
+            return nothing.new_empty([one.stop - one.start for one in at])
         return _filled(((one.read(inner).unsqueeze(dim), 1) for one in chosen), dim, len(chosen))
 
     return LazyTensor((*first[:dim], len(tensors), *first[dim:]), read)

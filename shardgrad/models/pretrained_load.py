@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def load_pretrained(
         lacking = {key: some for key, some in groups.items() if not any(name in found for name in some)}
         if strict:
             known = {name for name, _, _ in named}
-            wrong += [f"missing: {some[0]}{_hint(some)}" for some in lacking.values()]
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            wrong += [f"missing: {some[0]}{_hint(some, tied)}" for some in lacking.values()]
             wrong += [f"unknown: {name}" for name in found if name not in known and not names.ignored(name)]
         else:
             wrong += [
@@ -99,8 +100,11 @@ def _device(device: torch.device | str | None, shardings: Sequence[ParamSharding
     return view(shardings[0].mesh).device if shardings else torch.device("cpu")
 
 
-def _hint(names: list[str]) -> str:
-    return f" (tied: under none of {', '.join(names)})" if len(names) > 1 else ""
+def _hint(names: list[str], tied: Mapping[str, str]) -> str:
+    if len(names) > 1:
+        return f" (nor is it there as {' or '.join(names[1:])})"
+    other = tied.get(names[0])
+    return f" (the config ties it to {other}, but here these are two parameters)" if other else ""
 
 
 def _misfits(

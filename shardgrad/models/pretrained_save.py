@@ -152,6 +152,8 @@ class _Output:
 def _raise_alike(output: _Output | None, ranks: MeshView | None) -> None:
     """Raise, on every rank, the error of the one that writes."""
     error = output.error if output is not None else ""
+    if output is not None and error:
+        output.discard()  # before the others hear of it
     error = error if ranks is None else text_of_first(error, ranks)
     if error:
         raise OSError(error)
