@@ -89,16 +89,16 @@ class CheckpointNames:
         """A whole tensor of the model as its files hold it: views of it by their names there."""
         if not self._saved:
             return {name: tensor}
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
-
-        renamings = [one for one in self._saved if isinstance(one, WeightRenaming)]
-        converters = [one for one in self._saved if isinstance(one, WeightConverter)]
-        renamed, pattern = apply_converters(name, converters)
-        pieces = {renamed: tensor}
-        if pattern is not None:
-            (converter,) = [one for one in converters if pattern in one.source_patterns]
-            pieces = _divided(renamed, converter, tensor)
-        return {apply_renamings(one, renamings): piece for one, piece in pieces.items()}
+        pieces = {name: tensor}
+        for converter in self._saved:
+            renamed, pattern = converter.rename_source_key(name) if _converts(converter) else (name, None)
+            if pattern is not None:  # one at most
+                pieces = _divided(renamed, converter, tensor)
+                break
+        for renaming in self._saved:
+            if not _converts(renaming):
+                pieces = {renaming.rename_source_key(key)[0]: piece for key, piece in pieces.items()}
+        return pieces
 
     def _sorted(self, stored: Iterable[str]) -> list[str]:
         if not self._loaded:
@@ -111,10 +111,10 @@ class CheckpointNames:
         """A stored name as the model's, and the converter that takes it, by which of its patterns."""
         if self._prefix is None:
             return name, None, ""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
-        renamings = [one for one in self._loaded if isinstance(one, WeightRenaming)]
-        converters = [one for one in self._loaded if isinstance(one, WeightConverter)]
+        renamings = [one for one in self._loaded if not _converts(one)]
+        converters = [one for one in self._loaded if _converts(one)]
         renamed, pattern = rename_source_key(name, renamings, converters, self._prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], self._prefix, state)
@@ -181,12 +181,18 @@ def _around(name: str, converter: Any) -> tuple[str, str]:
 
 def _reversible(transform: Any) -> bool:
     """Whether a reversed transform takes one whole tensor at a time, by operations that give views of it."""
-    known = all(
+    if not _converts(transform):
+        return True
+    return len(transform.source_patterns) == 1 and all(
         type(operation).__name__ == "SplitModulelist"
         or (type(operation).__name__ == "Chunk" and operation.num_shards_attribute is None)
-        for operation in getattr(transform, "operations", ())
+        for operation in transform.operations
     )
-    return known and (not hasattr(transform, "operations") or len(transform.source_patterns) == 1)
+
+
+def _converts(transform: Any) -> bool:
+    """Whether a transform does something to tensors, beyond their names."""
+    return hasattr(transform, "operations")
 
 
 def written_names(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
