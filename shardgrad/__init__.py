@@ -19,6 +19,7 @@ _NAMES = {
     "layout.layout": "Layout",
     "layout.notation": "TensorSpec",
     "layout.presets": "PRESETS",
+    "models.parallelize": "parallelize",
     "models.pretrained_load": "load_pretrained",
     "models.pretrained_save": "save_pretrained",
     "nn.attention": "Attention",

@@ -22,6 +22,7 @@ from shardgrad.layout.cost import Collective as Collective
 from shardgrad.layout.layout import Layout as Layout
 from shardgrad.layout.notation import TensorSpec as TensorSpec
 from shardgrad.layout.presets import PRESETS as PRESETS
+from shardgrad.models.parallelize import parallelize as parallelize
 from shardgrad.models.pretrained_load import load_pretrained as load_pretrained
 from shardgrad.models.pretrained_save import save_pretrained as save_pretrained
 from shardgrad.nn.attention import Attention as Attention

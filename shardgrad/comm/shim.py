@@ -167,3 +167,21 @@ def join_imagined(rank: int, ranks: int) -> None:
 def storage_number(x: torch.Tensor) -> int:
     """The same for tensors that share memory, also where they have none and so no address."""
     return int(x.untyped_storage()._cdata)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward: in a forward then, one that is recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Give a module the hooks of the one that it takes the place of; those who registered them can still remove them."""
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        mine = getattr(new, name)
+        theirs = getattr(old, name)
+        theirs.update({key: value for key, value in mine.items() if key not in theirs})
+        setattr(new, name, theirs)

@@ -1,4 +1,4 @@
-"""How a parameter is stored: which part of a global tensor a rank has, how it is taken, read, and put together again."""
+"""How a parameter is stored: which part of a global tensor a rank has, and how it is taken, read and reassembled."""
 
 from __future__ import annotations
 

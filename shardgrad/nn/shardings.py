@@ -63,8 +63,8 @@ def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
         )
     if tuple(parameter.shape) != shape:
         raise ShapeError(
-            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape {sharding.global_shape} "
-            f"leaves this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
+            f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape "
+            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
         )
 
 

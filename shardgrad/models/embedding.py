@@ -1,0 +1,111 @@
+"""An embedding of somebody's model: its vocabulary sharded, or its features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Unpack
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardgrad.comm.adjoint import all_reduce
+from shardgrad.errors import LayoutError
+from shardgrad.models.features import Features, written
+from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import Parallel, Where
+from shardgrad.nn.replicated import for_rows
+
+_UNKNOWN = ("max_norm", "scale_grad_by_freq", "sparse")
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """A `VocabParallelEmbedding` for a model that was written for one device: what comes out is of the table's dtype
+    under autocast too, and scaled where the model scales it (Gemma).
+
+    Shapes: ids [...] → [..., embedding_dim], replicated.
+    """
+
+    embed_scale: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        embed_scale: Tensor | None = None,
+        **where: Unpack[Where],
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **where)
+        self.register_buffer("embed_scale", embed_scale, persistent=False)
+
+    def reset_parameters(self, generator: Any = None) -> None:
+        """Nothing: the values are those of the embedding that this one stands for."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = all_reduce(self._lookup(ids), self.mesh, self.axis)
+        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+
+
+class FeatureEmbedding(ShardedModule):
+    """A table whose features are sharded: `v -> h/tp` (a bias for each head). Nothing is communicated.
+
+    Shapes: ids [...] → [..., features of this rank].
+    """
+
+    weight: Tensor
+    leaves_sharded = True
+
+    def __init__(
+        self, features: Features, sizes: Mapping[str, int], padding_idx: int | None, parallel: Parallel
+    ) -> None:
+        super().__init__(parallel.mesh, features.axes)
+        (part,) = features.parts
+        shape = tuple(prod(sizes[dim.letter] for dim in letters) for letters in (features.into, part))
+        text = f"W[{written(features.into)},{written(part)}]"
+        merged = shape if len(features.into) + len(part) > 2 else None
+        self.declare("weight", text, sizes, parallel.device, parallel.dtype, merged)
+        self.features, self.padding_idx, self.data = features, padding_idx, parallel.data
+        self._spread = prod(max(size, 1) for size in self._shardings["weight"].block()[1][len(features.into) :])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if self.data is not None:
+            (weight,) = for_rows([weight], [self._shardings["weight"]], (self.data.axis,))
+        if 0 in weight.shape[1:]:  # as layers without heads
+            return weight.new_zeros((*ids.shape, self._spread)) + weight.sum()
+        return F.embedding(ids, weight, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return str(self.features)
+
+
+def embedding(
+    old: nn.Embedding, features: Features, sizes: Mapping[str, int], parallel: Parallel, name: str
+) -> ShardedModule:
+    """The sharded embedding that stands for one of a model; its parameter has no values yet.
+
+    Raises:
+        LayoutError: it has settings that this one has not, or the text shards both dims or none.
+    """
+    for setting in _UNKNOWN:
+        if getattr(old, setting):
+            raise LayoutError(f"{name} sets {setting}, which no sharded embedding has: leave it out of the plan")
+    kind = features.kind(parallel.axis)
+    if len(features.parts) > 1 or features.gathered or kind == "replicated":
+        raise LayoutError(
+            f"{name} is an embedding: 'v/{parallel.axis} -> d' or 'v -> d/{parallel.axis}', not {features}"
+        )
+    if kind == "column":
+        return FeatureEmbedding(features, sizes, old.padding_idx, parallel)
+    if len(features.letters) > 2 or any(len(dim.axes) > 1 for dim in features.letters):
+        raise LayoutError(
+            f"{name}: the vocabulary is one letter over one axis, as 'v/{parallel.axis} -> d'; not {features}"
+        )
+    scale = getattr(old, "embed_scale", None)
+    made = VocabularyEmbedding(
+        old.num_embeddings, old.embedding_dim, old.padding_idx, embed_scale=scale, parallel=parallel
+    )
+    return made

@@ -1,0 +1,244 @@
+"""A first call, watched: what is sharded between the layers, and which parameters that is used with.
+
+Along the axis, a tensor is replicated, or differs between the ranks (it is sharded, or a term of a sum will flow back to
+it). What the sharded layers take and make is known from their features; what lies between them is the model's own
+program, and follows it: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
+used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A
+tensor that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence: that
+is an error, and so is a sharded parameter that somebody else than its layer uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from shardgrad.comm.adjoint import replicate
+from shardgrad.errors import LayoutError
+from shardgrad.models.linear import FeatureLinear
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import Parallel
+
+_SHAPES_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor "
+    "size dim numel is_floating_point register_hook requires_grad_ backward".split()
+)
+
+Found = Callable[[nn.Module, str], None]
+Source = set[tuple[int, str]] | None
+
+
+class Flow(TorchFunctionMode):
+    """Follows tensors through one call of a model.
+
+    found: told of each module and name of a parameter whose gradient is to be summed.
+    """
+
+    def __init__(self, model: nn.Module, parallel: Parallel, found: Found) -> None:
+        super().__init__()
+        self.parallel, self.found, self.model = parallel, found, model
+        self._differs: Any = WeakIdKeyDictionary()
+        self._from: Any = WeakIdKeyDictionary()  # of what comes from parameters: those, or None with activations in it
+        self._inside = 0
+        self._path: list[str] = []
+        self._uses: dict[tuple[int, str], set[bool]] = {}
+        self._owners: dict[int, tuple[nn.Module, str]] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    # What the layers tell.
+
+    def is_sharded(self, tensor: Tensor) -> None:
+        """A tensor differs between the ranks."""
+        self._differs[tensor] = True
+
+    def is_replicated(self, tensor: Tensor) -> None:
+        """A tensor that layers made is alike on the ranks."""
+        self._from[tensor] = None
+
+    def is_parameter(self, tensor: Tensor, module: nn.Module, name: str) -> None:
+        """A tensor is what a module has as its parameter."""
+        self._from[tensor] = {(id(module), name)}
+
+    def differs(self, tensor: Tensor) -> bool:
+        return tensor in self._differs
+
+    @contextmanager
+    def not_watching(self) -> Iterator[None]:
+        """While a layer of shardgrad's computes."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    # Modules, as they are called.
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.model:
+            return
+        self._path.append(self._names.get(id(module), type(module).__name__))
+        if isinstance(module, ShardedModule):
+            self._inside += 1
+            if isinstance(module, FeatureLinear) and module.kind == "column":
+                self._enters(module, args[0])
+        elif not self._inside and isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
+            x = args[0]
+            if self.differs(x) and x.shape[-1] != module.in_features:
+                raise LayoutError(
+                    f"{self._path[-1]} gets x sharded over {self.parallel.axis}, {tuple(x.shape)}, but takes "
+                    f"{module.in_features} features: the plan lacks it, as '…/{self.parallel.axis} -> d'"
+                )
+
+    def _enters(self, layer: FeatureLinear, x: Tensor) -> None:
+        """Whether a column parallel layer has to sum its input's gradient, or whoever made the input has."""
+        if layer.entrance is not None:
+            layer.entered = self.differs(x)
+        elif self.differs(x):
+            raise LayoutError(
+                f"{self._path[-1]} ({layer.features}) gets x that is sharded over {self.parallel.axis} already, "
+                f"{tuple(x.shape)}: the plan lacks the row parallel layer before it"
+            )
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if module is self.model:
+            return
+        self._path.pop()
+        if not isinstance(module, ShardedModule):
+            return
+        self._inside -= 1
+        if self._inside:
+            return
+        for tensor in tensors_in(output):
+            if getattr(module, "leaves_sharded", False):
+                self.is_sharded(tensor)
+            else:
+                self.is_replicated(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._inside or name in _SHAPES_ONLY:
+            return func(*args, **kwargs)
+        _no_dropout(name, args, kwargs, self._where())
+        given = tensors_in((args, kwargs))
+        differs = any(self.differs(tensor) for tensor in given)
+        sources = [self._source(tensor) for tensor in given]
+        if differs:
+            entered = {id(t): self._enter(t, source, name) for t, source in zip(given, sources) if source != set()}
+            if entered:
+                args, kwargs = tree_map(lambda one: entered.get(id(one), one), (args, kwargs))
+        elif None in sources:
+            for source in sources:
+                self._used(source or set(), differs=False)
+        result = func(*args, **kwargs)
+        made = [*tensors_in(result), *tensors_in(kwargs.get("out")), *(given[:1] if name == "__setitem__" else ())]
+        comes = None if None in sources else set().union(*(source or set() for source in sources))
+        for tensor in made:
+            if differs:
+                self.is_sharded(tensor)
+            elif comes is None or comes:
+                self._from[tensor] = comes
+        return result
+
+    def _source(self, tensor: Tensor) -> Source:
+        """The trained parameters that a replicated tensor comes from; None if activations are in it."""
+        if self.differs(tensor):
+            return set()
+        if tensor in self._from:
+            return self._from[tensor]  # type: ignore[no-any-return]
+        if not isinstance(tensor, nn.Parameter):
+            return None if tensor.requires_grad else set()
+        module, name = self._owner(tensor)
+        if isinstance(module, ShardedModule):
+            raise LayoutError(
+                f"{self._where()} uses {self._names[id(module)]}.{name}, of which a rank has a part only, outside of "
+                "its layer: leave it out of the plan"
+            )
+        return {(id(module), name)} if tensor.requires_grad else set()
+
+    def _owner(self, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+        if id(parameter) not in self._owners:  # (FSDP2 exchanges parameters as modules are called)
+            for module in self.model.modules():
+                for name, one in module._parameters.items():
+                    if one is not None and (id(one) not in self._owners or isinstance(module, ShardedModule)):
+                        self._owners[id(one)] = module, name
+        return self._owners.get(id(parameter), (self.model, "a parameter that no module has"))
+
+    def _used(self, parameters: set[tuple[int, str]], *, differs: bool) -> None:
+        for parameter in parameters:
+            uses = self._uses.setdefault(parameter, set())
+            uses.add(differs)
+            if len(uses) == 2:
+                raise LayoutError(
+                    f"{self._names.get(parameter[0], '?')}.{parameter[1]} is used with tensors that are sharded over "
+                    f"{self.parallel.axis} and with such as are replicated: its gradient would be a sum in part (the "
+                    f"second use is in {self._where()})"
+                )
+
+    def _enter(self, tensor: Tensor, source: Source, operation: str) -> Tensor:
+        axis = self.parallel.axis
+        if source is None:
+            raise LayoutError(
+                f"{self._where()}: {operation} of a tensor that is replicated over {axis}, {tuple(tensor.shape)}, and "
+                "one that is sharded: the gradient of the first would lack the other ranks' terms. The plan shards a "
+                "layer too many or one too few here"
+            )
+        self._used(source, differs=True)
+        modules = {id(module): module for module in self.model.modules()}
+        for module, name in source:
+            self.found(modules[module], name)
+        with self.not_watching():
+            entered = replicate(tensor, self.parallel.mesh, axis)
+        self.is_sharded(entered)
+        return entered
+
+    def _where(self) -> str:
+        return self._path[-1] if self._path and self._path[-1] else type(self.model).__name__
+
+
+def _no_dropout(name: str, args: Any, kwargs: Any, where: str) -> None:
+    attends = name == "scaled_dot_product_attention"
+    if not attends and not name.endswith("dropout"):
+        return
+    place, key = (4, "dropout_p") if attends else (1, "p")
+    p = kwargs.get(key, args[place] if len(args) > place else 0.0 if attends else 0.5)
+    training = attends or kwargs.get("training", args[2] if len(args) > 2 else True)
+    if p and training:
+        raise dropout_error(where, p)
+
+
+def dropout_error(where: str, p: float) -> LayoutError:
+    """What is raised for dropout that is active."""
+    return LayoutError(
+        f"{where} drops elements with probability {p}: each rank would draw a mask of its own for what is replicated or "
+        "sharded, and values would depend on the number of ranks. Set the model's dropout to 0 (in its configuration, "
+        "before it is made), or use sg.Dropout in layers of your own"
+    )
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def watching(flow: Flow) -> Iterator[None]:
+    """Follow a call; compiled parts of the model run as they are written."""
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(lambda module, args: flow.before(module, args)),
+        nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: flow.after(module, args, output), always_call=True
+        ),
+    ]
+    try:
+        with torch.compiler.set_stance("force_eager"), flow:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,124 @@
+"""A model's output layer with a sharded vocabulary: its loss where labels are given, whole logits where they are not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardgrad.comm.adjoint import gather_replicated
+from shardgrad.comm.collectives import gather_ints
+from shardgrad.comm.mesh import view
+from shardgrad.errors import DisagreementError, LayoutError
+from shardgrad.models.linear import FeatureLinear
+from shardgrad.nn.loss import vocab_parallel_cross_entropy
+from shardgrad.nn.parallel import Parallel
+
+_OWN_LOSS = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+
+
+class Head:
+    """What happens around a call of a model that takes labels.
+
+    Given labels, the logits stay sharded and the loss is vocabulary parallel; otherwise they are gathered, alike on all
+    ranks, so that a loss of the caller's, and `generate`, have what they have on one device.
+
+    Args:
+        owner: the module whose forward takes labels.
+        layer: its output layer.
+    """
+
+    def __init__(self, owner: nn.Module, layer: FeatureLinear, parallel: Parallel) -> None:
+        self.owner, self.layer, self.parallel = [owner], [layer], parallel  # in lists: not modules of anything here
+        self.vocab_size = layer.out_features
+        self.whole = True
+        self.inside = _calls_loss_function(owner)  # else the model's forward has its loss written into it
+        self._labels: Tensor | None = None
+        layer.register_forward_hook(self._logits)
+        if self.inside:
+            owner.loss_function = self.loss
+
+    def before(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the model is called with, for those that the caller gave."""
+        labels = given.get("labels")
+        self.whole, self._labels = labels is None, None
+        if labels is None or self.inside:
+            return given
+        self._labels = labels
+        shift = getattr(self.owner[0], "_shift_right", None)
+        if shift is not None and given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
+            given = {**given, "decoder_input_ids": shift(labels)}
+        return {**given, "labels": None}
+
+    def after(self, output: Any) -> Any:
+        """What the model gives back, with the loss where its own program would have had it."""
+        labels, self._labels, self.whole = self._labels, None, True
+        if labels is None:
+            return output
+        if not hasattr(output, "logits"):
+            raise LayoutError(
+                "a model whose forward has its loss written into it gives a loss of sharded logits with return_dict=True only"
+            )
+        output.loss = self._cross_entropy(output.logits, labels, -100, None)
+        return output
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """transformers' loss of causal language models, of sharded logits; for 16-bit logits in float32."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return self._cross_entropy(logits, shift_labels, ignore_index, num_items_in_batch)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, ignore: int, count: Tensor | int | None) -> Tensor:
+        data = self.parallel.data
+        total = vocab_parallel_cross_entropy(
+            logits,
+            labels.contiguous(),
+            vocab_size=self.vocab_size,
+            mesh=self.parallel.mesh,
+            axis=self.parallel.axis,
+            token_axes=() if data is None else data.axis,
+            ignore_index=ignore,
+            reduction="mean" if count is None else "sum",
+        )
+        return total if count is None else total / count
+
+    def _logits(self, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
+        if not self.whole:
+            return y
+        return gather_replicated(y, self.parallel.mesh, self.parallel.axis, -1, size=self.vocab_size)
+
+
+def _calls_loss_function(owner: nn.Module) -> bool:
+    return "self.loss_function" in inspect.getsource(inspect.unwrap(type(owner).forward))
+
+
+def same_inputs(given: dict[str, Any], parallel: Parallel) -> None:
+    """Compare the tokens of a call without gradients along the axis: in `generate`, ranks that draw different ones part.
+
+    Raises:
+        DisagreementError: they differ.
+    """
+    tokens = next((given[name] for name in ("decoder_input_ids", "input_ids") if given.get(name) is not None), None)
+    axis = view(parallel.mesh).axis(parallel.axis)
+    if tokens is None or axis.size == 1 or tokens.is_meta:
+        return
+    places = torch.arange(1, tokens.numel() + 1, device=tokens.device).view(tokens.shape)
+    mine = [tokens.numel(), int((tokens * places * 2654435761 % 2**31).sum())]
+    every = gather_ints(mine, axis, view(parallel.mesh).device, "comparison of tokens")
+    if any(row != mine for row in every):
+        raise DisagreementError(
+            f"the ranks of {axis} call the model with different tokens: ranks of one model must sample alike. Seed them "
+            "alike (torch.manual_seed) before generate, and give them the same prompt"
+        )

@@ -1,0 +1,224 @@
+"""`parallelize`: shard a model that somebody else wrote, in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm import shim
+from shardgrad.comm.mesh import view
+from shardgrad.errors import LayoutError
+from shardgrad.layout.batch_axis import BatchAxis
+from shardgrad.models import ties
+from shardgrad.models.adapters import with_adapters
+from shardgrad.models.architectures import KNOWN, architecture_of
+from shardgrad.models.build import Builder, fill
+from shardgrad.models.draft import draft
+from shardgrad.models.features import Features
+from shardgrad.models.head import Head
+from shardgrad.models.linear import FeatureLinear
+from shardgrad.models.plan import lay, matches, plain_name
+from shardgrad.models.root import Root, refuse_dropout
+from shardgrad.models.sequence import Action, Stream, hook
+from shardgrad.models.styles import from_styles
+from shardgrad.nn.module import ShardedModule
+from shardgrad.nn.parallel import Parallel
+
+M = TypeVar("M", bound=nn.Module)
+NONE = Features("", (), ())
+
+
+def parallelize(
+    model: M,
+    mesh: DeviceMesh,
+    plan: Mapping[str, str] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    axis: str = "tp",
+    sequence: bool | Mapping[str, str] = False,
+    data: BatchAxis | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> M:
+    """Shard a model over an axis of a mesh, in place: a module of transformers, or one of your own.
+
+        sg.parallelize(model, mesh)                                                    # an architecture that is known
+        sg.parallelize(model, mesh, {"blocks.*.up": "d -> f/tp", "blocks.*.down": "f/tp -> d"})
+
+    Layers that the plan names are exchanged for sharded ones, which take over this rank's part of their values, and keep
+    names, shapes and ties. The rest of the model runs as it is written. All ranks call this with the same model: on the
+    meta device (`sg.load_pretrained` fills it), or with the same values.
+
+    Args:
+        plan: how features are stored, by patterns of module names (`*` is one part of a name, `**` any number). See
+            docs/write-a-plan.md. Integers that a forward reads, such as `num_heads`, have an entry too. Names of
+            transformers' styles (`colwise`, `rowwise`) are taken where they can mean one thing only. None: the plan that is
+            known for the model's architecture.
+        sizes: of the letters that plans use, where a layer's features do not give them: h query heads, g KV heads, k
+            features of a head.
+        axis: of the mesh; the plan's texts name it.
+        sequence: whether activations are sharded along the sequence between the layers; or where, by module names, as in
+            `shardgrad.models.sequence`.
+        data: an axis over which the batch is sharded: gradients are then summed over it as well, and the loss is the mean
+            over the tokens of all. (Or leave it out, and use DistributedDataParallel or FSDP2 over that axis.)
+        reduce_dtype: as of `sg.Parallel`.
+
+    Derived: which layers share an input, whose gradient is then summed once; parameters between sharded layers whose
+    gradients are sums (watched in the first call of each kind); KV heads that ranks share; ranks without heads.
+
+    With a known output layer, the loss of given labels is vocabulary parallel and the logits stay sharded; without labels
+    (as in `generate`) logits are gathered.
+
+    Returns:
+        The model.
+
+    Raises:
+        LayoutError: the architecture is not known and no plan given (the message has a draft of one); or a plan that does
+            not fit: nothing has been changed then.
+        MeshError: the mesh lacks an axis.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a module, not {type(model).__name__}")
+    if any(isinstance(module, ShardedModule) for module in model.modules()):
+        raise LayoutError(f"this {type(model).__name__} has shardgrad layers already: parallelize a model once")
+    if getattr(model, "hf_device_map", None):
+        raise LayoutError("this model was spread over devices by device_map: load it without, or on the meta device")
+    view(mesh).require([axis], "parallelize")
+    if data is not None and data.accumulate:
+        raise LayoutError("data: accumulate=True is for models of shardgrad's layers: call backward once for each step")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parallel = Parallel(mesh, axis, data=data, reduce_dtype=reduce_dtype)
+    texts, letters, known_sequence = _plan(base, plan, sizes, axis)
+    laid = with_adapters(model, lay(model, texts, strict=plan is not None), axis)
+    if not laid.modules and not laid.experts:
+        raise LayoutError(f"the plan means nothing of this {type(base).__name__}")
+    streams = _streams(sequence, known_sequence)
+    if model.training:
+        refuse_dropout(model)
+    builder = Builder(laid, letters, parallel, bool(streams))
+    builder.build()
+    numbers = [(one, builder.number(one)) for one in laid.integers]
+    instead = {id(one.module): one.name for one in laid.modules} | {id(m): name for name, m, _ in laid.experts}
+    every = list(model.named_modules(remove_duplicate=False))
+    made = {path: builder.made[instead[id(old)]] for path, old in every if id(old) in instead}
+    groups = ties.tied(model)
+    ties.check(groups, made, model)
+    hooks = _hooks(model, streams, axis, strict=not isinstance(sequence, bool))
+    # Nothing has been changed so far.
+    for path, old in every:
+        if path in made:
+            _exchange(model, path, old, made[path])
+    ties.join(groups, made, model)
+    for one, number in numbers:
+        _set_number(one.module, one.attribute, number)
+    _share_kv_heads(model, made, builder)
+    root = Root(model, [model] if base is model else [model, base], parallel)
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    if isinstance(head, FeatureLinear) and head.kind == "column" and not head.features.gathered:
+        root.head = Head(base, head, parallel)
+    for module, name, action, one_stream in hooks:
+        hook(module, name, action, one_stream, parallel, root)
+    if data is not None:
+        root.over_data()
+    return model
+
+
+def _plan(
+    base: Any, plan: Mapping[str, str] | None, sizes: Mapping[str, int] | None, axis: str
+) -> tuple[dict[str, str], dict[str, int], Mapping[str, str] | str]:
+    """The texts of a plan, the sizes of its letters, and what is known of its sequence."""
+    known = architecture_of(base)
+    if plan is None:
+        if known is None:
+            kind = getattr(getattr(base, "config", None), "model_type", None)
+            of = f"the architecture {kind!r} ({type(base).__name__})" if kind else type(base).__name__
+            raise LayoutError(
+                f"no plan is known for {of}; known are {', '.join(sorted(KNOWN))}. Give one, as plan=…; a draft to edit, with "
+                f"guesses (docs/write-a-plan.md):\n{draft(base, axis)}"
+            )
+        plan = {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
+    else:
+        plan, own = from_styles(plan, base, axis)
+        sizes = {**own, **(sizes or {})}
+    letters = {**(known.sizes if known is not None else {}), **(sizes or {})}
+    why = f"no sequence plan is known for {type(base).__name__}: say where, sequence={{'layers.0': 's -> s/{axis}', …}}"
+    if known is None:
+        return dict(plan), letters, why
+    if isinstance(known.sequence, str):
+        return dict(plan), letters, f"sequence=True: {known.sequence}"
+    return dict(plan), letters, {one: text.replace("tp", axis) for one, text in known.sequence.items()}
+
+
+def _streams(sequence: bool | Mapping[str, str], known: Mapping[str, str] | str) -> Mapping[str, str]:
+    if not isinstance(sequence, bool):
+        return sequence
+    if not sequence:
+        return {}
+    if isinstance(known, str):
+        raise LayoutError(known)
+    return known
+
+
+def _hooks(
+    model: nn.Module, texts: Mapping[str, str], axis: str, *, strict: bool
+) -> list[tuple[nn.Module, str, Action, Stream]]:
+    """What happens to the sequence at which modules, and in which stream."""
+    found = []
+    for pattern, text in texts.items():
+        action = Action.of(text, axis, pattern)
+        hits = [
+            (plain_name(name), module) for name, module in model.named_modules() if matches(pattern, plain_name(name))
+        ]
+        if strict and not hits:
+            raise LayoutError(f"sequence: {pattern!r} means no module of this model")
+        found += [(module, name, action) for name, module in hits]
+    streams = [
+        Stream(name if a.wraps else name.rpartition(".")[0].rpartition(".")[0]) for _, name, a in found if a.starts
+    ]
+    if texts and not streams:
+        raise LayoutError("sequence: no module starts the stream, 's -> s/" + axis + "'")
+
+    def stream_of(name: str) -> Stream:
+        inside = [one for one in streams if not one.prefix or f"{name}.".startswith(f"{one.prefix}.")]
+        if not inside:
+            raise LayoutError(
+                f"sequence: {name} is in none of the streams, which begin in {[s.prefix for s in streams]}"
+            )
+        return max(inside, key=lambda one: len(one.prefix))
+
+    return [(module, name, action, stream_of(name)) for module, name, action in found]
+
+
+def _exchange(model: nn.Module, path: str, old: nn.Module, new: ShardedModule) -> None:
+    """Put a sharded module where another one was, with its values, hooks and mode."""
+    parent, _, own = path.rpartition(".")
+    if model.get_submodule(path) is new:
+        return
+    if not getattr(new, "_filled", False):
+        fill(new, old)
+        shim.move_hooks(old, new)
+        new.train(old.training)
+        object.__setattr__(new, "_filled", True)
+    setattr(model.get_submodule(parent), own, new)
+
+
+def _set_number(module: Any, attribute: str, number: int) -> None:
+    if attribute.startswith("config."):
+        module.config = copy.copy(module.config)  # of this module alone
+        module = module.config
+    setattr(module, attribute.removeprefix("config."), number)
+
+
+def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder: Builder) -> None:
+    """Where a rank has one KV head for each query head, or none at all, say so to those who repeat them."""
+    if builder.heads is None or (builder.heads.aligned and builder.heads.count):
+        return
+    for path, new in made.items():
+        letters = {dim.letter for part in getattr(new, "features", NONE).parts for dim in part}
+        for parent in (model.get_submodule(path.rpartition(".")[0]) if "g" in letters else None,):
+            if isinstance(getattr(parent, "num_key_value_groups", None), int):
+                parent.num_key_value_groups = 1  # type: ignore[union-attr,assignment]

@@ -1,0 +1,52 @@
+"""Parameters of somebody's modules whose gradients are sums over ranks: each read of one enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from shardgrad.comm.adjoint import replicate
+from shardgrad.nn.parallel import Parallel
+
+Notice = Callable[[Tensor, nn.Module, str, list[str]], None]
+
+
+class _Summed:
+    """A parameter as an attribute of its module's class: read, it is entered over axes."""
+
+    def __init__(self, name: str, parallel: Parallel, axes: list[str], notice: Notice) -> None:
+        self.name, self.parallel, self.axes, self.notice = name, parallel, axes, notice
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> object:
+        if module is None:
+            return self
+        value = module._parameters[self.name]
+        if value is None or not value.requires_grad:
+            return value
+        entered: Tensor = value
+        for axis in self.axes:
+            entered = replicate(entered, self.parallel.mesh, axis)
+        self.notice(entered, module, self.name, self.axes)
+        return entered
+
+    def __set__(self, module: nn.Module, value: object) -> None:
+        """A data descriptor is found before the module's own dictionaries; a module registers parameters by itself."""
+        raise AttributeError(self.name)
+
+
+def sum_gradients(module: nn.Module, name: str, parallel: Parallel, axis: str, notice: Notice) -> None:
+    """From now on, sum the gradient of a module's own parameter over an axis.
+
+    The module gets a class of its own, below its class and of its name, in which the parameter is an attribute that
+    enters it: state, names and optimizer see the parameter itself, what computes sees it entered.
+    """
+    kind = type(module)
+    if not kind.__dict__.get("_sums_gradients"):
+        kind = type(kind.__name__, (kind,), {"_sums_gradients": True, "__module__": kind.__module__})
+        module.__class__ = kind
+    known = kind.__dict__.get(name)
+    if known is None:
+        setattr(kind, name, _Summed(name, parallel, [axis], notice))
+    elif axis not in known.axes:
+        known.axes.append(axis)
