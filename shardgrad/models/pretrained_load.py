@@ -88,7 +88,7 @@ def load_pretrained(
     if left:
         raise ValueError(
             f"{', '.join(left)}: on the meta device, in no file, and not computed by the _init_weights of a model of "
-            "transformers. Build the modules that hold these buffers on a real device, and the rest on meta"
+            "transformers. Give the module a method reset_buffers() that writes them, or build it on a real device"
         )
     _read_generation_config(model, folder)
     return [some[0] for some in lacking.values()]
