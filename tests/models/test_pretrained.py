@@ -163,6 +163,26 @@ def test_prefixes_old_names_and_what_transformers_passes_over(world_size: int, t
 
 
 @distributed(world_size=2)
+def test_the_generation_config_and_both_names_of_a_tied_tensor(world_size: int, tmp_path: Path) -> None:
+    expected = plain("llama tied")
+    expected.generation_config.max_new_tokens = 77
+    if dist.get_rank() == 0:
+        expected.save_pretrained(tmp_path / "theirs")
+        state = tensors(tmp_path / "theirs")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, tmp_path / "theirs/model.safetensors", {"format": "pt"})
+    dist.barrier()
+    model = spread_model(on_meta("llama tied"), line(world_size))
+    sg.load_pretrained(model, tmp_path / "theirs")
+    assert_same(model, expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generation_config.max_new_tokens == 77
+    sg.save_pretrained(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/generation_config.json").read_text())["max_new_tokens"] == 77
+    assert "lm_head.weight" not in tensors(tmp_path / "ours")
+
+
+@distributed(world_size=2)
 def test_a_model_without_transformers(world_size: int, tmp_path: Path) -> None:
     mesh = line(world_size)
     model = nn.Sequential(
