@@ -52,6 +52,7 @@ class FeatureExperts(ShardedModule):
             stored = f"W[e,{written(part)},{written(text.into)}]"
             self.declare(parameter, stored, known, parallel.device, parallel.dtype, merged)
         self.axis, self.data = axis, parallel.data
+        self.entered = False  # as of `FeatureLinear`
         program = copy(old)  # a shallow one, without the parameters, which are this module's
         program._parameters = {n: p for n, p in old._parameters.items() if n not in (UP, DOWN)}
         self._program = [program]  # in a list: not a module of this one
@@ -65,8 +66,10 @@ class FeatureExperts(ShardedModule):
         for name, weight in zip((UP, DOWN), weights):
             object.__setattr__(program, name, weight)
         try:
-            entered = [replicate(x, self.mesh, self.axis) for x in (hidden_states, top_k_weights)]
-            y: Any = program(entered[0], top_k_index, entered[1])
+            if not self.entered:
+                hidden_states = replicate(hidden_states, self.mesh, self.axis)
+                top_k_weights = replicate(top_k_weights, self.mesh, self.axis)
+            y: Any = program(hidden_states, top_k_index, top_k_weights)
         finally:
             for name in (UP, DOWN):
                 object.__delattr__(program, name)

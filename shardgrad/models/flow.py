@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from shardgrad.comm.adjoint import replicate
 from shardgrad.errors import LayoutError
+from shardgrad.models.experts import FeatureExperts
 from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -88,6 +89,8 @@ class Flow(TorchFunctionMode):
             self._inside += 1
             if isinstance(module, FeatureLinear) and module.kind == "column":
                 self._enters(module, args[0])
+            elif isinstance(module, FeatureExperts):
+                module.entered = self.differs(args[0])
         elif not self._inside and isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
             x = args[0]
             if self.differs(x) and x.shape[-1] != module.in_features:
@@ -126,6 +129,8 @@ class Flow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._inside or name in _SHAPES_ONLY:
             return func(*args, **kwargs)
+        if name == "__get__" and not isinstance(found := func(*args, **kwargs), Tensor):
+            return found  # a shape, a dtype
         _no_dropout(name, args, kwargs, self._where())
         given = tensors_in((args, kwargs))
         differs = any(self.differs(tensor) for tensor in given)
