@@ -486,4 +486,6 @@ def test_models_that_cannot_be_saved(world_size: int, tmp_path: Path) -> None:
     model.peft_config = {"default": None}
     with pytest.raises(ValueError, match=r"has peft adapters: merge them"):
         sg.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"has peft adapters: load the folder first"):
+        sg.load_pretrained(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
