@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardgrad.comm import shim
 from shardgrad.models.names import is_pretrained
 
 
@@ -27,7 +28,7 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> list[str]:
         on_meta = {
             key: one
             for key, one in module._buffers.items()
-            if one is not None and one.is_meta and key in module._non_persistent_buffers_set
+            if one is not None and one.is_meta and not shim.is_persistent(module, key)
         }
         if not on_meta:
             continue
