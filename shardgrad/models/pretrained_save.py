@@ -49,7 +49,7 @@ def save_pretrained(
         ValueError: a parameter is on the meta device, or the model has peft adapters or is quantized.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
-    folder, most = Path(folder), _bytes(max_shard_size)
+    folder, most = Path(folder).absolute(), _bytes(max_shard_size)
     _check(model)
     shardings = {id(one): sharding for _, one, sharding in named_shardings(model)}
     held = [(name, tensor, shardings.get(id(tensor))) for name, tensor, _ in written_names(model)]
@@ -89,7 +89,7 @@ class _Output:
     def __init__(self, folder: Path, pieces: dict[str, Piece], most: int) -> None:
         self.error = ""
         self._folder, self._pieces = folder, pieces
-        self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        self._partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
         self._begun = False
         sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}
         files = split_sizes(sizes, most)
@@ -107,7 +107,7 @@ class _Output:
             return
         try:
             step()
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:
             self.error = f"cannot write the model to {self._folder}: {error}"
 
     def begin(self, model: nn.Module) -> None:

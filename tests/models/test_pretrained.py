@@ -451,6 +451,7 @@ def test_a_folder_that_cannot_be_written_is_told_on_every_rank(world_size: int, 
         ("there", "there: it exists already. Name a folder that does not, or empty it"),
         ("file", "file: it exists already"),
         ("link", "link: it is a symbolic link, which is not followed"),
+        ("/", "/: it exists already"),
         ("file/below", "below: .*Not a directory"),
     ):
         with pytest.raises(OSError, match=f"^cannot write the model to .*{message}"):
