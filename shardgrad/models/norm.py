@@ -22,9 +22,9 @@ from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_rms_norm
 
 
 class FeatureNorm(ShardedModule):
-    """RMSNorm or LayerNorm over features that are sharded: `h/tp,k`. See `nn.sharded_norm`.
+    """RMSNorm or LayerNorm over features that are sharded: `h/tp,k`; see `nn.sharded_norm`.
 
-    heads: where KV heads `g` are not those of this rank's query heads. x then has one for each query head; the weight is
+    heads: where KV heads `g` are not those of this rank's query heads. x has one for each query head; the weight is
         stored whole, and each KV head counts once in the sum, on the rank of the first of its query heads.
 
     Shapes: x [..., features of this rank] → the same.
@@ -119,8 +119,8 @@ def norm(
     llama = kind.__name__.endswith("RMSNorm") and hasattr(old, "variance_epsilon")  # weight · x / √(mean x² + ε)
     if not (centred or llama or kind is nn.RMSNorm):
         raise LayoutError(
-            f"{name} is a {kind.__name__}: of norms, nn.LayerNorm, nn.RMSNorm and RMSNorms as Llama's are known over sharded "
-            "features; leave it out of the plan if it is over one head's"
+            f"{name} is a {kind.__name__}: of norms, nn.LayerNorm, nn.RMSNorm and RMSNorms as Llama's are known over "
+            "sharded features; leave it out of the plan if it is over one head's"
         )
     if features.kind(parallel.axis) != "column":
         raise LayoutError(
