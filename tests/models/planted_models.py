@@ -143,7 +143,7 @@ def _(model: Any, mesh: DeviceMesh) -> None:
     """The plan is wrong."""
 
 
-@bug("query heads are those of the other rank", "llama", ("output", "q_proj"), "another rank's shard")
+@bug("query heads are those of the other rank", "llama", ("output", "q_proj"), "shards permuted")
 def _(model: Any, mesh: DeviceMesh) -> None:
     ranks = mesh.size()
     other = (rank_of(mesh) + 1) % ranks
@@ -194,8 +194,8 @@ def _(model: Any, mesh: DeviceMesh) -> AbstractContextManager[Any]:
     return patch.object(experts, "replicate", lambda x, *rest: x if x.shape[-1] == gates else enter(x, *rest))
 
 
-@bug("the gathered sequence's gradient is sliced, not summed", "llama", ("gradient", "post_attention_layernorm.weight"), "sum over tp missing",
-     sequence=True)  # fmt: skip
+@bug("the gathered sequence's gradient is sliced, not summed", "llama",
+     ("gradient", "post_attention_layernorm.weight"), "sum over tp missing", sequence=True)  # fmt: skip
 def _(model: Any, mesh: DeviceMesh) -> AbstractContextManager[Any]:
     from shardgrad.models import sequence
 
@@ -208,8 +208,7 @@ def _(model: Any, mesh: DeviceMesh) -> AbstractContextManager[Any]:
     return _unsummed()
 
 
-@bug("the position bias is of other heads", "t5", ("output", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
-     "shifted")  # fmt: skip
+@bug("the position bias is of other heads", "t5", ("output", "relative_attention_bias"), "shifted")
 def _(model: Any, mesh: DeviceMesh) -> None:
     returns(only(model, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"), lambda y: y.roll(1, -1))
 

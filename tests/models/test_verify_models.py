@@ -101,6 +101,7 @@ def test_a_planted_bug_is_found_where_it_begins(world_size: int, name: str) -> N
         report = sg.verify(parallel, single, batch(one.kind), tp(world_size))
     assert not report.ok
     assert report.first is not None
-    assert report.first.kind == one.first[0] and report.first.name.endswith(one.first[1]), report.table()
+    assert report.first.kind == one.first[0], report.table()
+    assert report.first.name.endswith(one.first[1]), report.table()
     found = {fit.name for diagnosis in report.diagnoses for fit in diagnosis.fits}
     assert not one.named or one.named in found, (found, report.table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,9 @@ def both(
 def adapted(model: nn.Module) -> nn.Module:
     """With LoRA beside a column and a row parallel layer, of random values."""
     peft = pytest.importorskip("peft")
-    made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for a name that peft still uses
+        made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
