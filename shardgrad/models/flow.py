@@ -2,15 +2,15 @@
 
 Along the axis, a tensor is replicated, or differs between the ranks (it is sharded, or a term of a sum will flow back
 to it). What the sharded layers take and make is known from their features; what lies between them is the model's own
-program, and follows it: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
-used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A tensor
-that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence: that is an
-error, and so is a sharded parameter that somebody else than its layer uses.
+program, and is followed: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
+used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A
+tensor that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence:
+that is an error, and so is a sharded parameter that somebody else than its layer uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shardgrad.comm.adjoint import replicate
@@ -143,7 +142,7 @@ class Flow(TorchFunctionMode):
         if differs:
             entered = {id(t): self._enter(t, source, name) for t, source in zip(given, sources) if source != set()}
             if entered:
-                args, kwargs = tree_map(lambda one: entered.get(id(one), one), (args, kwargs))
+                args, kwargs = _replaced((args, kwargs), entered)
         elif None in sources:
             for source in sources:
                 self._used(source or set(), differs=False)
@@ -234,7 +233,20 @@ def dropout_error(where: str, p: float) -> LayoutError:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors in what a function takes or gives back."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inside for tensor in tensors_in(one)]
+
+
+def _replaced(value: Any, by: Mapping[int, Tensor]) -> Any:
+    """The same with some tensors replaced, by their identity."""
+    if isinstance(value, Tensor):
+        return by.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(one, by) for one in value)
+    return {key: _replaced(one, by) for key, one in value.items()} if type(value) is dict else value
 
 
 _current: ContextVar[Flow | None] = ContextVar("the flow that watches", default=None)
