@@ -120,10 +120,10 @@ class FeatureLinear(Layer):
 
     def enter(self) -> None:
         """From now on, leave the input's gradient unsummed: whoever made the input sums it."""
-        self.entered = True
-        if self.entrance is None:
+        if self.entrance is None and not self.entered:
             self._recipes = {x: replace(recipe, reduce=False) for x, recipe in self._recipes.items()}
             self._products.clear()
+        self.entered = True
 
     def _biased(self, x: str) -> bool:
         return self.bias is not None
