@@ -32,6 +32,7 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_COMMON, **_WIDE}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_COMMON, **_WIDE, "sliding_window": 4}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_COMMON, **_WIDE, "sliding_window": 4}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_COMMON, **_LLAMA, "pad_token_id": 0}),
     "phi3": (
         "Phi3Config", "Phi3ForCausalLM", {**_COMMON, **_LLAMA, **_TOKENS, "original_max_position_embeddings": 32}
     ),
