@@ -50,6 +50,7 @@ class Flow(TorchFunctionMode):
         self._inside = 0
         self._failed: BaseException | None = None
         self._path: list[str] = []
+        self._grad: list[bool] = []  # whether gradients were recorded, as each module of the path was called
         self._uses: dict[tuple[int, str], set[bool]] = {}
         self._owners: dict[int, tuple[nn.Module, str]] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -84,6 +85,7 @@ class Flow(TorchFunctionMode):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._path.append(self._names.get(id(module), type(module).__name__))
+        self._grad.append(torch.is_grad_enabled())
         self._inside += isinstance(module, ShardedModule)
 
     def arrives(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -104,6 +106,7 @@ class Flow(TorchFunctionMode):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         path = self._path.pop()
+        self._grad.pop()
         error = sys.exception()
         if error is not None and self._failed is not error:
             self._failed = error
@@ -214,6 +217,12 @@ class Flow(TorchFunctionMode):
                 f"{self._where()}: {operation} of a tensor that is replicated over {axis}, {tuple(tensor.shape)}, and "
                 "one that is sharded: the gradient of the first would lack the other ranks' terms. The plan shards a "
                 "layer too many or one too few here"
+            )
+        if self._grad and self._grad[-1] and not torch.is_grad_enabled():  # in the forward of an autograd function
+            names = ", ".join(f"{self._names.get(module, '?')}.{name}" for module, name in source)
+            raise LayoutError(
+                f"{self._where()} uses {names} with x that is sharded over {axis} in an autograd function of its own, "
+                "too late to sum its gradient in this first call: call the model once under torch.no_grad() before"
             )
         self._used(source, differs=True)
         modules = {id(module): module for module in self.model.modules()}
