@@ -20,6 +20,8 @@ _NAMES = {
     "layout.notation": "TensorSpec",
     "layout.presets": "PRESETS",
     "models.parallelize": "parallelize",
+    "models.pretrained_load": "load_pretrained",
+    "models.pretrained_save": "save_pretrained",
     "nn.attention": "Attention",
     "nn.by_layout": "Linear",
     "nn.conv": "Conv1d Conv2d",

@@ -23,6 +23,8 @@ from shardgrad.layout.layout import Layout as Layout
 from shardgrad.layout.notation import TensorSpec as TensorSpec
 from shardgrad.layout.presets import PRESETS as PRESETS
 from shardgrad.models.parallelize import parallelize as parallelize
+from shardgrad.models.pretrained_load import load_pretrained as load_pretrained
+from shardgrad.models.pretrained_save import save_pretrained as save_pretrained
 from shardgrad.nn.attention import Attention as Attention
 from shardgrad.nn.by_layout import Linear as Linear
 from shardgrad.nn.conv import Conv1d as Conv1d

@@ -144,6 +144,13 @@ def _view(mesh: DeviceMesh) -> MeshView:
     )
 
 
+def mesh_of_all(device_type: str) -> DeviceMesh | None:
+    """All ranks as one axis, over the group that they already have; None in a process that is no rank."""
+    if not dist.is_initialized():
+        return None
+    return DeviceMesh(device_type, list(range(dist.get_world_size())), mesh_dim_names=("all",))
+
+
 @shim.constant
 def axis_on(mesh: DeviceMesh, name: str, user: object = None) -> Axis:
     """One axis of a mesh, as `MeshView.axis`, which torch.compile does not look into."""

@@ -89,7 +89,8 @@ class ParamSharding:
         return torch.cat(whole, self.dim) if self.parts else whole[0]
 
     def read(self, slices: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
-        """This rank's part of a global tensor that lies somewhere else, of which only that part is asked for.
+        """This rank's part of a global tensor that lies somewhere else, of which only that part is asked for. Where one
+        slice is enough, the result is what `slices` returned, or a view of it.
 
         Args:
             slices: gives the tensor at one slice for each dim of it, as safetensors' `get_slice(name)[…]`.
@@ -99,14 +100,14 @@ class ParamSharding:
             for part in self.parts:
                 made.append(part.read(_shifted(slices, self.dim, first)))
                 first += part.global_shape[self.dim]
-            return torch.cat(made, self.dim)
+            return _joined(made, self.dim)
         starts, lengths = self.block()
         runs = [list(_runs(self.shape[a:b], starts[a:b], lengths[a:b])) for a, b in self._groups()]
 
         def along(dim: int, at: tuple[slice, ...]) -> Tensor:
             if dim == len(runs):
                 return slices(at)
-            return torch.cat([along(dim + 1, (*at, run)) for run in runs[dim]], dim)
+            return _joined([along(dim + 1, (*at, run)) for run in runs[dim]], dim)
 
         return along(0, ()).reshape(self.local_shape)
 
@@ -137,6 +138,10 @@ def _runs(shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -
         for at, size in zip((*index, starts[whole - 1]), shape):
             first = first * size + at
         yield slice(first * inside, (first + lengths[whole - 1]) * inside)
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _shifted(slices: Callable[[tuple[slice, ...]], Tensor], dim: int, by: int) -> Callable[..., Tensor]:

@@ -1,0 +1,443 @@
+"""Folders of Hugging Face's format, into models on any mesh and out of them, to the bits of plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_models import MODELS, on_meta, plain, spread_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardgrad as sg
+from shardgrad.comm.shim import TorchDispatchMode, storage_number
+from shardgrad.models import weights_file
+from shardgrad.testing import distributed
+
+
+def line(world_size: int) -> Any:
+    return init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+
+
+def saved(name: str, folder: Path, **how: Any) -> Any:
+    """A plain model, the same on every rank, and its folder as transformers writes it."""
+    model = plain(name)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, **how)
+    dist.barrier()
+    return model
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Global states, and the buffers that states do not have, are the same to the bit."""
+    states = sg.state_dict(found), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[1].items():
+        assert states[0][name].dtype == tensor.dtype, name
+        assert torch.equal(states[0][name], tensor), name
+    buffers = dict(found.named_buffers())
+    for name, buffer in expected.named_buffers():
+        assert buffers.pop(name).equal(buffer), name
+    assert not buffers
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the safetensors files of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@distributed(world_size=[1, 2, 3])
+def test_from_transformers_and_back(world_size: int, name: str, tmp_path: Path) -> None:
+    several = len(name) % 2 == 0
+    how = {"max_shard_size": "10KB"} if several else {}
+    expected = saved(name, tmp_path / "theirs", **how)
+    model = spread_model(on_meta(name), line(world_size))
+    assert any(sharding is not None for _, _, sharding in sg.named_shardings(model))
+    for parameter in list(model.parameters())[::3]:
+        parameter.requires_grad_(False)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    assert sg.load_pretrained(model, tmp_path / "theirs") == []
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert_same(model, expected)
+    sg.save_pretrained(model, tmp_path / "ours", **how)
+    theirs, ours = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    assert (tmp_path / "ours/model.safetensors.index.json").exists() == several
+    assert others(tmp_path / "ours") == others(tmp_path / "theirs")
+    assert (tmp_path / "ours/config.json").read_text() == (tmp_path / "theirs/config.json").read_text()
+    assert not model.config.architectures  # not changed by saving
+    if dist.get_rank() == 0:
+        assert_same(type(expected).from_pretrained(tmp_path / "ours"), expected)
+
+
+def others(folder: Path) -> set[str]:
+    """The files of a folder that hold no tensors."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".safetensors"}
+
+
+@distributed(world_size=[2, 3])
+def test_into_what_is_there_and_other_dtypes(world_size: int, tmp_path: Path) -> None:
+    expected = saved("llama tied", tmp_path / "theirs")
+    model = spread_model(plain("llama tied", seed=1), line(world_size)).to(torch.bfloat16)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sg.load_pretrained(model, str(tmp_path / "theirs"))
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, tensor in sg.state_dict(model).items():
+        assert torch.equal(tensor, expected.state_dict()[name].bfloat16())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+    half = spread_model(on_meta("llama tied"), line(world_size))
+    for module in half.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype == torch.float32:
+                module._parameters[key] = nn.Parameter(parameter.to(torch.float64))
+    half.lm_head._parameters["weight"] = half.model.embed_tokens.weight
+    sg.load_pretrained(half, tmp_path / "theirs", device="cpu")
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    assert torch.equal(sg.state_dict(half)["lm_head.weight"], expected.lm_head.weight.double())
+
+
+@distributed(world_size=2)
+def test_prefixes_old_names_and_what_transformers_passes_over(world_size: int, tmp_path: Path) -> None:
+    model = plain("bert")
+    state = {key: one.contiguous() for key, one in model.state_dict().items() if not key.startswith("cls.pred")}
+    heads = {key: one for key, one in model.state_dict().items() if key.startswith("cls.pred") and "decoder" not in key}
+    old = {}
+    for key, one in state.items():
+        norm = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        old[norm.removeprefix("bert.")] = one
+    if dist.get_rank() == 0:
+        for folder in ("old", "base"):
+            (tmp_path / folder).mkdir()
+        extra = {"embeddings.position_ids": torch.arange(9)[None]}
+        save_file({**old, **heads, **extra}, tmp_path / "old/model.safetensors")
+        save_file(state, tmp_path / "base/model.safetensors")
+    dist.barrier()
+    mesh = line(world_size)
+    found = spread_model(on_meta("bert"), mesh)
+    sg.load_pretrained(found, tmp_path / "old")
+    assert_same(found, model)
+    base = spread_model(on_meta("bert").bert, mesh)  # its files have a prefix that it has not
+    sg.load_pretrained(base, tmp_path / "base")
+    assert_same(base, model.bert)
+
+
+@distributed(world_size=2)
+def test_a_model_without_transformers(world_size: int, tmp_path: Path) -> None:
+    mesh = line(world_size)
+    model = nn.Sequential(
+        sg.ColumnParallelLinear(5, 7, mesh=mesh), nn.BatchNorm1d(7), sg.RowParallelLinear(7, 5, mesh=mesh)
+    )
+    sg.save_pretrained(model, tmp_path / "saved", max_shard_size=100)
+    files = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert files[0] == "model-00001-of-00005.safetensors"
+    assert files[-1] == "model.safetensors.index.json"
+    index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 111, "total_size": 4 * 110 + 8}
+    with torch.device("meta"):
+        one = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
+    sg.load_pretrained(one, tmp_path / "saved")
+    assert_same(model, one)
+    assert one[1].num_batches_tracked.item() == 0
+
+
+@distributed(world_size=2)
+def test_saved_by_one_mesh_of_several(world_size: int, tmp_path: Path) -> None:
+    """Replicas that each have a mesh of their own: one rank of all writes."""
+    mesh = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("dp", "tp"))["tp"]
+    model = spread_model(plain("gpt2"), mesh)
+    sg.save_pretrained(model, tmp_path / "saved")
+    assert_same(plain("gpt2"), sg_loaded := on_meta_loaded("gpt2", tmp_path / "saved"))
+    alone = tmp_path / f"alone{dist.get_rank()}"
+    sg.save_pretrained(model, alone, mesh=mesh)
+    assert_same(sg_loaded, on_meta_loaded("gpt2", alone))
+
+
+def on_meta_loaded(name: str, folder: Path) -> Any:
+    model = on_meta(name)
+    sg.load_pretrained(model, folder)
+    return model
+
+
+class _Counting:
+    """A safetensors file that counts the bytes of what is read from it."""
+
+    total = 0
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> _Counting:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._file.__exit__(*exception)
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def get_slice(self, name: str) -> Any:
+        source = self._file.get_slice(name)
+
+        class Slice:
+            get_shape = source.get_shape
+
+            def __getitem__(self, at: Any) -> torch.Tensor:
+                read = source[at]
+                _Counting.total += read.numel() * read.element_size()
+                return read
+
+        return Slice()
+
+
+@pytest.mark.parametrize("name", ["llama tied", "phi3", "mixtral", "qwen3_moe"])
+@distributed(world_size=[2, 3])
+def test_a_rank_reads_its_own_parts_alone(world_size: int, name: str, tmp_path: Path) -> None:
+    saved(name, tmp_path / "theirs")
+    model = spread_model(on_meta(name), line(world_size))
+    _Counting.total = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_file, "safe_open", lambda *given: _Counting(safe_open(*given)))
+        sg.load_pretrained(model, tmp_path / "theirs")
+    assert _Counting.total == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of new tensors alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        import weakref
+
+        out = func(*args, **(kwargs or {}))
+        given = {storage_number(one) for one in torch.utils._pytree.tree_leaves((args, kwargs)) if tensor_(one)}
+        for one in torch.utils._pytree.tree_leaves(out):
+            if not tensor_(one) or one.is_meta or storage_number(one) in given or storage_number(one) in self._seen:
+                continue
+            storage = one.untyped_storage()
+            number, size = storage_number(one), storage.nbytes()
+            self._seen[number] = size
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, number)
+        return out
+
+    def _gone(self, number: int) -> None:
+        self.now -= self._seen.pop(number)
+
+
+def tensor_(one: Any) -> bool:
+    return isinstance(one, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+@distributed(world_size=[1, 2, 3])
+def test_beside_its_parts_a_rank_holds_one_tensor(world_size: int, name: str, tmp_path: Path) -> None:
+    """Loading: at most a part of one tensor (of experts, the part in the making); saving: one whole tensor, and what
+    gathers it."""
+    saved(name, tmp_path / "theirs")
+    model = spread_model(on_meta(name), line(world_size))
+    with Live() as live:
+        sg.load_pretrained(model, tmp_path / "theirs")
+    sizes = [one.numel() * one.element_size() for one in model.parameters()]
+    buffers = sum(4 * one.numel() for one in model.buffers())
+    assert sum(sizes) <= live.most <= sum(sizes) + 2 * buffers + 1.6 * max(sizes), (live.most, sum(sizes), max(sizes))
+    whole = max(4 * one.numel() for one in sg.state_dict(model).values())
+    with Live() as live:
+        sg.save_pretrained(model, tmp_path / "ours")
+    assert live.most <= 3 * whole + 2000, (live.most, whole)
+
+
+def _load_anew(folder: Path, name: str = "llama") -> Any:
+    model = spread_model(on_meta(name), line(dist.get_world_size()))
+    sg.load_pretrained(model, folder)
+    return model
+
+
+@distributed(world_size=2)
+def test_wrong_tensors_are_all_listed_and_nothing_is_changed(world_size: int, tmp_path: Path) -> None:
+    expected = saved("llama tied", tmp_path / "theirs", max_shard_size="1GB")
+    state = tensors(tmp_path / "theirs")
+    del state["model.norm.weight"]
+    state["model.layers.1.mlp.up_proj.weight"] = torch.ones(27, 19)
+    state["score.weight"] = torch.ones(2, 20)
+    state["lm_head.weight"] = torch.ones(53, 20)
+    if dist.get_rank() == 0:
+        save_file(state, tmp_path / "theirs/model.safetensors")
+    dist.barrier()
+    for meta in (True, False):
+        model = spread_model(on_meta("llama tied") if meta else plain("llama tied"), line(world_size))
+        with pytest.raises(ValueError) as caught:
+            sg.load_pretrained(model, tmp_path / "theirs")
+        assert str(caught.value).splitlines() == [
+            f"{tmp_path}/theirs is not of this LlamaForCausalLM, which has not been changed:",
+            "  missing: model.norm.weight",
+            "  unknown: score.weight",
+            "  lm_head.weight: tied to model.embed_tokens.weight in the model, but the folder has other values there "
+            "(tie_word_embeddings=False?)",
+            "  model.layers.1.mlp.up_proj.weight: global shape (27, 20) in the model, (27, 19) in the folder",
+            "To load what fits and keep the rest: strict=False",
+        ]
+        if meta:
+            assert all(one.is_meta for one in [*model.parameters(), *model.buffers()])
+        else:
+            assert_same(model, expected)
+
+
+@distributed(world_size=2)
+def test_a_new_head_is_loaded_around(world_size: int, tmp_path: Path) -> None:
+    import transformers
+
+    expected = saved("llama", tmp_path / "theirs")
+    mesh = line(world_size)
+    with torch.device("meta"):
+        model = transformers.LlamaForSequenceClassification(expected.config)
+    spread_model(model, mesh)
+    with pytest.raises(ValueError, match=r"missing: score.weight\n  unknown: lm_head.weight\nTo load what fits"):
+        sg.load_pretrained(model, tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"missing, and on meta: score.weight. Give it values first: module.to_empty"):
+        sg.load_pretrained(model, tmp_path / "theirs", strict=False)
+    model.score.to_empty(device="cpu")
+    nn.init.constant_(model.score.weight, 7)
+    assert sg.load_pretrained(model, tmp_path / "theirs", strict=False) == ["score.weight"]
+    assert_same(model.model, expected.model)
+    assert (model.score.weight == 7).all()
+
+
+@distributed(world_size=2)
+def test_a_buffer_that_nothing_computes_is_named(world_size: int, tmp_path: Path) -> None:
+    saved("llama", tmp_path / "theirs")
+    model = spread_model(on_meta("llama"), line(world_size))
+    model.model.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match=r"^model.odd: on the meta device, in no file, and not computed by"):
+        sg.load_pretrained(model, tmp_path / "theirs")
+    layer = nn.Linear(3, 2, device="meta")
+    layer.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
+    if dist.get_rank() == 0:
+        (tmp_path / "plain").mkdir()
+        save_file(nn.Linear(3, 2).state_dict(), tmp_path / "plain/model.safetensors")
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"^odd: on the meta device"):
+        sg.load_pretrained(layer, tmp_path / "plain")
+
+
+@distributed(world_size=2)
+def test_folders_that_cannot_be_read(world_size: int, tmp_path: Path) -> None:
+    first = dist.get_rank() == 0
+
+    def refused(folder: str, message: str) -> None:
+        dist.barrier()
+        with pytest.raises(OSError, match=message):
+            _load_anew(tmp_path / folder)
+        dist.barrier()
+
+    saved("llama", tmp_path / "many", max_shard_size="10KB")
+    saved("llama", tmp_path / "one")
+    names = sorted(path.name for path in (tmp_path / "many").glob("model-*"))
+    refused("none", r"none is not a folder here: download the model first")
+    if first:
+        for folder, name in (("empty", ""), ("pickled", "pytorch_model.bin"), ("adapter", "adapter_model.safetensors")):
+            (tmp_path / folder).mkdir()
+            if name:
+                (tmp_path / folder / name).touch()
+    refused("empty", r"has neither model.safetensors nor model.safetensors.index.json: it has nothing")
+    refused("pickled", r"but pytorch_model.bin, whose pickles could run any code.*Convert once.*save_pretrained")
+    refused("adapter", r"it holds a peft adapter. Load the base model's folder")
+    if first:
+        with open(tmp_path / "one/model.safetensors", "r+b") as file:
+            file.truncate(9000)
+    refused("one", r"one/model.safetensors cannot be read .*missing or cut short\? Download or save it again")
+    if first:
+        (tmp_path / "one/model.safetensors").write_bytes(b"\xff" * 300)
+    refused("one", r"one/model.safetensors cannot be read")
+    if first:
+        (tmp_path / "many" / names[1]).rename(tmp_path / "elsewhere")
+    refused("many", rf"many/{names[1]} cannot be read")
+    if first:
+        (tmp_path / "many" / names[1]).symlink_to(tmp_path / "many" / names[0])
+    refused("many", rf"many/{names[1]} lacks .*, which model.safetensors.index.json says it holds")
+    index = tmp_path / "many/model.safetensors.index.json"
+    text = index.read_text()
+    for wrong in ("{", "[]", '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": 3}}'):
+        dist.barrier()
+        if first:
+            index.write_text(wrong)
+        refused("many", r"many/model.safetensors.index.json is not an index of safetensors files")
+    if first:
+        index.write_text(text)
+        (tmp_path / "many" / names[1]).unlink()
+        (tmp_path / "elsewhere").rename(tmp_path / "many" / names[1])
+    dist.barrier()
+    assert_same(_load_anew(tmp_path / "many"), plain("llama"))
+
+
+@distributed(world_size=[1, 2])
+def test_a_folder_that_cannot_be_written_is_told_on_every_rank(world_size: int, tmp_path: Path) -> None:
+    model = spread_model(plain("gpt2"), line(world_size))
+    first = dist.get_rank() == 0
+    sg.save_pretrained(model, tmp_path / "there")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    if first:
+        (tmp_path / "file").touch()
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "empty")
+    dist.barrier()
+    for name, message in (
+        ("there", "there: it exists already. Name a folder that does not, or empty it"),
+        ("file", "file: it exists already"),
+        ("link", "link: it is a symbolic link, which is not followed"),
+        ("file/below", "below: .*Not a directory"),
+    ):
+        with pytest.raises(OSError, match=f"^cannot write the model to .*{message}"):
+            sg.save_pretrained(model, tmp_path / name)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
+    sg.save_pretrained(model, tmp_path / "empty")
+    with pytest.MonkeyPatch.context() as patch:
+        if first:  # the disk is full in the middle
+            write = weights_file.WeightsWriter.write
+
+            def full(self: Any, name: str, tensor: torch.Tensor) -> None:
+                if "h.1" in name:
+                    raise OSError(28, "No space left on device")
+                write(self, name, tensor)
+
+            patch.setattr(weights_file.WeightsWriter, "write", full)
+        with pytest.raises(OSError, match=r"^cannot write the model to .*full: .*No space left on device"):
+            sg.save_pretrained(model, tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link", "there"]
+
+
+@distributed(world_size=2)
+def test_models_that_cannot_be_saved(world_size: int, tmp_path: Path) -> None:
+    mesh = line(world_size)
+    with pytest.raises(
+        ValueError, match=r"transformer.wte.weight, .* on the meta device: sg.load_pretrained or to_empty"
+    ):
+        sg.save_pretrained(spread_model(on_meta("gpt2"), mesh), tmp_path / "saved")
+    model = spread_model(plain("gpt2"), mesh)
+    for size in ("5", "5 apples", "-1GB"):
+        with pytest.raises(ValueError, match='max_shard_size is a number of bytes or a text such as "5GB"'):
+            sg.save_pretrained(model, tmp_path / "saved", max_shard_size=size)
+    model.peft_config = {"default": None}
+    with pytest.raises(ValueError, match=r"has peft adapters: merge them"):
+        sg.save_pretrained(model, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
