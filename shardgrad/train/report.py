@@ -22,7 +22,7 @@ from shardgrad.nn.layer import Layer
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.train.data import Text
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.language_model import LanguageModel
 from shardgrad.verification import report as verification
 
 _WIDTH = 120  # of lines in a file or a pipe
@@ -45,7 +45,7 @@ class Report:
         """One line, with rich's markup."""
         self.console.print(text)
 
-    def layouts(self, model: Decoder) -> None:
+    def layouts(self, model: LanguageModel) -> None:
         """The mesh, how every parameter is stored, and the products' layouts."""
         mesh_view = view(model.mesh)
         axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
@@ -182,7 +182,7 @@ def _every(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _grouped(model: Decoder) -> Iterator[tuple[str, ParamSharding]]:
+def _grouped(model: LanguageModel) -> Iterator[tuple[str, ParamSharding]]:
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, ShardedModule):
