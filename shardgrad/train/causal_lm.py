@@ -45,6 +45,11 @@ class CausalLM(LanguageModel):
         self.about, self.mesh, self.axis, self.data = about, mesh, "tp", data
         self.seq_len, self.vocab, self.compute_dtype = seq_len, vocab, compute_dtype
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it has adapters, which alone are trained."""
+        return hasattr(self.lm, "peft_config")
+
     def loss(self, ids: Tensor, targets: Tensor, batch: int | None = None) -> Tensor:
         if not len(ids):  # of a last batch with fewer sequences than ranks of dp: models do not take none
             ids = ids.new_zeros(1, ids.shape[1])

@@ -117,14 +117,18 @@ class TransformersModel(_Section):
         default=None, min_length=1, description="instead of a decoder of sizes: a folder in Hugging Face's format"
     )
     config: str | None = Field(
-        default=None, min_length=1, description="instead of a decoder of sizes: a config.json of transformers; random weights"
+        default=None,
+        min_length=1,
+        description="instead of a decoder of sizes: a config.json of transformers; random weights",
     )
     made_by: str | None = Field(
         default=None,
         min_length=1,
         description="a configuration that is run first where model.pretrained does not exist, and leaves it",
     )
-    lora: Lora | None = Field(default=None, description="train adapters alone, model.pretrained stays as it is; null: all")
+    lora: Lora | None = Field(
+        default=None, description="train adapters alone, model.pretrained stays as it is; null: all"
+    )
     sequence: bool = Field(
         default=True, description="whether activations of a model of transformers are sharded along the sequence"
     )
@@ -182,7 +186,8 @@ class Config(_Section):
     mesh: Mesh = Mesh()
     data: Data = Data()
     model: Annotated[
-        Annotated[Model, Tag(_DECODER)] | Annotated[TransformersModel, Tag(_TRANSFORMERS)], Discriminator(_kind_of_model)
+        Annotated[Model, Tag(_DECODER)] | Annotated[TransformersModel, Tag(_TRANSFORMERS)],
+        Discriminator(_kind_of_model),
     ]
     train: Train
     sample: Sample = Sample()
@@ -272,6 +277,19 @@ def _data_disagreements(data: Data) -> Iterator[str]:
             yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"
     elif data.vocab is not None and (data.tokenizer not in (None, "bytes") or data.vocab != 256):
         yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer says"
+
+
+def decoder_sizes(config: Config) -> Model:
+    """The sizes of a built-in decoder.
+
+    Raises:
+        ConfigError: the configuration names a model of transformers.
+    """
+    if isinstance(config.model, Model):
+        return config.model
+    raise ConfigError(
+        "model.pretrained and model.config are for launch/train.py alone: here name a decoder's sizes (model.layers, …)"
+    )
 
 
 def check_ranks(config: Config, ranks: int) -> Config:

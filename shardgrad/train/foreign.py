@@ -101,17 +101,31 @@ def check(section: TransformersModel) -> None:
 
 
 def with_tokenizer(config: Config) -> Config:
-    """The configuration in which the tokenizer of a model's folder is that of the data, where none is named."""
+    """The configuration in which the tokenizer of a model's folder is that of the data, where none is named.
+
+    Raises:
+        ConfigError: as `describe`.
+    """
     section = config.model
-    if not isinstance(section, TransformersModel) or config.data.tokenizer is not None:
+    if not isinstance(section, TransformersModel):
         return config
     own = describe(section).tokenizer
-    if own is None:
+    if own is None or config.data.tokenizer is not None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(own)})})
 
 
-def check_vocab(config: Config, vocab: int, tokenizer: str | None) -> None:
+def tokenizer_note(config: Config, about: Foreign) -> str:
+    """Which tokenizer the text has, and why."""
+    used = config.data.tokenizer or ("none: the ids are given" if config.data.tokens else "bytes")
+    if about.tokenizer is not None and used == str(about.tokenizer):
+        return f"tokenizer: that of the model, {used}"
+    own = "random weights know no other" if about.folder is None else f"not that of {about.folder}"
+    own = own if about.folder is None or about.tokenizer is not None else f"{about.folder} has no {TOKENIZER}"
+    return f"tokenizer: {used} ({own})"
+
+
+def check_vocab(config: Config, vocab: int) -> None:
     """Compare the tokens of the data with the model's.
 
     Raises:
@@ -121,7 +135,7 @@ def check_vocab(config: Config, vocab: int, tokenizer: str | None) -> None:
         known = int(describe(config.model).config.vocab_size)
         if vocab > known:
             raise ConfigError(
-                f"data.tokenizer = {tokenizer or 'bytes'} has {vocab} tokens, but the model knows {known} (vocab_size): name "
+                f"data.{'tokens' if config.data.tokens else 'tokenizer'} = {config.data.tokens or config.data.tokenizer or 'bytes'} has {vocab} tokens, but the model knows {known} (vocab_size): name "
                 "the tokenizer that it was trained with"
             )
 
@@ -145,7 +159,9 @@ def _config(values: Any, where: str) -> Any:
             f"{where} has model_type = {kind!r}, of which no plan is known; known are {', '.join(sorted(KNOWN))}"
         )
     if "quantization_config" in values:
-        raise ConfigError(f"{where} is of a quantized model, which cannot be trained: name the folder of the one it is of")
+        raise ConfigError(
+            f"{where} is of a quantized model, which cannot be trained: name the folder of the one it is of"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read as transformers is imported
     try:
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -167,5 +183,3 @@ def _check_sizes(config: Any, section: TransformersModel, where: str) -> None:
     how = KNOWN[config.model_type](config).sequence
     if section.sequence and isinstance(how, str):
         raise ConfigError(f"model.sequence = true: {how}. Set model.sequence=false")
-
-

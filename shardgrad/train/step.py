@@ -52,7 +52,9 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
     return total
 
 
-def train_step(model: LanguageModel, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, config: Train) -> Done:
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, config: Train
+) -> Done:
     """Forward, backward and update; ids and targets [b, s] are the whole batch, alike on every rank."""
     optimizer.zero_grad()
     loss = backward(model, ids, targets, config.accumulate)
