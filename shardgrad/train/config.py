@@ -261,7 +261,7 @@ def _transformers_disagreements(model: TransformersModel, config: Config) -> Ite
     if config.mesh.grid is not None:
         yield "mesh.grid is for model.kind = llama: a model of transformers is sharded over mesh.tp"
     if config.train.recompute == "attention":
-        yield "train.recompute = 'attention' is of the built-in decoders: a model of transformers computes blocks again, 'full'"
+        yield "train.recompute = 'attention' is for the built-in decoders: a model of transformers has 'full' alone"
 
 
 def _data_disagreements(data: Data) -> Iterator[str]:

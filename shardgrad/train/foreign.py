@@ -134,9 +134,11 @@ def check_vocab(config: Config, vocab: int) -> None:
     if isinstance(config.model, TransformersModel):
         known = int(describe(config.model).config.vocab_size)
         if vocab > known:
+            name = "tokens" if config.data.tokens else "tokenizer"
+            used = config.data.tokens or config.data.tokenizer or "bytes"
             raise ConfigError(
-                f"data.{'tokens' if config.data.tokens else 'tokenizer'} = {config.data.tokens or config.data.tokenizer or 'bytes'} has {vocab} tokens, but the model knows {known} (vocab_size): name "
-                "the tokenizer that it was trained with"
+                f"data.{name} = {used} has {vocab} tokens, but the model knows {known} (vocab_size): name the tokenizer "
+                "that it was trained with"
             )
 
 

@@ -28,7 +28,7 @@ def wrap(base: Any, settings: Lora) -> Any:
 
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # an int in its annotation alone
         target_modules=settings.targets,
         lora_dropout=settings.dropout,
         fan_in_fan_out=base.config.model_type == "gpt2",

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from shardgrad.comm.mesh import view
+from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.shardings import named_shardings
@@ -126,8 +127,8 @@ class Report:
             table.add_row(*key, str(count), f"{size:,}")
         self.console.print(table)
         self.say(
-            f"every rank sends {_span(by_rank)} bytes a step, traced; not predicted: the program between the layers is the "
-            "model's own"
+            f"every rank sends {_span(by_rank)} bytes a step, traced; not predicted: the program between the layers is "
+            "the model's own"
         )
 
     def foreign(self, dropout: Mapping[str, float], notes: Sequence[str]) -> None:
@@ -200,6 +201,8 @@ def _span(sizes: Iterable[int]) -> str:
 
 
 def _layouts(module: nn.Module) -> list[object]:
+    if isinstance(module, FeatureLinear):
+        return [module.features]
     if isinstance(module, Layer) and not isinstance(module, VocabParallelEmbedding):
         return [*module.layouts(3)]
     return []

@@ -27,8 +27,8 @@ class Done:
 def micro_batches(
     model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """What `LanguageModel.loss` takes of each micro-batch: ids and targets [b, s], alike on every rank → this rank's part of
-    them, [b / accumulate / dp, s], and the sequences that all ranks have."""
+    """What `LanguageModel.loss` takes of each micro-batch: ids and targets [b, s], alike on every rank → this rank's
+    part of them, [b / accumulate / dp, s], and the sequences that all ranks have."""
     for some, following in zip(ids.chunk(accumulate), targets.chunk(accumulate)):
         batch = len(some)
         for name in model.token_axes:
