@@ -129,6 +129,8 @@ class Flow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._inside or name in _SHAPES_ONLY:
             return func(*args, **kwargs)
+        if name == "__get__" and not isinstance(found := func(*args, **kwargs), Tensor):
+            return found  # a shape, a dtype
         _no_dropout(name, args, kwargs, self._where())
         given = tensors_in((args, kwargs))
         differs = any(self.differs(tensor) for tensor in given)

@@ -11,6 +11,7 @@
 | `parallel`       | `Parallel`: where layers lie, made once by a model and passed on           |
 | `transfer`       | a tensor brought from one storage to another, differentiably               |
 | `sharding`       | how one parameter is stored: its part taken, read, put together again      |
+| `features`       | which features a rank has, where several letters are one dim               |
 | `shardings`      | how every parameter of a model is stored                                   |
 | `by_layout`      | a linear layer on any layout                                               |
 | `linear`         | column and row parallel linear layers                                      |
