@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
+from shardgrad.models.weights_file import to_disk
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
@@ -172,17 +173,9 @@ def _write(folder: Path, parameters: dict[str, Tensor], moments: dict[str, Tenso
         save_file(moments, partial / _OPTIMIZER)
         (partial / STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for part in (*partial.iterdir(), partial):
-            _to_disk(part)
+            to_disk(part)
         os.rename(partial, folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -185,3 +185,8 @@ def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
         theirs = getattr(old, name)
         theirs.update({key: value for key, value in mine.items() if key not in theirs})
         setattr(new, name, theirs)
+
+
+def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
+    """Whether a buffer of a module is part of its state."""
+    return buffer not in module._non_persistent_buffers_set

@@ -38,10 +38,17 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         padding_idx: int | None = None,
         *,
         embed_scale: Tensor | None = None,
+        scalar_embed_scale: float | None = None,
         **where: Unpack[Where],
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, **where)
         self.register_buffer("embed_scale", embed_scale, persistent=False)
+        self.scalar_embed_scale = scalar_embed_scale
+
+    def reset_buffers(self) -> None:
+        """Compute the scale anew, as `_init_weights` of the model does for the embedding that this one stands for."""
+        if self.embed_scale is not None and self.scalar_embed_scale is not None:
+            self.embed_scale.fill_(self.scalar_embed_scale)
 
     def reset_parameters(self, generator: Any = None) -> None:
         """Nothing: the values are those of the embedding that this one stands for."""
@@ -116,7 +123,11 @@ def embedding(
             f"{name}: the vocabulary is one letter over one axis, as 'v/{parallel.axis} -> d'; not {features}"
         )
     scale = getattr(old, "embed_scale", None)
-    made = VocabularyEmbedding(
-        old.num_embeddings, old.embedding_dim, old.padding_idx, embed_scale=scale, parallel=parallel
+    return VocabularyEmbedding(
+        old.num_embeddings,
+        old.embedding_dim,
+        old.padding_idx,
+        embed_scale=scale,
+        scalar_embed_scale=getattr(old, "scalar_embed_scale", None),
+        parallel=parallel,
     )
-    return made

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardgrad.comm import shim
 from shardgrad.models.lazy_tensor import LazyTensor, chunk, concatenate, stack, transpose
 
 Collected = dict[str, list[LazyTensor]]
@@ -222,6 +223,6 @@ def all_named(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
         found += [
             (prefix + key, one, False)
             for key, one in module._buffers.items()
-            if one is not None and key not in module._non_persistent_buffers_set
+            if one is not None and shim.is_persistent(module, key)
         ]
     return found

@@ -45,9 +45,11 @@ def load_pretrained(
     Raises:
         OSError: the folder or a file of it cannot be read.
         ValueError: tensors are missing, unknown or of another shape: all are listed, and nothing has been changed. Or a
-            buffer on meta cannot be computed.
+            buffer on meta cannot be computed, or the model has peft adapters.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{type(model).__name__} has peft adapters: load the folder first, and add adapters then")
     folder = Path(folder)
     shardings: Shardings = {id(one): sharding for _, one, sharding in named_shardings(model) if sharding is not None}
     named = all_named(model)
@@ -88,7 +90,7 @@ def load_pretrained(
     if left:
         raise ValueError(
             f"{', '.join(left)}: on the meta device, in no file, and not computed by the _init_weights of a model of "
-            "transformers. Build the modules that hold these buffers on a real device, and the rest on meta"
+            "transformers. Give the module a method reset_buffers() that writes them, or build it on a real device"
         )
     _read_generation_config(model, folder)
     return [some[0] for some in lacking.values()]

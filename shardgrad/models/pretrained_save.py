@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import MeshView, mesh_of_all, view
 from shardgrad.models.names import CheckpointNames, is_pretrained, written_names
-from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes
+from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes, to_disk
 from shardgrad.nn.shardings import named_shardings
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -35,8 +35,9 @@ def save_pretrained(
 
     Called on every rank; the first writes config.json, generation_config.json and the tensors, by the names and in the
     arrangement of transformers' files. Tensors are gathered one at a time and written at once: beside its own
-    parameters a rank holds one whole tensor. The folder appears, under its name, when all of it is on the disk. Of a
-    model that is not transformers', only the tensors are written, by the model's names.
+    parameters a rank holds one whole tensor, and while that is gathered up to two more of its size. The folder appears,
+    under its name, when all of it is on the disk. Of a model that is not transformers', only the tensors are written,
+    by the model's names.
 
     Args:
         folder: does not exist yet, or is empty (a tokenizer is saved there afterwards).
@@ -48,7 +49,7 @@ def save_pretrained(
         ValueError: a parameter is on the meta device, or the model has peft adapters or is quantized.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
-    folder, most = Path(folder), _bytes(max_shard_size)
+    folder, most = Path(folder).absolute(), _bytes(max_shard_size)
     _check(model)
     shardings = {id(one): sharding for _, one, sharding in named_shardings(model)}
     held = [(name, tensor, shardings.get(id(tensor))) for name, tensor, _ in written_names(model)]
@@ -88,7 +89,7 @@ class _Output:
     def __init__(self, folder: Path, pieces: dict[str, Piece], most: int) -> None:
         self.error = ""
         self._folder, self._pieces = folder, pieces
-        self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        self._partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
         self._begun = False
         sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}
         files = split_sizes(sizes, most)
@@ -106,7 +107,7 @@ class _Output:
             return
         try:
             step()
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:
             self.error = f"cannot write the model to {self._folder}: {error}"
 
     def begin(self, model: nn.Module) -> None:
@@ -136,10 +137,10 @@ class _Output:
             text = json.dumps({"metadata": about, "weight_map": self._file_of}, indent=2, sort_keys=True) + "\n"
             (self._partial / INDEX).write_text(text, encoding="utf-8")
         for path in (*self._partial.iterdir(), self._partial):
-            _to_disk(path)
+            to_disk(path)
         os.rename(self._partial, self._folder)  # replaces an empty folder, and nothing else
         self._begun = False
-        _to_disk(self._folder.parent)
+        to_disk(self._folder.parent)
 
     def discard(self) -> None:
         """Close the files, and remove what has not got its name."""
@@ -197,11 +198,3 @@ def _bytes(size: int | str) -> int:
     if read is None:
         raise ValueError(f'max_shard_size is a number of bytes or a text such as "5GB" (10**9) or "5GiB", not {size!r}')
     return int(float(read[1]) * _UNITS[read[2].upper()])
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

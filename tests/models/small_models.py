@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[type, Callable[[], Any]]] = {
     "mixtral": (hf.MixtralForCausalLM, lambda: hf.MixtralConfig(**_BIG, num_local_experts=5)),
     "qwen3_moe": (
         hf.Qwen3MoeForCausalLM,
-        lambda: hf.Qwen3MoeConfig(**_BIG, num_experts=5, moe_intermediate_size=7, head_dim=6),
+        lambda: hf.Qwen3MoeConfig(**_BIG, num_experts=11, num_experts_per_tok=2, moe_intermediate_size=7, head_dim=6),
     ),
 }  # fmt: skip
 

@@ -52,6 +52,7 @@ def test_same_values() -> None:
     one = torch.randn(7, 3)
     other = one.clone()
     assert same_values(lazy(one), lazy(other), rows=2)
+    assert same_values(lazy(one), lazy(other.double()), rows=2)
     other[6, 2] += 1
     assert not same_values(lazy(one), lazy(other), rows=2)
     assert same_values(lazy(torch.tensor(2.0)), lazy(torch.tensor(2.0)))

@@ -216,7 +216,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
     def full(path: Path, *rest: Any) -> None:
         if path.name == "step-00000004":
-            monkeypatch.setattr(checkpoint, "_to_disk", out_of_space)
+            monkeypatch.setattr(checkpoint, "to_disk", out_of_space)
         write(path, *rest)
 
     def out_of_space(path: Path) -> None:
