@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
 from shardgrad.models.weights_file import to_disk
+from shardgrad.nn.dtensors import placed_like, reshard, whole
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
@@ -63,6 +64,7 @@ def save(
     writes = not any(mesh_view.coordinate.values())
     parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    reshard(model)
     for name, parameter, sharding in named_shardings(model):
         if not (frozen or parameter.requires_grad):
             continue
@@ -103,11 +105,13 @@ def load(
     about: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
+    reshard(model)
     own = {name: (one, sharding) for name, one, sharding in named_shardings(model) if frozen or one.requires_grad}
     with _opened(folder / _MODEL) as file, torch.no_grad():
         _check_names(set(file.keys()), set(own), folder)
         for name, (parameter, sharding) in own.items():
-            parameter.copy_(_part(file.get_tensor(name), name, parameter, sharding, folder))
+            part = _part(file.get_tensor(name), name, parameter, sharding, folder)
+            parameter.copy_(placed_like(part, parameter))
     if optimizer is not None:
         with _opened(folder / _OPTIMIZER) as file:
             for entry in file.keys():  # noqa: SIM118 (not a mapping)
@@ -116,6 +120,7 @@ def load(
                 value = file.get_tensor(entry)
                 if value.dim():
                     value = _part(value, entry, parameter, sharding, folder).to(parameter.device)
+                    value = placed_like(value, parameter)
                 optimizer.state[parameter][key] = value
     return about
 
@@ -143,9 +148,10 @@ def _optimizer_state(optimizer: torch.optim.Optimizer | None, parameter: Tensor)
 
 def _whole(local: Tensor, sharding: ParamSharding | None) -> Tensor:
     """The global tensor, on the CPU and of its own memory."""
-    if sharding is None or not sharding.spec.axes:
-        return local.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return sharding.unshard(local).cpu()
+    part = whole(local.detach())
+    if sharding is None or not any(leaf.spec.axes for leaf in sharding.leaves):
+        return part.cpu().clone(memory_format=torch.contiguous_format)
+    return sharding.unshard(part).cpu()
 
 
 def _part(full: Tensor, name: str, parameter: Tensor, sharding: ParamSharding | None, folder: Path) -> Tensor:

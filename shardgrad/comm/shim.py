@@ -122,6 +122,53 @@ def real_mesh(mesh: Any) -> Any:
     return getattr(mesh, "real_obj", mesh)
 
 
+def places_along(mesh: Any, axis: str) -> dict[int, int]:
+    """The place along an axis of every rank of the mesh that a mesh is part of; empty where that has no such axis."""
+    root = real_mesh(mesh)._get_root_mesh()
+    names = root.mesh_dim_names or ()
+    if axis not in names:
+        return {}
+    dim = names.index(axis)
+    ranks = root.mesh.movedim(dim, 0).reshape(root.mesh.shape[dim], -1)
+    return {int(rank): at for at, row in enumerate(ranks.tolist()) for rank in row}
+
+
+def _ranks_of_ddp(names: dict[str, Any]) -> list[int] | None:
+    group = getattr(names.get("self"), "process_group", None)
+    return None if group is None else dist.get_process_group_ranks(group)
+
+
+def _ranks_of_fsdp(names: dict[str, Any]) -> list[int] | None:
+    mesh = names.get("mesh")
+    return None if mesh is None else [int(rank) for rank in mesh.mesh.flatten().tolist()]
+
+
+# Functions of torch that take a module's parameters for the same on some ranks, by their module and name; what an error
+# calls them, and how the ranks are read from their local variables.
+_DATA_PARALLEL: dict[tuple[str, str], tuple[str, Callable[[dict[str, Any]], list[int] | None]]] = {
+    ("torch.nn.parallel.distributed", "__init__"): ("DistributedDataParallel", _ranks_of_ddp),
+    ("torch.distributed.fsdp._fully_shard._fully_shard", "fully_shard"): ("fully_shard", _ranks_of_fsdp),
+}
+
+
+def data_parallel_group() -> tuple[str, list[int]] | None:
+    """What DDP's constructor or `fully_shard`, if one of them is calling, or else the DDP whose forward this is in, is
+    called in an error, and the ranks that it takes for replicas. Both ask each module that they are given for its
+    parameters before they change one."""
+    frame: Any = sys._getframe(1)
+    for _ in range(10):
+        if frame is None:
+            break
+        known = _DATA_PARALLEL.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
+        ranks = known and known[1](frame.f_locals)
+        if known and ranks:
+            return known[0], ranks
+        frame = frame.f_back
+    active = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    ranks = None if active is None else _ranks_of_ddp({"self": active})
+    return None if ranks is None else ("DistributedDataParallel", ranks)
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -179,7 +226,7 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_f
 
 
 def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
-    """Give a module the hooks of the one that it takes the place of; those who registered them can still remove them."""
+    """Give a module the hooks of the one whose place it takes; those who registered them can still remove them."""
     for name in (*_HOOKS, *_HOOK_FLAGS):
         mine = getattr(new, name)
         theirs = getattr(old, name)

@@ -31,7 +31,7 @@ def _at(prefix: str, texts: Texts) -> dict[str, str]:
 
 
 def _stream(layers: str, entered: list[str], last: str) -> dict[str, str]:
-    """A stream from the first of some layers to the norm after them, gathered where modules of theirs shard features."""
+    """A stream from the first of some layers to the norm after them, gathered at modules that shard features."""
     starts = {f"**.{layers}.0": "s -> s/tp"}
     return starts | {f"**.{layers}.*.{name}": "s/tp -> s{tp}" for name in entered} | {f"**.{last}": "s/tp -> s"}
 
@@ -138,7 +138,8 @@ def _vit(config: Any) -> Architecture:
 
 
 def _t5(config: Any) -> Architecture:
-    plan, sequence = {}, {}
+    plan: dict[str, str] = {}
+    sequence: dict[str, str] = {}
     for name in ("SelfAttention", "EncDecAttention"):
         plan |= _at(f"**.block.*.layer.*.{name}", {**dict.fromkeys("qkv", "d -> h/tp,k"), "o": "h/tp,k -> d"})
         plan[f"**.block.*.layer.*.{name}.n_heads"] = "h/tp"

@@ -16,7 +16,7 @@ from shardgrad.layout.notation import Dim
 from shardgrad.layout.sizes import slab
 from shardgrad.models.embedding import embedding
 from shardgrad.models.entrance import Entrance
-from shardgrad.models.experts import FeatureExperts
+from shardgrad.models.experts import DOWN, FeatureExperts
 from shardgrad.models.features import Features, Letters, complete
 from shardgrad.models.linear import FeatureLinear
 from shardgrad.models.plan import Assigned, Laid, plain_name
@@ -73,7 +73,7 @@ class Builder:
             key = one.plain.rpartition(".")[0], one.features.into
             self.made[one.name] = self._module(one, users.get(key, 0), key)
         for name, module, texts in self.laid.experts:
-            self.made[name] = FeatureExperts(module, texts, self.sizes, self._for(module.down_proj), name)
+            self.made[name] = FeatureExperts(module, texts, self.sizes, self._for(getattr(module, DOWN)), name)
 
     def _kind(self, one: Assigned) -> str:
         return one.features.kind(self.parallel.axis)
@@ -93,10 +93,11 @@ class Builder:
             return self._norm(one)
         if not _linear(module):
             raise LayoutError(
-                f"{name} is a {_kind_of(module)}: a plan shards nn.Linear, transformers' Conv1D, nn.Embedding, norms and "
-                "experts themselves; a subclass may compute something else. Leave it out of the plan, or name what is in it"
+                f"{name} is a {_kind_of(module)}: a plan shards nn.Linear, transformers' Conv1D, nn.Embedding, "
+                "norms and experts themselves; a subclass may compute something else. Leave it out of the plan, or "
+                "name what is in it"
             )
-        weight = module.weight
+        weight: Any = module.weight
         transposed = type(module).__name__ == "Conv1D"
         n_out, n_in = weight.shape[::-1] if transposed else weight.shape
         sizes = self._complete(features, n_in, n_out, name)

@@ -42,7 +42,8 @@ class FeatureExperts(ShardedModule):
         axis = parallel.axis
         if up.kind(axis) != "column" or down.kind(axis) != "row" or len(up.parts) > 1:
             raise LayoutError(
-                f"{name}: experts are stored as {UP} 'd -> c,f/{axis}' and {DOWN} 'f/{axis} -> d', not as {up} and {down}"
+                f"{name}: experts are stored as {UP} 'd -> c,f/{axis}' and {DOWN} 'f/{axis} -> d', not as "
+                f"{up} and {down}"
             )
         for parameter, text in ((UP, up), (DOWN, down)):
             (part,) = text.parts

@@ -1,17 +1,18 @@
 """A first call, watched: what is sharded between the layers, and which parameters that is used with.
 
-Along the axis, a tensor is replicated, or differs between the ranks (it is sharded, or a term of a sum will flow back to
-it). What the sharded layers take and make is known from their features; what lies between them is the model's own
+Along the axis, a tensor is replicated, or differs between the ranks (it is sharded, or a term of a sum will flow back
+to it). What the sharded layers take and make is known from their features; what lies between them is the model's own
 program, and follows it: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
-used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A
-tensor that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence: that
-is an error, and so is a sharded parameter that somebody else than its layer uses.
+used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A tensor
+that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence: that is an
+error, and so is a sharded parameter that somebody else than its layer uses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,10 +28,18 @@ from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 
-_SHAPES_ONLY = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor "
-    "size dim numel is_floating_point register_hook requires_grad_ backward".split()
-)
+_SHAPES_ONLY = {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+}
+_SHAPES_ONLY |= {"new_empty", "new_full", "new_tensor", "size", "dim", "numel", "is_floating_point", "register_hook"}
+_SHAPES_ONLY |= {"requires_grad_", "backward"}
 
 Found = Callable[[nn.Module, str], None]
 Source = set[tuple[int, str]] | None
@@ -82,8 +91,6 @@ class Flow(TorchFunctionMode):
     # Modules, as they are called.
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is self.model:
-            return
         self._path.append(self._names.get(id(module), type(module).__name__))
         if isinstance(module, ShardedModule):
             self._inside += 1
@@ -110,8 +117,6 @@ class Flow(TorchFunctionMode):
             )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if module is self.model:
-            return
         self._path.pop()
         if not isinstance(module, ShardedModule):
             return
@@ -157,7 +162,7 @@ class Flow(TorchFunctionMode):
         if self.differs(tensor):
             return set()
         if tensor in self._from:
-            return self._from[tensor]  # type: ignore[no-any-return]
+            return self._from[tensor]
         if not isinstance(tensor, nn.Parameter):
             return None if tensor.requires_grad else set()
         module, name = self._owner(tensor)
@@ -222,9 +227,9 @@ def _no_dropout(name: str, args: Any, kwargs: Any, where: str) -> None:
 def dropout_error(where: str, p: float) -> LayoutError:
     """What is raised for dropout that is active."""
     return LayoutError(
-        f"{where} drops elements with probability {p}: each rank would draw a mask of its own for what is replicated or "
-        "sharded, and values would depend on the number of ranks. Set the model's dropout to 0 (in its configuration, "
-        "before it is made), or use sg.Dropout in layers of your own"
+        f"{where} drops elements with probability {p}: each rank would draw a mask of its own for what is replicated "
+        "or sharded, and values would depend on the number of ranks. Set the model's dropout to 0 (in its "
+        "configuration, before it is made), or use sg.Dropout in layers of your own"
     )
 
 
@@ -232,18 +237,27 @@ def tensors_in(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+_current: ContextVar[Flow | None] = ContextVar("the flow that watches", default=None)
+
+
+def current() -> Flow | None:
+    """Who watches the call that is running, if it is watched."""
+    return None if torch.compiler.is_compiling() else _current.get()
+
+
 @contextmanager
 def watching(flow: Flow) -> Iterator[None]:
     """Follow a call; compiled parts of the model run as they are written."""
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(lambda module, args: flow.before(module, args)),
-        nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: flow.after(module, args, output), always_call=True
-        ),
-    ]
+    handles: list[Any] = []
+    token = _current.set(flow)
     try:
+        for module in flow.model.modules():
+            if module is not flow.model:
+                handles.append(module.register_forward_pre_hook(flow.before, prepend=True))
+                handles.append(module.register_forward_hook(flow.after, prepend=True, always_call=True))
         with torch.compiler.set_stance("force_eager"), flow:
             yield
     finally:
+        _current.reset(token)
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""A model's output layer with a sharded vocabulary: its loss where labels are given, whole logits where they are not."""
+"""A model's output layer with a sharded vocabulary: its loss where labels are given, else whole logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Head:
         layer: its output layer.
     """
 
-    def __init__(self, owner: nn.Module, layer: FeatureLinear, parallel: Parallel) -> None:
+    def __init__(self, owner: Any, layer: FeatureLinear, parallel: Parallel) -> None:
         self.owner, self.layer, self.parallel = [owner], [layer], parallel  # in lists: not modules of anything here
         self.vocab_size = layer.out_features
         self.whole = True
@@ -60,7 +60,7 @@ class Head:
             return output
         if not hasattr(output, "logits"):
             raise LayoutError(
-                "a model whose forward has its loss written into it gives a loss of sharded logits with return_dict=True only"
+                "a model whose forward has its loss written into it needs return_dict=True to give one of sharded logits"
             )
         output.loss = self._cross_entropy(output.logits, labels, -100, None)
         return output
@@ -105,7 +105,7 @@ def _calls_loss_function(owner: nn.Module) -> bool:
 
 
 def same_inputs(given: dict[str, Any], parallel: Parallel) -> None:
-    """Compare the tokens of a call without gradients along the axis: in `generate`, ranks that draw different ones part.
+    """Compare the tokens of a call without gradients along the axis: in `generate`, ranks may draw different ones.
 
     Raises:
         DisagreementError: they differ.
@@ -119,6 +119,6 @@ def same_inputs(given: dict[str, Any], parallel: Parallel) -> None:
     every = gather_ints(mine, axis, view(parallel.mesh).device, "comparison of tokens")
     if any(row != mine for row in every):
         raise DisagreementError(
-            f"the ranks of {axis} call the model with different tokens: ranks of one model must sample alike. Seed them "
-            "alike (torch.manual_seed) before generate, and give them the same prompt"
+            f"the ranks of {axis} call the model with different tokens: ranks of one model must sample alike. Seed "
+            "them alike (torch.manual_seed) before generate, and give them the same prompt"
         )

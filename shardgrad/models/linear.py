@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from shardgrad.comm.adjoint import gather_replicated, replicate
+from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
@@ -20,6 +20,7 @@ from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
+from shardgrad.nn.replicated import for_rows
 from shardgrad.nn.sharding import ParamSharding
 
 
@@ -175,28 +176,33 @@ class FeatureLinear(Layer):
         if 0 in self._in and x.shape[-1]:
             x = x.narrow(-1, 0, 0)  # what ranks without heads attend with
         x = x.unflatten(-1, self._in) if len(self._in) > 1 else x
-        made = self.multiply("X", x, sequence_size, operands=(self._operands("weight"), self._operands("bias")))
+        made = self.multiply("X", x, sequence_size, operands=self._operands())
         outs = [self._flat(y, x.dim() - len(self._in), at) for at, y in enumerate(made)]
         y = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         return gather_replicated(y, self.mesh, self.axis, -1, size=self.out_features) if self.features.gathered else y
 
-    def _operands(self, name: str) -> list[Tensor]:
-        """The pieces of a parameter as products have them."""
-        whole = self.weight if name == "weight" else self.bias
-        if whole is None:
-            return []
+    def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The pieces of the weight and the bias as products have them; of KV heads, those that this rank needs."""
+        pieces = {name: self._split(name) for name in self._shardings}
+        if self.heads is not None:
+            kv = [at for at, part in enumerate(self.features.parts) if any(dim.letter == "g" for dim in part)]
+            shared = [(name, at) for name in pieces for at in kv]
+            axes = (self.axis,)
+            used = for_rows([pieces[n][at] for n, at in shared], [self._parts(n)[at] for n, at in shared], axes)
+            for (name, at), whole in zip(shared, used):
+                place = next(i for i, dim in enumerate(self.features.parts[at]) if dim.letter == "g")
+                place += len(self.features.into) if self.transposed and name == "weight" else 0
+                pieces[name][at] = whole.narrow(place, self.heads.first_kv, self.heads.count_kv)
+        return pieces["weight"], pieces.get("bias", [])
+
+    def _split(self, name: str) -> list[Tensor]:
         dim, lengths, shapes = self._pieces[name]
+        whole: Tensor = getattr(self, name)
         pieces = whole.split(lengths, dim) if lengths else (whole,)
-        made = [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
-        if self.heads is None:
-            return made
-        for at, (part, piece) in enumerate(zip(self.features.parts, made)):
-            where = next((place for place, dim_ in enumerate(part) if dim_.letter == "g"), None)
-            if where is not None:
-                where += len(self.features.into) if self.transposed and name == "weight" else 0
-                used = replicate(piece, self.mesh, self.axis)
-                made[at] = used.narrow(where, self.heads.first_kv, self.heads.count_kv)
-        return made
+        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
+
+    def _parts(self, name: str) -> tuple[ParamSharding, ...]:
+        return self._shardings[name].parts or (self._shardings[name],)
 
     def _flat(self, y: Tensor, rows: int, at: int) -> Tensor:
         letters, local = self.features.parts[at], self._out[at]

@@ -23,8 +23,8 @@ from shardgrad.models.features import Features
 from shardgrad.models.head import Head
 from shardgrad.models.linear import FeatureLinear
 from shardgrad.models.plan import lay, matches, plain_name
-from shardgrad.models.root import Root, refuse_dropout
-from shardgrad.models.sequence import Action, Stream, hook
+from shardgrad.models.root import Root, refuse_dropout, sum_over_data
+from shardgrad.models.sequence import Action, Hook, Stream
 from shardgrad.models.styles import from_styles
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -49,36 +49,36 @@ def parallelize(
         sg.parallelize(model, mesh)                                                    # an architecture that is known
         sg.parallelize(model, mesh, {"blocks.*.up": "d -> f/tp", "blocks.*.down": "f/tp -> d"})
 
-    Layers that the plan names are exchanged for sharded ones, which take over this rank's part of their values, and keep
-    names, shapes and ties. The rest of the model runs as it is written. All ranks call this with the same model: on the
-    meta device (`sg.load_pretrained` fills it), or with the same values.
+    Layers that the plan names are exchanged for sharded ones, which take over this rank's part of their values, and
+    keep names, shapes and ties. The rest of the model runs as it is written. All ranks call this with the same model:
+    on the meta device (`sg.load_pretrained` fills it), or with the same values.
 
     Args:
-        plan: how features are stored, by patterns of module names (`*` is one part of a name, `**` any number). See
+        plan: how features are stored, by patterns of module names (`*` is one part of a name, `**` any number); see
             docs/write-a-plan.md. Integers that a forward reads, such as `num_heads`, have an entry too. Names of
-            transformers' styles (`colwise`, `rowwise`) are taken where they can mean one thing only. None: the plan that is
-            known for the model's architecture.
+            transformers' styles (`colwise`, `rowwise`) are taken where they can mean one thing only. None: the plan
+            that is known for the model's architecture.
         sizes: of the letters that plans use, where a layer's features do not give them: h query heads, g KV heads, k
             features of a head.
         axis: of the mesh; the plan's texts name it.
-        sequence: whether activations are sharded along the sequence between the layers; or where, by module names, as in
-            `shardgrad.models.sequence`.
-        data: an axis over which the batch is sharded: gradients are then summed over it as well, and the loss is the mean
-            over the tokens of all. (Or leave it out, and use DistributedDataParallel or FSDP2 over that axis.)
+        sequence: whether activations are sharded along the sequence between the layers; or where, by module names, as
+            in `shardgrad.models.sequence`.
+        data: an axis over which the batch is sharded: gradients are then summed over it as well, and the loss is the
+            mean over the tokens of all. (Or leave it out, and use DistributedDataParallel or FSDP2 over that axis.)
         reduce_dtype: as of `sg.Parallel`.
 
     Derived: which layers share an input, whose gradient is then summed once; parameters between sharded layers whose
     gradients are sums (watched in the first call of each kind); KV heads that ranks share; ranks without heads.
 
-    With a known output layer, the loss of given labels is vocabulary parallel and the logits stay sharded; without labels
-    (as in `generate`) logits are gathered.
+    With a known output layer, the loss of given labels is vocabulary parallel and the logits stay sharded; without
+    labels (as in `generate`) logits are gathered.
 
     Returns:
         The model.
 
     Raises:
-        LayoutError: the architecture is not known and no plan given (the message has a draft of one); or a plan that does
-            not fit: nothing has been changed then.
+        LayoutError: the architecture is not known and no plan given (the message has a draft of one); or a plan that
+            does not fit: nothing has been changed then.
         MeshError: the mesh lacks an axis.
     """
     if not isinstance(model, nn.Module):
@@ -90,7 +90,7 @@ def parallelize(
     view(mesh).require([axis], "parallelize")
     if data is not None and data.accumulate:
         raise LayoutError("data: accumulate=True is for models of shardgrad's layers: call backward once for each step")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     parallel = Parallel(mesh, axis, data=data, reduce_dtype=reduce_dtype)
     texts, letters, known_sequence = _plan(base, plan, sizes, axis)
     laid = with_adapters(model, lay(model, texts, strict=plan is not None), axis)
@@ -107,7 +107,7 @@ def parallelize(
     made = {path: builder.made[instead[id(old)]] for path, old in every if id(old) in instead}
     groups = ties.tied(model)
     ties.check(groups, made, model)
-    hooks = _hooks(model, streams, axis, strict=not isinstance(sequence, bool))
+    hooks = _hooks(model, streams, parallel, strict=not isinstance(sequence, bool))
     # Nothing has been changed so far.
     for path, old in every:
         if path in made:
@@ -116,14 +116,15 @@ def parallelize(
     for one, number in numbers:
         _set_number(one.module, one.attribute, number)
     _share_kv_heads(model, made, builder)
-    root = Root(model, [model] if base is model else [model, base], parallel)
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    if isinstance(head, FeatureLinear) and head.kind == "column" and not head.features.gathered:
-        root.head = Head(base, head, parallel)
-    for module, name, action, one_stream in hooks:
-        hook(module, name, action, one_stream, parallel, root)
+    head: Any = getattr(base, "get_output_embeddings", lambda: None)()
+    known_head = isinstance(head, FeatureLinear) and head.kind == "column" and not head.features.gathered
+    Root(
+        model, [model] if base is model else [model, base], parallel, Head(base, head, parallel) if known_head else None
+    )
+    for module, hook in hooks:
+        hook.register(module)
     if data is not None:
-        root.over_data()
+        sum_over_data(model, parallel)
     return model
 
 
@@ -137,8 +138,8 @@ def _plan(
             kind = getattr(getattr(base, "config", None), "model_type", None)
             of = f"the architecture {kind!r} ({type(base).__name__})" if kind else type(base).__name__
             raise LayoutError(
-                f"no plan is known for {of}; known are {', '.join(sorted(KNOWN))}. Give one, as plan=…; a draft to edit, with "
-                f"guesses (docs/write-a-plan.md):\n{draft(base, axis)}"
+                f"no plan is known for {of}; known are {', '.join(sorted(KNOWN))}. Give one, as plan=…; a draft to "
+                f"edit, with guesses (docs/write-a-plan.md):\n{draft(base, axis)}"
             )
         plan = {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
     else:
@@ -164,10 +165,10 @@ def _streams(sequence: bool | Mapping[str, str], known: Mapping[str, str] | str)
 
 
 def _hooks(
-    model: nn.Module, texts: Mapping[str, str], axis: str, *, strict: bool
-) -> list[tuple[nn.Module, str, Action, Stream]]:
+    model: nn.Module, texts: Mapping[str, str], parallel: Parallel, *, strict: bool
+) -> list[tuple[nn.Module, Hook]]:
     """What happens to the sequence at which modules, and in which stream."""
-    found = []
+    axis, found = parallel.axis, []
     for pattern, text in texts.items():
         action = Action.of(text, axis, pattern)
         hits = [
@@ -190,7 +191,7 @@ def _hooks(
             )
         return max(inside, key=lambda one: len(one.prefix))
 
-    return [(module, name, action, stream_of(name)) for module, name, action in found]
+    return [(module, Hook(name, action, stream_of(name), parallel)) for module, name, action in found]
 
 
 def _exchange(model: nn.Module, path: str, old: nn.Module, new: ShardedModule) -> None:
@@ -221,4 +222,4 @@ def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder
         letters = {dim.letter for part in getattr(new, "features", NONE).parts for dim in part}
         for parent in (model.get_submodule(path.rpartition(".")[0]) if "g" in letters else None,):
             if isinstance(getattr(parent, "num_key_value_groups", None), int):
-                parent.num_key_value_groups = 1  # type: ignore[union-attr,assignment]
+                parent.num_key_value_groups = 1  # type: ignore[union-attr]

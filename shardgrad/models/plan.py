@@ -1,4 +1,4 @@
-"""A plan laid on a model: which of its modules, parameters and integers each entry means; all that can be wrong with it."""
+"""A plan laid on a model: which of its modules, parameters and integers each entry means, and what is wrong with it."""
 
 from __future__ import annotations
 

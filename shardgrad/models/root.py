@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shardgrad.models.flow import Flow, dropout_error, watching
 from shardgrad.models.head import Head, same_inputs
 from shardgrad.models.summed import sum_gradients
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
-
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _WORDS = ("dropout", "pdrop", "layerdrop", "jitter_noise")
@@ -26,100 +26,73 @@ class Root:
     model: as it was given. called: it, and the module in it that `generate` calls, if that is another one.
     """
 
-    def __init__(self, model: nn.Module, called: list[nn.Module], parallel: Parallel) -> None:
-        self.parallel = parallel
-        self.head: Head | None = None
+    def __init__(self, model: nn.Module, called: list[nn.Module], parallel: Parallel, head: Head | None) -> None:
+        self.parallel, self.head = parallel, head
         self._model = [model]
         self._seen: set[Any] = set()
-        self._flow: Flow | None = None
         self._depth = 0
         self._open = ExitStack()
         for module in called:
-            names = [
-                p.name
-                for p in inspect.signature(module.forward).parameters.values()
-                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
-            ]
-            module.register_forward_pre_hook(self._before(names), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._before, _positional(module)), with_kwargs=True)
             module.register_forward_hook(self._after, always_call=True)
 
-    def __deepcopy__(self, memo: Any) -> Root:
-        raise TypeError(
-            "a parallelized model cannot be copied: its hooks belong to its layers. Make and parallelize another"
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
 
-    def notice(self, tensor: Tensor, differs: bool = True) -> None:
-        """Tell whoever watches that a tensor differs between ranks, or not."""
-        if self._flow is not None:
-            (self._flow.is_sharded if differs else self._flow.is_replicated)(tensor)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=ExitStack())
 
-    def not_watching(self) -> Any:
-        return ExitStack() if self._flow is None else self._flow.not_watching()
-
-    def _before(self, names: list[str]) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._depth += 1
-            if self._depth > 1:
-                return args, kwargs
-            given = {**dict(zip(names, args)), **kwargs}
-            if len(args) > len(names):
-                given, args_ = kwargs, args
-            else:
-                args_ = ()
-            if not torch.is_grad_enabled():
-                same_inputs(given, self.parallel)
-            if self.head is not None:
-                given = self.head.before(given)
-            self._watch(module, given)
-            return args_, given
-
-        return before
+    def _before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._depth += 1
+        if self._depth > 1 or len(args) > len(names):
+            return args, kwargs
+        given = {**dict(zip(names, args)), **kwargs}
+        if not torch.is_grad_enabled():
+            same_inputs(given, self.parallel)
+        if self.head is not None:
+            given = self.head.before(given)
+        self._watch(given)
+        return (), given
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth -= 1
         if self._depth:
             return None
-        flow, self._flow = self._flow, None
-        if flow is not None:
-            self._open.close()
+        self._open.close()
         return None if self.head is None or output is None else self.head.after(output)
 
-    def _watch(self, module: nn.Module, given: dict[str, Any]) -> None:
-        kind = (
-            frozenset(name for name, value in given.items() if value is not None),
-            self._model[0].training,
-            torch.is_grad_enabled(),
-        )
+    def _watch(self, given: dict[str, Any]) -> None:
+        """Follow the first call of each kind: with these arguments, in this mode."""
+        named = frozenset(name for name, value in given.items() if value is not None)
+        kind = named, self._model[0].training, torch.is_grad_enabled()
         if kind in self._seen:
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "call the parallelized model once before compiling it whole: its first call of a kind shows which gradients "
-                "are sums over ranks. (Blocks of it may be compiled before: they run as written in that call)"
+                "call the parallelized model once before compiling it whole: its first call of a kind shows which "
+                "gradients are sums over ranks. (Blocks of it may be compiled before: they run as written in that call)"
             )
-        flow = Flow(self._model[0], self.parallel, self._found)
-        self._open.enter_context(watching(flow))
-        self._flow = flow
+        self._open.enter_context(watching(Flow(self._model[0], self.parallel, self._found)))
         self._seen.add(kind)
 
     def _found(self, module: nn.Module, name: str) -> None:
-        sum_gradients(module, name, self.parallel, self.parallel.axis, self._entered)
+        sum_gradients(module, name, self.parallel, self.parallel.axis)
 
-    def over_data(self) -> None:
-        """Sum the gradients of all that no layer of ours owns over the data parallel axis."""
-        assert self.parallel.data is not None
-        for module in list(self._model[0].modules()):
-            if not isinstance(module, ShardedModule):
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        sum_gradients(module, name, self.parallel, self.parallel.data.axis, self._entered)
 
-    def _entered(self, tensor: Tensor, module: nn.Module, name: str, axes: list[str]) -> None:
-        if self._flow is not None:
-            if self.parallel.axis in axes:
-                self._flow.is_sharded(tensor)
-            else:
-                self._flow.is_parameter(tensor, module, name)
+def _positional(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module's forward takes by place."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.POSITIONAL_ONLY)]
+
+
+def sum_over_data(model: nn.Module, parallel: Parallel) -> None:
+    """Sum the gradients of all that no layer of ours owns over the data parallel axis."""
+    assert parallel.data is not None
+    for module in list(model.modules()):
+        if not isinstance(module, ShardedModule):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    sum_gradients(module, name, parallel, parallel.data.axis)
 
 
 def refuse_dropout(model: nn.Module) -> None:

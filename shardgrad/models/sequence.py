@@ -11,25 +11,24 @@ What row parallel layers make goes back into the stream: a reduce-scatter instea
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_gather, gather_replicated, slice_replicated
 from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.models.flow import current
 from shardgrad.nn.parallel import Parallel
-
-if TYPE_CHECKING:
-    from shardgrad.models.root import Root
 
 DIM = 1  # [b, s, d]
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What happens to the sequence at a module: to its input (`slice`, `enter`, `gather`), and to what it gives back."""
+    """What happens to the sequence at a module: to its input (`slice`, `enter`, `gather`), and to what comes out."""
 
     input: str
     output: str = ""
@@ -77,42 +76,46 @@ class Stream:
         return None if shim.in_backward() else self.size
 
 
-def hook(module: nn.Module, name: str, action: Action, stream: Stream, parallel: Parallel, root: Root) -> None:
-    """Do at a module what a sequence plan says, to its first argument or hidden_states.
+class Hook:
+    """What a sequence plan says of a module, done to its first argument or hidden_states, and to what it gives back."""
 
-    root: told of tensors that differ between ranks, and of those that do not.
-    """
-    mesh, axis = parallel.mesh, parallel.axis
+    def __init__(self, name: str, action: Action, stream: Stream, parallel: Parallel) -> None:
+        self.name, self.action, self.stream, self.parallel = name, action, stream, parallel
 
-    def change(x: Tensor, how: str) -> Tensor:
-        if x.dim() != 3:
-            raise ShapeError(f"sequence: {name} has {tuple(x.shape)}, not [b, s, d]: its rows are no sequence")
-        with root.not_watching():
-            if how == "slice":
-                stream.size = x.shape[DIM]
-                made = slice_replicated(x, mesh, axis, DIM)
-            elif how == "gather":
-                made = gather_replicated(x, mesh, axis, DIM, size=stream.known())
-            else:
-                made = all_gather(x, mesh, axis, DIM, size=stream.known())
-        root.notice(made, how != "gather")
-        return made
+    def register(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+        if self.action.output:
+            module.register_forward_hook(self.after)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], Tensor):
-            return (change(args[0], action.input), *args[1:]), kwargs
+            return (self._change(args[0], self.action.input), *args[1:]), kwargs
         if isinstance(kwargs.get("hidden_states"), Tensor):
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"], action.input)}
-        raise LayoutError(f"sequence: {name} gets no tensor first, nor hidden_states: name the module inside that does")
+            return args, {**kwargs, "hidden_states": self._change(kwargs["hidden_states"], self.action.input)}
+        raise LayoutError(
+            f"sequence: {self.name} gets no tensor first, nor hidden_states: name the module inside that does"
+        )
 
-    def after(_: nn.Module, args: Any, output: Any) -> Any:
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return change(output, action.output)
+            return self._change(output, self.action.output)
         if isinstance(output, tuple):
-            return change(output[0], action.output), *output[1:]
-        output.last_hidden_state = change(output.last_hidden_state, action.output)
+            return self._change(output[0], self.action.output), *output[1:]
+        output.last_hidden_state = self._change(output.last_hidden_state, self.action.output)
         return output
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    if action.output:
-        module.register_forward_hook(after)
+    def _change(self, x: Tensor, how: str) -> Tensor:
+        if x.dim() != 3:
+            raise ShapeError(f"sequence: {self.name} has {tuple(x.shape)}, not [b, s, d]: its rows are no sequence")
+        flow, mesh, axis = current(), self.parallel.mesh, self.parallel.axis
+        with nullcontext() if flow is None else flow.not_watching():
+            if how == "slice":
+                self.stream.size = x.shape[DIM]
+                made = slice_replicated(x, mesh, axis, DIM)
+            elif how == "gather":
+                made = gather_replicated(x, mesh, axis, DIM, size=self.stream.known())
+            else:
+                made = all_gather(x, mesh, axis, DIM, size=self.stream.known())
+        if flow is not None:
+            (flow.is_replicated if how == "gather" else flow.is_sharded)(made)
+        return made

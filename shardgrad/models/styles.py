@@ -36,7 +36,7 @@ def from_styles(plan: Mapping[str, str], base: Any, axis: str) -> tuple[dict[str
         LayoutError: a style that could mean several things here, or has no meaning.
     """
     styled = {
-        pattern: text for pattern, text in plan.items() if isinstance(text, str) and "_" in text or text in _STYLES
+        pattern: text for pattern, text in plan.items() if (isinstance(text, str) and "_" in text) or text in _STYLES
     }
     if not styled:
         return dict(plan), {}
@@ -88,8 +88,8 @@ def _meaning(name: str, style: str, module: nn.Module, shape: Any, sizes: Mappin
                 if sizes[letter] * sizes["k"] == size:
                     return f"{letter}/{axis},k"
             raise LayoutError(
-                f"{name}: {style!r} of {size} features, which are not h={sizes.get('h')} or g={sizes.get('g')} heads of "
-                f"k={sizes.get('k')}: write how they are stored, as 'd -> h/{axis},k'"
+                f"{name}: {style!r} of {size} features, which are not h={sizes.get('h')} or g={sizes.get('g')} heads "
+                f"of k={sizes.get('k')}: write how they are stored, as 'd -> h/{axis},k'"
             )
         return f"f/{axis}"
 

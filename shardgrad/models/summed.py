@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import replicate
+from shardgrad.models.flow import current
 from shardgrad.nn.parallel import Parallel
-
-Notice = Callable[[Tensor, nn.Module, str, list[str]], None]
 
 
 class _Summed:
     """A parameter as an attribute of its module's class: read, it is entered over axes."""
 
-    def __init__(self, name: str, parallel: Parallel, axes: list[str], notice: Notice) -> None:
-        self.name, self.parallel, self.axes, self.notice = name, parallel, axes, notice
+    def __init__(self, name: str, parallel: Parallel) -> None:
+        self.name, self.parallel = name, parallel
+        self.axes: list[str] = []
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> object:
         if module is None:
@@ -25,9 +25,14 @@ class _Summed:
         if value is None or not value.requires_grad:
             return value
         entered: Tensor = value
-        for axis in self.axes:
-            entered = replicate(entered, self.parallel.mesh, axis)
-        self.notice(entered, module, self.name, self.axes)
+        flow = current()
+        with nullcontext() if flow is None else flow.not_watching():
+            for axis in self.axes:
+                entered = replicate(entered, self.parallel.mesh, axis)
+        if flow is not None and self.parallel.axis in self.axes:
+            flow.is_sharded(entered)
+        elif flow is not None:
+            flow.is_parameter(entered, module, self.name)
         return entered
 
     def __set__(self, module: nn.Module, value: object) -> None:
@@ -35,7 +40,7 @@ class _Summed:
         raise AttributeError(self.name)
 
 
-def sum_gradients(module: nn.Module, name: str, parallel: Parallel, axis: str, notice: Notice) -> None:
+def sum_gradients(module: nn.Module, name: str, parallel: Parallel, axis: str) -> None:
     """From now on, sum the gradient of a module's own parameter over an axis.
 
     The module gets a class of its own, below its class and of its name, in which the parameter is an attribute that
@@ -47,6 +52,7 @@ def sum_gradients(module: nn.Module, name: str, parallel: Parallel, axis: str, n
         module.__class__ = kind
     known = kind.__dict__.get(name)
     if known is None:
-        setattr(kind, name, _Summed(name, parallel, [axis], notice))
-    elif axis not in known.axes:
+        known = _Summed(name, parallel)
+        setattr(kind, name, known)
+    if axis not in known.axes:
         known.axes.append(axis)

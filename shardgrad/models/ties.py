@@ -38,15 +38,15 @@ def check(groups: list[list[Place]], made: Mapping[str, ShardedModule], model: n
         name, own, sharding = new[0]
         if others and sharding.spec.axes:
             raise LayoutError(
-                f"{name}.{own} and {others[0][0]}.{others[0][1]} are one parameter, of which the plan shards the first only: "
-                "give both an entry, or neither"
+                f"{name}.{own} and {others[0][0]}.{others[0][1]} are one parameter, of which the plan shards the first "
+                "only: give both an entry, or neither"
             )
         for other, other_own, second in new[1:]:
             same = [dim.axes for dim in sharding.spec.dims] == [dim.axes for dim in second.spec.dims]
             if not same or sharding.shape != second.shape or sharding.merged != second.merged:
                 raise LayoutError(
-                    f"{name}.{own} and {other}.{other_own} are one parameter, which the plan stores as {sharding.spec} and "
-                    f"as {second.spec}"
+                    f"{name}.{own} and {other}.{other_own} are one parameter, which the plan stores as {sharding.spec} "
+                    f"and as {second.spec}"
                 )
 
 

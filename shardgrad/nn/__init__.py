@@ -13,13 +13,16 @@
 | `sharding`       | how one parameter is stored: its part taken, read, put together again      |
 | `features`       | which features a rank has, where several letters are one dim               |
 | `shardings`      | how every parameter of a model is stored                                   |
+| `dtensors`       | parameters that torch shards beside shardgrad (FSDP2)                      |
+| `data_parallel`  | whether what DDP and FSDP2 take for replicas are replicas                  |
 | `by_layout`      | a linear layer on any layout                                               |
 | `linear`         | column and row parallel linear layers                                      |
 | `conv`           | convolutions in five layouts                                               |
 | `embedding`      | an embedding whose vocabulary is sharded                                   |
 | `positions`      | learned positions, also where the sequence is sharded                      |
 | `rotary`         | rotary positions of queries and keys                                       |
-| `norm`           | norms with replicated parameters, while rows may be sharded                |
+| `norm`           | norms whose rows, or whose features, may be sharded                        |
+| `sharded_norm`   | norms of sharded features, as functions                                    |
 | `attention`      | self-attention with sharded heads                                          |
 | `heads`          | which key and value heads a rank's query heads attend                      |
 | `mask`           | masks of attention, sharded as the heads are                               |

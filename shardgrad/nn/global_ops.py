@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from math import inf, prod
 
@@ -14,6 +14,8 @@ from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.cost import Collective, sent
+from shardgrad.nn.dtensors import Place, is_dtensor, local, pieces, sharding_places
+from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
 
@@ -24,7 +26,10 @@ def num_parameters(model: nn.Module) -> int:
     Raises:
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
-    return sum(p.numel() if sharding is None else prod(sharding.shape) for _, p, sharding in named_shardings(model))
+    return sum(
+        parameter.numel() if sharding is None else prod(sharding.global_shape)
+        for _, parameter, sharding in named_shardings(model)
+    )
 
 
 @torch.no_grad()
@@ -49,7 +54,8 @@ def clip_grad_norm_(
         among the parameters', at least float32, in which the squares of 16-bit gradients are also summed.
 
     Raises:
-        TypeError: not a module, or a parameter is a DTensor.
+        TypeError: not a module.
+        MeshError: a DTensor is sharded over an axis that shards the layer's parameter already.
         ValueError: norm_type is not positive.
         ShapeError: a layer's parameter was replaced by something else (parametrized, pruned, of another shape).
         LayoutError: layers that share a parameter store it differently.
@@ -66,15 +72,13 @@ def clip_grad_norm_(
     by_axes: dict[tuple[Axis, ...], list[Tensor]] = {}
     meshes: dict[Axis, MeshView] = {}
     for _, parameter, sharding in parameters:
-        axes: list[Axis] = []
-        if sharding is not None:
-            mesh_view = view(sharding.mesh)
-            axes = [mesh_view.axes[name] for name in sharding.spec.axes if mesh_view.shape[name] > 1]
-            meshes.update((axis, mesh_view) for axis in axes)
-        gradients = by_axes.setdefault(tuple(sorted(axes, key=lambda axis: axis.name)), [])
-        if parameter.grad is not None:
-            gradients.append(parameter.grad)
-    text = "\n".join((f"norm_type {order}", *(f"{name} stored as {s.spec}" for name, _, s in parameters if s)))
+        places = _places(parameter, sharding)
+        meshes.update((axis, mesh_view) for leaf in places for mesh_view, axis in leaf)
+        held = [] if parameter.grad is None else pieces(parameter.grad, sharding)
+        for at, leaf in enumerate(places):
+            gradients = by_axes.setdefault(_in_order(leaf), [])
+            gradients += [gradient for gradient, _ in held[at : at + 1]]
+    text = "\n".join((f"norm_type {order}", *(line for each in parameters for line in _described(*each))))
     for axis, mesh_view in meshes.items():
         agree(mesh_view, axis, lambda: text, "the norm of the gradients")
     parts = {axes: _accumulate(gradients, order, device) for axes, gradients in by_axes.items()}
@@ -89,26 +93,57 @@ def clip_grad_norm_(
             f"the norm of order {order} of the gradients is {float(total)}: they cannot be clipped. With "
             "error_if_nonfinite=False they are scaled by it all the same"
         )
-    nn.utils.clip_grads_with_norm_([parameter for _, parameter, _ in parameters], max_norm, total)
+    _scale([parameter for _, parameter, _ in parameters], max_norm, total)
     return total
 
 
 def clip_grad_norm_collectives(model: nn.Module) -> list[Collective]:
     """Every collective of `clip_grad_norm_`, with its bytes, but for the comparison between ranks at first sight."""
-    sets: dict[str, set[tuple[str, ...]]] = {}
-    axes: dict[str, Axis] = {}
-    for _, _, sharding in named_shardings(model):
-        if sharding is not None:
-            mesh_view = view(sharding.mesh)
-            sharding_axes = tuple(sorted(name for name in sharding.spec.axes if mesh_view.shape[name] > 1))
-            for name in sharding_axes:
-                sets.setdefault(name, set()).add(sharding_axes)
-                axes[name] = mesh_view.axes[name]
+    sets: dict[Axis, set[tuple[Axis, ...]]] = {}
+    for _, parameter, sharding in named_shardings(model):
+        for places in _places(parameter, sharding):
+            for _, axis in places:
+                sets.setdefault(axis, set()).add(_in_order(places))
     found = []
-    for name, groups in sets.items():
-        count = sent("all-reduce", 2 * len(groups), axes[name].size, axes[name].index)  # of what `_accumulate` makes
-        found.append(Collective("clip", "all-reduce", "norms", name, 8 * count))
+    for axis, groups in sets.items():
+        count = sent("all-reduce", 2 * len(groups), axis.size, axis.index)  # of what `_accumulate` makes
+        found.append(Collective("clip", "all-reduce", "norms", axis.name, 8 * count))
     return found
+
+
+def _places(parameter: nn.Parameter, sharding: ParamSharding | None) -> list[list[Place]]:
+    """The axes over which a parameter is in shards, shardgrad's and torch's; of a concatenation, those of each part."""
+    beside = sharding_places(parameter)
+    if sharding is None:
+        return [beside]
+    found = []
+    for leaf in sharding.leaves:
+        mesh_view = view(leaf.mesh)
+        own = [(mesh_view, mesh_view.axes[name]) for name in leaf.spec.axes if mesh_view.shape[name] > 1]
+        found.append([*own, *beside])
+    return found
+
+
+def _in_order(places: Iterable[Place]) -> tuple[Axis, ...]:
+    return tuple(sorted((axis for _, axis in places), key=lambda axis: (axis.name, axis.ranks)))
+
+
+def _described(name: str, parameter: nn.Parameter, sharding: ParamSharding | None) -> Iterator[str]:
+    specs = [] if sharding is None else [str(leaf.spec) for leaf in sharding.leaves]
+    specs += [str(parameter.placements)] if is_dtensor(parameter) else []  # type: ignore[attr-defined]
+    if specs:
+        yield f"{name} stored as {', '.join(specs)}"
+
+
+def _scale(parameters: Sequence[nn.Parameter], max_norm: float, total: Tensor) -> None:
+    """torch's, which multiplies a DTensor by no tensor that is none."""
+    plain = [parameter for parameter in parameters if not is_dtensor(parameter)]
+    nn.utils.clip_grads_with_norm_(plain, max_norm, total)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None and is_dtensor(parameter):
+            gradient = local(parameter.grad)
+            gradient.mul_(factor.to(gradient.device))
 
 
 # A norm in three steps: what this rank has of it, what the ranks of an axis have together, and the norm. Shards of one

@@ -18,6 +18,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec, parse
 from shardgrad.layout.sizes import Sizes
 from shardgrad.nn import init
+from shardgrad.nn.data_parallel import check_replicas_alike
 from shardgrad.nn.docstring import with_products
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel, Where
@@ -212,6 +213,7 @@ class Layer(ShardedModule):
         return getattr(self, self._recipes[x].products[0].names[1]) is not None
 
     def _bind(self, x: str, dims: int, biased: bool) -> Bound:
+        check_replicas_alike(self._shardings, type(self).__name__)  # under a DDP that did not ask for the parameters
         bound = self._products[x, dims, biased] = self._recipes[x].bind(dims, biased)
         return bound
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.layout.notation import TensorSpec, parse_tensor
+from shardgrad.nn.data_parallel import check_replicas_alike
 from shardgrad.nn.init import draw_seed
 from shardgrad.nn.sharding import ParamSharding
 
@@ -42,6 +43,19 @@ class ShardedModule(nn.Module):
     def shardings(self) -> dict[str, ParamSharding]:
         """How each parameter of this module itself is stored, by its local name."""
         return dict(self._shardings)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """nn.Module's. DDP and `fully_shard` ask each module, before they change anything: here they are refused if
+        they take ranks for replicas that hold different shards.
+
+        Raises:
+            MeshError: as `check_replicas_alike`.
+        """
+        if not torch.compiler.is_compiling():
+            check_replicas_alike(self._shardings, type(self).__name__)
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     def declare(
         self,

@@ -1,41 +1,82 @@
-"""Norms over the last dims, with parameters that are replicated while the rows may be sharded over an axis."""
+"""Norms over the last dims, whose rows, or whose features, may be sharded over an axis."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from math import prod
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardgrad.errors import ShapeError
-from shardgrad.layout.cost import Collective
+from shardgrad.comm.mesh import view
+from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.notation import parse_tensor
+from shardgrad.layout.sizes import chunk, slab
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
 from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_norm_collectives, sharded_rms_norm
+from shardgrad.nn.template import AXIS
 
 
 class _Norm(Layer):
     weight: Tensor | None
     bias: Tensor | None
     takes = OnRows
+    _kind: ClassVar[str]  # of `sharded_norm_collectives`
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], affine: bool, bias: bool, where: Mapping[str, Any]
+        self,
+        normalized_shape: int | Sequence[int],
+        affine: bool,
+        bias: bool,
+        stored: str | None,
+        sizes: Mapping[str, int] | None,
+        where: Mapping[str, Any],
     ) -> None:
         super().__init__(where)
         self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        count = len(self.normalized_shape)
-        self._sizes = dict(zip(("m",) if count == 1 else [f"m{at}" for at in range(count)], self.normalized_shape))
+        self._features: list[int] | None = None  # of each rank of the axis, where it shards them
+        letters, merged = self._letters() if stored is None else self._letters_of(stored, sizes)
         for name, there in (("weight", affine), ("bias", affine and bias)):
             if there:
-                spec = parse_tensor(f"{name[0].upper()}[{','.join(self._sizes)}]")
-                self.add(name, self.stored(spec, vector=True))
+                spec = parse_tensor(f"{name[0].upper()}[{letters}]")
+                self.add(name, self.stored(spec, vector=True), merged)
             else:
                 self.register_parameter(name, None)
         self.reset_parameters()
+
+    def _letters(self) -> tuple[str, None]:
+        count = len(self.normalized_shape)
+        self._sizes = dict(zip(("m",) if count == 1 else [f"m{at}" for at in range(count)], self.normalized_shape))
+        return ",".join(self._sizes), None
+
+    def _letters_of(self, stored: str, sizes: Mapping[str, int] | None) -> tuple[str, tuple[int, ...] | None]:
+        user, shape = type(self).__name__, self.normalized_shape
+        dims = parse_tensor(f"W[{stored}]").dims
+        self._sizes = {dim.letter: shape[0] for dim in dims} if sizes is None else dict(sizes)
+        known = [self._sizes[dim.letter] for dim in dims if dim.letter in self._sizes]
+        if len(shape) != 1 or len(known) != len(dims) or prod(known) != shape[0]:
+            raise ShapeError(
+                f"{user}({shape}, stored={stored!r}, sizes={sizes}): the letters are of one normalized dim, which the "
+                "product of their sizes is"
+            )
+        if [dim.axes for dim in dims if dim.axes] != [(AXIS,)]:
+            raise LayoutError(
+                f"{user}: stored={stored!r} must shard one letter over the layer's axis, which is written {AXIS!r}"
+            )
+        if self.sequence_dim is not None:
+            raise LayoutError(
+                f"{user}: axis {self.axis!r} shards either features (stored={stored!r}) or rows "
+                f"(sequence_dim={self.sequence_dim}), not both"
+            )
+        ranks, at = view(self.mesh).shape[self.axis], next(dim.letter for dim in dims if dim.axes)
+        rest = shape[0] // self._sizes[at] if shape[0] else 0
+        self._features = [rest * chunk(self._sizes[at], ranks, index)[1] for index in range(ranks)]
+        return stored, shape if len(dims) > 1 else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Ones and zeros, as torch's."""
@@ -49,6 +90,12 @@ class _Norm(Layer):
         """Weight and bias as this rank's rows use them: where rows are sharded, their gradients are summed, both in one
         all-reduce for each axis, but for one that they are marked with."""
         rows = x.dim() - len(self.normalized_shape)
+        features = self._features and self._features[view(self.mesh).coordinate[self.axis]]
+        if features is not None and x.shape[-1:] != (features,):
+            raise ShapeError(
+                f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has {features} of the "
+                f"{self.normalized_shape[0]} features"
+            )
         if self.weight is None:
             return None, None
         if self.sequence_dim is not None and (
@@ -68,25 +115,50 @@ class _Norm(Layer):
         return sequence if self.data is None else [*sequence, self.data.axis]
 
     def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
-        """Every collective of this rank's forward and backward, whatever the shape and dtype of x."""
+        """Every collective of this rank's forward and backward.
+
+        Args:
+            shape, dtype: of the global x; they matter where features are sharded.
+        """
         shardings = list(self._shardings.values())
         own = None if self.weight is None else self.weight.dtype
-        return list(for_rows_collectives("dW and db", shardings, self._axes_of_rows(), own))
+        found = list(for_rows_collectives("dW and db", shardings, self._axes_of_rows(), own))
+        if self._features is None:
+            return found
+        rows = list(shape[:-1])
+        if self.data is not None:
+            mesh_view = view(self.mesh)
+            rows[0] = slab(rows[0], (self.data.axis,), mesh_view.shape, mesh_view.coordinate)[1]
+        wide = max((one for one in (own, dtype, "float32") if one is not None), key=itemsize)
+        return [*sharded_norm_collectives(self._kind, prod(rows), wide, self.mesh, self.axis), *found]
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, affine={self.weight is not None}, {self._flags()}"
+        stored = "" if self._features is None else f", features={self._features}"
+        return f"{self.normalized_shape}, affine={self.weight is not None}, {self._flags()}{stored}"
 
 
 class LayerNorm(_Norm):
     """nn.LayerNorm whose parameter gradients are complete also where each rank has only some of the rows.
 
     With `sequence_dim` the gradients of weight and bias are summed over the axis, in one all-reduce; without it every
-    rank has all the rows, and nothing is summed.
+    rank has all the rows, and nothing is summed. With `stored` each rank has some of the features, and parameters of
+    these; x is [..., features of this rank], and a few numbers for each row are exchanged (see `nn.sharded_norm`).
+
+        sg.RMSNorm(15, stored="h/tp,k", sizes={"h": 5, "k": 3}, mesh=mesh)  # over all heads, which tp shards
 
     Args:
         normalized_shape, eps, elementwise_affine, bias: as of nn.LayerNorm.
-        parallel, or mesh, axis, sequence_dim, data, device, dtype: as of `Parallel`. Parameters are replicated.
+        stored: how the features, the last dim, are sharded: letters, one of them with the layer's axis, written `tp`.
+        sizes: the global size of each letter; of one letter alone, it is known.
+        parallel, or mesh, axis, sequence_dim, data, device, dtype: as of `Parallel`. Without `stored`, parameters are
+            replicated.
+
+    Raises:
+        ShapeError: the letters of `stored` are not the normalized dim.
+        LayoutError: `stored` shards no letter, or several, or rows are sharded by the same axis.
     """
+
+    _kind = "layer"
 
     def __init__(
         self,
@@ -94,13 +166,18 @@ class LayerNorm(_Norm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
+        *,
+        stored: str | None = None,
+        sizes: Mapping[str, int] | None = None,
         **where: Unpack[OnRows],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine, bias, where)
+        super().__init__(normalized_shape, elementwise_affine, bias, stored, sizes, where)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters_for(x)
+        if self._features is not None:
+            return sharded_layer_norm(x, weight, bias, self.eps, self._features, self.mesh, self.axis)
         wide = x if weight is None else x.to(weight.dtype)  # 16-bit activations and float32 parameters: in float32
         return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -111,17 +188,24 @@ class RMSNorm(_Norm):
     Arguments as of nn.RMSNorm and of `LayerNorm`.
     """
 
+    _kind = "rms"
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
         eps: float | None = None,
         elementwise_affine: bool = True,
+        *,
+        stored: str | None = None,
+        sizes: Mapping[str, int] | None = None,
         **where: Unpack[OnRows],
     ) -> None:
-        super().__init__(normalized_shape, elementwise_affine, False, where)
+        super().__init__(normalized_shape, elementwise_affine, False, stored, sizes, where)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         weight, _ = self._parameters_for(x)
+        if self._features is not None:
+            return sharded_rms_norm(x, weight, self.eps, self.normalized_shape[0], self.mesh, self.axis)
         wide = x if weight is None else x.to(weight.dtype)
         return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)

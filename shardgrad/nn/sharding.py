@@ -59,6 +59,11 @@ class ParamSharding:
         return self.shape if self.merged is None else self.merged
 
     @property
+    def leaves(self) -> tuple[ParamSharding, ...]:
+        """The parts that are no concatenations themselves, in order; of any other parameter, this alone."""
+        return tuple(leaf for part in self.parts for leaf in part.leaves) or (self,)
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's parameter."""
         if self.parts:

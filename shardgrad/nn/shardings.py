@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from shardgrad.comm.mesh import view
-from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.errors import LayoutError, MeshError, ShapeError
+from shardgrad.nn.data_parallel import differing
+from shardgrad.nn.dtensors import group_ranks, is_dtensor
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.sharding import ParamSharding
 
@@ -13,11 +15,15 @@ from shardgrad.nn.sharding import ParamSharding
 def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamSharding | None]]:
     """Name, parameter and storage of every parameter; storage is None where no shardgrad layer has it (replicated).
 
+    A parameter that `fully_shard` has made a DTensor over other axes is stored like that as its ranks have it together:
+    shards of a shard, where a layer has it, else shards of a whole.
+
     A parameter that several modules share is listed once, under its first name, and is stored as the shardgrad layer
     that has it says, if one does.
 
     Raises:
-        TypeError: the model is no module, or a parameter is a DTensor.
+        TypeError: the model is no module, or a parameter is a DTensor that is partial.
+        MeshError: a DTensor, as `fully_shard` makes it of a layer's shards, is over ranks that hold different shards.
         ShapeError: a layer's parameter was replaced by something else (parametrized, pruned, of another shape).
         LayoutError: layers that share a parameter store it differently.
     """
@@ -42,8 +48,8 @@ def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamShar
                 )
     found = []
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "to_local"):
-            raise TypeError(f"{name} is a DTensor: torch's own functions know how it is stored, shardgrad does not")
+        if is_dtensor(parameter) and any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
+            raise TypeError(f"{name} is a DTensor that is partial: a parameter is sharded or replicated")
         known = owned.get(id(parameter))
         found.append((name, parameter, known[1] if known else None))
     return found
@@ -51,24 +57,30 @@ def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamShar
 
 def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
     shape = sharding.local_shape
-    if hasattr(parameter, "to_local"):
-        raise TypeError(
-            f"{name} is a DTensor (FSDP2?) of a tensor that shardgrad stores as {sharding.spec}: what is global over "
-            "both is not known here. Use DDP, or write the second axis into the layout of sg.matmul (W[d/dp,m/tp])"
-        )
     if not isinstance(parameter, nn.Parameter):
         raise ShapeError(
             f"{name} was a parameter of the layer and is a {type(parameter).__name__} now (parametrized or pruned?): "
             "how it is stored is no longer known"
         )
+    for ranks in group_ranks(parameter) if is_dtensor(parameter) else ():
+        found = differing(sharding, ranks)
+        if found is not None:
+            raise MeshError(
+                f"{name} is a DTensor (FSDP2?) over ranks {ranks} of a tensor that shardgrad stores as "
+                f"{sharding.spec}: along axis {found[0]!r} these hold different shards, which are no parts of one "
+                "tensor. Give fully_shard an axis of the mesh that shards no parameter: mesh=mesh['dp']"
+            )
     if tuple(parameter.shape) != shape:
         raise ShapeError(
             f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape "
-            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of replacing it"
+            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of "
+            "replacing it"
         )
 
 
 def _storage(sharding: ParamSharding) -> tuple[object, ...]:
     """What two declarations of one parameter must have in common, whatever their letters."""
+    if sharding.parts:
+        return sharding.dim, *(_storage(part) for part in sharding.parts)
     ranks = view(sharding.mesh).axes
     return sharding.shape, tuple(tuple(ranks[axis].ranks for axis in dim.axes) for dim in sharding.spec.dims)

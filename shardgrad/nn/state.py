@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
+from shardgrad.nn.dtensors import is_dtensor, placed_like, reshard, whole
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
@@ -99,7 +100,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     local.update((name, state[source]) for name, source in sources.items() if source is not None)
     for shared in names.values():
         value = live[shared[0]]
-        part = _part(local[shared[0]], value, storage.get(id(value)))
+        part = placed_like(_part(local[shared[0]], storage.get(id(value))), value)
         local.update(dict.fromkeys(shared, part))
     if hasattr(state, "_metadata"):  # the versions of modules, which torch hangs on the mapping
         local._metadata = state._metadata  # type: ignore[attr-defined]
@@ -108,6 +109,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _live(model: nn.Module) -> tuple[MutableMapping[str, Any], dict[int, ParamSharding]]:
     """torch's state of a model with its own tensors in it, and how each of them, by identity, is stored."""
+    reshard(model)
     parameters = named_shardings(model)
     live: MutableMapping[str, Any] = model.state_dict(keep_vars=True)
     there = {id(value) for value in live.values()}
@@ -128,7 +130,8 @@ def _is_tensor(name: str, value: object) -> bool:
 
 
 def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device | str | None) -> Tensor:
-    full = value.detach() if sharding is None else sharding.unshard(value)
+    part = whole(value.detach())
+    full = part if sharding is None else sharding.unshard(part)
     moved = full if device is None else full.to(device)
     return moved.clone() if sharding is None and moved is full else moved
 
@@ -136,6 +139,11 @@ def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device |
 def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Tensor:
     if sharding is None:
         return value.detach()
+    if is_dtensor(value) or sharding.parts:
+        what = (
+            "is in shards of a shard (FSDP2)" if is_dtensor(value) else "concatenates parts that are stored one by one"
+        )
+        raise LayoutError(f"{name} {what}, which no DTensor can say: take global tensors (as_dtensor=False)")
     from torch.distributed.tensor import DTensor  # a second of imports, only where it is needed
 
     placements = _placements(sharding)
@@ -190,14 +198,15 @@ def _misfit(
     return [] if alike else [f"{name}: shared with {source}, but the state has other values there"]
 
 
-def _part(given: Tensor, value: Tensor, sharding: ParamSharding | None) -> Tensor:
-    """This rank's part of a global tensor, or of a DTensor."""
+def _part(given: Tensor, sharding: ParamSharding | None) -> Tensor:
+    """What shardgrad stores on this rank of a global tensor, or of a DTensor."""
     if hasattr(given, "to_local"):
         from torch.distributed.tensor import DTensor
 
         assert isinstance(given, DTensor)
         if (
             sharding is not None
+            and not sharding.parts
             and given.device_mesh == sharding.mesh
             and list(given.placements) == _placements(sharding)
         ):

@@ -120,18 +120,14 @@ def _tensors(
     parameter: Held, optimizer: torch.optim.Optimizer | None, gradients: bool
 ) -> Iterator[tuple[str, str, Tensor | None]]:
     """Kind, name and local tensor of a parameter and of what belongs to it."""
-    yield "value", parameter.name, _local(parameter.parameter)
+    yield "value", parameter.name, parameter.local(parameter.parameter)
     if gradients and parameter.parameter.requires_grad:
         grad = gradient(parameter.parameter)
-        yield "gradient", parameter.name, None if grad is None else _local(grad)
+        yield "gradient", parameter.name, None if grad is None else parameter.local(grad)
     state = {} if optimizer is None else optimizer.state.get(parameter.parameter, {})
     for key, value in sorted(state.items()):
         if isinstance(value, Tensor):
-            yield "optimizer state", f"{parameter.name} ({key})", _local(value)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x
+            yield "optimizer state", f"{parameter.name} ({key})", parameter.local(value)
 
 
 def _described(entries: list[tuple[str, str, Tensor | None]]) -> str:

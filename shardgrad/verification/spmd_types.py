@@ -80,7 +80,9 @@ def annotate(model: nn.Module, summed: Collection[str] = ()) -> None:
     for _, parameter, sharding in named_shardings(model):
         if sharding is not None:
             mesh_view = view(sharding.mesh)
-            types = _types(sharding.spec, mesh_view.axes)
+            types = dict[str, Any]()
+            for leaf in sharding.leaves:  # a concatenation varies where one of its parts does
+                types.update({a: t for a, t in _types(leaf.spec, mesh_view.axes).items() if types.get(a) is not V})
             types.update({name: R for name in summed if types.get(name) is I})
             _set(parameter, types, mesh_view)
 

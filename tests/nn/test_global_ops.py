@@ -10,7 +10,7 @@ import torch
 from plain import randn, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn.utils import parametrizations
 
 import shardgrad as sg
@@ -245,12 +245,16 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     with pytest.raises(sg.ShapeError, match=r"weight has local shape \(5, 3\), but W\[m/tp,d\] of global shape"):
         num_parameters(replaced)
     replaced.weight = nn.Parameter(DTensor.from_local(torch.ones(3 - mesh.get_rank(), 3), mesh, [Shard(0)]))
-    with pytest.raises(TypeError, match=r"weight is a DTensor \(FSDP2\?\) of a tensor that shardgrad stores as"):
+    with pytest.raises(sg.MeshError, match=r"weight is a DTensor \(FSDP2\?\) over ranks \[0, 1\] of a tensor that"):
         clip_grad_norm_(replaced, 1.0)
     plain = nn.Linear(4, 2)
-    plain.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 4), mesh, [Shard(0)]))
-    with pytest.raises(TypeError, match=r"0.weight is a DTensor: torch's own functions"):
+    plain.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 4), mesh, [Partial()]))
+    with pytest.raises(TypeError, match=r"0.weight is a DTensor that is partial"):
         clip_grad_norm_(nn.Sequential(plain, layer), 1.0)
+    plain.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 4), mesh, [Shard(0)]))  # torch's own, beside ours
+    plain.weight.grad = DTensor.from_local(torch.full((1, 4), 2.0), mesh, [Shard(0)])
+    assert num_parameters(nn.Sequential(plain, layer)) == 8 + 2 + 15 + 5
+    torch.testing.assert_close(clip_grad_norm_(nn.Sequential(plain, layer), 1.0), torch.tensor(32**0.5))
     column, row = sg.ColumnParallelLinear(4, 4, mesh=mesh), sg.RowParallelLinear(8, 2, mesh=mesh)
     row.weight = column.weight
     with pytest.raises(sg.LayoutError, match=r"0.weight and 1.weight are one parameter, but stored differently"):
