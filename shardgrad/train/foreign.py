@@ -137,8 +137,8 @@ def check_vocab(config: Config, vocab: int) -> None:
             name = "tokens" if config.data.tokens else "tokenizer"
             used = config.data.tokens or config.data.tokenizer or "bytes"
             raise ConfigError(
-                f"data.{name} = {used} has {vocab} tokens, but the model knows {known} (vocab_size): name the tokenizer "
-                "that it was trained with"
+                f"data.{name} = {used} has {vocab} tokens, but the model knows {known} (vocab_size): name the "
+                "tokenizer that it was trained with"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
@@ -34,7 +35,9 @@ def wrap(base: Any, settings: Lora) -> Any:
         fan_in_fan_out=base.config.model_type == "gpt2",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(base, config)
 
 
 @torch.no_grad()

@@ -209,8 +209,11 @@ def _layouts(module: nn.Module) -> list[object]:
 
 
 def _every(path: str) -> str:
-    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is printed once."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is printed once. Without what training and peft add
+    around a model's own names."""
+    for added in ("lm.", "base_model.model."):
+        path = path.removeprefix(added)
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path).replace(".base_layer", "").replace(".default", "")
 
 
 def _grouped(model: LanguageModel) -> Iterator[tuple[str, str, Sequence[int], Sequence[int]]]:
@@ -221,7 +224,7 @@ def _grouped(model: LanguageModel) -> Iterator[tuple[str, str, Sequence[int], Se
         if where in seen:
             continue
         seen.add(where)
-        frozen = "" if parameter.requires_grad else ", not trained"
+        frozen = "" if parameter.requires_grad else " frozen"
         if sharding is None:
             yield where, f"replicated{frozen}", parameter.shape, parameter.shape
         else:

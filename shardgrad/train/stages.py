@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardgrad.train.config import Config, ConfigError, TransformersModel, check_ranks, load
+from shardgrad.train.data import read
+from shardgrad.train.foreign import check
 from shardgrad.train.model_folder import MODEL
 
 
@@ -12,7 +14,8 @@ def stages(config: Config, ranks: int) -> list[Config]:
     """The configurations to run, one after the other.
 
     Raises:
-        ConfigError: the run of model.made_by cannot be used, or leaves its model somewhere else.
+        ConfigError, DataError: the run of model.made_by cannot be used, leaves its model somewhere else, or leaves one
+            that the configured run cannot use.
     """
     section = config.model
     if not isinstance(section, TransformersModel) or section.made_by is None or section.pretrained is None:
@@ -32,4 +35,8 @@ def stages(config: Config, ranks: int) -> list[Config]:
         raise ConfigError(f"{where} has mesh.device = {first.mesh.device}, not {config.mesh.device}")
     if Path(section.pretrained).exists():
         return [config]
+    if first.model.config is not None:  # what is wrong with the second run is said before the first one
+        check(section.model_copy(update={"pretrained": None, "config": first.model.config}))
+    if config.data.tokens is None:
+        read(config.data.files)
     return [first.model_copy(update={"run": first.run.model_copy(update={"resume": "auto"})}), config]
