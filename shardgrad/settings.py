@@ -152,7 +152,7 @@ def _problem(model: type[Section], detail: ErrorDetails) -> str:
     key = ".".join(part for part in parts if not part.startswith("["))
     if detail["type"] == "extra_forbidden":
         among = [part.strip("[]") for part in parts if part.startswith("[")]
-        if among and key in dict(keys(model)):
+        if among and any(f"{known}.".startswith(f"{key}.") for known, _ in keys(model)):
             return f"{key} is no key {among[0]}"
         return f"{key} is no key{nearest(model, key)}"
     if detail["type"] == "missing":

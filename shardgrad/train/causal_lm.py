@@ -117,6 +117,8 @@ def build_causal_lm(
     if section.lora is not None:
         lora.reset(lm, config.run.seed, device)
     if config.train.recompute == "full":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        named = "activation_checkpointing_enable"  # since transformers 5.23 or so; gradient_… before
+        enable = getattr(base, named, None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     lm.train()
     return CausalLM(lm, about, mesh, data, section.seq_len, vocab, compute_dtype)
