@@ -117,7 +117,7 @@ def build_causal_lm(
     if section.lora is not None:
         lora.reset(lm, config.run.seed, device)
     if config.train.recompute == "full":
-        named = "activation_checkpointing_enable"  # since transformers 5.23 or so; gradient_… before
+        named = "activation_checkpointing_enable"  # by its newer name, if transformers has it
         enable = getattr(base, named, None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     lm.train()

@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str], rank: int) -> tuple[str, list[str]]:
         described.append(f"  {key:<20} {field.description} ({default})")
     parser = _Parser(
         usage="torchrun --standalone --nproc-per-node N launch/train.py CONFIG.yaml [section.key=value ...]",
-        description="Train a GPT or a Llama, tensor, sequence and data parallel over N ranks.",
+        description="Train a GPT, a Llama or a model of transformers, tensor, sequence and data parallel over N ranks.",
         epilog="keys:\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
