@@ -26,6 +26,7 @@ from shardgrad.train.config import Config, ConfigError, check_ranks
 from shardgrad.train.foreign import check, describe, with_tokenizer
 from shardgrad.train.metrics import read
 from shardgrad.train.prepare import prepare
+from shardgrad.train.stages import stages
 
 TEXT = "".join(f"line {i} of {i * i % 97}: {'abcdefgh'[i % 8 :]}\n" for i in range(120))
 STEPS = 3
@@ -295,3 +296,28 @@ def test_code_of_a_folder_is_not_run(tmp_path: Path) -> None:
     section = configured(tmp_path, {"pretrained": str(tmp_path / "base")}).model
     check(section)  # type: ignore[arg-type]
     assert type(describe(section).make("meta")) is hf.LlamaForCausalLM  # type: ignore[arg-type]
+
+
+def test_a_run_before_that_makes_the_model(tmp_path: Path) -> None:
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "text.txt").write_text(TEXT)
+    first = configured(tmp_path, {"config": str(tmp_path / "llama.json")}, run={"dir": str(tmp_path / "first")})
+    (tmp_path / "first.yaml").write_text(first.to_yaml())
+    model = {"pretrained": str(tmp_path / "first" / "model"), "made_by": str(tmp_path / "first.yaml")}
+
+    def found(**more: object) -> list[Config]:
+        return stages(check_ranks(configured(tmp_path, {**model, **more}), 1), 1)
+
+    one, two = found()
+    assert (one.run.dir, one.run.resume) == (str(tmp_path / "first"), "auto")
+    assert two.run.dir == str(tmp_path / "run")
+    for more, told in (
+        ({"pretrained": str(tmp_path / "other")}, "which model.pretrained = "),
+        ({"seq_len": 17}, "model.seq_len = 17 is more than the 16 positions of"),
+        ({"lora": {"targets": ["c_attn"]}}, "model.lora: Target modules"),
+        ({"made_by": str(tmp_path / "no.yaml")}, "cannot read the configuration"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            found(**more)
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    assert found() == [two]
