@@ -55,7 +55,7 @@ class FeatureExperts(ShardedModule):
             stored = f"W[e,{written(part)},{written(text.into)}]"
             self.declare(parameter, stored, known, parallel.device, parallel.dtype, merged)
         self.axis, self.data = axis, parallel.data
-        self.entered = False  # as of `FeatureLinear`
+        self.entered = False
         program = copy(old)  # a shallow one, without the parameters, which are this module's
         program._parameters = {n: p for n, p in old._parameters.items() if n not in (UP, DOWN)}
         self._program = [program]  # in a list: not a module of this one
@@ -64,6 +64,10 @@ class FeatureExperts(ShardedModule):
         """Replicated."""
         into = self._shardings[UP].global_shape[-1]
         return StoredOutput(MergedDim((Part((Dim("d"),), (into,)),)))
+
+    def enter(self) -> None:
+        """As of `FeatureLinear`."""
+        self.entered = True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         program = self._program[0]
@@ -77,7 +81,7 @@ class FeatureExperts(ShardedModule):
             if not self.entered:
                 hidden_states = replicate(hidden_states, self.mesh, self.axis)
                 top_k_weights = replicate(top_k_weights, self.mesh, self.axis)
-            y: Any = program(hidden_states, top_k_index, top_k_weights)
+            y: Any = program.forward(hidden_states, top_k_index, top_k_weights)
         finally:
             for name in (UP, DOWN):
                 object.__delattr__(program, name)

@@ -2,15 +2,16 @@
 
 Along the axis, a tensor is replicated, or differs between the ranks (it is sharded, or a term of a sum will flow back
 to it). What the sharded layers take and make is known from their features; what lies between them is the model's own
-program, and follows it: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
-used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A tensor
-that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence: that is an
-error, and so is a sharded parameter that somebody else than its layer uses.
+program, and is followed: what is computed with a tensor that differs, differs. A parameter that is not sharded and is
+used with such a tensor (the norm of a head) has only a term of its gradient on each rank: it is summed from now on. A
+tensor that is replicated, comes from parameters, and meets one that differs, would get a wrong gradient in silence:
+that is an error, and so is a sharded parameter that somebody else than its layer uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shardgrad.comm.adjoint import replicate
@@ -28,18 +28,9 @@ from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 
-_SHAPES_ONLY = {
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-}
-_SHAPES_ONLY |= {"new_empty", "new_full", "new_tensor", "size", "dim", "numel", "is_floating_point", "register_hook"}
-_SHAPES_ONLY |= {"requires_grad_", "backward"}
+_SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_SHAPES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "size", "dim", "numel"}
+_SHAPES_ONLY |= {"is_floating_point", "register_hook", "requires_grad_", "backward"}
 
 Found = Callable[[nn.Module, str], None]
 Source = set[tuple[int, str]] | None
@@ -57,6 +48,7 @@ class Flow(TorchFunctionMode):
         self._differs: Any = WeakIdKeyDictionary()
         self._from: Any = WeakIdKeyDictionary()  # of what comes from parameters: those, or None with activations in it
         self._inside = 0
+        self._failed: BaseException | None = None
         self._path: list[str] = []
         self._uses: dict[tuple[int, str], set[bool]] = {}
         self._owners: dict[int, tuple[nn.Module, str]] = {}
@@ -92,33 +84,33 @@ class Flow(TorchFunctionMode):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._path.append(self._names.get(id(module), type(module).__name__))
-        if isinstance(module, ShardedModule):
-            self._inside += 1
-            if isinstance(module, FeatureLinear) and module.kind == "column":
-                self._enters(module, args[0])
-            elif isinstance(module, FeatureExperts):
-                module.entered = self.differs(args[0])
-        elif not self._inside and isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
-            x = args[0]
-            if self.differs(x) and x.shape[-1] != module.in_features:
-                raise LayoutError(
-                    f"{self._path[-1]} gets x sharded over {self.parallel.axis}, {tuple(x.shape)}, but takes "
-                    f"{module.in_features} features: the plan lacks it, as '…/{self.parallel.axis} -> d'"
-                )
+        self._inside += isinstance(module, ShardedModule)
 
-    def _enters(self, layer: FeatureLinear, x: Tensor) -> None:
-        """Whether a column parallel layer has to sum its input's gradient, or whoever made the input has."""
-        if layer.entrance is not None:
-            layer.entered = self.differs(x)
-        elif self.differs(x):
+    def arrives(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """What a module's forward gets, when all other hooks have had it.
+
+        A column parallel layer, or experts, sum their input's gradient unless whoever made the input does.
+        """
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not self.differs(x):
+            return
+        if isinstance(module, FeatureExperts) or (isinstance(module, FeatureLinear) and module.kind == "column"):
+            module.enter()
+        elif isinstance(module, nn.Linear) and not self._inside and x.shape[-1] != module.in_features:
             raise LayoutError(
-                f"{self._path[-1]} ({layer.features}) gets x that is sharded over {self.parallel.axis} already, "
-                f"{tuple(x.shape)}: the plan lacks the row parallel layer before it"
+                f"{self._path[-1]} gets x sharded over {self.parallel.axis}, {tuple(x.shape)}, but takes "
+                f"{module.in_features} features: the plan lacks it, as '…/{self.parallel.axis} -> d'"
             )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._path.pop()
+        path = self._path.pop()
+        error = sys.exception()
+        if error is not None and self._failed is not error:
+            self._failed = error
+            error.add_note(f"(in {path} of a model that sg.parallelize changed, in its first call){_integers(module)}")
         if not isinstance(module, ShardedModule):
+            if error is None and not self._inside:
+                self._not_followed(path, module, args, output)
             return
         self._inside -= 1
         if self._inside:
@@ -128,6 +120,28 @@ class Flow(TorchFunctionMode):
                 self.is_sharded(tensor)
             else:
                 self.is_replicated(tensor)
+
+    def _not_followed(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Mark what a module without others inside makes of sharded input by means that cannot be watched (autograd
+        functions of its own), and refuse them where it has parameters.
+
+        Raises:
+            LayoutError: as said.
+        """
+        if any(True for _ in module.children()) or not any(self.differs(x) for x in tensors_in(args)):
+            return
+        made = [
+            y for y in tensors_in(output) if y.is_floating_point() and y not in self._differs and y not in self._from
+        ]
+        for y in made:
+            self.is_sharded(y)
+        own = [name for name, one in module._parameters.items() if one is not None]
+        if made and own and not all(True in self._uses.get((id(module), name), ()) for name in own):
+            raise LayoutError(
+                f"{path} ({type(module).__name__}) computes with its {', '.join(own)} and x that is sharded over "
+                f"{self.parallel.axis}, by an operation that cannot be watched (a kernel of its own?): whether their "
+                "gradients are sums over ranks is not known. Use the model without such kernels"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -143,7 +157,7 @@ class Flow(TorchFunctionMode):
         if differs:
             entered = {id(t): self._enter(t, source, name) for t, source in zip(given, sources) if source != set()}
             if entered:
-                args, kwargs = tree_map(lambda one: entered.get(id(one), one), (args, kwargs))
+                args, kwargs = _replaced((args, kwargs), entered)
         elif None in sources:
             for source in sources:
                 self._used(source or set(), differs=False)
@@ -158,7 +172,8 @@ class Flow(TorchFunctionMode):
         return result
 
     def _source(self, tensor: Tensor) -> Source:
-        """The trained parameters that a replicated tensor comes from; None if activations are in it."""
+        """The parameters that a replicated tensor comes from (one that is frozen may be trained later); None if
+        activations are in it."""
         if self.differs(tensor):
             return set()
         if tensor in self._from:
@@ -171,7 +186,7 @@ class Flow(TorchFunctionMode):
                 f"{self._where()} uses {self._names[id(module)]}.{name}, of which a rank has a part only, outside of "
                 "its layer: leave it out of the plan"
             )
-        return {(id(module), name)} if tensor.requires_grad else set()
+        return {(id(module), name)}
 
     def _owner(self, parameter: nn.Parameter) -> tuple[nn.Module, str]:
         if id(parameter) not in self._owners:  # (FSDP2 exchanges parameters as modules are called)
@@ -213,6 +228,15 @@ class Flow(TorchFunctionMode):
         return self._path[-1] if self._path and self._path[-1] else type(self.model).__name__
 
 
+def _integers(module: nn.Module) -> str:
+    """A hint at the integers that a module of somebody's reads, which may count features that are sharded now."""
+    found = {name: n for name, n in vars(module).items() if type(n) is int and n > 1 and name != "layer_idx"}
+    if isinstance(module, ShardedModule) or not found:
+        return ""
+    said = ", ".join(f"{name}={n}" for name, n in found.items())
+    return f"\n(it reads {said}: those that count sharded heads or features need an entry in the plan)"
+
+
 def _no_dropout(name: str, args: Any, kwargs: Any, where: str) -> None:
     attends = name == "scaled_dot_product_attention"
     if not attends and not name.endswith("dropout"):
@@ -234,7 +258,20 @@ def dropout_error(where: str, p: float) -> LayoutError:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors in what a function takes or gives back."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inside for tensor in tensors_in(one)]
+
+
+def _replaced(value: Any, by: Mapping[int, Tensor]) -> Any:
+    """The same with some tensors replaced, by their identity."""
+    if isinstance(value, Tensor):
+        return by.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(one, by) for one in value)
+    return {key: _replaced(one, by) for key, one in value.items()} if type(value) is dict else value
 
 
 _current: ContextVar[Flow | None] = ContextVar("the flow that watches", default=None)
@@ -254,6 +291,7 @@ def watching(flow: Flow) -> Iterator[None]:
         for module in flow.model.modules():
             if module is not flow.model:
                 handles.append(module.register_forward_pre_hook(flow.before, prepend=True))
+                handles.append(module.register_forward_pre_hook(flow.arrives))
                 handles.append(module.register_forward_hook(flow.after, prepend=True, always_call=True))
         with torch.compiler.set_stance("force_eager"), flow:
             yield

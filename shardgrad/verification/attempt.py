@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardgrad.comm import shim
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.nn.global_ops import clip_grad_norm_
@@ -275,7 +276,9 @@ def _gradient(seed: int) -> Callable[[Tensor], Tensor]:
 
     def make(result: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed + 1)
-        return torch.randn(result.shape, generator=generator).bfloat16().to(result)
+        with shim.no_dispatch():
+            drawn = torch.randn(result.shape, generator=generator).bfloat16()
+        return drawn.to(result)
 
     return make
 
