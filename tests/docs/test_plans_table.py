@@ -36,13 +36,21 @@ def stored(known: Architecture) -> str:
 
 def shortened(names: list[str]) -> str:
     parents = ["", *(name.rpartition(".")[0] for name in names)]
-    said = [name.rpartition(".")[2] if here and here == above else name for name, above, here in zip(names, parents, parents[1:])]
+    said = [
+        name.rpartition(".")[2] if here and here == above else name
+        for name, above, here in zip(names, parents, parents[1:])
+    ]
     return ", ".join(f"`{name}`" for name in said)
 
 
 def test_the_page_has_the_plans_of_the_code() -> None:
     (written,) = [match[0] for match in TABLE.finditer(PAGE.read_text(encoding="utf-8"))]
     assert written == table()
+
+
+def test_the_page_on_training_names_them_all() -> None:
+    page = (PAGE.parent / "models.md").read_text(encoding="utf-8")
+    assert f"configurations: {', '.join(KNOWN)} (" in " ".join(page.split())
 
 
 if __name__ == "__main__":
