@@ -47,7 +47,7 @@ def test_adapters_from_peft_and_back(world_size: int, name: str, tmp_path: Path)
         plain(name).save_pretrained(tmp_path / "base")
     dist.barrier()
 
-    model = sg.parallelize(adapted(on_meta(name), name), mesh).eval()
+    model = sg.parallelize(adapted(on_meta(name), name).eval(), mesh)
     sg.load_pretrained(model, tmp_path / "base")
     first = {n: p for n, p in sg.state_dict(model).items() if "lora_" in n}
     assert all(bool(p.any()) == ("lora_A" in n) for n, p in first.items())  # peft's initial values
