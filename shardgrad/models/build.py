@@ -17,7 +17,7 @@ from shardgrad.layout.sizes import slab
 from shardgrad.models.embedding import embedding
 from shardgrad.models.entrance import Entrance
 from shardgrad.models.experts import DOWN, FeatureExperts
-from shardgrad.models.features import Features, Letters, complete
+from shardgrad.models.features import Features, Letters, complete, division
 from shardgrad.models.linear import FeatureLinear
 from shardgrad.models.plan import Assigned, Laid, plain_name
 from shardgrad.nn.heads import Heads
@@ -25,6 +25,7 @@ from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_SAME = ("transformers.pytorch_utils.Conv1D", "transformers.models.falcon.modeling_falcon.FalconLinear")
 
 
 class Builder:
@@ -33,10 +34,14 @@ class Builder:
     Args:
         sizes: of letters, as given.
         sequence: whether activations are sharded along the sequence between the layers.
+        known: what is known of the architecture's own layers, by their identity: its programs read them so.
     """
 
-    def __init__(self, laid: Laid, sizes: Mapping[str, int], parallel: Parallel, sequence: bool) -> None:
+    def __init__(
+        self, laid: Laid, sizes: Mapping[str, int], parallel: Parallel, sequence: bool, known: Mapping[int, Features]
+    ) -> None:
         self.laid, self.sizes, self.parallel, self.sequence = laid, dict(sizes), parallel, sequence
+        self.known = known
         self.over = view(parallel.mesh).axis(parallel.axis)
         self.heads = self._heads()
         self.made: dict[str, ShardedModule] = {}
@@ -101,6 +106,7 @@ class Builder:
         transposed = type(module).__name__ == "Conv1D"
         n_out, n_in = weight.shape[::-1] if transposed else weight.shape
         sizes = self._complete(features, n_in, n_out, name)
+        self._check_known(one, sizes, n_in, n_out)
         entrance = None
         if self._kind(one) == "column" and (users > 1 or self.sequence):
             entrance = self._entrances.setdefault(key, Entrance(self.parallel, users))
@@ -114,6 +120,20 @@ class Builder:
             entrance=entrance,
             parallel=replace(self._for(weight), sequence_dim=sequence_dim),
         )
+
+    def _check_known(self, one: Assigned, sizes: Mapping[str, int], n_in: int, n_out: int) -> None:
+        """Refuse a plan that divides features otherwise than the program of a known architecture reads them."""
+        known, axis = self.known.get(id(one.module)), self.parallel.axis
+        if known is None or self._kind(one) == "replicated":
+            return
+        right = self._complete(known, n_in, n_out, one.plain)
+        theirs = [division(letters, right, axis) for letters in (known.into, *known.parts)]
+        mine = [division(letters, sizes, axis) for letters in (one.features.into, *one.features.parts)]
+        if mine != theirs:
+            raise LayoutError(
+                f"{one.plain} is stored as {known} by this architecture's own program, not as {one.features}: its "
+                "heads or parts would be taken for others"
+            )
 
     def _complete(self, features: Features, n_in: int, n_out: int, name: str) -> dict[str, int]:
         sizes = complete(features.into, n_in, self.sizes, f"{name}: its input")
@@ -170,8 +190,8 @@ class Builder:
 
 
 def _linear(module: nn.Module) -> bool:
-    conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    return type(module) in _LINEAR or conv1d
+    kind = type(module)
+    return kind in _LINEAR or f"{kind.__module__}.{kind.__name__}" in _SAME
 
 
 def _kind_of(module: nn.Module) -> str:

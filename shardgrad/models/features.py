@@ -100,6 +100,19 @@ def _letters(text: str, whole: str, where: str) -> Letters:
     return spec.dims
 
 
+def division(letters: Letters, sizes: Mapping[str, int], axis: str) -> list[tuple[int, bool]]:
+    """How an axis divides some features, whatever their letters: factors of their number, major first, and which
+    of them is sharded."""
+    made: list[tuple[int, bool]] = []
+    for dim in letters:
+        sharded = axis in dim.axes
+        if made and not sharded and not made[-1][1]:
+            made[-1] = made[-1][0] * sizes[dim.letter], False
+        elif sizes[dim.letter] > 1 or sharded:
+            made.append((sizes[dim.letter], sharded))
+    return made
+
+
 def written(letters: Iterable[Dim]) -> str:
     return ",".join(map(str, letters))
 

@@ -10,6 +10,7 @@ that is an error, and so is a sharded parameter that somebody else than its laye
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,6 +57,7 @@ class Flow(TorchFunctionMode):
         self._differs: Any = WeakIdKeyDictionary()
         self._from: Any = WeakIdKeyDictionary()  # of what comes from parameters: those, or None with activations in it
         self._inside = 0
+        self._failed: BaseException | None = None
         self._path: list[str] = []
         self._uses: dict[tuple[int, str], set[bool]] = {}
         self._owners: dict[int, tuple[nn.Module, str]] = {}
@@ -107,16 +109,15 @@ class Flow(TorchFunctionMode):
 
     def _enters(self, layer: FeatureLinear, x: Tensor) -> None:
         """Whether a column parallel layer has to sum its input's gradient, or whoever made the input has."""
-        if layer.entrance is not None:
-            layer.entered = self.differs(x)
-        elif self.differs(x):
-            raise LayoutError(
-                f"{self._path[-1]} ({layer.features}) gets x that is sharded over {self.parallel.axis} already, "
-                f"{tuple(x.shape)}: the plan lacks the row parallel layer before it"
-            )
+        if self.differs(x) and not layer.entered:
+            layer.enter()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._path.pop()
+        path = self._path.pop()
+        error = sys.exception()
+        if error is not None and self._failed is not error:
+            self._failed = error
+            error.add_note(f"(in {path} of a model that sg.parallelize changed, in its first call){_integers(module)}")
         if not isinstance(module, ShardedModule):
             return
         self._inside -= 1
@@ -210,6 +211,15 @@ class Flow(TorchFunctionMode):
 
     def _where(self) -> str:
         return self._path[-1] if self._path and self._path[-1] else type(self.model).__name__
+
+
+def _integers(module: nn.Module) -> str:
+    """A hint at the integers that a module of somebody's reads, which may count features that are sharded now."""
+    found = {name: n for name, n in vars(module).items() if type(n) is int and n > 1 and name != "layer_idx"}
+    if isinstance(module, ShardedModule) or not found:
+        return ""
+    said = ", ".join(f"{name}={n}" for name, n in found.items())
+    return f"\n(it reads {said}: those that count sharded heads or features need an entry in the plan)"
 
 
 def _no_dropout(name: str, args: Any, kwargs: Any, where: str) -> None:

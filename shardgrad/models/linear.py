@@ -59,16 +59,17 @@ class FeatureLinear(Layer):
         **where: Unpack[Where],
     ) -> None:
         super().__init__(where, reduce=entrance is None)
-        self.entered = False  # whether x comes with its gradient summed by whoever made it; seen in a first call
+        self.entered = False  # whether x comes with its gradient summed by whoever made it; see `enter`
         self.features, self.transposed, self.entrance = features, transposed, entrance
-        self.heads = heads if any(dim.letter == "g" for part in features.parts for dim in part) else None
         self.kind = features.kind(self.axis)
+        self._whole = {part[0].letter for part in features.parts if self.kind == "column" and not _axes(part)}
+        self.heads = heads if any("g/" in str(dim) for part in features.parts for dim in part) else None
+        self._whole |= {"g"} if self.heads is not None else set()
         self.in_features = prod(sizes[dim.letter] for dim in features.into)
         self.out_features = sum(prod(sizes[dim.letter] for dim in part) for part in features.parts)
         self._declared: dict[str, list[ParamSharding]] = {"weight": [], "bias": []}
         products = {str(at): self._template(part) for at, part in enumerate(features.parts)}
-        unknown = ("g",) if self.heads is not None else ()
-        self.build(sizes, bias=bias, products=products, unknown=unknown)
+        self.build(sizes, bias=bias, products=products, unknown=self._whole)
         for name, parts in self._declared.items():
             if parts:
                 self._register(name, parts)
@@ -82,7 +83,7 @@ class FeatureLinear(Layer):
     # What Layer.build asks: the parts of a concatenation are products of one input, with pieces of one weight.
 
     def _template(self, part: Letters) -> str:
-        into, out = (written(_symbols(letters, self.axis)) for letters in (self.features.into, part))
+        into, out = (written(_symbols(letters, self.axis)) for letters in (self.features.into, self._used(part)))
         order = (into, out) if self.transposed else (out, into)
         x, y = (f"X[n,{into}]", f"Y[n/sp,{out}]") if self.kind == "row" else (f"X[n/sp,{into}]", f"Y[n,{out}]")
         return f"{x} W[{','.join(order)}] -> {y} + B[{out}]"
@@ -91,7 +92,8 @@ class FeatureLinear(Layer):
         """As of `Layer`, and over the axes that the text stores features on."""
         if spec is None:
             return None
-        own = {dim.letter: dim.axes for dim in self.features.letters}
+        own = {dim.letter: dim.axes for part in self.features.parts for dim in self._used(part)}
+        own |= {dim.letter: dim.axes for dim in self.features.into}
         spec = spec.with_axes({dim.letter: own[dim.letter] for dim in spec.dims})
         if self.data is None or self.data.axis in spec.axes:
             return spec
@@ -102,12 +104,25 @@ class FeatureLinear(Layer):
 
     def add(self, name: str, spec: TensorSpec, merged: tuple[int, ...] | None = None) -> None:
         part, kind = self.features.parts[int(name.partition("_")[0])], name.partition("_")[2]
-        if self.heads is not None and any(dim.letter == "g" for dim in part):
-            spec = spec.with_axes({"g": ()})
+        spec = spec.with_axes({dim.letter: () for dim in part if dim.letter in self._whole})
         sizes = [prod(self._sizes[dim.letter] for dim in letters) for letters in (part, self.features.into)]
         shape = tuple(sizes[:1] if kind == "bias" else sizes[::-1] if self.transposed else sizes)
         whole = tuple(self._sizes[letter] for letter in spec.letters)
         self._declared[kind].append(ParamSharding(spec, whole, self.mesh, None if shape == whole else shape))
+
+    def _used(self, part: Letters) -> Letters:
+        """A part's letters as the product has them. One that no axis shards, beside others that one shards (a KV head
+        for all queries), is stored whole; ranks use it for heads of their own, so that its gradient is a sum."""
+        if self.kind != "column" or _axes(part):
+            return part
+        return replace(part[0], axes=(self.axis,)), *part[1:]
+
+    def enter(self) -> None:
+        """From now on, leave the input's gradient unsummed: whoever made the input sums it."""
+        self.entered = True
+        if self.entrance is None:
+            self._recipes = {x: replace(recipe, reduce=False) for x, recipe in self._recipes.items()}
+            self._products.clear()
 
     def _biased(self, x: str) -> bool:
         return self.bias is not None
@@ -168,12 +183,15 @@ class FeatureLinear(Layer):
     def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """The pieces of the weight and the bias as products have them; of KV heads, those that this rank needs."""
         pieces = {name: self._split(name) for name in self._shardings}
-        if self.heads is not None:
-            kv = [at for at, part in enumerate(self.features.parts) if any(dim.letter == "g" for dim in part)]
+        if self._whole:
+            kv = [at for at, part in enumerate(self.features.parts) if any(dim.letter in self._whole for dim in part)]
             shared = [(name, at) for name in pieces for at in kv]
             axes = (self.axis,)
             used = for_rows([pieces[n][at] for n, at in shared], [self._parts(n)[at] for n, at in shared], axes)
             for (name, at), whole in zip(shared, used):
+                pieces[name][at] = whole
+                if self.heads is None:
+                    continue
                 place = next(i for i, dim in enumerate(self.features.parts[at]) if dim.letter == "g")
                 place += len(self.features.into) if self.transposed and name == "weight" else 0
                 pieces[name][at] = whole.narrow(place, self.heads.first_kv, self.heads.count_kv)
@@ -214,6 +232,10 @@ def _for_each_query(y: Tensor, heads: Heads, dim: int) -> Tensor:
         shape[dim] = share
         parts.append(y.narrow(dim, at, 1).expand(shape))
     return torch.cat(parts, dim)
+
+
+def _axes(letters: Letters) -> list[str]:
+    return [axis for dim in letters for axis in dim.axes]
 
 
 def _symbols(letters: Letters, axis: str) -> list[Dim]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +100,8 @@ def parallelize(
     streams = _streams(sequence, known_sequence)
     if model.training:
         refuse_dropout(model)
-    builder = Builder(laid, letters, parallel, bool(streams))
+    known = _known(model, base, axis) if plan is not None else {}
+    builder = Builder(laid, letters, parallel, bool(streams), known)
     builder.build()
     numbers = [(one, builder.number(one)) for one in laid.integers]
     instead = {id(one.module): one.name for one in laid.modules} | {id(m): name for name, m, _ in laid.experts}
@@ -125,7 +127,26 @@ def parallelize(
         hook.register(module)
     if data is not None:
         sum_over_data(model, parallel)
+    if hasattr(model, "save_pretrained"):  # which would write this rank's shards
+        model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
     return model
+
+
+def _save_pretrained(model: nn.Module, save_directory: str, **options: Any) -> None:
+    """`sg.save_pretrained` in the place of the model's own.
+
+    Raises:
+        TypeError: an option that only the model's own has.
+    """
+    from shardgrad.models.pretrained_save import save_pretrained
+
+    unknown = [name for name in options if name != "max_shard_size"]
+    if unknown:
+        raise TypeError(
+            f"save_pretrained of a parallelized model is sg.save_pretrained(model, folder), which knows no "
+            f"{unknown[0]}: the model's own would write each rank's shards"
+        )
+    save_pretrained(model, save_directory, **options)
 
 
 def _plan(
@@ -152,6 +173,13 @@ def _plan(
     if isinstance(known.sequence, str):
         return dict(plan), letters, f"sequence=True: {known.sequence}"
     return dict(plan), letters, {one: text.replace("tp", axis) for one, text in known.sequence.items()}
+
+
+def _known(model: nn.Module, base: Any, axis: str) -> dict[int, Features]:
+    """What is known of an architecture's layers, by their identity."""
+    known = architecture_of(base)
+    plan = {} if known is None else {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
+    return {id(one.module): one.features for one in lay(model, plan, strict=False).modules}
 
 
 def _streams(sequence: bool | Mapping[str, str], known: Mapping[str, str] | str) -> Mapping[str, str]:
