@@ -100,6 +100,7 @@ def plain(
 ) -> Any:
     """A model on one device, alike on every rank: no two parameters have the same values, no norm is 1, no bias 0."""
     config, kind, sizes = MODELS[name]
+    attention = "eager" if name == "gemma2" else attention  # it has no other
     model = getattr(hf, kind)(getattr(hf, config)(attn_implementation=attention, **{**sizes(heads), **changes}))
     if name in ("mixtral", "qwen3_moe"):
         model.set_experts_implementation("eager")  # the grouped product takes neither float64 nor sizes so uneven

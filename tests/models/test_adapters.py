@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -25,7 +26,9 @@ def adapted(model: Any, targets: tuple[str, ...], **settings: Any) -> Any:
     """A model with adapters whose A and B are random."""
     conv1d = model.config.model_type == "gpt2"
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), fan_in_fan_out=conv1d, **settings)
-    made = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+        made = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 from one_device import GROUPED, KNOWN, Heads, S, assert_calls_agree, backward, batch, line, plain
 
 import shardgrad as sg
@@ -38,7 +39,7 @@ HEADS = ((6, 3), (8, 4), (10, 2), (5, 5), (5, 1), (2, 1), (4, 2))
 @distributed(world_size=[1, 2, 3, 4], timeout=180)
 def test_heads_of_all_kinds(world_size: int, name: str) -> None:
     for at, heads in enumerate(HEADS if name in GROUPED else ((5, 5), (2, 2), (8, 8))):
-        for attention in ("eager", "sdpa") if at < 2 or name == "gemma2" else ("sdpa",):
+        for attention in ("eager", "sdpa") if at < 2 else ("sdpa",):
             agree(name, world_size, heads, attention)
 
 
@@ -53,5 +54,7 @@ def test_gradients_of_a_shared_input_are_summed_once(world_size: int) -> None:
         backward(model, given)
     assert [event.operation for event in trace] == ["all-reduce"] * len(trace)
     activations, numbers = 2 * S * 28 * 8, 2 * S * 8
-    assert trace.bytes == 2 * (world_size - 1) * (10 * activations + 3 * numbers) // world_size
     assert len(trace) == 12
+    every: list[int] = [0] * world_size
+    dist.all_gather_object(every, trace.bytes)
+    assert sum(every) == 2 * (world_size - 1) * (10 * activations + 3 * numbers)
