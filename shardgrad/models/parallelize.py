@@ -248,6 +248,11 @@ def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder
         return
     for path, new in made.items():
         letters = {dim.letter for part in getattr(new, "features", NONE).parts for dim in part}
-        for parent in (model.get_submodule(path.rpartition(".")[0]) if "g" in letters else None,):
+        for parent in (model.get_submodule(_owner(path)) if "g" in letters else None,):
             if isinstance(getattr(parent, "num_key_value_groups", None), int):
                 parent.num_key_value_groups = 1  # type: ignore[union-attr]
+
+
+def _owner(path: str) -> str:
+    """The name of the module that calls a layer, also one in an adapter's wrapper."""
+    return path.removesuffix(".base_layer").rpartition(".")[0]
