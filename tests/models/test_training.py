@@ -36,7 +36,7 @@ def test_recomputation(world_size: int, reentrant: bool, sequence: bool) -> None
     """Of two calls of other lengths, of which backward recomputes the first when the second has been."""
     one, model = plain("llama"), plain("llama")
     sg.parallelize(model, line(world_size), sequence=sequence)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     assert_calls_agree(model, one, batch("llama"))
