@@ -19,7 +19,7 @@ from shardgrad.models.entrance import Entrance
 from shardgrad.models.experts import DOWN, FeatureExperts
 from shardgrad.models.features import Features, Letters, complete, division
 from shardgrad.models.linear import FeatureLinear
-from shardgrad.models.plan import Assigned, Laid, plain_name
+from shardgrad.models.plan import Assigned, Laid
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -208,6 +208,3 @@ def fill(new: ShardedModule, old: nn.Module) -> None:
         if not whole.is_meta:
             parameter.copy_(sharding.shard(whole))
         parameter.requires_grad_(whole.requires_grad)
-
-
-__all__ = ["Builder", "fill", "plain_name"]

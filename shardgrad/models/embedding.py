@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.errors import LayoutError
+from shardgrad.layout.notation import Dim
 from shardgrad.models.features import Features, written
 from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.replicated import for_rows
@@ -51,6 +53,10 @@ class VocabularyEmbedding(VocabParallelEmbedding):
     def reset_parameters(self, generator: Any = None) -> None:
         """Nothing: the values are those of the embedding that this one stands for."""
 
+    def stored_output(self) -> StoredOutput:
+        """Replicated."""
+        return StoredOutput(MergedDim((Part((Dim("d"),), (self.embedding_dim,)),)))
+
     def forward(self, ids: Tensor) -> Tensor:
         y = all_reduce(self._lookup(ids), self.mesh, self.axis)
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
@@ -74,8 +80,13 @@ class FeatureEmbedding(ShardedModule):
         text = f"W[{written(features.into)},{written(part)}]"
         merged = shape if len(features.into) + len(part) > 2 else None
         self.declare("weight", text, sizes, parallel.device, parallel.dtype, merged)
+        self._stored = StoredOutput(MergedDim((Part(part, tuple(sizes[dim.letter] for dim in part), spread=True),)))
         self.features, self.padding_idx, self.data = features, padding_idx, parallel.data
         self._spread = prod(max(size, 1) for size in self._shardings["weight"].block()[1][len(features.into) :])
+
+    def stored_output(self) -> StoredOutput:
+        """This rank's features."""
+        return self._stored
 
     def forward(self, ids: Tensor) -> Tensor:
         weight: Tensor = self.weight

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import all_reduce, replicate
 from shardgrad.errors import LayoutError
+from shardgrad.layout.notation import Dim
 from shardgrad.models.features import Features, complete, written
+from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 from shardgrad.nn.replicated import for_rows
@@ -53,10 +55,19 @@ class FeatureExperts(ShardedModule):
             stored = f"W[e,{written(part)},{written(text.into)}]"
             self.declare(parameter, stored, known, parallel.device, parallel.dtype, merged)
         self.axis, self.data = axis, parallel.data
-        self.entered = False  # as of `FeatureLinear`
+        self.entered = False
         program = copy(old)  # a shallow one, without the parameters, which are this module's
         program._parameters = {n: p for n, p in old._parameters.items() if n not in (UP, DOWN)}
         self._program = [program]  # in a list: not a module of this one
+
+    def stored_output(self) -> StoredOutput:
+        """Replicated."""
+        into = self._shardings[UP].global_shape[-1]
+        return StoredOutput(MergedDim((Part((Dim("d"),), (into,)),)))
+
+    def enter(self) -> None:
+        """As of `FeatureLinear`."""
+        self.entered = True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         program = self._program[0]

@@ -93,24 +93,23 @@ class Flow(TorchFunctionMode):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._path.append(self._names.get(id(module), type(module).__name__))
-        if isinstance(module, ShardedModule):
-            self._inside += 1
-            if isinstance(module, FeatureLinear) and module.kind == "column":
-                self._enters(module, args[0])
-            elif isinstance(module, FeatureExperts):
-                module.entered = self.differs(args[0])
-        elif not self._inside and isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
-            x = args[0]
-            if self.differs(x) and x.shape[-1] != module.in_features:
-                raise LayoutError(
-                    f"{self._path[-1]} gets x sharded over {self.parallel.axis}, {tuple(x.shape)}, but takes "
-                    f"{module.in_features} features: the plan lacks it, as '…/{self.parallel.axis} -> d'"
-                )
+        self._inside += isinstance(module, ShardedModule)
 
-    def _enters(self, layer: FeatureLinear, x: Tensor) -> None:
-        """Whether a column parallel layer has to sum its input's gradient, or whoever made the input has."""
-        if self.differs(x) and not layer.entered:
-            layer.enter()
+    def arrives(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """What a module's forward gets, when all other hooks have had it.
+
+        A column parallel layer, or experts, sum their input's gradient unless whoever made the input does.
+        """
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not self.differs(x):
+            return
+        if isinstance(module, FeatureExperts) or (isinstance(module, FeatureLinear) and module.kind == "column"):
+            module.enter()
+        elif isinstance(module, nn.Linear) and not self._inside and x.shape[-1] != module.in_features:
+            raise LayoutError(
+                f"{self._path[-1]} gets x sharded over {self.parallel.axis}, {tuple(x.shape)}, but takes "
+                f"{module.in_features} features: the plan lacks it, as '…/{self.parallel.axis} -> d'"
+            )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         path = self._path.pop()
@@ -276,6 +275,7 @@ def watching(flow: Flow) -> Iterator[None]:
         for module in flow.model.modules():
             if module is not flow.model:
                 handles.append(module.register_forward_pre_hook(flow.before, prepend=True))
+                handles.append(module.register_forward_pre_hook(flow.arrives))
                 handles.append(module.register_forward_hook(flow.after, prepend=True, always_call=True))
         with torch.compiler.set_stance("force_eager"), flow:
             yield

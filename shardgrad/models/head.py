@@ -62,8 +62,8 @@ class Head:
             raise LayoutError(
                 "a model with its loss written into its forward needs return_dict=True to give one of sharded logits"
             )
-        output.loss = self._cross_entropy(output.logits, labels, -100, None)
-        return output
+        loss = self._cross_entropy(output.logits, labels, -100, None)
+        return type(output)(**{**output, "loss": loss})  # made anew: the loss comes first, as in the model's own
 
     def loss(
         self,

@@ -16,6 +16,7 @@ from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
 from shardgrad.models.entrance import Entrance
 from shardgrad.models.features import Features, Letters, written
+from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
@@ -119,10 +120,10 @@ class FeatureLinear(Layer):
 
     def enter(self) -> None:
         """From now on, leave the input's gradient unsummed: whoever made the input sums it."""
-        self.entered = True
-        if self.entrance is None:
+        if self.entrance is None and not self.entered:
             self._recipes = {x: replace(recipe, reduce=False) for x, recipe in self._recipes.items()}
             self._products.clear()
+        self.entered = True
 
     def _biased(self, x: str) -> bool:
         return self.bias is not None
@@ -165,6 +166,21 @@ class FeatureLinear(Layer):
     def leaves_sharded(self) -> bool:
         """Whether y differs between the ranks of the axis."""
         return (self.kind == "column" and not self.features.gathered) or self.sequence_dim is not None
+
+    def stored_output(self) -> StoredOutput:
+        """How y is stored, before anybody gathers it."""
+        own = (self.axis,)
+        queries = None if self.heads is None else self.heads.queries
+        parts = []
+        for letters in self.features.parts:
+            dims = tuple(
+                Dim(dim.letter, () if self.features.gathered else tuple(axis for axis in dim.axes if axis in own))
+                for dim in letters
+            )
+            repeated = queries if any(dim.letter == "g" for dim in letters) else None
+            sizes = tuple(self._sizes[dim.letter] for dim in letters)
+            parts.append(Part(dims, sizes, repeated, spread=len(letters) > 1))
+        return StoredOutput(MergedDim(tuple(parts)), own if self.sequence_dim is not None else ())
 
     # A call.
 

@@ -45,15 +45,14 @@ class Root:
 
     def _before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth += 1
-        if self._depth > 1 or len(args) > len(names):
-            return args, kwargs
+        if self._depth > 1:
+            return None
         given = {**dict(zip(names, args)), **kwargs}
         if not torch.is_grad_enabled():
             same_inputs(given, self.parallel)
-        if self.head is not None:
-            given = self.head.before(given)
-        self._watch(given)
-        return (), given
+        changed = given if self.head is None else self.head.before(given)
+        self._watch(changed, max(0, len(args) - len(names)))
+        return None if changed is given else ((), changed)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth -= 1
@@ -65,12 +64,12 @@ class Root:
         self._watched = None
         return None if self.head is None or output is None else self.head.after(output)
 
-    def _watch(self, given: dict[str, Any]) -> None:
-        """Follow the first call of each kind: with these arguments, in this mode."""
+    def _watch(self, given: dict[str, Any], more: int) -> None:
+        """Follow the first call of each kind: with these arguments, and so many without names, in this mode."""
         named = frozenset(name for name, value in given.items() if value is not None)
         model, grad = self._model[0], torch.is_grad_enabled()
         trained = tuple(one.requires_grad for one in model.parameters()) if grad else ()  # may be thawed later
-        kind = named, model.training, grad, trained
+        kind = named, more, model.training, grad, trained
         if kind in self._seen:
             return
         if torch.compiler.is_compiling():

@@ -11,6 +11,7 @@
 | `parallel`       | `Parallel`: where layers lie, made once by a model and passed on           |
 | `transfer`       | a tensor brought from one storage to another, differentiably               |
 | `sharding`       | how one parameter is stored: its part taken, read, put together again      |
+| `features`       | which features a rank has, where several letters are one dim               |
 | `shardings`      | how every parameter of a model is stored                                   |
 | `dtensors`       | parameters that torch shards beside shardgrad (FSDP2)                      |
 | `data_parallel`  | whether what DDP and FSDP2 take for replicas are replicas                  |

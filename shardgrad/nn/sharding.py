@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import slab
+from shardgrad.nn.features import MergedDim, Part
 from shardgrad.ops.shard import shard, unshard
 
 
@@ -115,6 +116,17 @@ class ParamSharding:
             return _joined([along(dim + 1, (*at, run)) for run in runs[dim]], dim)
 
         return along(0, ()).reshape(self.local_shape)
+
+    def merged_dims(self) -> list[MergedDim]:
+        """For each dim of the parameter, which letters are in it, and of which parts it consists."""
+        if not self.parts:
+            letters = list(zip(self.spec.dims, self.shape))
+            dims, sizes = zip(*letters) if letters else ((), ())
+            return [MergedDim((Part(dims[a:b], sizes[a:b]),)) for a, b in self._groups()]
+        made = [part.merged_dims() for part in self.parts]
+        whole = list(made[0])
+        whole[self.dim] = MergedDim(tuple(one for dims in made for one in dims[self.dim].parts))
+        return whole
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         """Of each dim of the parameter, its first letter and the one after its last."""

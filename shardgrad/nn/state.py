@@ -19,6 +19,8 @@ from shardgrad.nn.shardings import named_shardings
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
+_PART = ".part"
+
 
 @torch.no_grad()
 def state_dict(
@@ -33,7 +35,8 @@ def state_dict(
         model: the model; names are those of `model.state_dict()`.
         as_dtensor: leave parameters in shards, as DTensors around the model's own memory (what is written to one, by
             torch.distributed.checkpoint say, is written to the model). No communication. Parameters that no shardgrad
-            layer owns, and buffers, stay the tensors they are.
+            layer owns, and buffers, stay the tensors they are. Of a concatenation, each part is an entry, `name.part0`,
+            `name.part1`, …, which `load_state_dict` takes as well.
         device: where each global tensor goes as soon as it is gathered: "cpu" for a model that does not fit on one
             device as a whole.
 
@@ -47,11 +50,16 @@ def state_dict(
         raise ValueError("device is for global tensors: a DTensor stays where the model is")
     live, storage = _live(model)
     made: dict[int, Any] = {}
-    for name, value in live.items():
+    for name, value in list(live.items()):
         if not isinstance(value, Tensor):
             continue
+        sharding = storage.get(id(value))
+        if as_dtensor and sharding is not None and sharding.parts and not is_dtensor(value):
+            for at, (piece, part) in enumerate(sharding.pieces(value.detach())):
+                live[f"{name}{_PART}{at}"] = _as_dtensor(piece, name, part)
+            del live[name]
+            continue
         if id(value) not in made:
-            sharding = storage.get(id(value))
             made[id(value)] = _as_dtensor(value, name, sharding) if as_dtensor else _whole(value, sharding, device)
         live[name] = made[id(value)]
     return live
@@ -76,6 +84,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
     live, storage = _live(model)
+    state = _joined(state, live, storage)
     names: dict[int, list[str]] = {}
     for name, value in live.items():
         if _is_tensor(name, value):
@@ -124,6 +133,22 @@ def _live(model: nn.Module) -> tuple[MutableMapping[str, Any], dict[int, ParamSh
     return live, {id(parameter): sharding for _, parameter, sharding in parameters if sharding is not None}
 
 
+def _joined(
+    state: Mapping[str, Any], live: Mapping[str, Any], storage: Mapping[int, ParamSharding]
+) -> Mapping[str, Any]:
+    """A state in which the parts of a concatenation are one tensor again."""
+    made: OrderedDict[str, Any] = OrderedDict(state)
+    if hasattr(state, "_metadata"):
+        made._metadata = state._metadata  # type: ignore[attr-defined]
+    for name, value in live.items():
+        sharding = storage.get(id(value))
+        names = [f"{name}{_PART}{at}" for at in range(len(sharding.parts) if sharding is not None else 0)]
+        if sharding is not None and names and name not in state and all(one in state for one in names):
+            whole_parts = [whole(made.pop(one)).reshape(part.global_shape) for one, part in zip(names, sharding.parts)]
+            made[name] = torch.cat(whole_parts, sharding.dim)
+    return made
+
+
 def _is_tensor(name: str, value: object) -> bool:
     """Whether an entry is a parameter or a buffer, not what a module's get_extra_state made of itself."""
     return isinstance(value, Tensor) and name.rpartition(".")[2] != "_extra_state"
@@ -139,11 +164,10 @@ def _whole(value: Tensor, sharding: ParamSharding | None, device: torch.device |
 def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Tensor:
     if sharding is None:
         return value.detach()
-    if is_dtensor(value) or sharding.parts:
-        what = (
-            "is in shards of a shard (FSDP2)" if is_dtensor(value) else "concatenates parts that are stored one by one"
+    if is_dtensor(value):
+        raise LayoutError(
+            f"{name} is in shards of a shard (FSDP2), which no DTensor can say: take global tensors (as_dtensor=False)"
         )
-        raise LayoutError(f"{name} {what}, which no DTensor can say: take global tensors (as_dtensor=False)")
     from torch.distributed.tensor import DTensor  # a second of imports, only where it is needed
 
     placements = _placements(sharding)

@@ -14,6 +14,7 @@ module in the function's place.
 | `splits`         | how tensors lie on the mesh: given, known to layers, or found from shapes       |
 | `uses`           | the terms of a parameter's gradient, one for each use                           |
 | `rounding`       | the yardstick: what rounding alone does to a tensor, and the bounds that follow |
+| `exact`          | one device in float64 throughout                                                |
 | `compare`        | one tensor on one rank, in units of rounding; the worst over all ranks          |
 | `exchange`       | tensors and numbers of every rank                                               |
 | `observed`       | a wrong tensor as every rank has it                                             |

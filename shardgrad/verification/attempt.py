@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardgrad.comm import shim
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.module import ShardedModule
 from shardgrad.verification.compare import Measured, measure
+from shardgrad.verification.exact import InFloat64
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.hypothesis import Context
-from shardgrad.verification.observed import Split
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
 from shardgrad.verification.record import WHOLE, Batch, Key, Loss, Recording, Update, forward_backward
@@ -66,7 +67,7 @@ class Attempt:
         values = self._perturbed(seed, constants, nudge)
         exact_model = self._one_device(values, torch.float64)
         drawn = torch.get_rng_state()
-        exact = _step(Side(exact_model, _cast(self.single.batch), self.single.loss), _gradient(seed))
+        exact = self._exact_step(exact_model, seed)
         if not torch.equal(drawn, torch.get_rng_state()):
             raise ValueError(
                 "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
@@ -109,7 +110,7 @@ class Attempt:
                 for pair in self.pairs:
                     if pair.name in changes:
                         _change_backward(model, pair.single_name, pair.to_single(changes[pair.name]))
-            recording = _step(Side(model, _cast(self.single.batch), self.single.loss), _gradient(seed))
+            recording = self._exact_step(model, seed)
             tensor = None if one.single is None else recording.tensors.get(one.single)
             return None if tensor is None else fit(tensor, one.shape)
 
@@ -119,7 +120,7 @@ class Attempt:
             parameter = model.get_parameter(own.single_name)
 
             def step(loss: Loss) -> None:
-                _step(Side(model, _cast(self.single.batch), loss), _gradient(seed))
+                self._exact_step(model, seed, loss)
 
             return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, step)]
 
@@ -159,12 +160,17 @@ class Attempt:
                 target = targets[one.single_name]
                 target.data = one.to_single(value).to(dtype or value.dtype).clone()
                 target.grad = None
-                target.requires_grad_(one.parameter.requires_grad)
+                target.requires_grad_(one.parameter.requires_grad and target.requires_grad)
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point():
                     like = theirs.get(name, buffer)
                     buffer.data = buffer.data.to(dtype or like.dtype)
         return model
+
+    def _exact_step(self, model: nn.Module, seed: int, loss: Loss | None = None) -> Recording:
+        side = Side(model, _cast(self.single.batch), loss or self.single.loss)
+        with InFloat64():
+            return _step(side, _gradient(seed))
 
     def _one_run(
         self, values: Sequence[Tensor], update: Update, seed: int, run: int, places: dict[Key, Place]
@@ -206,7 +212,7 @@ class Attempt:
                     f"{tuple(whole.shape)}: give splits={{{WHOLE!r}: 'Y[…]'}}, or a parallel_loss"
                 )
             full = fit(_gradient(seed)(whole), place.shape)
-            mine = _complete(place.split).shard(full, self.mesh.shape, self.mesh.coordinate).to(result.dtype)
+            mine = place.split.summed_over(()).shard(full, self.mesh.shape, self.mesh.coordinate).to(result.dtype)
             if not isinstance(result, DTensor):
                 return mine
             whole_placements = [Replicate() if p.is_partial() else p for p in result.placements]
@@ -270,13 +276,11 @@ def _gradient(seed: int) -> Callable[[Tensor], Tensor]:
 
     def make(result: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed + 1)
-        return torch.randn(result.shape, generator=generator).bfloat16().to(result)
+        with shim.no_dispatch():
+            drawn = torch.randn(result.shape, generator=generator).bfloat16()
+        return drawn.to(result)
 
     return make
-
-
-def _complete(split: Split) -> Split:
-    return Split(type(split.spec)(split.spec.name, split.spec.dims), split.stride)
 
 
 def _cast(batch: Batch) -> Batch:
@@ -285,6 +289,6 @@ def _cast(batch: Batch) -> Batch:
     def wide(value: object) -> object:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {name: wide(value) for name, value in batch.items()}
     return tuple(wide(value) for value in batch)

@@ -67,7 +67,8 @@ def measure(
     if spread is None:
         return found("rounding", *(0.0,) * 7) if local is None else found("unexpected")
     real = spread.exact
-    part = [len(at) for at in split.indices(shape, mesh.shape, mesh.coordinate)]
+    held = split.indices(shape, mesh.shape, mesh.coordinate)
+    part = [len(at) for at in held]
     exact = fit(real, shape)
     got = _summed(local, split, exact, mesh) if split.partial else local
     least = floor(real, torch.float64 if local is None else local.dtype, len(exchange.coordinates(mesh)))
@@ -84,6 +85,10 @@ def measure(
         inside = torch.zeros(shape, dtype=torch.bool, device=exact.device)
         inside[tuple(slice(size) for size in real.shape)] = True
         error = torch.where(split.shard(inside, mesh.shape, mesh.coordinate), error, torch.zeros_like(error))
+    for dim, index in enumerate(held):
+        nothing = (index < 0).nonzero().flatten()
+        if len(nothing):  # elements that are none of the tensor's
+            error = error.index_fill(dim, nothing.to(error.device), 0)
     bounds = Bounds.of(spread.freedom * error.numel() / max(exact.numel(), 1), exact.numel())
     if not error.numel():
         return found("rounding", 0.0, 0.0, 0.0, bounds.norm, 0.0, bounds.element, 0.0)
@@ -119,7 +124,7 @@ def _flat(at: int, local: Tensor, split: Split, shape: Sequence[int], mesh: Mesh
     index = torch.unravel_index(torch.tensor(at), local.shape) if local.dim() else ()
     flat = 0
     for here, held, size in zip(index, split.indices(shape, mesh.shape, mesh.coordinate), shape):
-        flat = flat * size + int(held[here])
+        flat = flat * size + max(int(held[here]), 0)
     return float(flat)
 
 

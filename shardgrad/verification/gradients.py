@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.layout.notation import TensorSpec
 from shardgrad.nn.shardings import named_shardings
-from shardgrad.ops.shard import unshard
+from shardgrad.verification import splits as how
 from shardgrad.verification.compare import Measured, measure, observe, rows_of
 from shardgrad.verification.diagnose import MOST, diagnose
+from shardgrad.verification.exact import InFloat64
 from shardgrad.verification.exchange import coordinates, from_first, place
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.observed import Split
@@ -63,15 +63,18 @@ def verify_gradients(
     first = place(mesh_view) == 0
     step: dict[Key, tuple[Split, tuple[int, ...], Tensor | None]] = {LOSS: (Split.of([]), (), loss)}
     values: dict[str, Tensor] = {}
+    layers_say = bool(how.outputs_by_layers(parallel))
     for name, parameter, sharding in reversed(named_shardings(parallel)):  # backward comes to the last layers first
-        if sharding is None:
+        if sharding is None and not layers_say:
             raise ValueError(f"{name} belongs to no shardgrad layer: nothing says how it is stored")
-        value = unshard(parameter.detach(), sharding.spec, sharding.mesh, sharding.sizes)
+        value = parameter.detach() if sharding is None else sharding.unshard(parameter)
         if first:
             values[name] = value
         if parameter.requires_grad:
-            split = Split(TensorSpec(sharding.spec.name, sharding.spec.dims))
-            step["gradient", name] = split, tuple(sharding.shape), gradient_of(parameter)
+            split = Split.of([()] * value.dim())  # between layers of `sg.parallelize`, which sums what is to be summed
+            if sharding is not None:
+                split = how.of_sharding(sharding, mesh_view, name).summed_over(())
+            step["gradient", name] = split, tuple(value.shape), gradient_of(parameter)
     shapes = {key: shape for key, (_, shape, _) in step.items()}
     blocks = max(len(coordinates(mesh_view)), 2)
     device = _OneDevice(single, single_loss, values, names, shapes, loss.device, blocks, seed) if first else None
@@ -152,8 +155,9 @@ class _OneDevice:
             value = self._values[name]
             target.grad = None
             target.data = fit(value, target.shape).to(dtype or value.dtype).clone()
-        loss = self._loss(self._model)
-        loss.backward()
+        with nullcontext() if dtype is None else InFloat64():
+            loss = self._loss(self._model)
+            loss.backward()
         found: dict[Key, Tensor] = {LOSS: loss.detach()}
         for name, target in self._targets.items():
             grad = torch.zeros_like(target) if target.grad is None else target.grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
+from shardgrad.nn.features import MergedDim
 
 Kind = Literal["output", "loss", "output gradient", "input gradient", "gradient", "norm", "step", "value"]
 """What a tensor is: a module's output, the loss, the gradient of a module's output, of the model's input, of a
@@ -25,10 +26,12 @@ class Split:
     spec: the axes that shard each dim, and those over which the local *values* are terms of a sum (`spec.partial`).
     stride: how many interleaved parts a sharded dim consists of, each of them sharded over the axis (Megatron's
         `partition_stride`: 2 for a fused gate and up, of which every rank has a part of either).
+    merged: dims that consist of several letters, or of parts, by their place.
     """
 
     spec: TensorSpec
     stride: int = 1
+    merged: tuple[tuple[int, MergedDim], ...] = ()
 
     @classmethod
     def of(cls, axes: Sequence[Sequence[str]], partial: Sequence[str] = (), stride: int = 1, name: str = "T") -> Split:
@@ -43,26 +46,44 @@ class Split:
     def indices(
         self, shape: Sequence[int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int]
     ) -> list[Tensor]:
-        """For each dim of a global tensor of `shape`, which of its indices the rank at `coordinate` holds, in order."""
+        """For each dim of a global tensor of `shape`, which of its indices the rank at `coordinate` holds, in order.
+
+        -1 stands for an element that is none of the tensor's (a rank without heads has one of zeros).
+        """
         found = []
-        for size, dim in zip(shape, self.spec.dims, strict=True):
+        merged = dict(self.merged)
+        for at, (size, dim) in enumerate(zip(shape, self.spec.dims, strict=True)):
+            if at in merged:
+                if merged[at].size != size:
+                    raise ValueError(f"{dim} in {self} has {merged[at].size} elements, not {size}")
+                found.append(merged[at].indices(mesh_shape, coordinate))
+                continue
             parts = self.stride if any(mesh_shape[axis] > 1 for axis in dim.axes) else 1
             part, left = divmod(size, parts)
             if left:
                 raise ValueError(f"{parts} interleaved parts do not divide {size} of {dim} in {self}")
             start, length = slab(part, dim.axes, mesh_shape, coordinate)
-            found.append(torch.cat([torch.arange(start, start + length) + at * part for at in range(parts)]))
+            found.append(torch.cat([torch.arange(start, start + length) + i * part for i in range(parts)]))
         return found
 
     def shard(self, full: Tensor, mesh_shape: Mapping[str, int], coordinate: Mapping[str, int]) -> Tensor:
         """The part of a global tensor that the rank at `coordinate` should hold (of a partial one: of the sum)."""
         for dim, index in enumerate(self.indices(full.shape, mesh_shape, coordinate)):
-            if len(index) != full.shape[dim]:
-                full = full.index_select(dim, index.to(full.device))
+            if len(index) != full.shape[dim] or self.merged:
+                full = full.index_select(dim, index.clamp(min=0).to(full.device))
+                if bool((index < 0).any()):
+                    full = full.index_fill(dim, (index < 0).nonzero().flatten().to(full.device), 0)
         return full
 
+    def summed_over(self, axes: Sequence[str]) -> Split:
+        """The same, the values being terms of a sum over these axes (of none: complete)."""
+        return replace(self, spec=TensorSpec(self.spec.name, self.spec.dims, partial=tuple(axes)))
+
     def __str__(self) -> str:
-        return str(self.spec) + (f" in {self.stride} interleaved parts" if self.stride > 1 else "")
+        merged = dict(self.merged)
+        dims = ",".join(str(merged.get(at, dim)) for at, dim in enumerate(self.spec.dims))
+        marks = f"{{{','.join(self.partial)}}}" if self.partial else ""
+        return f"{self.spec.name}[{dims}]{marks}" + (f" in {self.stride} interleaved parts" if self.stride > 1 else "")
 
 
 @dataclass(frozen=True)

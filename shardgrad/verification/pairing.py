@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
-from shardgrad.layout.notation import TensorSpec
 from shardgrad.verification import splits as how
 from shardgrad.verification.exchange import tensors_of_all
 from shardgrad.verification.observed import Split
@@ -105,7 +104,7 @@ def pair(
         held = [part for part in tensors_of_all(local_part(parameter), mesh) if part is not None]
         shapes = [tuple(part.shape) for part in held]
         split = _split(name, parameter, single_shape, shapes, shardings, mesh, given)
-        unsummed, split = split.partial, Split(TensorSpec(split.spec.name, split.spec.dims), split.stride)
+        unsummed, split = split.partial, split.summed_over(())
         shape = how.whole_shape(split, shapes, mesh, name)
         _check_shape(name, shape, single_name, single_shape, split, name in padded)
         pairs.append(Pair(name, single_name, parameter, split, shape, single_shape, unsummed))
@@ -137,9 +136,7 @@ def _split(
     if isinstance(parameter, DTensor):
         return how.of_dtensor(parameter, mesh, name)
     if id(parameter) in shardings:
-        spec = shardings[id(parameter)].spec
-        mesh.require(spec.axes, name)
-        return Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
+        return how.of_sharding(shardings[id(parameter)], mesh, name)
     megatron = how.of_megatron(parameter, mesh, name)
     if megatron is not None:
         return megatron

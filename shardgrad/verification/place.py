@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardgrad.comm.mesh import MeshView
-from shardgrad.layout.notation import TensorSpec
+from shardgrad.nn.features import MergedDim, StoredOutput
 from shardgrad.verification import exchange
 from shardgrad.verification import splits as how
+from shardgrad.verification.fingerprint import fingerprint
 from shardgrad.verification.observed import Split
 from shardgrad.verification.pairing import Names, Pair, fit, local_part, translate
 from shardgrad.verification.record import WHOLE, Key, Recording
@@ -53,11 +54,23 @@ def modules_of(parallel: nn.Module, single: nn.Module, pairs: Sequence[Pair], na
 
 
 class Placer:
-    """Finds the place of every tensor that a run of the parallel model recorded."""
+    """Finds the place of every tensor that a run of the parallel model recorded.
+
+    said: how layers say that what they return is stored. Where some do, nothing is guessed of the modules between them:
+        what those return is compared if its values are right in a place that it may have, or if it is whole and the
+        same on all ranks. `unsure` has all else: if it is wrong, it may be that its place is not known.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], modules: dict[str, str], padded: Sequence[str], mesh: MeshView, given: how.Splits
+        self,
+        pairs: Sequence[Pair],
+        modules: dict[str, str],
+        padded: Sequence[str],
+        mesh: MeshView,
+        given: how.Splits,
+        said: Mapping[str, StoredOutput] | None = None,
     ) -> None:
+        said = said or {}
         self.pairs, self.modules, self.mesh, self.given = {one.name: one for one in pairs}, modules, mesh, given
         self.longer = {
             small: large
@@ -66,6 +79,9 @@ class Placer:
             for small, large in zip(one.single_shape, one.shape)
             if small != large
         }
+        self.said = said
+        self.known = _known(said)
+        self.unsure: set[Key] = set()
         self.skipped: dict[str, str] = {}
         self.names = list(self.pairs)  # what `splits` may speak of
 
@@ -77,6 +93,7 @@ class Placer:
         """
         partners = self._partners(exact)
         shapes_of, calls_of = self._shapes(list(partners), parallel)
+        same_on_all = self._same_on_all(list(partners), parallel) if self.said else set()
         found: dict[Key, Place] = {}
         for key, single in partners.items():
             kind, name = key
@@ -111,13 +128,28 @@ class Placer:
                 self.skipped[f"{kind} of {name}"] = f"no split of {shape} gives {local}; name it in splits"
             else:
                 found[key] = place
+                if self.said and kind in ("output", "output gradient") and not self._sure(key, place, same_on_all):
+                    self.unsure.add(key)
         return found
+
+    def _sure(self, key: Key, place: Place, same_on_all: set[Key]) -> bool:
+        """Whether a tensor must be what its place says: a layer or the user said it, or it is whole on all ranks."""
+        kind, name = key
+        if self.given.get(name if kind == "output" else f"{name}.grad") is not None:
+            return True
+        stored = self._stored(name)
+        if stored is not None and (kind == "output" or stored.features.once):
+            return True
+        return key in same_on_all and not place.split.spec.axes
+
+    def _stored(self, name: str) -> StoredOutput | None:
+        return None if "[" in name else self.said.get(_path(name))
 
     def of_result(self, result: Tensor, exact: Tensor) -> Place | None:
         """Where the model's own output lies, whose gradient is to be given."""
         if isinstance(result, DTensor):
             split = how.of_dtensor(result, self.mesh, WHOLE)
-            return Place(("output", WHOLE), _complete(split), tuple(result.shape))
+            return Place(("output", WHOLE), split.summed_over(()), tuple(result.shape))
         shapes = [tuple(row) for row in exchange.ints_of_all(list(result.shape), self.mesh)]
         return self._found(WHOLE, ("output", WHOLE), shapes, result, exact)
 
@@ -162,12 +194,19 @@ class Placer:
         }
         return shapes, {key: [row[at] for row in rows] for key, at in starts.items()}
 
+    def _same_on_all(self, keys: list[Key], parallel: Recording) -> set[Key]:
+        """Those of which every rank has the same bits (or nothing); one exchange."""
+        found = [parallel.tensors.get(key) for key in keys]
+        mine = [0 if tensor is None else int(fingerprint(local_part(tensor))) for tensor in found]
+        rows = exchange.ints_of_all(mine, self.mesh)
+        return {key for at, key in enumerate(keys) if len({row[at] for row in rows}) == 1}
+
     def _of_parameter(self, one: Pair, key: Key, single: Key, tensor: Tensor | None) -> Place:
         if isinstance(tensor, DTensor):
             return Place(single, how.of_dtensor(tensor, self.mesh, one.name), one.shape)
         if key[0] == "step":
             return Place(single, one.split, one.shape)
-        return Place(single, _partial(one.split, one.unsummed), one.shape)
+        return Place(single, one.split.summed_over(one.unsummed), one.shape)
 
     def _of_output(
         self,
@@ -188,7 +227,7 @@ class Placer:
             said = self.given.get(f"{name}.grad", whole.dim())
             if said is not None:
                 return Place(single, said, of_output.shape)
-            split = _complete(of_output.split)
+            split = of_output.split.summed_over(())
             if shapes == [self._local(split, of_output.shape, at) for at in exchange.coordinates(self.mesh)]:
                 return Place(single, split, of_output.shape)
         return self._found(name, single, shapes, tensor, whole)
@@ -200,9 +239,13 @@ class Placer:
         values are nearest."""
         said = self.given.get(name, whole.dim())
         shape = tuple(whole.shape)
+        stored = self._stored(name)
         if said is not None:
             return Place(single, said, how.whole_shape(said, shapes, self.mesh, name))
-        found = list(how.candidates(shape, shapes, self.mesh))
+        if stored is not None and shape and shape[-1] == stored.features.size:
+            found = how.of_output(stored, shape, shapes, self.mesh)
+        else:
+            found = list(how.candidates(shape, shapes, self.mesh, self.known))
         if not found and shape and shape[-1] in self.longer:
             shape = (*shape[:-1], self.longer[shape[-1]])
             found = list(how.candidates(shape, shapes, self.mesh))
@@ -241,12 +284,15 @@ def _path(name: str) -> str:
     return "" if base == WHOLE else base
 
 
-def _partial(split: Split, axes: Sequence[str]) -> Split:
-    return Split(TensorSpec(split.spec.name, split.spec.dims, partial=tuple(axes)), split.stride)
-
-
-def _complete(split: Split) -> Split:
-    return _partial(split, ())
+def _known(said: Mapping[str, StoredOutput]) -> list[MergedDim]:
+    """Features that a rank has a part of: as layers return them, and each letter and part of theirs alone."""
+    found: dict[MergedDim, None] = {}
+    for stored in said.values():
+        for part in stored.features.parts:
+            letters = [replace(part, letters=(one,), sizes=(size,)) for one, size in zip(part.letters, part.sizes)]
+            found |= dict.fromkeys(MergedDim((one,)) for one in (part, *letters))
+        found[stored.features] = None
+    return [dim for dim in found if dim.axes]
 
 
 def _reduced(recording: Recording, key: Key) -> Tensor | None:

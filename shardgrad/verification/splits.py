@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, MeshError, ShapeError
-from shardgrad.layout.notation import TensorSpec, parse_tensor
+from shardgrad.layout.notation import Dim, TensorSpec, parse_tensor
+from shardgrad.nn.features import MergedDim, StoredOutput
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.verification.exchange import coordinates
@@ -125,6 +126,56 @@ def shardings_by_layers(model: nn.Module) -> dict[int, ParamSharding]:
     }
 
 
+def of_sharding(sharding: ParamSharding, mesh: MeshView, name: str) -> Split:
+    """As one of shardgrad's layers stores a parameter; terms of a sum are those of its gradient.
+
+    Raises:
+        MeshError: it is sharded over an axis that the mesh lacks.
+    """
+    spec = sharding.spec
+    mesh.require(spec.axes, name)
+    if sharding.merged is None and not sharding.parts:
+        return Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
+    dims = sharding.merged_dims()
+    plain = tuple(Dim(dim.parts[0].letters[0].letter, dim.axes) for dim in dims)
+    return Split(TensorSpec(spec.name, plain, partial=spec.grad_partial), merged=tuple(enumerate(dims)))
+
+
+def outputs_by_layers(model: nn.Module) -> dict[str, StoredOutput]:
+    """How what layers return is stored, for those of a model that say so, by their names."""
+    found = {}
+    for name, module in model.named_modules():
+        says = getattr(module, "stored_output", None)
+        if isinstance(module, ShardedModule) and says is not None:
+            found[name] = says()
+    return found
+
+
+def of_output(
+    stored: StoredOutput, shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView
+) -> list[Split]:
+    """How a layer's output of a global shape lies on the mesh: features as it says, rows as their sizes leave it open.
+
+    Where somebody has gathered it since, so that every rank has all of it: whole.
+    """
+    last = len(shape) - 1
+    lengths = [len(stored.features.indices(mesh.shape, at)) for at in coordinates(mesh)]
+    said = [local[-1] for local in locals] == lengths
+    if not said and all(tuple(local) == tuple(shape) for local in locals):
+        return [Split.of([()] * len(shape))]
+    rows = list(candidates(shape[:last], [local[:last] for local in locals], mesh)) or [Split.of([()] * last)]
+    if stored.sequence:
+        rows = [one for one in rows if set(stored.sequence) <= set(one.spec.dims[1].axes)] or rows
+    return [_with_features(one, last, stored.features) for one in rows]
+
+
+def _with_features(split: Split, dim: int, features: MergedDim) -> Split:
+    """A split with one more dim, in a place."""
+    axes = [one.axes for one in split.spec.dims]
+    merged = tuple((at + (at >= dim), one) for at, one in split.merged)
+    return Split(Split.of([*axes[:dim], features.axes, *axes[dim:]]).spec, merged=(*merged, (dim, features)))
+
+
 def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
     """From Megatron-core's attributes on parameters; None where there are none that say it is sharded.
 
@@ -145,13 +196,29 @@ def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
     return Split.of(axes_of, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
 
 
-def candidates(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView) -> Iterator[Split]:
+def candidates(
+    shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView, known: Sequence[MergedDim] = ()
+) -> Iterator[Split]:
     """Every way in which a global shape could be sharded, as torch.chunk shards, into the shapes that the ranks have.
 
     locals: each rank's shape, in the mesh's order. Ways with fewer axes come first.
+    known: features as layers around shard them, which one dim may have as well.
     """
     if any(len(local) != len(shape) for local in locals):
         return
+    yield from _chunked(shape, locals, mesh)
+    everywhere = coordinates(mesh)
+    for features in known:
+        lengths = [len(features.indices(mesh.shape, at)) for at in everywhere]
+        for dim in range(len(shape)):
+            if shape[dim] == features.size and lengths == [local[dim] for local in locals]:
+                rest = [(*local[:dim], *local[dim + 1 :]) for local in locals]
+                for split in _chunked((*shape[:dim], *shape[dim + 1 :]), rest, mesh):
+                    if not set(split.spec.axes) & set(features.axes):
+                        yield _with_features(split, dim, features)
+
+
+def _chunked(shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView) -> Iterator[Split]:
     if all(tuple(local) == tuple(shape) for local in locals):
         yield Split.of([()] * len(shape))
         return
@@ -178,8 +245,12 @@ def whole_shape(split: Split, locals: Sequence[Sequence[int]], mesh: MeshView, n
         ShapeError: the ranks' shapes are not those of a tensor so sharded.
     """
     everywhere = coordinates(mesh)
+    merged = dict(split.merged)
     shape = []
     for at, dim in enumerate(split.spec.dims):
+        if at in merged:
+            shape.append(merged[at].size)
+            continue
         along = [place for place, c in enumerate(everywhere) if not any(c[a] for a in mesh.axes if a not in dim.axes)]
         shape.append(sum(locals[place][at] for place in along))
     for coordinate, local in zip(everywhere, locals):

@@ -105,8 +105,15 @@ def test_states_and_checkpoints_hold_all_of_it(world_size: int, dim: int, tmp_pa
         other = model_of(mesh, dim)
         load(other)
         assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))
-    with pytest.raises(sg.LayoutError, match=r"0.weight concatenates parts that are stored one by one"):
-        sg.state_dict(model, as_dtensor=True)
+    parts = sg.state_dict(model, as_dtensor=True)
+    assert {"0.weight.part0", "0.weight.part1"} <= set(parts)
+    assert "0.weight" not in parts
+    other = model_of(mesh, dim)
+    sg.load_state_dict(other, parts)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))
+    with torch.no_grad():
+        parts["0.weight.part0"].to_local().zero_()  # of the model's own memory
+    assert not torch.equal(model.get_parameter("0.weight"), other.get_parameter("0.weight"))
 
 
 @distributed(world_size=[2, 3])
