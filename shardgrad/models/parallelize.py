@@ -118,11 +118,7 @@ def parallelize(
     for one, number in numbers:
         _set_number(one.module, one.attribute, number)
     _share_kv_heads(model, made, builder)
-    head: Any = getattr(base, "get_output_embeddings", lambda: None)()
-    known_head = isinstance(head, FeatureLinear) and head.kind == "column" and not head.features.gathered
-    Root(
-        model, [model] if base is model else [model, base], parallel, Head(base, head, parallel) if known_head else None
-    )
+    Root(model, [model] if base is model else [model, base], parallel, _head(base, parallel))
     for module, hook in hooks:
         hook.register(module)
     if data is not None:
@@ -240,6 +236,15 @@ def _set_number(module: Any, attribute: str, number: int) -> None:
         module.config = copy.copy(module.config)  # of this module alone
         module = module.config
     setattr(module, attribute.removeprefix("config."), number)
+
+
+def _head(base: Any, parallel: Parallel) -> Head | None:
+    """What minds the labels and logits of a model whose output layer leaves a sharded vocabulary."""
+    outer: Any = getattr(base, "get_output_embeddings", lambda: None)()
+    inner = getattr(outer, "base_layer", outer)
+    if not isinstance(inner, FeatureLinear) or inner.kind != "column" or inner.features.gathered:
+        return None
+    return Head(base, outer, inner.out_features, parallel)
 
 
 def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder: Builder) -> None:

@@ -27,7 +27,9 @@ def adapted(model: Any, targets: tuple[str, ...], **settings: Any) -> Any:
     conv1d = model.config.model_type == "gpt2"
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), fan_in_fan_out=conv1d, **settings)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft asks for it
         made = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -75,7 +77,10 @@ def test_adapters_that_are_refused(world_size: int) -> None:
     merged.merge_adapter()
     for model, match in (
         (adapted(plain("llama", (4, 2)), LLAMA, use_dora=True), r"q_proj has DoRA's magnitudes.*use_dora=False"),
-        (adapted(plain("llama", (4, 2)), ("embed_tokens",)), r"embed_tokens is an embedding with LoRA: leave it out of"),
+        (
+            adapted(plain("llama", (4, 2)), ("embed_tokens",)),
+            r"embed_tokens is an embedding with LoRA: leave it out of",
+        ),
         (adapted(plain("llama", (4, 2)), LLAMA, lora_dropout=0.1), r"q_proj.lora_dropout.default drops .* 0\.1"),
         (merged, r"q_proj has its adapters merged: unmerge them first \(model.unmerge_adapter\(\)\)"),
     ):
@@ -88,5 +93,5 @@ def test_adapters_that_are_refused(world_size: int) -> None:
 @distributed(world_size=2)
 def test_adapters_come_first(world_size: int) -> None:
     model = sg.parallelize(plain("llama", (4, 2)), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
-    with pytest.raises(ValueError, match="Target module .* is not supported"):
+    with pytest.raises(ValueError, match=r"Target module .* is not supported"):
         adapted(model, ("q_proj",))

@@ -35,7 +35,7 @@ def test_lengths_of_all_kinds(world_size: int, name: str) -> None:
 
 @distributed(world_size=2)
 def test_collectives_of_a_stream(world_size: int) -> None:
-    """In place of each all-reduce between the layers, a gather and a reduce-scatter; of the head's, one of each pass."""
+    """In place of each all-reduce between the layers, a gather and a reduce-scatter."""
     counts = {}
     for sequence in (False, True):
         model = plain("llama", (4, 2))

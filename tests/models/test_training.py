@@ -43,7 +43,8 @@ def test_recomputation(world_size: int, reentrant: bool, sequence: bool) -> None
     for each in (one, model):
         each.zero_grad()
         with Float64():
-            sum(loss_of(each, batch("llama", length=length)) for length in (S, S - 2)).backward()  # type: ignore[union-attr]
+            first, second = (loss_of(each, batch("llama", length=length)) for length in (S, S - 2))
+            torch.autograd.backward(first + 2 * second)
     assert_same_gradients(model, one)
 
 
@@ -72,11 +73,7 @@ def test_ties(world_size: int, name: str) -> None:
     assert {key for key, _ in model.named_parameters()} == names
     assert sg.num_parameters(model) == one.num_parameters()
     assert_calls_agree(model, one, batch(name))
-    assert head.weight.grad.shape == ((53 + 1 - sg_rank(model)) // 2, one.get_input_embeddings().weight.shape[1])
-
-
-def sg_rank(model: Any) -> int:
-    return torch.distributed.get_rank()
+    assert head.weight.grad.shape[0] == (27, 26)[torch.distributed.get_rank()]
 
 
 @distributed(world_size=2)

@@ -35,7 +35,9 @@ def phi() -> Any:
 def test_a_draft_completed(world_size: int) -> None:
     one, model = phi(), phi()
     before = list(map(id, model.modules()))
-    with pytest.raises(sg.LayoutError, match=r"no plan is known for the architecture 'phi' \(PhiForCausalLM\)") as error:
+    with pytest.raises(
+        sg.LayoutError, match=r"no plan is known for the architecture 'phi' \(PhiForCausalLM\)"
+    ) as error:
         sg.parallelize(model, line(world_size))
     assert list(map(id, model.modules())) == before
     text = str(error.value)
@@ -176,7 +178,11 @@ def test_a_known_head_that_is_gathered(world_size: int) -> None:
 @distributed(world_size=[2, 3])
 def test_styles_of_transformers(world_size: int) -> None:
     one, model = plain("llama"), plain("llama")
-    styles = {**model.config.base_model_tp_plan, "embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output"}
+    styles = {
+        **model.config.base_model_tp_plan,
+        "embed_tokens": "embedding_rowwise",
+        "lm_head": "colwise_gather_output",
+    }
     sg.parallelize(model, line(world_size), styles)
     sharded = {name for name, _, sharding in sg.named_shardings(model) if sharding is not None and sharding.spec.axes}
     assert {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"} <= sharded
