@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from one_device import (
-    Float64,
     Heads,
     S,
     assert_calls_agree,
@@ -39,13 +38,12 @@ def test_recomputation(world_size: int, reentrant: bool, sequence: bool) -> None
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    assert_calls_agree(model, one, batch("llama"))
+    assert_calls_agree(model, one, batch("llama"), exact=False)
     for each in (one, model):
         each.zero_grad()
-        with Float64():
-            first, second = (loss_of(each, batch("llama", length=length)) for length in (S, S - 2))
-            torch.autograd.backward(first + 2 * second)
-    assert_same_gradients(model, one)
+        first, second = (loss_of(each, batch("llama", length=length)) for length in (S, S - 2))
+        (first + 2 * second).backward()
+    assert_same_gradients(model, one, 1e-5)
 
 
 @distributed(world_size=[2, 3])

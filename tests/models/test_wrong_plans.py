@@ -147,7 +147,7 @@ BEFORE: dict[str, tuple[str, dict[str, Any], Change, str]] = {
         "gpt2", {}, instead("c_attn", "d -> h/tp,c,k"), r"attn.c_attn is stored as d -> c,h/tp,k .* as d -> h/tp,c",
     ),
     "fused does not add up": (
-        "phi3", {}, instead("qkv_proj", "d -> h/tp,k + g/tp,k"), r"qkv_proj: its output has 32 features, but .* makes 24",
+        "phi3", {}, instead("qkv_proj", "d -> h/tp,k + g/tp,k"), r"its output has 32 .*, but .* makes 24",
     ),
     "one of two experts' weights": (
         "mixtral", {}, without("experts.down_proj"),
@@ -231,7 +231,7 @@ CALL: dict[str, tuple[str, Change, str]] = {
         "llama", without("o_proj"),
         r"layers.0.self_attn.o_proj gets x sharded over tp, \(2, 7, 8\), but takes 16 .*: the plan lacks it",
     ),
-    "no down": ("llama", without("down_proj"), r"layers.0.mlp.down_proj gets x sharded over tp.*: the plan lacks it, as"),
+    "no down": ("llama", without("down_proj"), r"layers.0.mlp.down_proj gets x sharded over tp.*: the plan lacks it"),
     "no fc2": ("opt", without("fc2"), r"layers.0.fc2 gets x sharded over tp, .*: the plan lacks it, as '…/tp -> d'"),
     "no q": ("llama", without("q_proj"), rf"layers.0.self_attn: scaled_dot_product_attention {MIXED}"),
     "no k": ("llama", without("k_proj"), rf"layers.0.self_attn: scaled_dot_product_attention {MIXED}"),
