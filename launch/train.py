@@ -1,4 +1,4 @@
-"""Train a byte-level GPT, tensor and sequence parallel over the ranks that torchrun starts.
+"""Train a GPT, a Llama or a model of transformers, tensor, sequence and data parallel over the ranks of torchrun.
 
 torchrun --standalone --nproc-per-node 2 launch/train.py configs/quickstart.yaml [section.key=value ...]
 """

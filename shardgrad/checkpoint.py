@@ -44,6 +44,7 @@ def save(
     *,
     mesh: DeviceMesh,
     state: Mapping[str, Any] | None = None,
+    frozen: bool = True,
 ) -> None:
     """Write a checkpoint; called on every rank of the mesh, written by its first.
 
@@ -54,6 +55,7 @@ def save(
         path: a folder that does not exist yet.
         optimizer: its state goes along; its hyperparameters do not (they are the configuration's).
         state: what else to write, of JSON's types: the step, say.
+        frozen: whether parameters that need no gradient are written too; `load` is told the same.
 
     Raises:
         OSError: on every rank, if the folder exists or cannot be written; nothing is left of it.
@@ -64,6 +66,8 @@ def save(
     moments: dict[str, Tensor] = {}
     reshard(model)
     for name, parameter, sharding in named_shardings(model):
+        if not (frozen or parameter.requires_grad):
+            continue
         full = _whole(parameter, sharding)
         if writes:
             parameters[name] = full
@@ -83,8 +87,12 @@ def save(
         raise OSError(done)
 
 
-def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, frozen: bool = True
+) -> dict[str, Any]:
     """Fill a model, on any mesh, and its optimizer with a checkpoint; every rank reads it, and nothing is communicated.
+
+    frozen: as it was saved with; without, parameters that need no gradient keep their values.
 
     Returns:
         What `state.json` holds.
@@ -98,7 +106,7 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {about.get('format')}; this version of shardgrad reads {FORMAT}")
     reshard(model)
-    own = {name: (parameter, sharding) for name, parameter, sharding in named_shardings(model)}
+    own = {name: (one, sharding) for name, one, sharding in named_shardings(model) if frozen or one.requires_grad}
     with _opened(folder / _MODEL) as file, torch.no_grad():
         _check_names(set(file.keys()), set(own), folder)
         for name, (parameter, sharding) in own.items():

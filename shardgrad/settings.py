@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -30,7 +31,10 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Section(BaseModel):
-    """Keys that belong together; others are refused."""
+    """Keys that belong together; others are refused.
+
+    Where one of several sections may stand (a tagged union), a tag is in brackets and says when: "[with model.config]".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -113,13 +117,25 @@ def _override(model: type[Section], values: dict[str, Any], override: str) -> No
 
 
 def keys(model: type[Section]) -> Iterator[tuple[str, Any]]:
-    """Every key, as `section.key`, with pydantic's description of it; `key` where it stands in no section."""
+    """Every key, as `section.key`, with pydantic's description of it; `key` where it stands in no section. Of sections
+    that stand for each other, those of each, once."""
+    seen: set[str] = set()
     for section, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from ((f"{section}.{name}", one) for name, one in inner.model_fields.items())
-        else:
-            yield section, field
+        inner = list(_sections(field.annotation))
+        found = [(f"{section}.{name}", one) for some in inner for name, one in keys(some)] or [(section, field)]
+        for name, one in found:
+            if name not in seen:
+                seen.add(name)
+                yield name, one
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        for one in get_args(annotation):
+            yield from _sections(one)
 
 
 def nearest(model: type[Section], key: str) -> str:
@@ -132,8 +148,12 @@ def nearest(model: type[Section], key: str) -> str:
 
 
 def _problem(model: type[Section], detail: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    parts = [str(part) for part in detail["loc"]]
+    key = ".".join(part for part in parts if not part.startswith("["))
     if detail["type"] == "extra_forbidden":
+        among = [part.strip("[]") for part in parts if part.startswith("[")]
+        if among and any(f"{known}.".startswith(f"{key}.") for known, _ in keys(model)):
+            return f"{key} is no key {among[0]}"
         return f"{key} is no key{nearest(model, key)}"
     if detail["type"] == "missing":
         described: Mapping[str, Any] = dict(keys(model))

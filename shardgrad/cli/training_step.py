@@ -14,7 +14,7 @@ from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.draw.timeline import PHASES, STEP
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.build import build, mesh_shape
-from shardgrad.train.config import Config, ConfigError, check_ranks, load
+from shardgrad.train.config import Config, ConfigError, check_ranks, decoder_sizes, load
 from shardgrad.train.data import BYTES
 from shardgrad.train.step import micro_batches
 
@@ -26,6 +26,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
         ConfigError: it cannot be used, here or on so many.
     """
     config = check_ranks(load(path, overrides), ranks)
+    decoder_sizes(config)
     if config.mesh.device != "cpu":
         raise ConfigError(f"mesh.device = {config.mesh.device}: a step is looked at on the CPU; add mesh.device=cpu")
     return config

@@ -29,10 +29,11 @@ def verify(
 
     Example: `shardgrad verify configs/quickstart.yaml train.batch=2 --ranks 3`
     """
-    from shardgrad.train.config import ConfigError, load
+    from shardgrad.train.config import ConfigError, decoder_sizes, load
 
     try:
         read = load(config, overrides or [])
+        sizes = decoder_sizes(read)
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
@@ -54,10 +55,10 @@ def verify(
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     torch.manual_seed(seed)
     # Tensor parallel over all ranks, whatever the run's mesh; nothing dropped, as in the reference.
-    read = read.model_copy(update={"mesh": Mesh(), "model": read.model.model_copy(update={"dropout": 0.0})})
+    read = read.model_copy(update={"mesh": Mesh(), "model": sizes.model_copy(update={"dropout": 0.0})})
     report = sg.verify(
         build(read, BYTES, mesh, getattr(torch, dtype)),
-        build_reference(read.model, BYTES),
+        build_reference(sizes, BYTES),
         [torch.randint(0, BYTES, (read.train.batch, read.model.seq_len)) for _ in range(2)],
         mesh,
         loss=lambda model, ids, targets: model.loss(ids, targets),

@@ -12,6 +12,7 @@
 | `experts`         | experts of a mixture, each sharded                                       |
 | `norm`            | a norm over features that are sharded                                    |
 | `adapters`        | LoRA, sharded as the layers are that it stands beside                    |
+| `adapter_files`   | LoRA's adapters and peft's files                                         |
 | `entrance`        | an input that several layers share: its gradient is summed once          |
 | `build`           | the sharded modules, made before anything is changed                     |
 | `ties`            | parameters that have several names                                       |

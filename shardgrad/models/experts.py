@@ -81,7 +81,7 @@ class FeatureExperts(ShardedModule):
             if not self.entered:
                 hidden_states = replicate(hidden_states, self.mesh, self.axis)
                 top_k_weights = replicate(top_k_weights, self.mesh, self.axis)
-            y: Any = program(hidden_states, top_k_index, top_k_weights)
+            y: Any = program.forward(hidden_states, top_k_index, top_k_weights)
         finally:
             for name in (UP, DOWN):
                 object.__delattr__(program, name)

@@ -28,18 +28,9 @@ from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 
-_SHAPES_ONLY = {
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-}
-_SHAPES_ONLY |= {"new_empty", "new_full", "new_tensor", "size", "dim", "numel", "is_floating_point", "register_hook"}
-_SHAPES_ONLY |= {"requires_grad_", "backward"}
+_SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_SHAPES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "size", "dim", "numel"}
+_SHAPES_ONLY |= {"is_floating_point", "register_hook", "requires_grad_", "backward"}
 
 Found = Callable[[nn.Module, str], None]
 Source = set[tuple[int, str]] | None
@@ -59,6 +50,7 @@ class Flow(TorchFunctionMode):
         self._inside = 0
         self._failed: BaseException | None = None
         self._path: list[str] = []
+        self._grad: list[bool] = []  # whether gradients were recorded, as each module of the path was called
         self._uses: dict[tuple[int, str], set[bool]] = {}
         self._owners: dict[int, tuple[nn.Module, str]] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -93,6 +85,7 @@ class Flow(TorchFunctionMode):
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._path.append(self._names.get(id(module), type(module).__name__))
+        self._grad.append(torch.is_grad_enabled())
         self._inside += isinstance(module, ShardedModule)
 
     def arrives(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -113,11 +106,14 @@ class Flow(TorchFunctionMode):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         path = self._path.pop()
+        self._grad.pop()
         error = sys.exception()
         if error is not None and self._failed is not error:
             self._failed = error
             error.add_note(f"(in {path} of a model that sg.parallelize changed, in its first call){_integers(module)}")
         if not isinstance(module, ShardedModule):
+            if error is None and not self._inside:
+                self._not_followed(path, module, args, output)
             return
         self._inside -= 1
         if self._inside:
@@ -127,6 +123,28 @@ class Flow(TorchFunctionMode):
                 self.is_sharded(tensor)
             else:
                 self.is_replicated(tensor)
+
+    def _not_followed(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Mark what a module without others inside makes of sharded input by means that cannot be watched (autograd
+        functions of its own), and refuse them where it has parameters.
+
+        Raises:
+            LayoutError: as said.
+        """
+        if any(True for _ in module.children()) or not any(self.differs(x) for x in tensors_in(args)):
+            return
+        made = [
+            y for y in tensors_in(output) if y.is_floating_point() and y not in self._differs and y not in self._from
+        ]
+        for y in made:
+            self.is_sharded(y)
+        own = [name for name, one in module._parameters.items() if one is not None]
+        if made and own and not all(True in self._uses.get((id(module), name), ()) for name in own):
+            raise LayoutError(
+                f"{path} ({type(module).__name__}) computes with its {', '.join(own)} and x that is sharded over "
+                f"{self.parallel.axis}, by an operation that cannot be watched (a kernel of its own?): whether their "
+                "gradients are sums over ranks is not known. Use the model without such kernels"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,7 +175,8 @@ class Flow(TorchFunctionMode):
         return result
 
     def _source(self, tensor: Tensor) -> Source:
-        """The trained parameters that a replicated tensor comes from; None if activations are in it."""
+        """The parameters that a replicated tensor comes from (one that is frozen may be trained later); None if
+        activations are in it."""
         if self.differs(tensor):
             return set()
         if tensor in self._from:
@@ -170,7 +189,7 @@ class Flow(TorchFunctionMode):
                 f"{self._where()} uses {self._names[id(module)]}.{name}, of which a rank has a part only, outside of "
                 "its layer: leave it out of the plan"
             )
-        return {(id(module), name)} if tensor.requires_grad else set()
+        return {(id(module), name)}
 
     def _owner(self, parameter: nn.Parameter) -> tuple[nn.Module, str]:
         if id(parameter) not in self._owners:  # (FSDP2 exchanges parameters as modules are called)
@@ -198,6 +217,12 @@ class Flow(TorchFunctionMode):
                 f"{self._where()}: {operation} of a tensor that is replicated over {axis}, {tuple(tensor.shape)}, and "
                 "one that is sharded: the gradient of the first would lack the other ranks' terms. The plan shards a "
                 "layer too many or one too few here"
+            )
+        if self._grad and self._grad[-1] and not torch.is_grad_enabled():  # in the forward of an autograd function
+            names = ", ".join(f"{self._names.get(module, '?')}.{name}" for module, name in source)
+            raise LayoutError(
+                f"{self._where()} uses {names} with x that is sharded over {axis} in an autograd function of its own, "
+                "too late to sum its gradient in this first call: call the model once under torch.no_grad() before"
             )
         self._used(source, differs=True)
         modules = {id(module): module for module in self.model.modules()}

@@ -14,6 +14,7 @@ from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.sizes import slab
 from shardgrad.models.features import Features, written
+from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -70,6 +71,13 @@ class FeatureNorm(ShardedModule):
             )
             for at in range(ranks[self.axis])
         ]
+
+    def stored_output(self) -> StoredOutput:
+        """As x."""
+        (letters,) = self.features.parts
+        sizes = self._shardings["weight"].shape
+        queries = None if self.heads is None else self.heads.queries
+        return StoredOutput(MergedDim((Part(letters, sizes, queries, spread=True),)))
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]

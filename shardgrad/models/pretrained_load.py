@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from shardgrad.comm.mesh import view
+from shardgrad.models.adapter_files import CONFIG, FILE, has_adapters, names_in_files, reset_adapters, unwrapped
 from shardgrad.models.buffers import rebuild_buffers
 from shardgrad.models.lazy_tensor import LazyTensor, same_values
 from shardgrad.models.names import CheckpointNames, all_named, is_pretrained
-from shardgrad.models.weights_file import opened
+from shardgrad.models.weights_file import opened, opened_file
+from shardgrad.nn.init import draw_seed
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
@@ -33,6 +35,10 @@ def load_pretrained(
     frequencies, are computed as the model itself does. The generation config is read too. The model stays in training
     or evaluation mode (`from_pretrained` leaves it in evaluation).
 
+    A model that peft has wrapped takes the folder of its base, and then gives adapters without values their initial
+    ones (alike on any mesh if torch's generators are seeded alike); or a folder with an adapter, as peft and
+    `sg.save_pretrained` write it, which is read slice by slice too.
+
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its files.
         device: where what is on meta goes; by default the mesh's device, or the CPU for a model without one.
@@ -45,12 +51,14 @@ def load_pretrained(
     Raises:
         OSError: the folder or a file of it cannot be read.
         ValueError: tensors are missing, unknown or of another shape: all are listed, and nothing has been changed. Or a
-            buffer on meta cannot be computed, or the model has peft adapters.
+            buffer on meta cannot be computed, or the adapters are none that can be read.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"{type(model).__name__} has peft adapters: load the folder first, and add adapters then")
     folder = Path(folder)
+    if has_adapters(model):
+        return _load_adapted(model, folder, device, strict)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{type(model).__name__} has peft adapters: pass the model that get_peft_model gave back")
     shardings: Shardings = {id(one): sharding for _, one, sharding in named_shardings(model) if sharding is not None}
     named = all_named(model)
     where = _device(device, list(shardings.values()))
@@ -94,6 +102,37 @@ def load_pretrained(
         )
     _read_generation_config(model, folder)
     return [some[0] for some in lacking.values()]
+
+
+def _load_adapted(model: Any, folder: Path, device: torch.device | str | None, strict: bool) -> list[str]:
+    """The base of a model with adapters, or its adapters."""
+    base = model.get_base_model()
+    if not (folder / CONFIG).is_file():
+        with unwrapped(base):
+            lacking = load_pretrained(base, folder, device=device, strict=strict)
+        where = _device(device, [one for _, _, one in named_shardings(model) if one is not None])
+        reset_adapters(model, draw_seed(), where, only_meta=True)
+        return lacking
+    shardings = {name: (one, sharding) for name, one, sharding in named_shardings(model)}
+    where = _device(device, [one for _, one in shardings.values() if one is not None])
+    places = _places(model)
+    with opened_file(folder / FILE) as found:
+        names = names_in_files(model)
+        wrong = [f"missing: {file_name}" for file_name in names.values() if file_name not in found]
+        wrong += [f"unknown: {file_name}" for file_name in found if file_name not in names.values()]
+        for name, file_name in names.items():
+            if file_name in found:
+                tensor, sharding = shardings[name]
+                wrong += _misfits([file_name], tensor, sharding, found)
+        if wrong:
+            raise ValueError(
+                f"{folder} holds another adapter than this model has, which has not been changed:\n  "
+                + "\n  ".join(wrong)
+            )
+        for name, file_name in names.items():
+            tensor, sharding = shardings[name]
+            _fill(tensor, sharding, found[file_name], places[id(tensor)], where)
+    return []
 
 
 def _device(device: torch.device | str | None, shardings: Sequence[ParamSharding]) -> torch.device:

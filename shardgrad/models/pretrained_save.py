@@ -19,11 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import MeshView, mesh_of_all, view
+from shardgrad.models.adapter_files import FILE, has_adapters, names_in_files, write_config
 from shardgrad.models.names import CheckpointNames, is_pretrained, written_names
 from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes, to_disk
 from shardgrad.nn.shardings import named_shardings
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+OfFile = Callable[[str, Tensor], dict[str, Tensor]]
 Piece = tuple[str, torch.dtype, tuple[int, ...]]
 
 
@@ -37,7 +39,7 @@ def save_pretrained(
     arrangement of transformers' files. Tensors are gathered one at a time and written at once: beside its own
     parameters a rank holds one whole tensor, and while that is gathered up to two more of its size. The folder appears,
     under its name, when all of it is on the disk. Of a model that is not transformers', only the tensors are written,
-    by the model's names.
+    by the model's names. Of a model that peft has wrapped, its adapter alone is written, as peft reads it.
 
     Args:
         folder: does not exist yet, or is empty (a tokenizer is saved there afterwards).
@@ -46,26 +48,34 @@ def save_pretrained(
 
     Raises:
         OSError: on every rank, if the folder exists or cannot be written; nothing is left of it.
-        ValueError: a parameter is on the meta device, or the model has peft adapters or is quantized.
+        ValueError: a parameter is on the meta device, or the model is quantized, or its adapters are not of one kind.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
     folder, most = Path(folder).absolute(), _bytes(max_shard_size)
+    if has_adapters(model):
+        most = 2**62  # peft reads one file
     _check(model)
     shardings = {id(one): sharding for _, one, sharding in named_shardings(model)}
-    held = [(name, tensor, shardings.get(id(tensor))) for name, tensor, _ in written_names(model)]
-    names = CheckpointNames(model)
+    written = [(name, tensor) for name, tensor, _ in written_names(model)]
+    of_file: OfFile = CheckpointNames(model).of_file
+    if has_adapters(model):
+        peft_names = names_in_files(model)
+        written = [(name, model.get_parameter(name)) for name in peft_names]
+        of_file = lambda name, tensor: {peft_names[name]: tensor}  # noqa: E731
+    held = [(name, tensor, shardings.get(id(tensor))) for name, tensor in written]
     plan: dict[str, list[str]] = {}
     pieces: dict[str, Piece] = {}
     for name, tensor, sharding in held:
         shape = tuple(tensor.shape) if sharding is None else sharding.global_shape
-        for piece, part in names.of_file(name, torch.empty(shape, dtype=tensor.dtype, device="meta")).items():
+        for piece, part in of_file(name, torch.empty(shape, dtype=tensor.dtype, device="meta")).items():
             if piece in pieces:
                 raise ValueError(f"{piece} would be written twice: rename {name}, or what else has that name in files")
             plan.setdefault(name, []).append(piece)
             pieces[piece] = piece, part.dtype, tuple(part.shape)
 
     ranks = _ranks(model, mesh, [sharding.mesh for sharding in shardings.values() if sharding is not None])
-    output = _Output(folder, pieces, most) if ranks is None or not any(ranks.coordinate.values()) else None
+    single = FILE if has_adapters(model) else WEIGHTS
+    output = _Output(folder, pieces, most, single) if ranks is None or not any(ranks.coordinate.values()) else None
     with ExitStack() as stack:
         if output is not None:
             stack.callback(output.discard)
@@ -74,7 +84,7 @@ def save_pretrained(
         for name, tensor, sharding in held:
             whole = tensor.detach() if sharding is None else sharding.unshard(tensor)
             if output is not None:
-                parts = names.of_file(name, whole)
+                parts = of_file(name, whole)
                 output.attempt(partial(output.write, parts))
                 del parts
             del whole
@@ -86,16 +96,15 @@ def save_pretrained(
 class _Output:
     """The folder as the first rank writes it: under another name until it is whole; after an error, nothing more."""
 
-    def __init__(self, folder: Path, pieces: dict[str, Piece], most: int) -> None:
+    def __init__(self, folder: Path, pieces: dict[str, Piece], most: int, single: str) -> None:
         self.error = ""
         self._folder, self._pieces = folder, pieces
         self._partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
         self._begun = False
         sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}
         files = split_sizes(sizes, most)
-        single = len(files) == 1
         self._files = {
-            WEIGHTS if single else f"model-{at:05d}-of-{len(files):05d}.safetensors": held
+            single if len(files) == 1 else f"model-{at:05d}-of-{len(files):05d}.safetensors": held
             for at, held in enumerate(files, 1)
         }
         self._file_of = {name: filename for filename, held in self._files.items() for name in held}
@@ -118,7 +127,9 @@ class _Output:
             raise FileExistsError("it exists already. Name a folder that does not, or empty it")
         self._partial.mkdir(parents=True)
         self._begun = True
-        if is_pretrained(model):
+        if has_adapters(model):
+            write_config(model, self._partial)
+        elif is_pretrained(model):
             _write_configs(model, self._partial)
         for filename, held in self._files.items():
             self._writers[filename] = WeightsWriter(self._partial / filename, [self._pieces[name] for name in held])
@@ -169,11 +180,8 @@ def _ranks(model: nn.Module, mesh: DeviceMesh | None, used: list[DeviceMesh]) ->
 
 
 def _check(model: nn.Module) -> None:
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"{type(model).__name__} has peft adapters: merge them (model.merge_and_unload()), or save their tensors "
-            "alone, from sg.state_dict(model)"
-        )
+    if getattr(model, "peft_config", None) and not has_adapters(model):
+        raise ValueError(f"{type(model).__name__} has peft adapters: pass the model that get_peft_model gave back")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized: model.dequantize() first")
     meta = [name for name, tensor, _ in written_names(model) if tensor.is_meta]

@@ -38,6 +38,18 @@ _DTYPES = {
 
 
 @contextmanager
+def opened_file(path: Path) -> Iterator[dict[str, LazyTensor]]:
+    """All tensors of a file by name, to read from inside the block.
+
+    Raises:
+        OSError: it is missing or cut short.
+    """
+    with ExitStack() as stack:
+        file = _open(path, stack)
+        yield {name: _lazy(file, name, path) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
 def opened(folder: Path) -> Iterator[dict[str, LazyTensor]]:
     """All tensors of a folder by name, to read from inside the block.
 

@@ -13,7 +13,7 @@ from shardgrad.layout.cost import Collective
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.scale.cell import STEP
 from shardgrad.train.build import build, mesh_shape
-from shardgrad.train.config import Config, check_ranks, load
+from shardgrad.train.config import Config, check_ranks, decoder_sizes, load
 from shardgrad.train.data import BYTES
 from shardgrad.train.grid import AXES as GRID
 from shardgrad.train.optimizer import make_optimizer
@@ -51,7 +51,9 @@ def read(
         overrides.append(f"mesh.grid={[mesh[axis] for axis in GRID]}")
     elif mesh is not None:
         overrides += [f"mesh.{axis}={size}" for axis, size in {"dp": 1, "tp": 1, **mesh}.items()]
-    return check_ranks(load(path, [*given, *overrides, f"mesh.device={device}", f"train.dtype={dtype}"]), ranks)
+    config = check_ranks(load(path, [*given, *overrides, f"mesh.device={device}", f"train.dtype={dtype}"]), ranks)
+    decoder_sizes(config)
+    return config
 
 
 def shape(config: Config) -> dict[str, int]:
@@ -61,7 +63,7 @@ def shape(config: Config) -> dict[str, int]:
 
 def make(config: Config, mesh: DeviceMesh) -> TrainingStep:
     """Forward, backward and update of the configured model on random tokens, alike on every rank."""
-    sizes, settings = config.model, config.train
+    sizes, settings = decoder_sizes(config), config.train
     vocab = config.data.vocab or BYTES
     model = build(config, vocab, mesh)
     optimizer = make_optimizer(model, settings)

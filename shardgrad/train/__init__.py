@@ -5,6 +5,7 @@
 | `launch`      | from a command line to a finished run                                 |
 | `config`      | the keys of a configuration                                           |
 | `build`       | the mesh's shape, the model, and the same on one device               |
+| `language_model` | what training asks of a model                                      |
 | `decoder`     | what all decoders have in common                                      |
 | `model`       | a GPT                                                                 |
 | `llama`       | a Llama style decoder                                                 |
@@ -12,6 +13,11 @@
 | `reference`   | the same decoders on one device, in nothing but torch                 |
 | `first_step`  | the first step against one device and against the prediction of bytes |
 | `predict`     | every collective of a step, predicted                                 |
+| `foreign`     | a model of transformers before it is built                            |
+| `lora`        | adapters of peft around a model                                       |
+| `causal_lm`   | a model of transformers on a mesh, and on one device                  |
+| `model_folder` | the folder that transformers loads afterwards                        |
+| `stages`      | the runs of one start                                                 |
 | `step`        | one optimizer step                                                    |
 | `optimizer`   | AdamW and the learning rate                                           |
 | `loop`        | the training loop                                                     |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
-from shardgrad.train.config import Config, Model
+from shardgrad.train.causal_lm import OneDevice, build_causal_lm
+from shardgrad.train.config import Config, Model, decoder_sizes
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.grid import AXES, Grid
+from shardgrad.train.language_model import LanguageModel
 from shardgrad.train.llama import Llama, hidden_features
 from shardgrad.train.model import GPT, MLP_RATIO
-from shardgrad.train.reference import Reference
+from shardgrad.train.reference import Reference, name_here
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,26 +35,49 @@ def batch_axis(config: Config, ranks: int) -> BatchAxis | None:
     """How layers take part in data parallelism over so many ranks.
 
     With micro-batches, what is replicated over dp is left partial (`{dp}`) and summed after the last of them; with one
-    batch, each layer's backward sums it, under the products of the layers before.
+    batch, each layer's backward sums it, under the products of the layers before. A model of transformers sums it in
+    every backward, of each micro-batch.
     """
     if ranks == 1:
         return None
-    return BatchAxis("dp", shard_params=config.mesh.fully_sharded, accumulate=config.train.accumulate > 1)
+    accumulate = config.train.accumulate > 1 and isinstance(config.model, Model)
+    return BatchAxis("dp", shard_params=config.mesh.fully_sharded, accumulate=accumulate)
+
+
+def build_model(config: Config, vocab: int, mesh: DeviceMesh) -> LanguageModel:
+    """The sharded model on a mesh of `mesh_shape`; values by torch.manual_seed, or by a folder.
+
+    Raises:
+        ConfigError, LayoutError, ValueError, OSError: as `build_causal_lm`.
+    """
+    if isinstance(config.model, Model):
+        return build(config, vocab, mesh)
+    return build_causal_lm(config, vocab, mesh, batch_axis(config, view(mesh).shape["dp"]), **_dtypes(config))
+
+
+def _dtypes(config: Config) -> dict[str, torch.dtype | None]:
+    compute, reduce = _DTYPES[config.train.dtype], config.train.reduce_dtype
+    return {
+        "compute_dtype": None if compute == torch.float32 else compute,
+        "reduce_dtype": None if reduce is None else _DTYPES[reduce],
+    }
 
 
 def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Decoder:
-    """The sharded model on a mesh of `mesh_shape`; values by torch.manual_seed.
+    """The built-in decoder on a mesh of `mesh_shape`; values by torch.manual_seed.
 
     dtype: of the parameters, float32 if None.
+
+    Raises:
+        ConfigError: as `decoder_sizes`.
     """
-    settings: dict[str, Any] = config.model.model_dump(exclude={"kind"})
-    compute = _DTYPES[config.train.dtype]
+    model = decoder_sizes(config)
+    settings: dict[str, Any] = model.model_dump(exclude={"kind"})
     more: dict[str, Any] = {
         "vocab": vocab,
         "mesh": mesh,
         "data": batch_axis(config, view(mesh).shape.get("dp", 1)),
-        "compute_dtype": None if compute == torch.float32 else compute,
-        "reduce_dtype": None if config.train.reduce_dtype is None else _DTYPES[config.train.reduce_dtype],
+        **_dtypes(config),
         "recompute": config.train.recompute,
         "dtype": dtype,
     }
@@ -60,7 +86,7 @@ def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | Non
             settings.pop(key)
         more.pop("data")
         return Grid(**settings, **more)
-    if config.model.kind == "llama":
+    if model.kind == "llama":
         return Llama(**settings, **more)
     settings.pop("rope_theta")
     return GPT(**settings, **more)
@@ -73,3 +99,13 @@ def build_reference(model: Model, vocab: int) -> Reference:
         gpt = model.kind == "gpt"
         settings["d_ff"] = MLP_RATIO * model.d_model if gpt else hidden_features(model.d_model)
     return Reference(**settings, vocab=vocab)
+
+
+def build_one_device(config: Config, vocab: int) -> Reference | OneDevice:
+    """The configured model on one device, with any values; whose names of parameters `one_device_name` gives."""
+    return build_reference(config.model, vocab) if isinstance(config.model, Model) else OneDevice(config.model)
+
+
+def one_device_name(config: Config) -> Callable[[str], str] | None:
+    """A parameter's name on one device, from that on a mesh; None where they are the same."""
+    return name_here if isinstance(config.model, Model) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from shardgrad import settings
 from shardgrad.settings import ConfigError as ConfigError
@@ -101,6 +101,49 @@ class Model(_Section):
     rope_theta: Number = Field(default=10000.0, gt=0, description="base of llama's rotary frequencies")
 
 
+class Lora(_Section):
+    rank: int = Field(default=8, ge=1, description="features between an adapter's two matrices")
+    alpha: Number = Field(default=16.0, gt=0, description="what an adapter adds is multiplied by alpha / rank")
+    targets: list[str] | None = Field(
+        default=None, min_length=1, description="names of the linear layers with adapters; null: peft's choice"
+    )
+    dropout: Number = Field(default=0.0, ge=0, le=0, description="none: a sharded model drops nothing of its adapters")
+
+
+class TransformersModel(_Section):
+    """A causal language model of transformers, which says its sizes itself."""
+
+    pretrained: str | None = Field(
+        default=None, min_length=1, description="instead of a decoder of sizes: a folder in Hugging Face's format"
+    )
+    config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="instead of a decoder of sizes: a config.json of transformers; random weights",
+    )
+    made_by: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a configuration that is run first where model.pretrained does not exist, and leaves it",
+    )
+    lora: Lora | None = Field(
+        default=None, description="train adapters alone, model.pretrained stays as it is; null: all"
+    )
+    sequence: bool = Field(
+        default=True, description="whether activations of a model of transformers are sharded along the sequence"
+    )
+    seq_len: int = Field(ge=1, description="tokens of a sequence")
+
+
+_DECODER, _TRANSFORMERS = (f"[{word} model.pretrained or model.config]" for word in ("without", "with"))
+
+
+def _kind_of_model(given: Any) -> str:
+    if isinstance(given, dict):
+        return _TRANSFORMERS if "pretrained" in given or "config" in given else _DECODER
+    return _TRANSFORMERS if isinstance(given, TransformersModel) else _DECODER
+
+
 class Train(_Section):
     steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(ge=1, description="sequences of a step, over all ranks and micro-batches")
@@ -142,7 +185,10 @@ class Config(_Section):
     run: Run = Run()
     mesh: Mesh = Mesh()
     data: Data = Data()
-    model: Model
+    model: Annotated[
+        Annotated[Model, Tag(_DECODER)] | Annotated[TransformersModel, Tag(_TRANSFORMERS)],
+        Discriminator(_kind_of_model),
+    ]
     train: Train
     sample: Sample = Sample()
 
@@ -167,7 +213,21 @@ def keys() -> Iterator[tuple[str, Any]]:
 
 def _disagreements(config: Config) -> Iterator[str]:
     """What no single key shows."""
-    model, train = config.model, config.train
+    if isinstance(config.model, Model):
+        yield from _decoder_disagreements(config.model, config.mesh)
+    else:
+        yield from _transformers_disagreements(config.model, config)
+    yield from _data_disagreements(config.data)
+    train = config.train
+    if train.warmup >= train.steps:
+        yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
+    if train.batch % train.accumulate:
+        yield f"train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} micro-batches"
+    if train.dtype == "float32" and train.reduce_dtype == "bfloat16":
+        yield "train.reduce_dtype = bfloat16 is narrower than train.dtype = float32: sums would lose what is there"
+
+
+def _decoder_disagreements(model: Model, mesh: Mesh) -> Iterator[str]:
     if model.d_model % model.heads:
         fits = [heads for heads in range(1, model.d_model + 1) if model.d_model % heads == 0]
         near = sorted(sorted(fits, key=lambda heads: abs(heads - model.heads))[:3])
@@ -175,26 +235,33 @@ def _disagreements(config: Config) -> Iterator[str]:
             f"model.d_model = {model.d_model} does not divide by model.heads = {model.heads}; "
             f"heads that would: {', '.join(map(str, near))}"
         )
-    yield from _data_disagreements(config.data)
     if model.kv_heads is not None and model.heads % model.kv_heads:
         yield f"model.kv_heads = {model.kv_heads} must divide model.heads = {model.heads}"
-    grid = config.mesh.grid
-    if grid is not None:
+    if mesh.grid is not None:
         if model.kind != "llama" or model.kv_heads not in (None, model.heads) or model.tied:
             yield "mesh.grid is for model.kind = llama, without model.kv_heads and model.tied"
-        if config.mesh.dp not in (None, 1) or config.mesh.tp is not None or config.mesh.fully_sharded:
+        if mesh.dp not in (None, 1) or mesh.tp is not None or mesh.fully_sharded:
             yield "mesh.grid stands instead of mesh.dp, mesh.tp and mesh.fully_sharded: leave them out"
     if model.kind == "llama" and model.d_model % model.heads == 0 and (model.d_model // model.heads) % 2:
         yield (
             f"model.d_model / model.heads = {model.d_model // model.heads} must be even: rotary positions turn pairs "
             "of a head's features"
         )
-    if train.warmup >= train.steps:
-        yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
-    if train.batch % train.accumulate:
-        yield f"train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} micro-batches"
-    if train.dtype == "float32" and train.reduce_dtype == "bfloat16":
-        yield "train.reduce_dtype = bfloat16 is narrower than train.dtype = float32: sums would lose what is there"
+
+
+def _transformers_disagreements(model: TransformersModel, config: Config) -> Iterator[str]:
+    if model.pretrained is None and model.config is None:
+        yield "model.pretrained and model.config are both null: name the folder, or the config.json"
+    if model.pretrained is not None and model.config is not None:
+        yield "model.pretrained and model.config are both given: the folder has a config.json of its own"
+    if model.pretrained is None and model.lora is not None:
+        yield "model.lora is for model.pretrained: adapters of random weights adapt nothing"
+    if model.pretrained is None and model.made_by is not None:
+        yield "model.made_by leaves model.pretrained: say where"
+    if config.mesh.grid is not None:
+        yield "mesh.grid is for model.kind = llama: a model of transformers is sharded over mesh.tp"
+    if config.train.recompute == "attention":
+        yield "train.recompute = 'attention' is for the built-in decoders: a model of transformers has 'full' alone"
 
 
 def _data_disagreements(data: Data) -> Iterator[str]:
@@ -210,6 +277,19 @@ def _data_disagreements(data: Data) -> Iterator[str]:
             yield f"data.vocab = {data.vocab} must be more than the 256 bytes that data.tokenizer = 'bpe' begins with"
     elif data.vocab is not None and (data.tokenizer not in (None, "bytes") or data.vocab != 256):
         yield f"data.vocab = {data.vocab} is for data.tokens or data.tokenizer=bpe: here the tokenizer says"
+
+
+def decoder_sizes(config: Config) -> Model:
+    """The sizes of a built-in decoder.
+
+    Raises:
+        ConfigError: the configuration names a model of transformers.
+    """
+    if isinstance(config.model, Model):
+        return config.model
+    raise ConfigError(
+        "model.pretrained and model.config are for launch/train.py alone: here name a decoder's sizes (model.layers, …)"
+    )
 
 
 def check_ranks(config: Config, ranks: int) -> Config:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import sqrt
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.errors import ShapeError
 from shardgrad.nn import init
 from shardgrad.nn.dropout import Dropout
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
+from shardgrad.train.language_model import LanguageModel
 
 Recompute = Literal["none", "full", "attention"]
 
@@ -46,7 +47,7 @@ class Block(nn.Module):
         return x + drop(self.mlp(self.mlp_norm(x), sequence))
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """Embedding, blocks, norm, head and loss. Subclasses make the parts.
 
     Args:
@@ -120,8 +121,6 @@ class Decoder(nn.Module):
             return self.head(self.norm(x), sequence)
 
     def loss(self, ids: Tensor, targets: Tensor, batch: int | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token over the whole batch, alike on every rank. ids, targets: [b/dp, s]; batch:
-        b, as in `forward`."""
         return vocab_parallel_cross_entropy(
             self(ids, batch),
             targets,
@@ -131,10 +130,8 @@ class Decoder(nn.Module):
             token_axes=self.token_axes,
         )
 
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """The axes over which ranks hold different tokens."""
-        return () if self.data is None else (self.data.axis,)
+    def next_logits(self, ids: Tensor, at: int) -> Tensor:
+        return gather_replicated(self(ids)[:, at], self.mesh, self.axis, dim=1, size=self.vocab)[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """GPT-2's initial values: normal, 0.02; the projections into the residual stream divided by √(2·layers); biases
@@ -155,14 +152,3 @@ class Decoder(nn.Module):
                 else:
                     into_residual = f"{path}.{name}".replace("_", ".").endswith(("output.weight", "down.weight"))
                     owner.fill(name, partial(init.normal, residual if into_residual else 0.02), generator)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in eval mode: nothing is dropped, and no random number drawn."""
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from math import inf
 
@@ -14,12 +15,13 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.trace import trace_collectives
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.train import data
-from shardgrad.train.build import build_reference
+from shardgrad.train.build import build_one_device, one_device_name
 from shardgrad.train.config import Config
-from shardgrad.train.decoder import Decoder, evaluating
+from shardgrad.train.decoder import Decoder
+from shardgrad.train.language_model import LanguageModel, evaluating
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.predict import step_collectives, totals
-from shardgrad.train.reference import Reference, name_here
+from shardgrad.train.reference import name_here
 from shardgrad.train.report import Report
 from shardgrad.train.step import backward
 from shardgrad.verification import report as verification
@@ -31,7 +33,7 @@ class CheckError(RuntimeError):
 
 
 def check_first_step(
-    model: Decoder, config: Config, text: data.Text, report: Report, metrics: Metrics, step: int = 0
+    model: LanguageModel, config: Config, text: data.Text, report: Report, metrics: Metrics, step: int = 0
 ) -> None:
     """Run the first step without its update; compare its bytes, its loss and every gradient. On every rank.
 
@@ -46,24 +48,29 @@ def check_first_step(
     mesh_view = view(model.mesh)
     batch, seq_len, settings = config.train.batch, config.model.seq_len, config.train
     ids, targets = (t.to(mesh_view.device) for t in data.batch(text, config.run.seed, step, batch, seq_len))
+    drops = isinstance(
+        model, Decoder
+    )  # a model of transformers drops nothing, and computes blocks again in training alone
     for _ in range(2):  # in the first pass, layers also compare with their peers what they see for the first time
         model.zero_grad()
-        with trace_collectives() as traced, evaluating(model):
+        with trace_collectives() as traced, evaluating(model) if drops else nullcontext():
             loss = backward(model, ids, targets, settings.accumulate)
             if settings.clip is not None:
                 clip_grad_norm_(model, inf)
-    predicted = totals(
-        step_collectives(model, batch, seq_len, accumulate=settings.accumulate, clip=settings.clip is not None)
-    )
-    mine = [sum(size for _, size in predicted.values()), traced.bytes, int(predicted == traced.totals())]
+    predicted = None
+    if isinstance(model, Decoder):
+        rows = step_collectives(model, batch, seq_len, accumulate=settings.accumulate, clip=settings.clip is not None)
+        predicted = totals(rows)
+    wanted = traced.totals() if predicted is None else predicted
+    mine = [sum(size for _, size in wanted.values()), traced.bytes, int(wanted == traced.totals())]
     by_rank = [(row[0], row[1], bool(row[2])) for row in _everyones(mine, mesh_view, "bytes of a step")]
     report.bytes(predicted, traced.totals(), by_rank)
     by_operation = [[*key, *value] for key, value in sorted(traced.totals().items())]
-    metrics.write(
-        "bytes", step=step, by_operation=by_operation, by_rank=[{"predicted": p, "traced": t} for p, t, _ in by_rank]
-    )
+    shown = [{"predicted": None if predicted is None else p, "traced": t} for p, t, _ in by_rank]
+    metrics.write("bytes", step=step, by_operation=by_operation, by_rank=shown)
     if config.run.check:
-        found = compare(model, loss, ids, targets, partial(build_reference, config.model, model.vocab))
+        single = partial(build_one_device, config, model.vocab)
+        found = compare(model, loss, ids, targets, single, one_device_name(config))
         report.comparison(found)
         metrics.write(
             "comparison",
@@ -79,22 +86,28 @@ def check_first_step(
 
 
 def compare(
-    model: Decoder, loss: Tensor, ids: Tensor, targets: Tensor, reference: Callable[[], Reference]
+    model: LanguageModel,
+    loss: Tensor,
+    ids: Tensor,
+    targets: Tensor,
+    reference: Callable[[], nn.Module],
+    names: Callable[[str], str] | None = name_here,
 ) -> verification.Report:
     """Hold a step just done against one device, by the yardstick of `sg.verify`; called on every rank.
 
     Args:
         loss: of the whole batch, as the step found it.
         ids, targets: the whole batch [b, s], which one device takes at once.
-        reference: makes the model on one device, with any values.
+        reference: makes the model on one device, with any values; its `loss` is as of `Reference`.
+        names: a parameter's name there, from that of the model; None: the same.
     """
 
     def reference_loss(single: nn.Module) -> Tensor:
-        assert isinstance(single, Reference)
-        exact = single.head.weight.dtype == torch.float64
-        return single.loss(ids, targets, None if exact else model.compute_dtype)
+        exact = next(single.parameters()).dtype == torch.float64
+        mean: Callable[..., Tensor] = single.loss  # type: ignore[assignment]
+        return mean(ids, targets, None if exact else model.compute_dtype)
 
-    return verify_gradients(model, loss, model.mesh, reference, reference_loss, names=name_here)
+    return verify_gradients(model, loss, model.mesh, reference, reference_loss, names=names)
 
 
 def _everyones(mine: list[int], mesh_view: MeshView, what: str) -> list[list[int]]:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardgrad.comm.adjoint import gather_replicated
-from shardgrad.train.decoder import Decoder, evaluating
+from shardgrad.train.language_model import LanguageModel, evaluating
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder, prompt: Sequence[int], count: int, *, temperature: float, seed: int, top_k: int | None = None
+    model: LanguageModel, prompt: Sequence[int], count: int, *, temperature: float, seed: int, top_k: int | None = None
 ) -> list[int]:
     """The prompt and `count` ids drawn after it.
 
@@ -28,9 +27,7 @@ def generate(
         for _ in range(count):
             seen = ids[-model.seq_len :]
             window = torch.tensor([seen + [0] * (model.seq_len - len(seen))], device=device)
-            local = model(window)[:, len(seen) - 1]
-            logits = gather_replicated(local, model.mesh, model.axis, dim=1, size=model.vocab)[0]
-            ids.append(choose(logits, temperature, top_k, generator))
+            ids.append(choose(model.next_logits(window, len(seen) - 1), temperature, top_k, generator))
     return ids
 
 

@@ -24,23 +24,27 @@ from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.train import corpus, folder
-from shardgrad.train.build import build, mesh_shape
+from shardgrad.train.build import build_model, mesh_shape
+from shardgrad.train.causal_lm import CausalLM
 from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
 from shardgrad.train.corpus import Corpus
 from shardgrad.train.data import DataError
-from shardgrad.train.decoder import Decoder
 from shardgrad.train.environment import environment
 from shardgrad.train.first_step import CheckError, check_first_step
+from shardgrad.train.foreign import tokenizer_note, with_tokenizer
 from shardgrad.train.generate import generate
 from shardgrad.train.history import History
-from shardgrad.train.loop import TrainingError, train
+from shardgrad.train.language_model import LanguageModel
+from shardgrad.train.loop import TrainingError, held_out_loss, train
 from shardgrad.train.metrics import Metrics, check_board
+from shardgrad.train.model_folder import write_model
 from shardgrad.train.optimizer import make_optimizer
 from shardgrad.train.page import write_page
 from shardgrad.train.prepare import Start, prepare
 from shardgrad.train.report import Report
 from shardgrad.train.resume import Keeper, restore
 from shardgrad.train.signals import Stop
+from shardgrad.train.stages import stages
 
 _GRACE_S = 10.0  # how long the other ranks leave the first one to print what is wrong, and torchrun to end them all
 
@@ -58,14 +62,16 @@ def main(arguments: Sequence[str]) -> int:
         _check_device(config)
         if config.run.tensorboard:
             check_board()
-        start = prepare(config) if rank == 0 else None
-        if start is None and not corpus.is_encoded(config.data):
-            corpus.open_corpus(config.data, config.model.seq_len)  # each node has the files, or says so now
+        first, *later = stages(config, ranks)
+        first, start = _ready(first, rank)
     except (ConfigError, DataError, OSError) as error:
         _tell_once(error, rank)
         return 2
     try:
-        run(_meet(config), config, start)
+        finished = run(_meet(config), first, start)
+        for stage in later if finished else ():
+            stage, start = _ready(stage, rank)
+            run(_mesh(stage), stage, start)
     except (CollectiveError, dist.DistError) as error:  # every rank knows something else
         _end(error)
     except (CheckError, TrainingError, VerificationError, DisagreementError, DataError, OSError, ValueError) as error:
@@ -75,6 +81,20 @@ def main(arguments: Sequence[str]) -> int:
     dist.destroy_process_group()
     gc.collect()
     return 0
+
+
+def _ready(config: Config, rank: int) -> tuple[Config, Start | None]:
+    """The configuration with its model's tokenizer, and on the first rank what a run begins with.
+
+    Raises:
+        ConfigError, DataError, OSError: the run cannot begin; says why.
+    """
+    config = with_tokenizer(config)
+    if rank == 0:
+        return config, prepare(config)
+    if not corpus.is_encoded(config.data):
+        corpus.open_corpus(config.data, config.model.seq_len)  # each node has the files, or says so now
+    return config, None
 
 
 def _tell_once(error: Exception, rank: int) -> None:
@@ -104,7 +124,7 @@ def _parse(arguments: Sequence[str], rank: int) -> tuple[str, list[str]]:
         described.append(f"  {key:<20} {field.description} ({default})")
     parser = _Parser(
         usage="torchrun --standalone --nproc-per-node N launch/train.py CONFIG.yaml [section.key=value ...]",
-        description="Train a GPT or a Llama, tensor, sequence and data parallel over N ranks.",
+        description="Train a GPT, a Llama or a model of transformers, tensor, sequence and data parallel over N ranks.",
         epilog="keys:\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -136,12 +156,20 @@ def _meet(config: Config) -> DeviceMesh:
     """Start the process group and the mesh. Without torchrun's environment: a group of this process alone."""
     backend = choose(config.mesh.device)
     start_process_group(backend, timedelta(seconds=config.mesh.timeout_s))
+    return _mesh(config)
+
+
+def _mesh(config: Config) -> DeviceMesh:
     shape = mesh_shape(config)
     return init_device_mesh(config.mesh.device, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
-def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
-    """All of a run; called on every rank. start: what `prepare` returned, on the first rank."""
+def run(mesh: DeviceMesh, config: Config, start: Start | None) -> bool:
+    """All of a run; called on every rank. start: what `prepare` returned, on the first rank.
+
+    Returns:
+        Whether it came to its end, and was not stopped by a signal.
+    """
     report = Report(shown=start is not None)
     mesh_view = view(mesh)
     settings = config.run
@@ -151,10 +179,12 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     for axis in mesh_view.axes.values():
         agree(mesh_view, axis, lambda: meant, "the configuration or the text")
     torch.manual_seed(settings.seed)
-    model = build(config, found.text.vocab, mesh)
+    model = build_model(config, found.text.vocab, mesh)
+    foreign = model if isinstance(model, CausalLM) else None
+    base = foreign.about.digest() if foreign is not None and foreign.adapted else None
     optimizer = make_optimizer(model, config.train)
     history = History()
-    saved = restore(begun.checkpoint, model, optimizer, history) if begun.checkpoint is not None else None
+    saved = restore(begun.checkpoint, model, optimizer, history, base) if begun.checkpoint is not None else None
     path, board = (begun.folder / name for name in (folder.METRICS, folder.TENSORBOARD))
     with (
         Metrics(path if start is not None else None, history.step, board if settings.tensorboard else None) as metrics,
@@ -162,13 +192,19 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
     ):
         report.say(f"run folder: {begun.folder}")
         report.layouts(model)
-        count = sum(prod(sharding.shape) for _, _, sharding in named_shardings(model) if sharding is not None)
-        report.corpus(count, found.text)
+        sizes = [
+            (prod(p.shape if s is None else s.global_shape), p.requires_grad) for _, p, s in named_shardings(model)
+        ]
+        count, trained = sum(size for size, _ in sizes), sum(size for size, needed in sizes if needed)
+        report.corpus(count, trained, found.text)
+        if foreign is not None:
+            report.foreign(foreign.about.dropout, [tokenizer_note(config, foreign.about)])
         metrics.write(
             "start",
             step=history.step,
             mesh=mesh_view.shape,
             parameters=count,
+            trained=trained,
             vocab=found.text.vocab,
             unit=found.text.unit,
             tokens=len(found.text.train),
@@ -180,19 +216,32 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> None:
             report.going_on(begun.checkpoint, saved, mesh_view.shape, [*(start.notes if start else ()), *changed])
         if saved is None or saved["mesh"] != mesh_view.shape:  # the same mesh was compared when the run began
             check_first_step(model, config, found.text, report, metrics, history.step)
-        keeper = Keeper(begun.folder, config, found.text.digest, model, optimizer, mesh, metrics, stop)
+        if foreign is not None and foreign.about.folder is not None and history.step == 0:
+            _begin(model, config, found, history, report, metrics)
+        keeper = Keeper(begun.folder, config, found.text.digest, model, optimizer, mesh, metrics, stop, base)
         train(model, optimizer, config, found.text, report, metrics, history, keeper.after_step)
         if keeper.stopped is not None:
             metrics.write("stopped", step=history.step, signal=keeper.stopped)
             report.stopped(keeper.stopped, history.step, begun.folder)
-            return
+            return False
         _finish(model, config, found, history, report, metrics, begun.folder)
+    return True
+
+
+def _begin(
+    model: LanguageModel, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics
+) -> None:
+    """What a pretrained model knows of the text before it is trained on it."""
+    value = held_out_loss(model, found.text, config.train.batch, config.train.eval_batches)
+    history.held_out.append((0, value))
+    metrics.write("held_out", step=0, loss=value)
+    report.say(f"held-out loss {value:.3f} nats a {found.text.unit} before training")
 
 
 def _finish(
-    model: Decoder, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics, where: Path
+    model: LanguageModel, config: Config, found: Corpus, history: History, report: Report, metrics: Metrics, where: Path
 ) -> None:
-    """A sample, the last line of metrics, the page."""
+    """A sample, the model's folder, the last line of metrics, the page."""
     settings = config.sample
     sample = ""
     if settings.tokens:
@@ -209,6 +258,8 @@ def _finish(
         )
         sample = encoder.decode(ids) if encoder else " ".join(map(str, ids))
         report.sample(sample)
+    if isinstance(model, CausalLM):
+        write_model(model, where, found.tokenizer)
     held_out = history.held_out[-1][1]
     metrics.write(
         "end",

@@ -11,8 +11,8 @@ import torch
 from shardgrad.comm.timer import comm_timer
 from shardgrad.train import data
 from shardgrad.train.config import Config
-from shardgrad.train.decoder import Decoder, evaluating
 from shardgrad.train.history import History
+from shardgrad.train.language_model import LanguageModel, evaluating
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.optimizer import learning_rate
 from shardgrad.train.report import Report
@@ -25,7 +25,7 @@ class TrainingError(RuntimeError):
 
 
 @torch.no_grad()
-def held_out_loss(model: Decoder, text: data.Text, batch: int, batches: int | None = None) -> float:
+def held_out_loss(model: LanguageModel, text: data.Text, batch: int, batches: int | None = None) -> float:
     """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
@@ -38,7 +38,7 @@ def held_out_loss(model: Decoder, text: data.Text, batch: int, batches: int | No
 
 
 def train(
-    model: Decoder,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     config: Config,
     text: data.Text,

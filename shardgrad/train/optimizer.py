@@ -15,10 +15,16 @@ from shardgrad.train.config import Train
 def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
     """AdamW, which is elementwise: each rank keeps the moments of its own shards, in their dtype, and needs no other's.
 
-    Weight decay on matrices alone, embeddings among them; none on biases and on the parameters of norms.
+    Weight decay on matrices alone, embeddings among them; none on biases and on the parameters of norms. What needs no
+    gradient is left out.
     """
     return adamw(
-        ((n, p, sharding is not None and len(sharding.shape) > 1) for n, p, sharding in named_shardings(model)), config
+        (
+            (name, one, len(one.shape if sharding is None else sharding.global_shape) > 1)
+            for name, one, sharding in named_shardings(model)
+            if one.requires_grad
+        ),
+        config,
     )
 
 

@@ -110,11 +110,13 @@ def _comparison(line: dict[str, Any]) -> str:
     )
 
 
-def _bytes(by_rank: Sequence[dict[str, int]]) -> str:
-    alike = all(row["predicted"] == row["traced"] for row in by_rank)
+def _bytes(by_rank: Sequence[dict[str, Any]]) -> str:
+    known = all(row["predicted"] is not None for row in by_rank)
+    alike = not known or all(row["predicted"] == row["traced"] for row in by_rank)
     sizes = sorted(row["traced"] for row in by_rank)
     span = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
     verdict = "as predicted from the layouts, to the byte" if alike else "not what the layouts predict"
+    verdict = verdict if known else "traced; not predicted: the program between the layers is the model's own"
     return f'<p class="{"good" if alike else "bad"}">A rank sends {span} bytes a step, {verdict}.</p>'
 
 

@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardgrad.train import corpus, folder, resume
-from shardgrad.train.config import Config
+from shardgrad.train import corpus, folder, foreign, resume
+from shardgrad.train.config import Config, TransformersModel
 from shardgrad.train.data import DataError
 
 
@@ -49,12 +49,16 @@ def prepare(config: Config) -> Start:
         folder.sweep(going_on)
     start = resume.start_from(going_on, settings.resume)
     notes = resume.check_config(config, start) if start is not None else []
+    if isinstance(config.model, TransformersModel):
+        foreign.check(config.model)
     corpus.check_tokens(config.data)
     encoded = None
     if corpus.is_encoded(config.data):
         encoded = corpus.encode(config.data, config.model.seq_len, going_on, _vocabulary(going_on, start))
+        vocab = encoded.vocabulary.vocab
     else:
-        corpus.open_corpus(config.data, config.model.seq_len)
+        vocab = corpus.open_corpus(config.data, config.model.seq_len).text.vocab
+    foreign.check_vocab(config, vocab)
     where = going_on
     if where is None:
         where = folder.create(settings.dir, exactly=settings.resume == "auto")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import nn
 
 from shardgrad.comm.mesh import view
+from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.layer import Layer
-from shardgrad.nn.module import ShardedModule
-from shardgrad.nn.sharding import ParamSharding
+from shardgrad.nn.shardings import named_shardings
 from shardgrad.train.data import Text
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.language_model import LanguageModel
 from shardgrad.verification import report as verification
 
 _WIDTH = 120  # of lines in a file or a pipe
@@ -45,7 +45,7 @@ class Report:
         """One line, with rich's markup."""
         self.console.print(text)
 
-    def layouts(self, model: Decoder) -> None:
+    def layouts(self, model: LanguageModel) -> None:
         """The mesh, how every parameter is stored, and the products' layouts."""
         mesh_view = view(model.mesh)
         axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
@@ -54,9 +54,8 @@ class Report:
         )
         for column in ("parameter", "stored as", "global shape", "on rank 0"):
             parameters.add_column(column, no_wrap=True)
-        for name, sharding in _grouped(model):
-            shape, local = ("×".join(map(str, sizes)) for sizes in (sharding.shape, sharding.block()[1]))
-            parameters.add_row(name, escape(str(sharding.spec)), shape, local)
+        for name, stored, *sizes in _grouped(model):
+            parameters.add_row(name, escape(stored), *("×".join(map(str, some)) for some in sizes))
         self.console.print(parameters)
         products = Table(title="products", title_justify="left")
         products.add_column("layer", no_wrap=True)
@@ -70,11 +69,12 @@ class Report:
                     products.add_row(row[0], escape(row[1]))
         self.console.print(products)
 
-    def corpus(self, parameters: int, text: Text) -> None:
-        """Parameters and tokens."""
+    def corpus(self, parameters: int, trained: int, text: Text) -> None:
+        """Parameters, those of them that are trained, and tokens."""
         vocabulary = "" if text.unit == "byte" else f", a vocabulary of {text.vocab:,}"
+        some = "" if trained == parameters else f", of which {trained:,} are trained"
         self.say(
-            f"{parameters / 1e6:.2f} million parameters; {len(text.train):,} {text.unit}s to train on, "
+            f"{parameters / 1e6:.2f} million parameters{some}; {len(text.train):,} {text.unit}s to train on, "
             f"{len(text.held_out):,} held out{vocabulary}"
         )
 
@@ -94,11 +94,15 @@ class Report:
             f"run.dir={escape(str(folder))}"
         )
 
-    def bytes(self, predicted: Totals, traced: Totals, by_rank: list[tuple[int, int, bool]]) -> None:
+    def bytes(self, predicted: Totals | None, traced: Totals, by_rank: list[tuple[int, int, bool]]) -> None:
         """Bytes that rank 0 sends in a step, as predicted from the layouts and as traced below torch.distributed.
 
+        predicted: None for a model whose program is not ours.
         by_rank: of every rank, both sums, and whether they are alike operation by operation.
         """
+        if predicted is None:
+            self._traced(traced, [sent for _, sent, _ in by_rank])
+            return
         table = Table(title="sent by rank 0 in a step", title_justify="left")
         for column in ("operation", "axis", "count predicted", "traced", "bytes predicted", "traced"):
             table.add_column(column, justify="left" if column in ("operation", "axis") else "right", no_wrap=True)
@@ -111,9 +115,29 @@ class Report:
             for rank in wrong:
                 self.say(f"[red]rank {rank}: predicted {by_rank[rank][0]:,} bytes, traced {by_rank[rank][1]:,}[/red]")
         else:
-            sums = sorted({wanted for wanted, _, _ in by_rank})
-            span = f"{sums[0]:,}" if len(sums) == 1 else f"{sums[0]:,} to {sums[-1]:,}"
-            self.say(f"every rank sends {span} bytes a step, predicted and traced alike")
+            self.say(
+                f"every rank sends {_span(wanted for wanted, _, _ in by_rank)} bytes a step, predicted and traced alike"
+            )
+
+    def _traced(self, traced: Totals, by_rank: list[int]) -> None:
+        table = Table(title="sent by rank 0 in a step", title_justify="left")
+        for column in ("operation", "axis", "count traced", "bytes traced"):
+            table.add_column(column, justify="left" if column in ("operation", "axis") else "right", no_wrap=True)
+        for key, (count, size) in sorted(traced.items()):
+            table.add_row(*key, str(count), f"{size:,}")
+        self.console.print(table)
+        self.say(
+            f"every rank sends {_span(by_rank)} bytes a step, traced; not predicted: the program between the layers is "
+            "the model's own"
+        )
+
+    def foreign(self, dropout: Mapping[str, float], notes: Sequence[str]) -> None:
+        """What is not as the folder of a model has it, and what was chosen for it."""
+        if dropout:
+            told = ", ".join(f"{name} = {value:g}" for name, value in dropout.items())
+            self.say(f"dropout of the model's config is left out: {escape(told)}")
+        for note in notes:
+            self.say(escape(note))
 
     def comparison(self, found: verification.Report) -> None:
         """The first step against one device: what uses most of what is allowed, and the verdict."""
@@ -171,23 +195,39 @@ class Report:
         self.say(f"left in {escape(str(folder))}: {', '.join(names)}")
 
 
+def _span(sizes: Iterable[int]) -> str:
+    every = sorted({*sizes})
+    return f"{every[0]:,}" if len(every) == 1 else f"{every[0]:,} to {every[-1]:,}"
+
+
 def _layouts(module: nn.Module) -> list[object]:
+    if isinstance(module, FeatureLinear):
+        return [module.features]
     if isinstance(module, Layer) and not isinstance(module, VocabParallelEmbedding):
         return [*module.layouts(3)]
     return []
 
 
 def _every(path: str) -> str:
-    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is printed once."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    """`blocks.3.mlp` as `blocks.*.mlp`: what all blocks have alike is printed once. Without what training and peft add
+    around a model's own names."""
+    for added in ("lm.", "base_model.model."):
+        path = path.removeprefix(added)
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path).replace(".base_layer", "").replace(".default", "")
 
 
-def _grouped(model: Decoder) -> Iterator[tuple[str, ParamSharding]]:
+def _grouped(model: LanguageModel) -> Iterator[tuple[str, str, Sequence[int], Sequence[int]]]:
+    """Name, storage, global and local shape of every parameter."""
     seen = set()
-    for path, module in model.named_modules():
-        if isinstance(module, ShardedModule):
-            for name, sharding in module.shardings().items():
-                where = _every(f"{path}.{name}")
-                if where not in seen:
-                    seen.add(where)
-                    yield where, sharding
+    for name, parameter, sharding in named_shardings(model):
+        where = _every(name)
+        if where in seen:
+            continue
+        seen.add(where)
+        frozen = "" if parameter.requires_grad else " frozen"
+        if sharding is None:
+            yield where, f"replicated{frozen}", parameter.shape, parameter.shape
+        else:
+            letters = sharding.merged is None and not sharding.parts
+            local = sharding.block()[1] if letters else sharding.local_shape
+            yield where, f"{sharding.spec}{frozen}", sharding.global_shape, local

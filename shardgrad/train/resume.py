@@ -26,6 +26,11 @@ from shardgrad.train.metrics import Metrics
 from shardgrad.train.signals import Stop
 
 _MAY_DIFFER = ("run.dir", "run.resume", "run.tensorboard", "run.check", "mesh.", "sample.")
+_NO_PARAMETERS = (
+    "model.dropout",
+    "model.sequence",
+    "model.made_by",
+)  # no parameter's shape or meaning depends on these
 _MAY_DIFFER_TOO = ("train.log_every", "train.eval_every", "train.eval_batches", "train.save_every", "train.keep")
 
 
@@ -76,7 +81,7 @@ def check_config(config: Config, start: Path) -> list[str]:
     another = [
         _difference(key, was, now)
         for key, (was, now) in differ.items()
-        if key.startswith("model.") and key != "model.dropout"  # no parameter's shape or meaning depends on it
+        if key.startswith("model.") and key not in _NO_PARAMETERS
     ]
     another += [_difference(key, *differ[key]) for key in ("data.tokenizer", "data.vocab") if key in differ]
     if another:
@@ -104,16 +109,25 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, inner in values.items() for key, value in inner.items()}
 
 
-def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> dict[str, Any]:
+def restore(
+    start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, base: str | None = None
+) -> dict[str, Any]:
     """Fill all of them from a checkpoint; on every rank, which all read it.
+
+    base: a digest of what parameters that are not trained come from, which no checkpoint holds.
 
     Returns:
         What its `state.json` holds.
 
     Raises:
-        OSError, ValueError: as `checkpoint.load`.
+        OSError, ValueError: as `checkpoint.load`; or the parameters that are not trained were others.
     """
-    about = checkpoint.load(start, model, optimizer)
+    about = checkpoint.load(start, model, optimizer, frozen=False)
+    if about.get("base") != base:
+        raise ValueError(
+            f"{start} holds what was trained beside another model.pretrained: its files have changed since "
+            f"({about.get('base')}, and {base} now). Put them back, or begin another run"
+        )
     history.restore(about["history"])
     _set_random(about["random"])
     return about
@@ -122,7 +136,7 @@ def restore(start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, his
 class Keeper:
     """Saves a run while it trains; one on every rank.
 
-    run: the folder. stop: says after every step whether it was the last.
+    run: the folder. stop: says after every step whether it was the last. base: as of `restore`.
     """
 
     def __init__(
@@ -135,7 +149,9 @@ class Keeper:
         mesh: DeviceMesh,
         metrics: Metrics,
         stop: Stop,
+        base: str | None = None,
     ) -> None:
+        self._base = base
         self._run, self._config, self._digest, self._mesh = run, config, digest, mesh
         self._model, self._optimizer, self._metrics, self._stop = model, optimizer, metrics, stop
         self.stopped: str | None = None
@@ -163,8 +179,9 @@ class Keeper:
             "random": _random(),
             "text": self._digest,
             "config": self._config.model_dump(),
+            "base": self._base,
         }
-        checkpoint.save(where, self._model, self._optimizer, mesh=self._mesh, state=state)
+        checkpoint.save(where, self._model, self._optimizer, mesh=self._mesh, state=state, frozen=False)
         if self._metrics.writes:
             folder.prune(self._run, self._config.train.keep)
 

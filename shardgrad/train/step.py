@@ -13,7 +13,7 @@ from shardgrad.comm.mesh import view
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.config import Train
-from shardgrad.train.decoder import Decoder
+from shardgrad.train.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Done:
 
 
 def micro_batches(
-    model: Decoder, ids: Tensor, targets: Tensor, accumulate: int
+    model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """What `Decoder.loss` takes of each micro-batch: ids and targets [b, s], alike on every rank → this rank's part of
-    them, [b / accumulate / dp, s], and the sequences that all ranks have."""
+    """What `LanguageModel.loss` takes of each micro-batch: ids and targets [b, s], alike on every rank → this rank's
+    part of them, [b / accumulate / dp, s], and the sequences that all ranks have."""
     for some, following in zip(ids.chunk(accumulate), targets.chunk(accumulate)):
         batch = len(some)
         for name in model.token_axes:
@@ -37,7 +37,7 @@ def micro_batches(
         yield some, following, batch
 
 
-def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) -> Tensor:
+def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int = 1) -> Tensor:
     """Add the gradients of the mean loss over a batch, complete on every rank; returns this loss, alike on every rank.
 
     What each micro-batch reduces and what waits for the last of them is written in how the parameters are stored: see
@@ -52,7 +52,9 @@ def backward(model: Decoder, ids: Tensor, targets: Tensor, accumulate: int = 1) 
     return total
 
 
-def train_step(model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, config: Train) -> Done:
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor, config: Train
+) -> Done:
     """Forward, backward and update; ids and targets [b, s] are the whole batch, alike on every rank."""
     optimizer.zero_grad()
     loss = backward(model, ids, targets, config.accumulate)

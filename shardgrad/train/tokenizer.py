@@ -60,7 +60,10 @@ class Vocabulary:
     def encode_all(self, text: str) -> NDArray[Any]:
         """The ids [n] of a long text, in the smallest of uint16 and uint32 that holds the vocabulary."""
         dtype = np.uint16 if self.vocab <= 2**16 else np.uint32
-        parts = [np.asarray(some.ids, dtype) for some in self._inner.encode_batch(list(_chunks(text)))]
+        parts = [
+            np.asarray(some.ids, dtype)
+            for some in self._inner.encode_batch(list(_chunks(text)), add_special_tokens=False)
+        ]
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
@@ -94,6 +97,27 @@ def train(text: str, vocab: int) -> Vocabulary:
     )
     inner.train_from_iterator(_chunks(text), trainer)
     return Vocabulary(inner)
+
+
+def bytes_json() -> str:
+    """The tokenizers library's file of `Bytes`: the same ids."""
+    library = _library()
+    vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    inner = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = library.decoders.ByteLevel()
+    return str(inner.to_str())
+
+
+def _byte_letters() -> Iterator[str]:
+    """The letter that GPT-2 writes for each byte: itself where it can be seen, else the next one after all bytes."""
+    hidden = 0
+    for byte in range(BYTES):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174:
+            yield chr(byte)
+        else:
+            yield chr(BYTES + hidden)
+            hidden += 1
 
 
 def _library() -> Any:

@@ -109,7 +109,7 @@ def verify(
             rows.update({(row.kind, row.name): row for row in again if row.ok and (row.kind, row.name) in rows})
     for one in measured:
         if one.key in placer.unsure and not rows[one.key].ok:
-            placer.skipped[f"{one.key[0]} of {one.key[1]}"] = _BETWEEN
+            placer.skipped[f"{one.key[0]} of {one.key[1]}"] = _TERMS if one.key[1] in said else _BETWEEN
     measured = [one for one in measured if one.key not in placer.unsure or rows[one.key].ok]
     rows = {one.key: rows[one.key] for one in measured}
     given.check_used(placer.names)
@@ -131,6 +131,9 @@ _BETWEEN = (
     "a module between sharded layers: nothing says how what it returns is stored, or whether its gradient is a term of "
     "a sum, and its values are right in no place that is known. (The layers around it are compared)"
 )
+
+
+_TERMS = "ranks or heads share what the layer makes, so that each has a term of its gradient"
 
 
 def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) -> Measured:

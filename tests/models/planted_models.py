@@ -213,6 +213,12 @@ def _(model: Any, mesh: DeviceMesh) -> None:
     returns(only(model, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"), lambda y: y.roll(1, -1))
 
 
+@bug("a norm over all heads is over this rank's", "olmo2", ("output", "q_norm"))
+def _(model: Any, mesh: DeviceMesh) -> None:
+    layer = only(model, "q_norm")
+    layer.forward = lambda x: F.rms_norm(x, x.shape[-1:], layer.weight, layer.eps)
+
+
 @bug("the row of padding is trained", "llama", ("gradient", "embed_tokens.weight"), pad_token_id=VOCAB - 1)
 def _(model: Any, mesh: DeviceMesh) -> None:
     only(model, "embed_tokens").padding_idx = None

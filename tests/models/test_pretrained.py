@@ -485,8 +485,8 @@ def test_models_that_cannot_be_saved(world_size: int, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match='max_shard_size is a number of bytes or a text such as "5GB"'):
             sg.save_pretrained(model, tmp_path / "saved", max_shard_size=size)
     model.peft_config = {"default": None}
-    with pytest.raises(ValueError, match=r"has peft adapters: merge them"):
+    with pytest.raises(ValueError, match=r"has peft adapters: pass the model that get_peft_model"):
         sg.save_pretrained(model, tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"has peft adapters: load the folder first"):
+    with pytest.raises(ValueError, match=r"has peft adapters: pass the model that get_peft_model"):
         sg.load_pretrained(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ def test_right_models_pass(world_size: int, kind: str, how: str, attention: str)
 @distributed(world_size=[2, 3])
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [(5, 5), (6, 3), (2, 1), (6, 2)])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "phi3", "gemma3"])
 def test_heads_that_do_not_divide(world_size: int, kind: str, heads: tuple[int, int]) -> None:
     h, g = heads
     check(kind, world_size, num_attention_heads=h, num_key_value_heads=g, hidden_size=8 * h, attention="eager")

@@ -136,3 +136,24 @@ def test_another_number_of_ranks(file: Path) -> None:
         "mesh.tp = 4, but 2 processes were started: start torchrun with --nproc-per-node 4, or set mesh.tp=null for "
         "all there are"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("pretrained: a, layers: 2", "model.layers is no key with model.pretrained or model.config"),
+        ("layers: 1, heads: 1, d_model: 2, lora: {}", "model.lora is no key without model.pretrained or model.config"),
+        (
+            "pretrained: a, config: b",
+            "model.pretrained and model.config are both given: the folder has a config.json of its own",
+        ),
+        ("config: null", "model.pretrained and model.config are both null: name the folder, or the config.json"),
+        ("config: a, lora: {}", "model.lora is for model.pretrained: adapters of random weights adapt nothing"),
+        ("config: a, made_by: b", "model.made_by leaves model.pretrained: say where"),
+        ("pretrained: a, lora: {dropout: 0.1}", "model.lora.dropout = 0.1 should be less than or equal to 0"),
+        ("pretrained: a, lora: {r: 2}", "model.lora.r is no key; the nearest key is model.lora.rank"),
+    ],
+)
+def test_models_of_transformers(file: Path, model: str, line: str) -> None:
+    assert refusal(load, file, f"model={{seq_len: 5, {model}}}")[1:] == [f"  {line}"]
+    assert load(file, ["model={config: a, seq_len: 5}", "model.sequence=false"]).model.seq_len == 5

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from math import prod
 from pathlib import Path
 
 import forked
 import pytest
+import torch
+import torch.nn.functional as F
 from test_launch import LAUNCH, ROOT
 
+from shardgrad.train import corpus, data
 from shardgrad.train.build import mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, load
+from shardgrad.train.foreign import with_tokenizer
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = ["train.steps=2", "train.warmup=1", "train.batch=4", "sample.tokens=0", "mesh.device=cpu", "run.check=true"]
@@ -101,3 +106,36 @@ def test_keys_that_do_not_fit(override: str, told: str) -> None:
 def test_rotary_positions_need_pairs() -> None:
     with pytest.raises(ConfigError, match=r"model.d_model / model.heads = 3 must be even"):
         load(ROOT / "configs" / "quickstart.yaml", ["model.kind=llama", "model.d_model=12"])
+
+
+@pytest.mark.slow
+def test_finetuning_makes_its_own_model(tmp_path: Path) -> None:
+    """As it is shipped, from a folder with nothing in it but the repository's files."""
+    for name in ("configs", "docs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    status, told = forked.run(LAUNCH, 2, 900, ["configs/finetune.yaml"], tmp_path)
+    assert status == 0, told
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny-llama" / "model")
+    with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        tuned = peft.PeftModel.from_pretrained(base, str(tmp_path / "runs" / "finetune" / "model"))
+    tuned.eval()
+    config = with_tokenizer(load(ROOT / "configs" / "finetune.yaml", [f"run.dir={tmp_path}", *_of(tmp_path)]))
+    text = corpus.open_corpus(config.data, config.model.seq_len, tmp_path / "runs" / "finetune").text
+    total, count = 0.0, 0
+    for ids, targets in data.held_out(text, config.train.batch, config.model.seq_len, config.train.eval_batches):
+        with torch.no_grad():
+            logits = tuned(input_ids=ids).logits
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        count += targets.numel()
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    before, *_, after = (line["loss"] for line in lines if line["kind"] == "held_out")
+    assert total / count == pytest.approx(after, abs=1e-4)
+    assert after < before - 0.1
+
+
+def _of(where: Path) -> list[str]:
+    return [f"model.pretrained={where / 'runs' / 'tiny-llama' / 'model'}", "model.made_by=null"]
