@@ -76,7 +76,7 @@ class Gated(nn.Module):
         if again:
             heads = self.second(heads)
         if how == "scale of both":
-            heads, x = heads * self.scale, x * self.scale.sum()
+            x, heads = x * self.scale.sum(), heads * self.scale
         y = self.down(heads.flatten(-2))
         if how == "weight elsewhere":
             y = y + self.up.weight.square().mean()
