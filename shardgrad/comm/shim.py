@@ -232,6 +232,8 @@ def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
         theirs = getattr(old, name)
         theirs.update({key: value for key, value in mine.items() if key not in theirs})
         setattr(new, name, theirs)
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def is_persistent(module: torch.nn.Module, buffer: str) -> bool:

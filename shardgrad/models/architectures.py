@@ -73,8 +73,16 @@ def _mixture(config: Any) -> Architecture:
     known = _llama(config)
     experts = _at("**.layers.*.mlp.experts", {"gate_up_proj": "d -> c,f/tp", "down_proj": "f/tp -> d"})
     assert not isinstance(known.sequence, str)
-    sequence = {**known.sequence, "**.layers.*.mlp": "s/tp -> s{tp} -> s/tp"}
+    sequence = dict(known.sequence)
+    plain = sequence.pop("**.layers.*.mlp")
+    for at in range(config.num_hidden_layers):
+        sequence[f"**.layers.{at}.mlp"] = "s/tp -> s{tp} -> s/tp" if _is_mixture(config, at) else plain
     return Architecture({**known.plan, **experts}, {**known.sizes, "c": 2}, sequence)
+
+
+def _is_mixture(config: Any, layer: int) -> bool:
+    others = getattr(config, "mlp_only_layers", None) or ()
+    return layer not in others and (layer + 1) % (getattr(config, "decoder_sparse_step", None) or 1) == 0
 
 
 def _gpt2(config: Any) -> Architecture:

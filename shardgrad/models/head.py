@@ -13,7 +13,6 @@ from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import view
 from shardgrad.errors import DisagreementError, LayoutError
-from shardgrad.models.linear import FeatureLinear
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.parallel import Parallel
 
@@ -28,12 +27,13 @@ class Head:
 
     Args:
         owner: the module whose forward takes labels.
-        layer: its output layer.
+        layer: its output layer, or the adapters' wrapper around it.
+        vocab_size: the global vocabulary.
     """
 
-    def __init__(self, owner: Any, layer: FeatureLinear, parallel: Parallel) -> None:
+    def __init__(self, owner: Any, layer: nn.Module, vocab_size: int, parallel: Parallel) -> None:
         self.owner, self.layer, self.parallel = [owner], [layer], parallel  # in lists: not modules of anything here
-        self.vocab_size = layer.out_features
+        self.vocab_size = vocab_size
         self.whole = True
         self.inside = _calls_loss_function(owner)  # else the model's forward has its loss written into it
         self._labels: Tensor | None = None

@@ -118,11 +118,7 @@ def parallelize(
     for one, number in numbers:
         _set_number(one.module, one.attribute, number)
     _share_kv_heads(model, made, builder)
-    head: Any = getattr(base, "get_output_embeddings", lambda: None)()
-    known_head = isinstance(head, FeatureLinear) and head.kind == "column" and not head.features.gathered
-    Root(
-        model, [model] if base is model else [model, base], parallel, Head(base, head, parallel) if known_head else None
-    )
+    Root(model, [model] if base is model else [model, base], parallel, _head(base, parallel))
     for module, hook in hooks:
         hook.register(module)
     if data is not None:
@@ -242,12 +238,26 @@ def _set_number(module: Any, attribute: str, number: int) -> None:
     setattr(module, attribute.removeprefix("config."), number)
 
 
+def _head(base: Any, parallel: Parallel) -> Head | None:
+    """What minds the labels and logits of a model whose output layer leaves a sharded vocabulary."""
+    outer: Any = getattr(base, "get_output_embeddings", lambda: None)()
+    inner = getattr(outer, "base_layer", outer)
+    if not isinstance(inner, FeatureLinear) or inner.kind != "column" or inner.features.gathered:
+        return None
+    return Head(base, outer, inner.out_features, parallel)
+
+
 def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder: Builder) -> None:
     """Where a rank has one KV head for each query head, or none at all, say so to those who repeat them."""
     if builder.heads is None or (builder.heads.aligned and builder.heads.count):
         return
     for path, new in made.items():
         letters = {dim.letter for part in getattr(new, "features", NONE).parts for dim in part}
-        for parent in (model.get_submodule(path.rpartition(".")[0]) if "g" in letters else None,):
+        for parent in (model.get_submodule(_owner(path)) if "g" in letters else None,):
             if isinstance(getattr(parent, "num_key_value_groups", None), int):
                 parent.num_key_value_groups = 1  # type: ignore[union-attr]
+
+
+def _owner(path: str) -> str:
+    """The name of the module that calls a layer, also one in an adapter's wrapper."""
+    return path.removesuffix(".base_layer").rpartition(".")[0]

@@ -30,6 +30,7 @@ class Root:
         self.parallel, self.head = parallel, head
         self._model = [model]
         self._seen: set[Any] = set()
+        self._watched: Any = None  # the kind of call that is being watched
         self._depth = 0
         self._open = ExitStack()
         for module in called:
@@ -58,12 +59,17 @@ class Root:
         if self._depth:
             return None
         self._open.close()
+        if self._watched is not None and output is not None:  # one that raised is watched again
+            self._seen.add(self._watched)
+        self._watched = None
         return None if self.head is None or output is None else self.head.after(output)
 
     def _watch(self, given: dict[str, Any], more: int) -> None:
         """Follow the first call of each kind: with these arguments, and so many without names, in this mode."""
         named = frozenset(name for name, value in given.items() if value is not None)
-        kind = named, more, self._model[0].training, torch.is_grad_enabled()
+        model, grad = self._model[0], torch.is_grad_enabled()
+        trained = tuple(one.requires_grad for one in model.parameters()) if grad else ()  # may be thawed later
+        kind = named, more, model.training, grad, trained
         if kind in self._seen:
             return
         if torch.compiler.is_compiling():
@@ -72,7 +78,7 @@ class Root:
                 "gradients are sums over ranks. (Blocks of it may be compiled before: they run as written in that call)"
             )
         self._open.enter_context(watching(Flow(self._model[0], self.parallel, self._found)))
-        self._seen.add(kind)
+        self._watched = kind
 
     def _found(self, module: nn.Module, name: str) -> None:
         sum_gradients(module, name, self.parallel, self.parallel.axis)
