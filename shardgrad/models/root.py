@@ -67,9 +67,7 @@ class Root:
     def _watch(self, given: dict[str, Any], more: int) -> None:
         """Follow the first call of each kind: with these arguments, and so many without names, in this mode."""
         named = frozenset(name for name, value in given.items() if value is not None)
-        model, grad = self._model[0], torch.is_grad_enabled()
-        trained = tuple(one.requires_grad for one in model.parameters()) if grad else ()  # may be thawed later
-        kind = named, more, model.training, grad, trained
+        kind = named, more, self._model[0].training, torch.is_grad_enabled()
         if kind in self._seen:
             return
         if torch.compiler.is_compiling():
