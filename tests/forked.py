@@ -19,6 +19,7 @@ import shardgrad
 from shardgrad.cli import entry
 
 PRELOADED = ["torch", "torch.distributed.device_mesh", "shardgrad.train.launch", *sorted(set(shardgrad._HOME.values()))]
+PRELOADED += ["transformers.models.llama.modeling_llama"]  # most of what a model of transformers imports: 2 s a rank
 
 
 def run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -13,24 +14,61 @@ _ROW = "o o_proj out_proj c_proj dense wo down_proj fc2 fc_out w2 dense_4h_to_h 
 
 
 def draft(model: nn.Module, axis: str) -> str:
-    """Entries for all linear layers and embeddings of a model, by patterns, with their shapes."""
+    """Entries for all linear layers and embeddings of a model, by patterns, with their shapes; and integers of modules
+    around them that may count heads."""
+    sizes = head_sizes(getattr(model, "config", None))
     found: dict[str, tuple[str, str]] = {}
+    parents: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
         weight = getattr(module, "weight", None)
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if weight is None or pattern in found or not (linear or isinstance(module, nn.Embedding)):
             continue
-        shape = "×".join(map(str, weight.shape))
-        found[pattern] = _guess(name.rpartition(".")[2], module, axis, linear), f"{type(module).__name__} {shape}"
-    return "\n".join(_lines(found))
+        own = name.rpartition(".")[2]
+        text, note = _guess(own, module, axis, linear), ""
+        if linear and text.endswith(",k"):
+            text, note = _fused(text, max(weight.shape), sizes, axis)
+            parents.setdefault(pattern.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0]))
+        found[pattern] = text, f"{type(module).__name__} {'×'.join(map(str, weight.shape))}{note}"
+    return "\n".join(_lines(found, sizes, parents, axis))
 
 
-def _lines(found: dict[str, tuple[str, str]]) -> Iterable[str]:
+def head_sizes(config: Any) -> dict[str, int]:
+    """The letters of heads, h, g and k, as a configuration of transformers has them; none of any other."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or not hasattr(config, "hidden_size"):
+        return {}
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {"h": heads, "g": getattr(config, "num_key_value_heads", None) or heads, "k": width}
+
+
+def _lines(
+    found: dict[str, tuple[str, str]], sizes: dict[str, int], parents: dict[str, nn.Module], axis: str
+) -> Iterable[str]:
     yield "{"
+    if sizes:
+        yield f"    # with sizes={sizes}"
     for pattern, (text, about) in found.items():
         yield f"    {pattern!r}: {text!r},  # {about}" if text else f"    # {pattern!r}: replicated?  {about}"
+    counts = {sizes["h"]: f"h/{axis}", sizes["h"] * sizes["k"]: f"h/{axis},k"} if sizes else {}
+    for pattern, module in parents.items():
+        for name, value in vars(module).items():
+            if type(value) is int and value in counts:
+                yield f"    # {f'{pattern}.{name}'!r}: {counts[value]!r},  if its forward reads {name}={value}"
     yield "}"
+
+
+def _fused(text: str, features: int, sizes: dict[str, int], axis: str) -> tuple[str, str]:
+    """Of a weight that holds queries, keys and values, a guess and the other order that it may have."""
+    if not sizes or text != f"d -> h/{axis},k":
+        return text, ""
+    h, g, k = sizes["h"], sizes["g"], sizes["k"]
+    if features == 3 * h * k:
+        return f"d -> c,h/{axis},k", f", or 'd -> h/{axis},c,k': as its forward splits it"
+    if features == (h + 2 * g) * k:
+        return f"d -> h/{axis},k + g/{axis},k + g/{axis},k", ", if its forward splits it so"
+    return (f"d -> g/{axis},k", "") if features == g * k != h * k else (text, "")
 
 
 def _guess(name: str, module: nn.Module, axis: str, linear: bool) -> str:

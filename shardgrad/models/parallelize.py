@@ -52,7 +52,7 @@ def parallelize(
 
     Layers that the plan names are exchanged for sharded ones, which take over this rank's part of their values, and
     keep names, shapes and ties. The rest of the model runs as it is written. All ranks call this with the same model:
-    on the meta device (`sg.load_pretrained` fills it), or with the same values.
+    on the meta device (`sg.load_pretrained` fills it), or with the same values. docs/models.md shows a whole program.
 
     Args:
         plan: how features are stored, by patterns of module names (`*` is one part of a name, `**` any number); see

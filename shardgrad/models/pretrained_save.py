@@ -22,6 +22,7 @@ from shardgrad.comm.mesh import MeshView, mesh_of_all, view
 from shardgrad.models.adapter_files import FILE, has_adapters, names_in_files, write_config
 from shardgrad.models.names import CheckpointNames, is_pretrained, written_names
 from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes, to_disk
+from shardgrad.nn.dtensors import whole
 from shardgrad.nn.shardings import named_shardings
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -82,12 +83,13 @@ def save_pretrained(
             output.attempt(lambda: output.begin(model))
         _raise_alike(output, ranks)
         for name, tensor, sharding in held:
-            whole = tensor.detach() if sharding is None else sharding.unshard(tensor)
+            part = whole(tensor.detach())  # of what FSDP2 shards beside
+            full = part if sharding is None else sharding.unshard(part)
             if output is not None:
-                parts = of_file(name, whole)
+                parts = of_file(name, full)
                 output.attempt(partial(output.write, parts))
                 del parts
-            del whole
+            del part, full
         if output is not None:
             output.attempt(output.finish)
         _raise_alike(output, ranks)

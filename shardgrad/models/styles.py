@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardgrad.errors import LayoutError
+from shardgrad.models.draft import head_sizes
 from shardgrad.models.plan import matches
 
 _OTHERWISE = {
@@ -40,7 +41,8 @@ def from_styles(plan: Mapping[str, str], base: Any, axis: str) -> tuple[dict[str
     }
     if not styled:
         return dict(plan), {}
-    sizes = _sizes(getattr(base, "config", None))
+    sizes = head_sizes(getattr(base, "config", None))
+    sizes |= {"c": 2} if sizes else {}
     made: dict[str, str] = {}
     for pattern, text in plan.items():
         if pattern not in styled:
@@ -53,14 +55,6 @@ def from_styles(plan: Mapping[str, str], base: Any, axis: str) -> tuple[dict[str
         if found:
             made[wide] = found
     return made, sizes
-
-
-def _sizes(config: Any) -> dict[str, int]:
-    heads = getattr(config, "num_attention_heads", None)
-    if heads is None:
-        return {}
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"h": heads, "g": getattr(config, "num_key_value_heads", None) or heads, "k": width, "c": 2}
 
 
 def _text(pattern: str, style: str, base: nn.Module, sizes: Mapping[str, int], axis: str) -> str:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
+from shardgrad.models.adapter_files import reset_adapters
 from shardgrad.models.parallelize import parallelize
 from shardgrad.models.pretrained_load import load_pretrained
 from shardgrad.train import lora
@@ -112,10 +113,9 @@ def build_causal_lm(
     if about.folder is None:
         lm.to(device)
     else:
-        with lora.unwrapped(base):
-            load_pretrained(base, about.folder)
+        load_pretrained(lm, about.folder)
     if section.lora is not None:
-        lora.reset(lm, config.run.seed, device)
+        reset_adapters(lm, config.run.seed, device)
     if config.train.recompute == "full":
         named = "activation_checkpointing_enable"  # by its newer name, if transformers has it
         enable = getattr(base, named, None) or base.gradient_checkpointing_enable

@@ -10,7 +10,7 @@ from typing import Any
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
 from shardgrad.models.pretrained_save import save_pretrained
-from shardgrad.train import lora, tokenizer
+from shardgrad.train import tokenizer
 from shardgrad.train.causal_lm import CausalLM
 from shardgrad.train.foreign import TOKENIZER
 from shardgrad.train.tokenizer import Tokenizer
@@ -31,18 +31,14 @@ def write_model(model: CausalLM, run: Path, encoder: Tokenizer | None) -> None:
     first = not any(mesh_view.coordinate.values())
     target = run / MODEL
     partial = target.with_name(f".{MODEL}.partial")
-    tensors = lora.gathered(model.lm) if model.adapted else {}
     done = ""
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-    if not model.adapted:
-        _set(model.lm.config, model.about.dropout)
-        save_pretrained(model.lm, partial, mesh=model.mesh)
-        _set(model.lm.config, dict.fromkeys(model.about.dropout, 0.0))
+    _set(model.lm.config, model.about.dropout)
+    save_pretrained(model.lm, partial, mesh=model.mesh)
+    _set(model.lm.config, dict.fromkeys(model.about.dropout, 0.0))
     if first:
         try:
-            if model.adapted:
-                lora.write(model.lm, tensors, partial)
             _write_tokenizer(encoder, model.about.folder if model.about.tokenizer else None, partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_models import MODELS, on_meta, plain, spread_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import shardgrad as sg
 from shardgrad.comm.shim import TorchDispatchMode, storage_number
@@ -199,6 +200,17 @@ def test_a_model_without_transformers(world_size: int, tmp_path: Path) -> None:
     sg.load_pretrained(one, tmp_path / "saved")
     assert_same(model, one)
     assert one[1].num_batches_tracked.item() == 0
+
+
+@distributed(world_size=2)
+def test_saved_from_shards_of_fsdp2(world_size: int, tmp_path: Path) -> None:
+    """Five heads are parts of different sizes on the two ranks of dp."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    model, expected = plain("llama"), plain("llama")
+    fully_shard(sg.parallelize(model, mesh), mesh=mesh["dp"])
+    sg.save_pretrained(model, tmp_path / "ours")
+    if dist.get_rank() == 0:
+        assert_same(type(expected).from_pretrained(tmp_path / "ours"), expected)
 
 
 @distributed(world_size=2)
