@@ -122,6 +122,7 @@ def test_precision_is_what_one_device_has(world_size: int, how: str, name: str) 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo reads it
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # as dynamo does
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @distributed(world_size=2, timeout=300)
 def test_compiled_blocks(world_size: int, name: str) -> None:
