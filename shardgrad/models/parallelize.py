@@ -23,7 +23,7 @@ from shardgrad.models.draft import draft
 from shardgrad.models.features import Features
 from shardgrad.models.head import Head
 from shardgrad.models.linear import FeatureLinear
-from shardgrad.models.plan import lay, matches, plain_name
+from shardgrad.models.plan import Laid, lay, matches, plain_name
 from shardgrad.models.root import Root, refuse_dropout, sum_over_data
 from shardgrad.models.sequence import Action, Hook, Stream
 from shardgrad.models.styles import from_styles
@@ -100,8 +100,9 @@ def parallelize(
     streams = _streams(sequence, known_sequence)
     if model.training:
         refuse_dropout(model)
-    known = _known(model, base, axis) if plan is not None else {}
-    builder = Builder(laid, letters, parallel, bool(streams), known)
+    known = _known(model, base, axis) if plan is not None else Laid((), (), ())
+    _check_integers(laid, known, axis)
+    builder = Builder(laid, letters, parallel, bool(streams), {id(one.module): one.features for one in known.modules})
     builder.build()
     numbers = [(one, builder.number(one)) for one in laid.integers]
     instead = {id(one.module): one.name for one in laid.modules} | {id(m): name for name, m, _ in laid.experts}
@@ -171,11 +172,25 @@ def _plan(
     return dict(plan), letters, {one: text.replace("tp", axis) for one, text in known.sequence.items()}
 
 
-def _known(model: nn.Module, base: Any, axis: str) -> dict[int, Features]:
-    """What is known of an architecture's layers, by their identity."""
+def _known(model: nn.Module, base: Any, axis: str) -> Laid:
+    """What is known of an architecture's layers and integers."""
     known = architecture_of(base)
     plan = {} if known is None else {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
-    return {id(one.module): one.features for one in lay(model, plan, strict=False).modules}
+    return lay(model, plan, strict=False)
+
+
+def _check_integers(laid: Laid, known: Laid, axis: str) -> None:
+    """Refuse a plan that shards layers of which a known program counts features by an integer that it lacks: some
+    programs then take other features, of a shape that fits."""
+    given = {(one.name, one.attribute) for one in laid.integers}
+    for one in known.integers:
+        inside = [each for each in laid.modules if each.plain.startswith(f"{one.plain}.")]
+        sharded = next((each for each in inside if each.features.kind(axis) != "replicated"), None)
+        if sharded is not None and (one.name, one.attribute) not in given:
+            raise LayoutError(
+                f"{one.plain}.{one.attribute} counts features of {sharded.plain}, which are sharded "
+                f"({sharded.features}): the plan lacks it, as {str(one.features)!r}"
+            )
 
 
 def _streams(sequence: bool | Mapping[str, str], known: Mapping[str, str] | str) -> Mapping[str, str]:

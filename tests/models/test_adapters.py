@@ -64,9 +64,9 @@ def test_gradients_of_adapters_alone(world_size: int, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-@distributed(world_size=[1, 2, 3, 4], timeout=120)
+@distributed(world_size=[1, 4], timeout=120)
 def test_heads_and_streams(world_size: int, name: str, sequence: bool) -> None:
-    for heads in ((5, 5), (2, 2)) if name == "gpt2" else ((6, 3), (2, 1), (5, 5)):
+    for heads in ((5, 5), (2, 2)) if name == "gpt2" else ((6, 3), (2, 1)):
         agree(name, world_size, heads, sequence)
 
 

@@ -54,9 +54,8 @@ def test_uneven_batches(world_size: int, name: str, shard_params: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("shard_params", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3_moe", "gpt2", "t5"])
+@pytest.mark.parametrize(("shard_params", "sequence"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "olmo2", "qwen3_moe", "gpt2", "t5"])
 @distributed(world_size=4, timeout=120)
 def test_both_axes(world_size: int, name: str, shard_params: bool, sequence: bool) -> None:
     agree(name, world_size, (6, 3) if name not in ("gpt2", "t5") else (5, 5), shard_params, sequence)

@@ -9,6 +9,7 @@ import shardgrad as sg
 from shardgrad.testing import distributed
 
 STREAMED = [name for name in KNOWN if name != "opt"]
+ALIKE = ("mistral", "qwen2", "gemma3", "qwen3", "gpt_neox", "bert alone")  # others go the same way
 
 
 def agree(name: str, world_size: int, lengths: tuple[int, ...]) -> None:
@@ -19,7 +20,7 @@ def agree(name: str, world_size: int, lengths: tuple[int, ...]) -> None:
         assert_calls_agree(model, one, batch(name, length=length), calls=2 if length == lengths[0] else 1)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in STREAMED])
 @distributed(world_size=3)
 def test_a_sequence_that_ranks_do_not_divide(world_size: int, name: str) -> None:
     """Seven tokens; then fewer than ranks."""
@@ -28,9 +29,9 @@ def test_a_sequence_that_ranks_do_not_divide(world_size: int, name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
-@distributed(world_size=[1, 2, 4], timeout=180)
+@distributed(world_size=[2, 4], timeout=180)
 def test_lengths_of_all_kinds(world_size: int, name: str) -> None:
-    agree(name, world_size, (7,) if name == "vit" else (7, 2, 8, 3))
+    agree(name, world_size, (7,) if name == "vit" else (7, 2, 8))
 
 
 @distributed(world_size=2)

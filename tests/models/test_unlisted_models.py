@@ -88,6 +88,20 @@ def test_plans_by_hand_of_falcon(world_size: int) -> None:
         assert_calls_agree(model, one, batch("falcon"))
 
 
+@distributed(world_size=2)
+def test_an_integer_that_a_plan_lacks_is_hinted_at(world_size: int) -> None:
+    model = plain("falcon", (5, 5), multi_query=True)
+    plan = {"**.self_attention.query_key_value": "d -> h/tp,k + g,k + g,k", **FALCON}
+    del plan["**.self_attention.num_heads"]
+    sg.parallelize(model, line(world_size), plan, sizes={"h": 5, "g": 1, "k": 6})
+    with pytest.raises(RuntimeError) as error:
+        model(**batch("falcon"))
+    said = "\n".join(error.value.__notes__)
+    assert re.search(
+        r"in transformer.h.0.self_attention of .*\n\(it reads .*num_heads=5.* need an entry in the plan", said
+    )
+
+
 class Mixer(nn.Module):
     """Heads with a norm and a gate of their own, between a column and a row parallel layer."""
 
@@ -135,7 +149,7 @@ def filled() -> Plain:
     return model
 
 
-@distributed(world_size=[1, 2, 3, 4])
+@distributed(world_size=[2, 3])
 def test_a_module_of_ones_own(world_size: int) -> None:
     """Norms and gates of heads have a term of their gradient on each rank, which the first call finds; others not."""
     generator = torch.Generator().manual_seed(3)
