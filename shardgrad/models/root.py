@@ -55,7 +55,7 @@ class Root:
         return None if changed is given else ((), changed)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)  # (a hook of somebody's may have raised before ours)
         if self._depth:
             return None
         self._open.close()
