@@ -53,7 +53,10 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         trains = "train" in item.path.parts and size == 4 and sizes[_function(item)] & set(ALWAYS)
         if size is not None and (size >= LARGE or trains):  # a whole training run is shown on fewer ranks
             item.add_marker(pytest.mark.slow)
-        if size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS):
+        # A process that imports transformers is dear, and so is each model of it: on 2 ranks each time, a sample on others.
+        models = "models" in item.path.parts
+        always = {2} if models else set(ALWAYS)
+        if size is None or size in always or not (models or sizes[_function(item)] & always):
             continue
         at = seen[_function(item), size]
         seen[_function(item), size] += 1

@@ -322,7 +322,8 @@ def test_beside_its_parts_a_rank_holds_one_tensor(world_size: int, name: str, tm
     whole = max(4 * one.numel() for one in sg.state_dict(model).values())
     with Live() as live:
         sg.save_pretrained(model, tmp_path / "ours")
-    assert live.most <= 3 * whole + 2000, (live.most, whole)
+    # What is gathered, padded to equal parts (six fifths of five experts), the whole put together, and a copy of it.
+    assert live.most <= 3.2 * whole + 2000, (live.most, whole)
 
 
 def _load_anew(folder: Path, name: str = "llama") -> Any:
