@@ -24,6 +24,10 @@ SWEEP = 5
 """Of its other sizes, one set of parameters in so many is run each time, and the rest is slow."""
 
 
+SAMPLE = 3
+"""Of a test of models on 2 ranks, one set of parameters in so many is run each time."""
+
+
 LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
 
@@ -53,14 +57,13 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         trains = "train" in item.path.parts and size == 4 and sizes[_function(item)] & set(ALWAYS)
         if size is not None and (size >= LARGE or trains):  # a whole training run is shown on fewer ranks
             item.add_marker(pytest.mark.slow)
-        # A process that imports transformers is dear, and so is each model of it: on 2 ranks each time, a sample on others.
-        models = "models" in item.path.parts
-        always = {2} if models else set(ALWAYS)
-        if size is None or size in always or not (models or sizes[_function(item)] & always):
+        models = "models" in item.path.parts and size is not None
+        if not models and (size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS)):
             continue
-        at = seen[_function(item), size]
-        seen[_function(item), size] += 1
-        if at % SWEEP:
+        at = seen[_function(item), size or 0]
+        seen[_function(item), size or 0] += 1
+        # Models of transformers are dear: a sample of them each time, a smaller one on other ranks than 2.
+        if at % (SAMPLE if models and size == 2 else SWEEP):
             item.add_marker(pytest.mark.slow)
 
 

@@ -61,7 +61,8 @@ def save_pretrained(
     of_file: OfFile = CheckpointNames(model).of_file
     if has_adapters(model):
         peft_names = names_in_files(model)
-        written = [(name, model.get_parameter(name)) for name in peft_names]
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        written = [(name, parameters[name]) for name in peft_names]
         of_file = lambda name, tensor: {peft_names[name]: tensor}  # noqa: E731
     held = [(name, tensor, shardings.get(id(tensor))) for name, tensor in written]
     plan: dict[str, list[str]] = {}

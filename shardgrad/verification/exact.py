@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from shardgrad.comm import shim
+from shardgrad.models.flow import tensors_in
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +22,6 @@ class InFloat64(shim.TorchDispatchMode):
             kwargs["dtype"] = torch.float64
         result = func(*args, **kwargs)
         made = isinstance(result, Tensor) and result.dtype in _NARROW
-        if made and not any(isinstance(one, Tensor) for one in tree_leaves((args, kwargs))):
+        if made and not tensors_in((args, kwargs)):
             return result.double()  # of the default dtype
         return result

@@ -10,7 +10,7 @@ from shardgrad.models.architectures import KNOWN, Architecture
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-plan.md"
 TABLE = re.compile(r"(?<=\| architectures \| stored as \| sequence \|\n\|---\|---\|---\|\n)(\|.*\n)*")
-SIZES = {"num_attention_heads": 4, "hidden_size": 16, "num_heads": 4, "d_kv": 4}
+SIZES = {"num_attention_heads": 4, "hidden_size": 16, "num_heads": 4, "d_kv": 4, "num_hidden_layers": 0}
 
 
 def table() -> str:

@@ -143,7 +143,8 @@ def test_plain_transformers_loads_what_is_left(
 
 
 @distributed(world_size=[2], backend="shm")
-@pytest.mark.parametrize("values", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_adapters_alone_are_trained(world_size: int, values: dict[str, Any], tmp_path: Path) -> None:
     """Base values stay as they are; peft loads the adapters beside them; a resumed run ends with the same bits."""
     import peft
