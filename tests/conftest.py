@@ -24,7 +24,7 @@ SWEEP = 5
 """Of its other sizes, one set of parameters in so many is run each time, and the rest is slow."""
 
 
-SAMPLE = 3
+SAMPLE = 5
 """Of a test of models on 2 ranks, one set of parameters in so many is run each time."""
 
 
@@ -62,8 +62,8 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
             continue
         at = seen[_function(item), size or 0]
         seen[_function(item), size or 0] += 1
-        # Models of transformers are dear: a sample of them each time, a smaller one on other ranks than 2.
-        if at % (SAMPLE if models and size == 2 else SWEEP):
+        # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
+        if (models and size != 2) or at % (SAMPLE if models else SWEEP):
             item.add_marker(pytest.mark.slow)
 
 

@@ -195,6 +195,7 @@ def test_adapters_alone_are_trained(world_size: int, values: dict[str, Any], tmp
 
 
 @distributed(world_size=[1, 2, 3], backend="shm")
+@pytest.mark.slow
 def test_random_weights_are_the_same_on_any_mesh(world_size: int, tmp_path: Path) -> None:
     from shardgrad.train.build import build_model
 
