@@ -14,7 +14,7 @@ from shardgrad.testing import distributed
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "sampled": {"do_sample": True, "temperature": 20.0, "top_k": 40},
     "beams": {"num_beams": 2, "do_sample": False},
 }
 
