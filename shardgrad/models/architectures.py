@@ -20,6 +20,13 @@ class Architecture:
     sizes: Mapping[str, int]
     sequence: Texts | str = field(default_factory=dict)
 
+    def on(self, axis: str) -> Architecture:
+        """The same over an axis of another name than tp."""
+        plan = {pattern: text.replace("/tp", f"/{axis}") for pattern, text in self.plan.items()}
+        if isinstance(self.sequence, str):
+            return Architecture(plan, self.sizes, self.sequence)
+        return Architecture(plan, self.sizes, {name: text.replace("tp", axis) for name, text in self.sequence.items()})
+
 
 _ATTENTION = {"q_proj": "d -> h/tp,k", "k_proj": "d -> g/tp,k", "v_proj": "d -> g/tp,k", "o_proj": "h/tp,k -> d"}
 _GATED = {"gate_proj": "d -> f/tp", "up_proj": "d -> f/tp", "down_proj": "f/tp -> d"}
@@ -36,16 +43,18 @@ def _stream(layers: str, entered: list[str], last: str) -> dict[str, str]:
     return starts | {f"**.{layers}.*.{name}": "s/tp -> s{tp}" for name in entered} | {f"**.{last}": "s/tp -> s"}
 
 
-def _sizes(config: Any) -> dict[str, int]:
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+def head_sizes(config: Any) -> dict[str, int]:
+    """The letters of heads, h, g and k, as a configuration of transformers has them; none of any other."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or not hasattr(config, "hidden_size"):
+        return {}
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"h": heads, "g": groups, "k": width}
+    return {"h": heads, "g": getattr(config, "num_key_value_heads", None) or heads, "k": width}
 
 
 def _llama(config: Any) -> Architecture:
     plan = _at("**.layers.*.self_attn", _ATTENTION) | _at("**.layers.*.mlp", _GATED) | _VOCABULARY
-    return Architecture(plan, _sizes(config), _stream("layers", ["self_attn", "mlp"], "norm"))
+    return Architecture(plan, head_sizes(config), _stream("layers", ["self_attn", "mlp"], "norm"))
 
 
 def _olmo2(config: Any) -> Architecture:
@@ -65,7 +74,7 @@ def _phi3(config: Any) -> Architecture:
         "**.layers.*.mlp.down_proj": "f/tp -> d",
         **_VOCABULARY,
     }
-    return Architecture(plan, {**_sizes(config), "c": 2}, _stream("layers", ["self_attn", "mlp"], "norm"))
+    return Architecture(plan, {**head_sizes(config), "c": 2}, _stream("layers", ["self_attn", "mlp"], "norm"))
 
 
 def _mixture(config: Any) -> Architecture:
@@ -95,7 +104,7 @@ def _gpt2(config: Any) -> Architecture:
         "**.wte": "v/tp -> d",
         "**.lm_head": "d -> v/tp",
     }
-    return Architecture(plan, {**_sizes(config), "c": 3}, _stream("h", ["attn", "mlp"], "ln_f"))
+    return Architecture(plan, {**head_sizes(config), "c": 3}, _stream("h", ["attn", "mlp"], "ln_f"))
 
 
 def _gpt_neox(config: Any) -> Architecture:
@@ -108,7 +117,7 @@ def _gpt_neox(config: Any) -> Architecture:
         "**.lm_head": "d -> v/tp",
     }
     sequence = _stream("layers", ["attention", "mlp"], "final_layer_norm")
-    return Architecture(plan, {**_sizes(config), "c": 3}, sequence)
+    return Architecture(plan, {**head_sizes(config), "c": 3}, sequence)
 
 
 def _opt(config: Any) -> Architecture:
@@ -116,7 +125,7 @@ def _opt(config: Any) -> Architecture:
     plan = _at("**.layers.*.self_attn", {**heads, "out_proj": "h/tp,k -> d", "num_heads": "h/tp"})
     plan |= {"**.layers.*.fc1": "d -> f/tp", "**.layers.*.fc2": "f/tp -> d", **_VOCABULARY}
     why = "OPT's layers merge batch and sequence into one dim between attention and feed-forward"
-    return Architecture(plan, _sizes(config), why)
+    return Architecture(plan, head_sizes(config), why)
 
 
 def _bert(config: Any) -> Architecture:
@@ -135,14 +144,14 @@ def _bert(config: Any) -> Architecture:
         "**.encoder.layer.*.attention.self": "s/tp -> s{tp}",
         "**.encoder.layer.*.intermediate": "s/tp -> s{tp}",
     }
-    return Architecture(plan, _sizes(config), sequence)
+    return Architecture(plan, head_sizes(config), sequence)
 
 
 def _vit(config: Any) -> Architecture:
     heads = {f"{name}_proj": "d -> h/tp,k" for name in "qkv"}
     plan = _at("**.layers.*.attention", {**heads, "o_proj": "h/tp,k -> d"})
     plan |= _at("**.layers.*.mlp", {"fc1": "d -> f/tp", "fc2": "f/tp -> d"})
-    return Architecture(plan, _sizes(config), _stream("layers", ["attention", "mlp"], "layernorm"))
+    return Architecture(plan, head_sizes(config), _stream("layers", ["attention", "mlp"], "layernorm"))
 
 
 def _t5(config: Any) -> Architecture:
@@ -175,8 +184,8 @@ KNOWN: dict[str, Callable[[Any], Architecture]] = {
 }
 
 
-def architecture_of(model: Any) -> Architecture | None:
-    """What is known of a model's architecture; None if nothing is."""
+def architecture_of(model: Any, axis: str = "tp") -> Architecture | None:
+    """What is known of a model's architecture, over an axis; None if nothing is."""
     config = getattr(model, "config", None)
     known = KNOWN.get(getattr(config, "model_type", ""))
-    return None if known is None else known(config)
+    return None if known is None else known(config).on(axis)

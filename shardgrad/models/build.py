@@ -19,7 +19,7 @@ from shardgrad.models.entrance import Entrance
 from shardgrad.models.experts import DOWN, FeatureExperts
 from shardgrad.models.features import Features, Letters, complete, division
 from shardgrad.models.linear import FeatureLinear
-from shardgrad.models.plan import Assigned, Laid
+from shardgrad.models.plan import Assigned, Laid, is_conv1d
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -103,7 +103,7 @@ class Builder:
                 "name what is in it"
             )
         weight: Any = module.weight
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = is_conv1d(module)
         n_out, n_in = weight.shape[::-1] if transposed else weight.shape
         sizes = self._complete(features, n_in, n_out, name)
         self._check_known(one, sizes, n_in, n_out)

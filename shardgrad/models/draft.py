@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
+
+from shardgrad.models.architectures import head_sizes
+from shardgrad.models.plan import is_conv1d
 
 _COLUMN = "q k v query key value q_proj k_proj v_proj query_key_value qkv qkv_proj c_attn wq wk wv in_proj Wqkv"
 _COLUMN += " gate_proj up_proj gate_up_proj fc1 fc_in c_fc wi wi_0 wi_1 w1 w3 dense_h_to_4h up gate lin1 linear1"
@@ -22,7 +24,7 @@ def draft(model: nn.Module, axis: str) -> str:
     for name, module in model.named_modules():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
         weight = getattr(module, "weight", None)
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if weight is None or pattern in found or not (linear or isinstance(module, nn.Embedding)):
             continue
         own = name.rpartition(".")[2]
@@ -32,15 +34,6 @@ def draft(model: nn.Module, axis: str) -> str:
             parents.setdefault(pattern.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0]))
         found[pattern] = text, f"{type(module).__name__} {'×'.join(map(str, weight.shape))}{note}"
     return "\n".join(_lines(found, sizes, parents, axis))
-
-
-def head_sizes(config: Any) -> dict[str, int]:
-    """The letters of heads, h, g and k, as a configuration of transformers has them; none of any other."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads or not hasattr(config, "hidden_size"):
-        return {}
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {"h": heads, "g": getattr(config, "num_key_value_heads", None) or heads, "k": width}
 
 
 def _lines(

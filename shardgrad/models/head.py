@@ -16,8 +16,6 @@ from shardgrad.errors import DisagreementError, LayoutError
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.parallel import Parallel
 
-_OWN_LOSS = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
-
 
 class Head:
     """What happens around a call of a model that takes labels.
@@ -32,7 +30,7 @@ class Head:
     """
 
     def __init__(self, owner: Any, layer: nn.Module, vocab_size: int, parallel: Parallel) -> None:
-        self.owner, self.layer, self.parallel = [owner], [layer], parallel  # in lists: not modules of anything here
+        self.owner, self.parallel = [owner], parallel  # in a list: no module of anything here
         self.vocab_size = vocab_size
         self.whole = True
         self.inside = _calls_loss_function(owner)  # else the model's forward has its loss written into it

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardgrad.comm.adjoint import all_reduce, replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.layout.sizes import slab
@@ -19,7 +18,7 @@ from shardgrad.nn.heads import Heads
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
 from shardgrad.nn.replicated import for_rows
-from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_rms_norm
+from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_rms_norm, summed
 
 
 class FeatureNorm(ShardedModule):
@@ -103,7 +102,7 @@ class FeatureNorm(ShardedModule):
         queries = range(heads.first, heads.first + heads.count)
         counted = [at for at, query in enumerate(queries) if query % share == 0]
         squares = wide[..., counted, :].square().sum((-2, -1))
-        total = replicate(all_reduce(squares, self.mesh, self.axis), self.mesh, self.axis)
+        total = summed(squares, self.mesh, self.axis)
         eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
         y = wide * torch.rsqrt(total / self.size + eps)[..., None, None]
         if not heads.count:

@@ -17,7 +17,7 @@ from shardgrad.errors import LayoutError
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.models import ties
 from shardgrad.models.adapters import with_adapters
-from shardgrad.models.architectures import KNOWN, architecture_of
+from shardgrad.models.architectures import KNOWN, Architecture, architecture_of
 from shardgrad.models.build import Builder, fill
 from shardgrad.models.draft import draft
 from shardgrad.models.features import Features
@@ -93,14 +93,16 @@ def parallelize(
         raise LayoutError("data: accumulate=True is for models of shardgrad's layers: call backward once for each step")
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     parallel = Parallel(mesh, axis, data=data, reduce_dtype=reduce_dtype)
-    texts, letters, known_sequence = _plan(base, plan, sizes, axis)
+    architecture = architecture_of(base, axis)
+    texts, letters = _plan(base, architecture, plan, sizes, axis)
     laid = with_adapters(model, lay(model, texts, strict=plan is not None), axis)
     if not laid.modules and not laid.experts:
         raise LayoutError(f"the plan means nothing of this {type(base).__name__}")
-    streams = _streams(sequence, known_sequence)
+    streams = _streams(sequence, architecture, base, axis)
     if model.training:
         refuse_dropout(model)
-    known = _known(model, base, axis) if plan is not None else Laid((), (), ())
+    theirs: Mapping[str, str] = architecture.plan if architecture is not None and plan is not None else {}
+    known = lay(model, theirs, strict=False)  # what a plan of the user's must agree with
     _check_integers(laid, known, axis)
     builder = Builder(laid, letters, parallel, bool(streams), {id(one.module): one.features for one in known.modules})
     builder.build()
@@ -112,9 +114,13 @@ def parallelize(
     ties.check(groups, made, model)
     hooks = _hooks(model, streams, parallel, strict=not isinstance(sequence, bool))
     # Nothing has been changed so far.
-    for path, old in every:
-        if path in made:
-            _exchange(model, path, old, made[path])
+    for new, old in {id(made[path]): (made[path], old) for path, old in every if path in made}.values():
+        fill(new, old)
+        shim.move_hooks(old, new)
+        new.train(old.training)
+    for path, new in made.items():  # one of several names under each of them
+        parent, _, own = path.rpartition(".")
+        setattr(model.get_submodule(parent), own, new)
     ties.join(groups, made, model)
     for one, number in numbers:
         _set_number(one.module, one.attribute, number)
@@ -147,36 +153,25 @@ def _save_pretrained(model: nn.Module, save_directory: str, **options: Any) -> N
 
 
 def _plan(
-    base: Any, plan: Mapping[str, str] | None, sizes: Mapping[str, int] | None, axis: str
-) -> tuple[dict[str, str], dict[str, int], Mapping[str, str] | str]:
-    """The texts of a plan, the sizes of its letters, and what is known of its sequence."""
-    known = architecture_of(base)
-    if plan is None:
-        if known is None:
-            kind = getattr(getattr(base, "config", None), "model_type", None)
-            of = f"the architecture {kind!r} ({type(base).__name__})" if kind else type(base).__name__
-            raise LayoutError(
-                f"no plan is known for {of}; known are {', '.join(sorted(KNOWN))}. Give one, as plan=…; a draft to "
-                f"edit, with guesses (docs/write-a-plan.md):\n{draft(base, axis)}"
-            )
-        plan = {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
-    else:
-        plan, own = from_styles(plan, base, axis)
-        sizes = {**own, **(sizes or {})}
-    letters = {**(known.sizes if known is not None else {}), **(sizes or {})}
-    why = f"no sequence plan is known for {type(base).__name__}: say where, sequence={{'layers.0': 's -> s/{axis}', …}}"
+    base: Any,
+    known: Architecture | None,
+    plan: Mapping[str, str] | None,
+    sizes: Mapping[str, int] | None,
+    axis: str,
+) -> tuple[Mapping[str, str], dict[str, int]]:
+    """The texts of a plan, and the sizes of its letters."""
+    own: Mapping[str, int] = {} if known is None else known.sizes
+    if plan is not None:
+        texts, styled = from_styles(plan, base, axis)
+        return texts, {**own, **styled, **(sizes or {})}
     if known is None:
-        return dict(plan), letters, why
-    if isinstance(known.sequence, str):
-        return dict(plan), letters, f"sequence=True: {known.sequence}"
-    return dict(plan), letters, {one: text.replace("tp", axis) for one, text in known.sequence.items()}
-
-
-def _known(model: nn.Module, base: Any, axis: str) -> Laid:
-    """What is known of an architecture's layers and integers."""
-    known = architecture_of(base)
-    plan = {} if known is None else {pattern: text.replace("/tp", f"/{axis}") for pattern, text in known.plan.items()}
-    return lay(model, plan, strict=False)
+        kind = getattr(getattr(base, "config", None), "model_type", None)
+        of = f"the architecture {kind!r} ({type(base).__name__})" if kind else type(base).__name__
+        raise LayoutError(
+            f"no plan is known for {of}; known are {', '.join(sorted(KNOWN))}. Give one, as plan=…; a draft to "
+            f"edit, with guesses (docs/write-a-plan.md):\n{draft(base, axis)}"
+        )
+    return known.plan, {**own, **(sizes or {})}
 
 
 def _check_integers(laid: Laid, known: Laid, axis: str) -> None:
@@ -193,14 +188,19 @@ def _check_integers(laid: Laid, known: Laid, axis: str) -> None:
             )
 
 
-def _streams(sequence: bool | Mapping[str, str], known: Mapping[str, str] | str) -> Mapping[str, str]:
+def _streams(sequence: bool | Mapping[str, str], known: Architecture | None, base: Any, axis: str) -> Mapping[str, str]:
     if not isinstance(sequence, bool):
         return sequence
     if not sequence:
         return {}
-    if isinstance(known, str):
-        raise LayoutError(known)
-    return known
+    if known is None:
+        raise LayoutError(
+            f"no sequence plan is known for {type(base).__name__}: say where, "
+            f"sequence={{'layers.0': 's -> s/{axis}', …}}"
+        )
+    if isinstance(known.sequence, str):
+        raise LayoutError(f"sequence=True: {known.sequence}")
+    return known.sequence
 
 
 def _hooks(
@@ -233,19 +233,6 @@ def _hooks(
     return [(module, Hook(name, action, stream_of(name), parallel)) for module, name, action in found]
 
 
-def _exchange(model: nn.Module, path: str, old: nn.Module, new: ShardedModule) -> None:
-    """Put a sharded module where another one was, with its values, hooks and mode."""
-    parent, _, own = path.rpartition(".")
-    if model.get_submodule(path) is new:
-        return
-    if not getattr(new, "_filled", False):
-        fill(new, old)
-        shim.move_hooks(old, new)
-        new.train(old.training)
-        object.__setattr__(new, "_filled", True)
-    setattr(model.get_submodule(parent), own, new)
-
-
 def _set_number(module: Any, attribute: str, number: int) -> None:
     if attribute.startswith("config."):
         module.config = copy.copy(module.config)  # of this module alone
@@ -268,9 +255,9 @@ def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder
         return
     for path, new in made.items():
         letters = {dim.letter for part in getattr(new, "features", NONE).parts for dim in part}
-        for parent in (model.get_submodule(_owner(path)) if "g" in letters else None,):
-            if isinstance(getattr(parent, "num_key_value_groups", None), int):
-                parent.num_key_value_groups = 1  # type: ignore[union-attr]
+        owner: Any = model.get_submodule(_owner(path))
+        if "g" in letters and isinstance(getattr(owner, "num_key_value_groups", None), int):
+            owner.num_key_value_groups = 1
 
 
 def _owner(path: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from torch import nn
 
@@ -39,6 +38,11 @@ class Laid:
     modules: tuple[Assigned, ...]
     integers: tuple[Assigned, ...]
     experts: tuple[tuple[str, nn.Module, dict[str, Features]], ...]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -103,14 +107,14 @@ def lay(model: nn.Module, plan: Mapping[str, str], *, strict: bool) -> Laid:
     return Laid(tuple(modules.values()), tuple(integers), tuple(experts.values()))
 
 
-def _integers(names: list[tuple[str, str, nn.Module]], pattern: str, features: Features) -> Any:
+def _integers(names: list[tuple[str, str, nn.Module]], pattern: str, features: Features) -> Iterator[Assigned]:
+    place, _, last = pattern.rpartition(".")
+    readings = [(place, last)]
+    if place.endswith(".config"):
+        readings.append((place.removesuffix(".config"), f"config.{last}"))
     for name, plain, module in names:
-        for attribute in ("", "config."):
-            owner = module if not attribute else getattr(module, "config", None)
-            own, _, last = pattern.rpartition(".")
-            if attribute and own.rpartition(".")[2] != "config":
-                continue
-            place = own.removesuffix(".config") if attribute else own
-            value = getattr(owner, last, None) if owner is not None else None
-            if isinstance(value, int) and not isinstance(value, bool) and matches(place, plain):
-                yield Assigned(name, module, features, pattern, plain, attribute + last)
+        for where, attribute in readings:
+            owner = getattr(module, "config", None) if attribute.startswith("config.") else module
+            value = getattr(owner, last, None)
+            if isinstance(value, int) and not isinstance(value, bool) and matches(where, plain):
+                yield Assigned(name, module, features, pattern, plain, attribute)

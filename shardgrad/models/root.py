@@ -98,6 +98,11 @@ def sum_over_data(model: nn.Module, parallel: Parallel) -> None:
                     sum_gradients(module, name, parallel, parallel.data.axis)
 
 
+def is_dropout(attribute: str, value: object) -> bool:
+    """Whether an attribute of a module or a configuration is a probability of dropping something, and not 0."""
+    return isinstance(value, float) and value > 0 and any(word in attribute for word in _WORDS)
+
+
 def refuse_dropout(model: nn.Module) -> None:
     """Raise for dropout that is active, or would be in training.
 
@@ -110,5 +115,5 @@ def refuse_dropout(model: nn.Module) -> None:
                 raise dropout_error(name, module.p)
             continue
         for attribute, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and any(word in attribute for word in _WORDS):
+            if is_dropout(attribute, value):
                 raise dropout_error(f"{name}.{attribute}", value)

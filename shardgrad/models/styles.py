@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardgrad.errors import LayoutError
-from shardgrad.models.draft import head_sizes
+from shardgrad.models.architectures import head_sizes
 from shardgrad.models.plan import matches
 
 _OTHERWISE = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from shardgrad.errors import LayoutError
+from shardgrad.models.plan import is_conv1d
 from shardgrad.nn.module import ShardedModule
 
 Place = tuple[str, str]  # the name of a module, and of its parameter
@@ -52,7 +53,7 @@ def check(groups: list[list[Place]], made: Mapping[str, ShardedModule], model: n
 
 def _computes(module: nn.Module) -> bool:
     """Whether a module computes with its parameters itself (a bare parameter may be another's name only)."""
-    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def join(groups: list[list[Place]], made: Mapping[str, ShardedModule], model: nn.Module) -> None:

@@ -44,7 +44,7 @@ def sharded_rms_norm(
     Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
     """
     wide = _wide(x, weight)
-    squares = _summed(wide.square().sum(-1, keepdim=True), mesh, axis)
+    squares = summed(wide.square().sum(-1, keepdim=True), mesh, axis)
     scale = torch.rsqrt(squares / size + (torch.finfo(wide.dtype).eps if eps is None else eps))
     y = wide * scale
     return (y if weight is None else y * weight).to(x.dtype)
@@ -111,7 +111,7 @@ def sharded_norm_collectives(
         yield from one(mesh, "dX", "reduce-scatter", "norm: d moments", axis, 2 * rows * ranks, dtype)
 
 
-def _summed(x: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
+def summed(x: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
     """The sum over the axis, which each rank then uses for its own features: its gradient is summed as well."""
     return replicate(all_reduce(x, mesh, axis), mesh, axis)
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from shardgrad.models.architectures import KNOWN
+from shardgrad.models.root import is_dropout
 from shardgrad.train import lora
 from shardgrad.train.config import Config, ConfigError, TransformersModel
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_DROPPED = ("dropout", "pdrop", "layerdrop", "jitter_noise")
 _SAMPLE = 2**16
 
 
@@ -75,11 +75,7 @@ def describe(section: TransformersModel) -> Foreign:
         raise ConfigError(f"{key}: {path} is no JSON: {error}") from None
     config = _config(values, f"{key}: {path}")
     _check_sizes(config, section, f"{key}: {path}")
-    dropout = {
-        name: value
-        for name, value in vars(config).items()
-        if isinstance(value, float) and value > 0 and any(word in name for word in _DROPPED)
-    }
+    dropout = {name: value for name, value in vars(config).items() if is_dropout(name, value)}
     for name in dropout:
         setattr(config, name, 0.0)
     own = None if folder is None else folder / TOKENIZER

@@ -228,6 +228,4 @@ def _grouped(model: LanguageModel) -> Iterator[tuple[str, str, Sequence[int], Se
         if sharding is None:
             yield where, f"replicated{frozen}", parameter.shape, parameter.shape
         else:
-            letters = sharding.merged is None and not sharding.parts
-            local = sharding.block()[1] if letters else sharding.local_shape
-            yield where, f"{sharding.spec}{frozen}", sharding.global_shape, local
+            yield where, f"{sharding.spec}{frozen}", sharding.global_shape, sharding.local_shape
