@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from launched import launched
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardgrad import checkpoint
 from shardgrad.testing import distributed
-from shardgrad.train import data, folder, launch
+from shardgrad.train import data, folder
 from shardgrad.train.config import Config, Data, Model, Run, Sample, Train, check_ranks
 from shardgrad.train.history import History
 from shardgrad.train.loop import held_out_loss
 from shardgrad.train.metrics import read
 from shardgrad.train.page import write_page
-from shardgrad.train.prepare import prepare
 from shardgrad.train.resume import Keeper
 from shardgrad.train.signals import Stop
 
@@ -48,19 +48,9 @@ def configured(where: Path, **changed: Any) -> Config:
 
 def go(config: Config, tp: int, page: bool = False) -> None:
     """What the launcher does on every rank, but for the page; the mesh's other axis holds replicas."""
-    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    ranks = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (ranks // tp, tp), mesh_dim_names=("replicas", "tp"))
-    config = check_ranks(config, tp)
-    start = prepare(config) if rank == 0 else None
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            if not page:
-                patched.setattr(launch, "write_page", lambda _: None)
-            launch.run(mesh, config, start)
-    finally:
-        if start is not None and start.lock is not None:
-            os.close(start.lock)
-    torch.distributed.barrier()
+    launched(mesh, check_ranks(config, tp), page=page)
 
 
 def own(tmp_path: Path, name: str) -> Path:

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from launched import launched
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
-from shardgrad.train import data, folder, launch
+from shardgrad.train import data, folder
 from shardgrad.train.build import mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks
 from shardgrad.train.foreign import check, describe, with_tokenizer
@@ -73,15 +74,7 @@ def go(config: Config) -> None:
     config = with_tokenizer(check_ranks(config, torch.distributed.get_world_size()))
     shape = mesh_shape(config)
     mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
-    start = prepare(config) if torch.distributed.get_rank() == 0 else None
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(launch, "write_page", lambda _: None)
-            launch.run(mesh, config, start)
-    finally:
-        if start is not None and start.lock is not None:
-            os.close(start.lock)
-    torch.distributed.barrier()
+    launched(mesh, config)
 
 
 def loss_of(model: Any, config: Config) -> float:
