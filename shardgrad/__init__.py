@@ -43,6 +43,7 @@ _NAMES = {
     "nn.state": "load_state_dict state_dict",
     "ops.convolve": "convolve",
     "ops.deferred": "defer_weight_grads",
+    "ops.exact": "set_exact",
     "ops.main_grad": "use_main_grads",
     "ops.matmul": "matmul",
     "ops.overlap": "measure_costs set_overlap",

@@ -7,7 +7,7 @@ together: its gather is done once, and its gradient summed over them before it i
 from __future__ import annotations
 
 import keyword
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +46,7 @@ class Products:
     save_gathered: operands, as role and product, that backward finds as gathered in forward.
     dtype, reduce_dtype: of the operands, and of the reductions of partial sums, by name; None if it is the same.
     contraction: whether the local product is one of matrices, which may add a bias as it is made.
+    pieces: in exact mode, into how many pieces each axis cuts what it splits (see `exact`).
     """
 
     plans: tuple[Plan, ...]
@@ -55,6 +56,7 @@ class Products:
     dtype: str = "float32"
     reduce_dtype: str | None = None
     contraction: bool = True
+    pieces: Mapping[str, int] | None = None
 
     @property
     def count(self) -> int:
@@ -72,8 +74,12 @@ class Products:
         return tuple(keys.index(key) for key in keys)
 
     def moves(self, moves: Sequence[Move]) -> tuple[Move, ...]:
-        """Those of a route that this mesh has: along an axis of one rank nothing moves."""
-        return tuple(move for move in moves if self.sizes.shape[move.axis] > 1)
+        """Those of a route that this mesh has: along an axis of one rank nothing moves.
+
+        In exact mode one rank may hold several pieces: then those of as many ranks as there are pieces.
+        """
+        counts = self.sizes.shape if self.pieces is None else self.pieces
+        return tuple(move for move in moves if counts[move.axis] > 1)
 
     @cached_property
     def names(self) -> Names:
@@ -345,7 +351,8 @@ class _Backward(_Writer):
 
     def _accumulates(self, output: int, moves: Sequence[Move], terms: int) -> bool:
         """Whether a product is added to the caller's buffer as it is made: nothing is left to be done with it."""
-        return output in self.main and terms == 1 and not self.products.moves(moves)
+        whole = self.products.pieces is None
+        return output in self.main and terms == 1 and whole and not self.products.moves(moves)
 
     def _product(self, made: Matmul, output: int, moves: Sequence[Move], terms: int) -> None:
         if self._accumulates(output, moves, terms):

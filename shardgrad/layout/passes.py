@@ -11,6 +11,7 @@ from shardgrad.layout.schedule import (
     Communicate,
     Defer,
     Free,
+    InPieces,
     Instruction,
     Instructions,
     Matmul,
@@ -162,4 +163,4 @@ def free(instructions: Sequence[Instruction]) -> Instructions:
 
 
 def _is_product(one: Instruction) -> bool:
-    return isinstance(one, Matmul | SumBias | Accumulate | Call)
+    return isinstance(one, Matmul | SumBias | Accumulate | Call | InPieces)

@@ -60,10 +60,12 @@ class Plan:
     """Every route of one layout, derived once.
 
     names, letters: of each tensor. partial: the axes over which the product's sum is left to the caller.
+    splitting: the axes that split each letter.
     """
 
     names: dict[Role, str]
     letters: dict[Role, tuple[str, ...]]
+    splitting: dict[str, tuple[str, ...]]
     partial: tuple[str, ...]
     out_dims: Dims  # as the product, and so dY, is stored
     gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `out`: dY for the products of backward
@@ -88,8 +90,10 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     tensors: dict[Role, TensorSpec] = {"lhs": layout.lhs, "rhs": layout.rhs, "out": layout.out}
     gather: dict[Role, tuple[Move, ...]] = {}
     reduce: dict[Role, tuple[Move, ...]] = {}
+    splitting: dict[str, tuple[str, ...]] = {}
     for role, spec in tensors.items():
         used = reading.compute_layout(spec).dims
+        splitting |= {dim.letter: dim.axes for dim in used}
         gather[role] = route(spec.dims, used)
         reduce[role] = route(used, spec.dims, reading.communicated_over(spec), (*spec.partial, *spec.grad_partial))
     product, bias = layout.out, reading.bias
@@ -101,6 +105,7 @@ def derive(layout: Notation, reading: Reading) -> Plan:
         out_dims=product.dims,
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
         letters={**{role: spec.letters for role, spec in tensors.items()}, "bias": bias.letters},
+        splitting=splitting,
         partial=product.partial,
         gather=gather,
         reduce=reduce,

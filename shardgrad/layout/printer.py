@@ -14,10 +14,13 @@ from shardgrad.layout.schedule import (
     Cast,
     Communicate,
     Defer,
+    Fold,
     Free,
+    InPieces,
     Instruction,
     Matmul,
     Return,
+    Same,
     Save,
     Slice,
     SumBias,
@@ -116,6 +119,15 @@ class _Printer:
             text += f".permute({', '.join(map(str, order))}).contiguous()"
         return [f"{one.out} = {text}"]
 
+    def same(self, one: Same) -> list[str]:
+        return [f"{one.out} = {one.src}"]
+
+    def in_pieces(self, one: InPieces) -> list[str]:
+        return [f"{one.out} = {self.name(f'in_pieces_{one.out}', one)}({', '.join(one.reads)})"]
+
+    def fold(self, one: Fold) -> list[str]:
+        return [f"{one.out} = {self.name(f'fold_{one.out}', one)}({one.out})"]
+
     def save(self, one: Save) -> list[str]:
         return [f"ctx.save_for_backward({', '.join(one.values)})", "ctx.set_materialize_grads(False)"]
 
@@ -145,6 +157,9 @@ _LINES: dict[type[Instruction], Callable[[_Printer, Any], list[str]]] = {
     Add: _Printer.add,
     AddBias: _Printer.add_bias,
     SumBias: _Printer.sum_bias,
+    Same: _Printer.same,
+    InPieces: _Printer.in_pieces,
+    Fold: _Printer.fold,
     Save: _Printer.save,
     Free: _Printer.free,
     Return: _Printer.result,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from shardgrad.layout.contraction import LINEAR, arrange
+from shardgrad.layout.exact import in_pieces
 from shardgrad.layout.lower import Products, backward, forward
 from shardgrad.layout.passes import free, hide_latency, without_products
 from shardgrad.layout.printer import Printed, print_function
@@ -86,4 +87,6 @@ def _printed(
         return _WITH_BIAS.get(found.expression or "") if found.rows == 1 else None
 
     passed = without_products(made if also is None else also(made), absent)
+    if products.pieces is not None:
+        passed = in_pieces(passed, products)
     return print_function(name, arguments, free(passed), expression)

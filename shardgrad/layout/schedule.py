@@ -8,6 +8,9 @@ Cost, explanation, timeline and the executor read this list; `printer` writes th
 | `Communicate` | all-gather, reduce-scatter or all-reduce along one axis, begun; awaited too if it is blocking |
 | `Wait`        | await what a `Communicate` began                                                             |
 | `Slice`       | keep this rank's chunk of a dim                                                              |
+| `Same`        | another name for a value: what a gather over one rank becomes in exact mode                  |
+| `InPieces`    | products, or the sum for db, done piece by piece and added in a tree (see `layout.exact`)    |
+| `Fold`        | the sum, in a tree, of what lies side by side on a first dim                                 |
 | `Cast`        | change the dtype, around reductions in another one                                           |
 | `Matmul`      | the local product, or one of its two transposes; adds to `into`, or adds a bias, if it says so |
 | `Accumulate`  | a local product, or a value, added to the buffer of a parameter (`main_grad`)                |
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from shardgrad.layout.plan import Move, Role
+from shardgrad.layout.tree import Level, Summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ def _values(one: Any, fields: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Communicate(Instruction):
-    """`tensor` is what moves, in the layout's names. Until its `Wait`, unless it is blocking, `out` is a handle."""
+    """`tensor` is what moves, in the layout's names. Until its `Wait`, unless it is blocking, `out` is a handle.
+
+    summed: the order in which a reduction adds; None: the backend's.
+    """
 
     READS, WRITES = ("src",), ("out",)
     out: str
@@ -78,6 +85,7 @@ class Communicate(Instruction):
     tensor: str
     move: Move
     blocking: bool = False
+    summed: Summed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +172,63 @@ class SumBias(Instruction):
     letters: tuple[tuple[str, ...], tuple[str, ...]]
     index: int
     gathered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Same(Instruction):
+    READS, WRITES = ("src",), ("out",)
+    out: str
+    src: str
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A product, or a sum for db, and how it is cut.
+
+    operands: their letters, the bias's last. letters: of the result.
+    counts: the pieces of each letter on this rank, where there are several. summed: the letter that each level cuts.
+    """
+
+    made: Matmul | SumBias
+    operands: tuple[tuple[str, ...], ...]
+    letters: tuple[str, ...]
+    counts: tuple[tuple[str, int], ...]
+    summed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InPieces(Instruction):
+    """`out` becomes the sum of the terms, each piece of it made by products of single pieces.
+
+    levels: of the sums that are taken here, innermost first. later: of those that are taken after communication; their
+    pieces lie side by side on a dim each, outermost first.
+    held: nodes of the last level here, side by side on a first dim; 0: there is one, and no such dim.
+    dtype: in which pieces are added; None: their own.
+    """
+
+    WRITES = ("out",)
+    out: str
+    terms: tuple[Term, ...]
+    levels: tuple[Level, ...]
+    later: tuple[Level, ...] = ()
+    held: int = 0
+    dtype: str | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The values that the terms read, each once."""
+        return tuple(dict.fromkeys(value for term in self.terms for value in term.made.reads if value != self.out))
+
+
+@dataclass(frozen=True, slots=True)
+class Fold(Instruction):
+    """`out` summed over the last of its leading dims. level, held: as of `InPieces`. lead: the dims before that one."""
+
+    READS, WRITES = ("out",), ("out",)
+    out: str
+    level: Level
+    held: int
+    lead: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView, view
+from shardgrad.comm.pieces import exact
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Key, Products, backward, forward
@@ -172,9 +173,14 @@ class BoundMatmul:
         self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...], *, traced: bool = False
     ) -> Executable:
         products = self._products(sizes, tensors[0].dtype)
-        namespace = Namespace(self.view, sizes, [self.operation.local(layout, sizes) for layout in self.layouts])
+        of_local = sizes
+        if products.pieces is not None:
+            from shardgrad.ops.exact import sizes_of_pieces
+
+            of_local = sizes_of_pieces(products, self.layouts, self.view, traced=traced)
+        namespace = Namespace(self.view, sizes, [self.operation.local(layout, of_local) for layout in self.layouts])
         chunked = None
-        if self.view.settings:
+        if self.view.settings and products.pieces is None:
             from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` sets
 
             chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
@@ -259,6 +265,7 @@ class BoundMatmul:
             str(dtype).removeprefix("torch."),
             reduce_dtype,
             contraction=self.operation.spatial == 0,
+            pieces=exact(self.view),
         )
 
     def _instructions(self, products: Products, *, gradients: bool) -> Instructions:
@@ -300,6 +307,8 @@ class BoundMatmul:
         lines.append(str(self.operation))
         lines += [f"dtype torch.{products.dtype}", f"reduce_dtype {self.reduce_dtype}"]
         lines.append(f"kept {sorted(self.save_gathered)}")
+        if products.pieces is not None:
+            lines.append(f"pieces {dict(products.pieces)}, with {torch.get_num_threads()} threads")
         names = [self.layouts[0].lhs.name, *(layout.rhs.name for layout in self.layouts)]
         names += [layout.bias.name for layout, biased in zip(self.layouts, self.biased) if biased]
         wanted = [name for name, need in zip(names, needs) if need]

@@ -15,11 +15,25 @@ from torch import Tensor
 
 from shardgrad.comm.collectives import AllGather, AllReduce, Collective, ReduceScatter, keep_chunk
 from shardgrad.comm.mesh import MeshView
+from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter
 from shardgrad.layout.plan import Move
 from shardgrad.layout.printer import Printed
-from shardgrad.layout.schedule import Accumulate, Call, Cast, Communicate, Instruction, Matmul, Slice
+from shardgrad.layout.schedule import (
+    Accumulate,
+    Call,
+    Cast,
+    Communicate,
+    Fold,
+    InPieces,
+    Instruction,
+    Matmul,
+    Slice,
+    Term,
+)
 from shardgrad.layout.sizes import Sizes
+from shardgrad.layout.tree import Summed
 from shardgrad.ops.bilinear import Local, Map
+from shardgrad.ops.in_pieces import Piecewise, fold, sum_bias
 
 
 class Namespace:
@@ -44,18 +58,28 @@ class Namespace:
         """What the name of an instruction stands for."""
         match one:
             case Communicate():
-                return collective(one.move, one.tensor, self.view, self.sizes)
+                return collective(one.move, one.tensor, self.view, self.sizes, one.summed)
             case Slice():
                 return partial(keep_chunk, axis=self.view.axes[one.move.axis], dim=one.move.dim)
             case Cast():
                 return getattr(torch, one.dtype)
             case Matmul():
                 return self.map(one) if one.bias is None else self.map(one).with_bias
+            case InPieces():
+                return Piecewise(one, [self._term(term) for term in one.terms])
+            case Fold():
+                return partial(fold, level=one.level, held=one.held, lead=one.lead)
             case Accumulate(value=Matmul() as made):
                 return self.map(made).add_to
             case Call():
                 return one.function
         raise TypeError(f"no name stands for {one}")
+
+    def _term(self, term: Term) -> Callable[..., Tensor]:
+        made = term.made
+        if isinstance(made, Matmul):
+            return self.map(made) if made.bias is None else self.map(made).with_bias
+        return partial(sum_bias, letters=made.letters)
 
     def map(self, one: Matmul) -> Map:
         """The local map of a product or of a gradient."""
@@ -63,9 +87,12 @@ class Namespace:
         return {"out": local.out, "lhs": local.grad_lhs, "rhs": local.grad_rhs}[one.role]
 
 
-def collective(move: Move, tensor: str, view: MeshView, sizes: Sizes) -> Collective:
-    """A move as a collective."""
+def collective(move: Move, tensor: str, view: MeshView, sizes: Sizes, summed: Summed | None = None) -> Collective:
+    """A move as a collective. summed: the order in which a reduction adds; None: the backend's."""
     axis, what = view.axes[move.axis], f"{move.kind} of {tensor}"
+    if summed is not None:
+        in_tree = move.kind == "all-reduce"
+        return TreeAllReduce(axis, summed, what) if in_tree else TreeReduceScatter(axis, move.dim, summed, what)
     if move.kind == "all-reduce":
         return AllReduce(axis, what)
     if move.kind == "reduce-scatter":

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
+from shardgrad.comm.pieces import exact
 
 _MOST = 8
 _NEARLY = 0.04  # by how much more time than the best chunks take, fewer are preferred
@@ -185,6 +186,11 @@ def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
     """
     mesh_view = view(mesh)
     mesh_view.settings.pop(_DECIDED, None)
+    if how is not None and exact(mesh_view) is not None:
+        raise ValueError(
+            "sg.set_exact is set on this mesh, and overlap splits products into chunks, which may be rounded "
+            "otherwise. Take it back first, with sg.set_exact(mesh, None)"
+        )
     if how is None:
         mesh_view.settings.pop(_KEY, None)
     else:

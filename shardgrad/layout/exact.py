@@ -1,0 +1,202 @@
+"""Exact mode: the same bits on any number of ranks, as a pass over the instructions.
+
+An axis of p ranks cuts every letter that it splits into V pieces, whatever p; a rank holds V/p of them, one behind the
+other. Products read and make single pieces, so that the multiplier is given the same matrices on any p; and the V terms
+of a sum are added in one tree (`layout.tree`): a rank adds up those that it has, the reduction the rest. Whatever is
+gathered only moves. With V = p nothing is cut.
+
+A sum over several letters is a tree of trees, the inner ones reduced first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from shardgrad.errors import LayoutError
+from shardgrad.layout.lower import Products
+from shardgrad.layout.plan import Move
+from shardgrad.layout.schedule import (
+    Cast,
+    Communicate,
+    Defer,
+    Fold,
+    InPieces,
+    Instruction,
+    Instructions,
+    Matmul,
+    Same,
+    SumBias,
+    Term,
+    Wait,
+)
+from shardgrad.layout.tree import Cut, Level, held, summed
+
+
+def in_pieces(instructions: Sequence[Instruction], products: Products) -> Instructions:
+    """Products in pieces, and reductions that add in the tree.
+
+    Raises:
+        LayoutError: an axis does not cut a letter evenly, or no tree over ranks is one over pieces.
+    """
+    return _Pass(products).apply(instructions)
+
+
+@dataclass
+class _Sum:
+    """A value that products make: its terms, the cast to the dtype of the sum, and the reductions."""
+
+    terms: list[Matmul | SumBias] = field(default_factory=list)
+    wide: Cast | None = None
+    reductions: list[Communicate] = field(default_factory=list)
+
+
+class _Pass:
+    def __init__(self, products: Products) -> None:
+        self.products, self.sizes = products, products.sizes
+        self.pieces = products.pieces or {}
+
+    def apply(self, instructions: Sequence[Instruction]) -> Instructions:
+        now: dict[int, list[Instruction]] = {}  # in place of an instruction
+        then: dict[int, list[Instruction]] = {}  # behind the wait for a reduction
+        for value in self._sums(instructions):
+            self._put(value, now, then)
+        found: list[Instruction] = []
+        for one in instructions:
+            if isinstance(one, Defer):
+                found.append(replace(one, body=self.apply(one.body)))
+            elif isinstance(one, Communicate | Wait) and self._is_gather_of_one(one):
+                found += [Same(one.phase, one.out, one.src)] if isinstance(one, Communicate) else []
+            elif isinstance(one, Wait) and id(one.started) in now:
+                for started in now[id(one.started)]:
+                    assert isinstance(started, Communicate)
+                    found += [replace(one, started=started), *then[id(one.started)]]
+            elif id(one) in now:
+                found += now[id(one)]
+                found += then[id(one)] if isinstance(one, Communicate) and one.blocking else []
+            else:
+                found.append(one)
+        return tuple(found)
+
+    def _is_gather_of_one(self, one: Communicate | Wait) -> bool:
+        moved = one.started if isinstance(one, Wait) else one
+        return moved.move.kind == "all-gather" and self.sizes.shape[moved.move.axis] == 1
+
+    def _sums(self, instructions: Sequence[Instruction]) -> list[_Sum]:
+        found: dict[str, _Sum] = {}
+        for one in instructions:
+            if isinstance(one, Matmul | SumBias):
+                found.setdefault(one.out, _Sum()).terms.append(one)
+            elif isinstance(one, Cast) and one.src in found and not found[one.src].reductions:
+                found[one.src].wide = one
+            elif isinstance(one, Communicate) and one.move.kind != "all-gather" and one.src in found:
+                found[one.src].reductions.append(one)
+        return list(found.values())
+
+    def _put(self, one: _Sum, now: dict[int, list[Instruction]], then: dict[int, list[Instruction]]) -> None:
+        """What becomes of the products, the cast and the reductions of one value."""
+        first = one.terms[0]
+        levels = self._levels(first, [reduction.move.axis for reduction in one.reductions])
+        last = next((at for at, level in enumerate(levels) if level.ranks > 1), len(levels) - 1)  # summed by the rank
+        later = [level for level in reversed(levels[last + 1 :]) if level.count > 1]  # outermost first
+        now.update({id(term): [] for term in one.terms})
+        now[id(one.terms[-1])] = [
+            InPieces(
+                first.phase,
+                first.out,
+                tuple(self._term(term, [*levels[: last + 1], *later]) for term in one.terms),
+                tuple(levels[: last + 1]),
+                tuple(later),
+                held(levels[last]) if levels else 0,
+                None if one.wide is None else one.wide.dtype,
+            )
+        ]
+        if one.wide is not None:
+            now[id(one.wide)] = []
+        moves = self._in_order(one, levels)
+        behind: list[Instruction] = []
+        for at, level in enumerate(levels):
+            lead = sum(other.count > 1 for other in levels[at + 1 :])
+            if at > last and level.count > 1:
+                behind.append(Fold(first.phase, first.out, level, held(level), lead))
+            for cut in level.cuts:
+                reduction, move = moves.pop(0)
+                now[id(reduction)], then[id(reduction)] = [], []
+                if cut.ranks > 1:
+                    behind = then[id(reduction)]
+                    now[id(reduction)] = [replace(reduction, move=move, summed=summed(level, cut.axis, lead))]
+
+    def _levels(self, term: Matmul | SumBias, axes: Sequence[str]) -> list[Level]:
+        """The sums that a value is, innermost first: axes that cut one letter are one level, the minor ones first."""
+        letters = self._letters(term)
+        of = {axis: letter for letter, cuts in letters.items() for axis in cuts}
+        found = []
+        for letter in dict.fromkeys(of[axis] for axis in axes):
+            mine = [axis for axis in reversed(letters[letter]) if axis in axes]
+            cuts = (Cut(a, self.pieces[a], self.sizes.shape[a], self.sizes.coordinate[a]) for a in mine)
+            found.append(Level(tuple(cuts)))
+        return found
+
+    def _letters(self, term: Matmul | SumBias) -> dict[str, tuple[str, ...]]:
+        """The axes that cut each letter of what a term reads, major first."""
+        plan = self.products.plans[term.index]
+        stored = isinstance(term, SumBias) and not term.gathered
+        axes = {dim.letter: dim.axes for dim in plan.out_dims} if stored else plan.splitting
+        return {letter: tuple(a for a in cuts if self.pieces[a] > 1) for letter, cuts in axes.items()}
+
+    def _term(self, term: Matmul | SumBias, levels: Sequence[Level]) -> Term:
+        plan, letters = self.products.plans[term.index], self._letters(term)
+        if isinstance(term, SumBias):
+            operands, out = [term.letters[0]], term.letters[1]
+        else:
+            operands, out = [plan.letters[role] for role in term.operands], plan.letters[term.role]
+            operands += [plan.letters["bias"]] if term.bias is not None else []
+        read = dict.fromkeys(letter for operand in operands for letter in operand)
+        counts = {x: prod(self.pieces[a] // self.sizes.shape[a] for a in letters.get(x, ())) for x in read}
+        for x, count in counts.items():
+            size = self.sizes.get(x, letters.get(x, ()))
+            if size is not None and size % count:
+                raise LayoutError(
+                    f"exact mode: {'/'.join((x, *letters[x]))} = {size} on this rank is not {count} equal pieces"
+                )
+        of = {axis: letter for letter, cuts in letters.items() for axis in cuts}
+        summed_letters = []
+        for level in levels:
+            cut = {of.get(axis) for axis, *_ in level.cuts}
+            if len(cut) != 1 or None in cut:
+                raise LayoutError(
+                    f"exact mode: the axes {', '.join(axis for axis, *_ in level.cuts)} do not cut one letter in every "
+                    f"product whose gradients of {plan.names['lhs']} are added"
+                )
+            summed_letters.append(str(cut.pop()))
+        return Term(
+            term, tuple(operands), out, tuple((x, n) for x, n in counts.items() if n > 1), tuple(summed_letters)
+        )
+
+    def _in_order(self, one: _Sum, levels: Sequence[Level]) -> list[tuple[Communicate, Move]]:
+        """Each reduction, in its place, and what it is to move: along minor axes before major ones."""
+        order = [axis for level in levels for axis, *_ in level.cuts]
+        moves = {reduction.move.axis: reduction.move for reduction in one.reductions}
+        wanted = [moves[axis] for axis in order]
+        for dim in {move.dim for move in wanted if move.kind == "reduce-scatter"}:
+            before, after = ([m.axis for m in some if m.dim == dim] for some in (moves.values(), wanted))
+            if before != after:
+                raise LayoutError(
+                    f"exact mode: the sum is scattered over {'/'.join(before)}, but the pieces of its letter lie along "
+                    f"{'/'.join(reversed(after))}: a tree over pieces is then none over ranks. Let the axes stand in "
+                    "the opposite order on one of the two letters"
+                )
+        return list(zip(one.reductions, wanted))
+
+
+def uneven(products: Products) -> tuple[str, int, int] | None:
+    """A letter that its axes do not cut evenly, its size on this rank, and in how many pieces it should be; if any."""
+    pieces, sizes = products.pieces or {}, products.sizes
+    for plan in products.plans:
+        for letter, axes in plan.splitting.items():
+            count = prod(pieces[axis] // sizes.shape[axis] for axis in axes)
+            size = sizes.get(letter, axes)
+            if size is not None and size % count:
+                return "/".join((letter, *axes)), size, count
+    return None

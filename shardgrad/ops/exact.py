@@ -1,0 +1,109 @@
+"""Exact mode: products and layers whose bits do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from numbers import Integral
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.agree import agree
+from shardgrad.comm.mesh import MeshView, view
+from shardgrad.comm.pieces import KEY, refuse_exact
+from shardgrad.errors import LayoutError, MeshError, ShapeError
+from shardgrad.layout.exact import uneven
+from shardgrad.layout.layout import Layout
+from shardgrad.layout.lower import Products
+from shardgrad.layout.sizes import Sizes
+from shardgrad.ops.overlap import is_set
+
+
+def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
+    """From now on, what is computed on this mesh has the same bits on every number of ranks that divides `pieces`.
+
+        sg.set_exact(mesh, {"tp": 8, "dp": 4})
+
+    Every letter that an axis splits is computed in so many pieces, whatever the ranks, and sums are taken in one binary
+    tree. Promised on one type of machine, with the same versions of libraries and the same threads a rank; what cannot
+    be exact raises. Call it alike on all ranks, before the first call.
+
+    Args:
+        pieces: V of each axis, or one number for all. The ranks of the axis divide it, and it divides every size that
+            the axis splits. An axis that is not named has as many pieces as ranks: it is exact for this number alone.
+            None: no longer.
+
+    Raises:
+        MeshError: the mesh has no such axis, or more ranks on it than pieces, or a number that does not divide them.
+        ValueError: overlap is set on the mesh.
+        DisagreementError: ranks came with other pieces, or with other numbers of threads.
+    """
+    mesh_view = view(mesh)
+    if pieces is None:
+        mesh_view.settings.pop(KEY, None)
+    else:
+        made = _checked(mesh_view, pieces)
+        if is_set(mesh_view):
+            raise ValueError(
+                "overlap is set on this mesh: it splits products into chunks, which may be rounded otherwise. Take it "
+                "back first, with sg.set_overlap(mesh, None)"
+            )
+        text = "\n".join((f"pieces {made}", f"{torch.get_num_threads()} threads a rank"))
+        for axis in mesh_view.axes.values():
+            agree(mesh_view, axis, lambda: text, "exact mode")
+        mesh_view.settings[KEY] = made
+    for bound in mesh_view.bound.values():
+        bound.forget_executables()
+
+
+def _checked(mesh_view: MeshView, pieces: Mapping[str, int] | int) -> dict[str, int]:
+    given = dict.fromkeys(mesh_view.axes, pieces) if isinstance(pieces, Integral) else pieces
+    if not isinstance(given, Mapping):
+        raise TypeError(f"set_exact takes pieces by axis, such as {{'tp': 8}}, a number, or None, not {pieces!r}")
+    mesh_view.require(given, "set_exact")
+    made = dict(mesh_view.shape)
+    for name, count in given.items():
+        ranks = mesh_view.shape[name]
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+            raise TypeError(f"set_exact: the pieces of axis {name!r} are a number, not {count!r}")
+        if count < ranks or count % ranks:
+            raise MeshError(
+                f"set_exact: axis {name!r} has {ranks} ranks, which do not divide {count} pieces: each rank holds as "
+                f"many. Take a multiple of {ranks}"
+            )
+        made[name] = int(count)
+    return made
+
+
+def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: MeshView, *, traced: bool) -> Sizes:
+    """The sizes of single pieces, as a rank has them if there are as many ranks as pieces.
+
+    Raises:
+        LayoutError: what the products leave to the caller has no pieces, or a compiled graph runs them.
+        ShapeError: pieces do not divide a size.
+    """
+    pieces, sizes, name = products.pieces or {}, products.sizes, "; ".join(map(str, layouts))
+    for layout in layouts:
+        for tensor in layout.tensors:
+            axes = (*tensor.partial, *tensor.grad_partial)
+            refuse_exact(mesh_view, axes, f"the sum that {layout} leaves to the caller", "leave out the mark {…}")
+    if traced:
+        raise LayoutError(
+            "exact mode (sg.set_exact) cannot promise anything of a graph of torch.compile, which rounds what it fuses "
+            f"otherwise: run {name} outside of it"
+        )
+    found = uneven(products)
+    if found is not None:
+        level, size, count = found
+        raise ShapeError(
+            f"exact mode: {level} = {size} on this rank is not {count} equal pieces (in {name}): the pieces of an "
+            f"axis, {dict(pieces)}, divide every size that it splits"
+        )
+    whole = Sizes(pieces, dict.fromkeys(pieces, 0))
+    for plan in products.plans:
+        for letter, axes in plan.splitting.items():
+            local = sizes.get(letter, axes)
+            if local is not None:
+                whole.known[letter, ()] = local * prod(sizes.shape[axis] for axis in axes)
+    return whole

@@ -1,0 +1,158 @@
+"""What exact mode computes on one rank: products of single pieces, each contiguous, and sums of them in a tree.
+
+The multiplier is given the same shapes whatever the number of ranks: a matrix with more rows or columns, or one that is
+part of a larger one in memory, may be multiplied in another order, and rounded otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product as every
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardgrad.comm.tree import add, stacked
+from shardgrad.layout.schedule import InPieces, Matmul, Term
+from shardgrad.layout.tree import Level, TreeSum, single, tree_sum
+
+Local = Callable[..., Tensor]
+Chosen = Mapping[str, int]
+"""Which piece of each letter."""
+
+
+def compact(x: Tensor) -> Tensor:
+    """x in memory of its own shape, nothing between its elements: of a dim of size 1 the stride counts as well, for
+    BLAS is told it."""
+    return x.contiguous().view(-1).view(x.shape)
+
+
+def piece(x: Tensor, at: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """One of so many pieces along each of the last dims of x, as a view."""
+    first = x.dim() - len(counts)
+    for dim, (place, count) in enumerate(zip(at, counts), first):
+        if count > 1:
+            size = x.shape[dim] // count
+            x = x.narrow(dim, place * size, size)
+    return x
+
+
+class _Operand:
+    """A tensor whose pieces are taken when they are asked for, each once."""
+
+    def __init__(self, x: Tensor, letters: Sequence[str], counts: Mapping[str, int]) -> None:
+        self._x, self._letters = x, letters
+        self._counts = [counts.get(letter, 1) for letter in letters]
+        self._taken: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, chosen: Chosen) -> Tensor:
+        at = tuple([chosen.get(letter, 0) if n > 1 else 0 for letter, n in zip(self._letters, self._counts)])
+        found = self._taken.get(at)
+        if found is None:
+            found = self._taken[at] = compact(piece(self._x, at, self._counts))
+        return found
+
+
+class Piecewise:
+    """The value of an `InPieces`, of the values that it reads.
+
+    local: what each term computes of single pieces.
+    most: the most sums that a call has held at once, for one block of the result.
+    """
+
+    def __init__(self, made: InPieces, local: Sequence[Local]) -> None:
+        self._made, self._local = made, local
+        self._dtype = None if made.dtype is None else getattr(torch, made.dtype)
+        values = {value: at for at, value in enumerate(made.reads)}
+        self._reads = [[values[value] for value in _operands(term)] for term in made.terms]
+        counts = dict(made.terms[0].counts)
+        self._letters = made.terms[0].letters
+        self._counts = [counts.get(letter, 1) for letter in self._letters]
+        self.most = 1
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        terms = [
+            [_Operand(values[at], letters, dict(term.counts)) for at, letters in zip(reads, term.operands)]
+            for term, reads in zip(self._made.terms, self._reads)
+        ]
+        whole: Tensor | None = None
+        for at in every(*map(range, self._counts)):
+            block = self._block(terms, dict(zip(self._letters, at)))
+            if max(self._counts, default=1) == 1:
+                return block
+            if whole is None:
+                lead = block.dim() - len(at)
+                sizes = [size * count for size, count in zip(block.shape[lead:], self._counts)]
+                whole = block.new_empty((*block.shape[:lead], *sizes))
+            piece(whole, at, self._counts).copy_(block)
+        assert whole is not None
+        return whole
+
+    def _block(self, terms: Sequence[Sequence[_Operand]], chosen: Chosen) -> Tensor:
+        """A block of the result; what is summed later is side by side on dims of its own."""
+        made = self._made
+        if not made.later:
+            return self._sum(terms, [chosen] * len(terms))
+        first, found = len(made.levels), []
+        for at in every(*(range(level.count) for level in made.later)):
+            found.append(self._sum(terms, [{**chosen, **dict(zip(t.summed[first:], at))} for t in made.terms]))
+        dim = int(made.held > 0)
+        return torch.stack(found, dim).unflatten(dim, [level.count for level in made.later])
+
+    def _sum(self, terms: Sequence[Sequence[_Operand]], chosen: Sequence[Chosen]) -> Tensor:
+        """What this rank adds up of one block."""
+        made = self._made
+        if not made.levels:
+            return self._product(terms, chosen)
+        return stacked(self._added(terms, chosen, len(made.levels) - 1), made.held)
+
+    def _added(self, terms: Sequence[Sequence[_Operand]], chosen: Sequence[Chosen], depth: int) -> list[Tensor]:
+        """The sums of the nodes of one level; all levels within it are whole on this rank."""
+        level, total = self._made.levels[depth], TreeSum(self._made.levels[depth].pieces, add)
+        for at, span in enumerate(_singles(level)):
+            here = [{**one, term.summed[depth]: at} for one, term in zip(chosen, self._made.terms)]
+            if depth:
+                [value] = self._added(terms, here, depth - 1)
+            else:
+                value = self._product(terms, here)
+            total.push(span, value)
+        self.most = max(self.most, total.most)
+        return total.values
+
+    def _product(self, terms: Sequence[Sequence[_Operand]], chosen: Sequence[Chosen]) -> Tensor:
+        """The terms of single pieces, added in their order."""
+        found: Tensor | None = None
+        for local, operands, one in zip(self._local, terms, chosen):
+            pieces = [operand(one) for operand in operands]
+            found = local(*pieces) if found is None else local(*pieces, found)
+        assert found is not None
+        return found if self._dtype is None else found.to(self._dtype)
+
+
+def _operands(term: Term) -> Iterator[str]:
+    made = term.made
+    if isinstance(made, Matmul):
+        yield from (made.left, made.right)
+        if made.bias is not None:
+            yield made.bias
+    else:
+        yield made.src
+
+
+def _singles(level: Level) -> list[tuple[int, int]]:
+    return single(level.held()[0], level.count)
+
+
+def fold(x: Tensor, level: Level, held: int, lead: int) -> Tensor:
+    """The sums over the dim behind so many leading ones, whose places are the pieces of a level on this rank."""
+    return stacked(tree_sum(x.unbind(lead), _singles(level), level.pieces, add), held)
+
+
+def sum_bias(dy: Tensor, letters: tuple[tuple[str, ...], tuple[str, ...]]) -> Tensor:
+    """dY summed over the letters that the bias lacks. letters: of dY, then of the bias."""
+    y, b = letters
+    lacks: Any = tuple(at for at, letter in enumerate(y) if letter not in b)
+    total = dy.sum(lacks) if lacks else dy.clone()
+    left = [letter for letter in y if letter in b]
+    return total.permute([left.index(letter) for letter in b]).contiguous()
