@@ -39,6 +39,7 @@ from shardgrad.comm.collectives import (
     whole_size,
 )
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
@@ -246,6 +247,13 @@ def _global_size(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: Device
     return size
 
 
+@shim.constant
+def _refuse_exact(mesh: DeviceMesh, axis: str, name: str) -> None:
+    """A rank's term of a sum is itself a sum over its pieces, of which nothing is known here."""
+    instead = "use a layer or a product, whose layout says what the sum is over"
+    refuse_exact(view(mesh), [axis], f"the sum in sg.{name} or its gradient", instead)
+
+
 def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     """Identity; the gradient is summed over the axis.
 
@@ -253,15 +261,20 @@ def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     rows): each rank's gradient is one term of the whole. A parameter that is replicated under sequence parallelism
     passes through here. Megatron: copy_to_tensor_model_parallel_region.
     """
+    _refuse_exact(mesh, axis, "replicate")
     return _apply("replicate", x, _Where(axis_on(mesh, axis)))
 
 
-def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
+def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, one_term: bool = False) -> Tensor:
     """Sum over the axis; the gradient passes unchanged.
 
     Assumes that every rank goes on to compute the same with the sum, so that its gradient is alike on all (and not one
     term of it). Megatron: reduce_from_tensor_model_parallel_region.
+
+    one_term: whether all terms of each element but one are zero: then it is exact mode's sum too.
     """
+    if not one_term:
+        _refuse_exact(mesh, axis, "all_reduce")
     return _apply("all_reduce", x, _Where(axis_on(mesh, axis)))
 
 
@@ -278,6 +291,7 @@ def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, s
     Raises:
         ShapeError: the shards are not as torch.chunk shards.
     """
+    _refuse_exact(mesh, axis, "all_gather")
     return _gathered("all_gather", x, mesh, axis, dim, size)
 
 
@@ -298,11 +312,15 @@ def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, 
     return _apply(name, x, _Where(axis, dim, global_size))
 
 
-def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
+def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, one_term: bool = False) -> Tensor:
     """Sum over the axis, and keep this rank's chunk of `dim`; the gradient is all-gathered.
 
     Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine (torch.chunk).
+
+    one_term: as of `all_reduce`.
     """
+    if not one_term:
+        _refuse_exact(mesh, axis, "reduce_scatter")
     dim = _dim(x, dim)
     return _apply("reduce_scatter", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 

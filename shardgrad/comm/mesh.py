@@ -144,6 +144,11 @@ def _view(mesh: DeviceMesh) -> MeshView:
     )
 
 
+def view_of(axis: Axis) -> MeshView:
+    """The view that an axis is of."""
+    return _by_handle[axis.mesh]
+
+
 def mesh_of_all(device_type: str) -> DeviceMesh | None:
     """All ranks as one axis, over the group that they already have; None in a process that is no rank."""
     if not dist.is_initialized():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from shardgrad.comm.mesh import MeshView
-from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, add, stacked
+from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
 from shardgrad.layout.tree import Cut, Level, held, single, summed, tree_sum
 
@@ -41,22 +42,33 @@ def refuse_exact(view: MeshView, axes: Sequence[str], what: str, instead: str) -
 
 
 def level_of(view: MeshView, *axes: str) -> Level:
-    """The pieces of a sum that is split over axes, minor first, which together are one letter's."""
+    """The pieces of a sum that is split over axes, minor first, which shard one dim."""
     found = exact(view) or view.shape
     return Level(tuple(Cut(axis, found[axis], view.shape[axis], view.coordinate[axis]) for axis in axes))
 
 
-def reduce_pieces(values: Sequence[Tensor], view: MeshView, axis: str, what: str, scatter: int | None = None) -> Tensor:
-    """The sum over an axis of what each rank has for each of its pieces, in their order: in the tree.
+def reduce_pieces(
+    values: Sequence[Tensor],
+    levels: Sequence[Level],
+    view: MeshView,
+    what: str,
+    scatter: Mapping[str, int] | None = None,
+) -> Tensor:
+    """The sum over all ranks' pieces of what each rank has for each of its own: a tree for each level.
 
-    values: of one shape, which may be changed. scatter: the dim of which each rank keeps its chunk; None for none.
+    values: of one shape, which may be changed; the pieces of the last level side by side.
+    levels: outermost first. scatter: the dim of which ranks keep their chunks, by the axis; over others, all have all.
     """
-    level = level_of(view, axis)
-    found = tree_sum(values, single(level.held()[0], level.count), level.pieces, add)
-    total = stacked(found, held(level))
-    if view.shape[axis] == 1:
-        return total
-    how = summed(level, axis, 0)
-    if scatter is None:
-        return TreeAllReduce(view.axes[axis], how, what)(total)
-    return TreeReduceScatter(view.axes[axis], scatter, how, what)(total)
+    if not levels:
+        [value] = values
+        return value
+    level, *inner = levels
+    each = len(values) // level.count
+    parts = [reduce_pieces(values[at : at + each], inner, view, what, scatter) for at in range(0, len(values), each)]
+    total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
+    for cut in level.cuts:
+        if cut.ranks > 1:
+            how, axis, dim = summed(level, cut.axis, 0), view.axes[cut.axis], (scatter or {}).get(cut.axis)
+            reduce = TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what)
+            total = reduce(total)
+    return total

@@ -58,7 +58,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         return StoredOutput(MergedDim((Part((Dim("d"),), (self.embedding_dim,)),)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = all_reduce(self._lookup(ids), self.mesh, self.axis)
+        y = all_reduce(self._lookups(ids), self.mesh, self.axis)
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import view
-from shardgrad.errors import ShapeError
+from shardgrad.comm.pieces import level_of
+from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
@@ -19,8 +21,11 @@ from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.mask import and_causal, local_mask
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, rows_of
+from shardgrad.nn.replicated import for_rows_collectives
 from shardgrad.nn.rotary import Rotary, turn
+from shardgrad.ops.in_pieces import piece
+from shardgrad.ops.pieces import cut, join
 
 
 class Attention(
@@ -97,6 +102,8 @@ class Attention(
         self.heads = Heads.of(num_heads, kv_heads, over.size, over.index)
         sizes = {"h": num_heads, "g": kv_heads, "k": self.head_dim, "d": embed_dim, "m": embed_dim}
         self.build(sizes, bias=bias, unknown=() if self.heads.aligned else ("g",))
+        for name in self._of_kv_heads():
+            self._shardings[name] = replace(self._shardings[name], varies=(("g", self.axis),))
         self.input_layouts, self.output_layout = self.layouts(3)[:3], self.layouts(3)[3]
 
     def storage(self, product: str, spec: TensorSpec) -> TensorSpec:
@@ -128,38 +135,79 @@ class Attention(
         Raises:
             ShapeError: x, mask or positions do not fit.
         """
-        operands = None if self.heads.aligned else self._operands()
-        q, k, v = self.multiply("X", x, sequence_size, operands=operands)
+        pieces = self._pieces()
+        operands = None if pieces[0].aligned else self._operands(pieces)
+        sizes = {"g": len(pieces) * view(self.mesh).shape[self.axis]} if operands and is_exact(self.mesh) else None
+        q, k, v = self.multiply("X", x, sequence_size, operands=operands, sizes=sizes)
         if self.rotary is not None:
             angles = self.rotary.angles(_positions(positions, q), q.dtype)
             q, k = turn(q, *angles), turn(k, *angles)
-        return self.multiply("A", self._attend(q, k, v, mask), sequence_size)[0]
+        return self.multiply("A", self._attend_in_pieces(q, k, v, mask, pieces), sequence_size)[0]
 
-    def _operands(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of query, key and value, of replicated KV heads those that this rank's query heads use."""
+    def _pieces(self) -> list[Heads]:
+        """This rank's heads; in exact mode, those of each of its pieces.
+
+        Raises:
+            LayoutError: pieces do not divide the heads, or heads that share a KV head are in part in another piece.
+        """
+        if not is_exact(self.mesh):
+            return [self.heads]
+        level, heads, groups = level_of(view(self.mesh), self.axis), self.num_heads, self.num_kv_heads
+        share, each = heads // groups, heads // level.pieces
+        if heads % level.pieces or (each % share and share % each):
+            raise LayoutError(
+                f"exact mode: {level.pieces} pieces of axis {self.axis!r} do not divide Attention's {heads} query "
+                f"heads so that each has whole KV heads, or a part of one ({share} query heads share each of {groups})"
+            )
+        return [Heads.of(heads, groups, level.pieces, at) for at in range(*level.held())]
+
+    def _operands(self, pieces: Sequence[Heads]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of query, key and value, of replicated KV heads those that this rank's query heads use.
+
+        In exact mode each piece of the query heads has keys and values of its own, as it has on a rank of its own.
+        """
         parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self._shardings}
-        shared = self._replicated()
-        used = for_rows([parameters[name] for name in shared], [self._shardings[name] for name in shared], (self.axis,))
-        for name, whole in zip(shared, used):
-            parameters[name] = whole.narrow(0, self.heads.first_kv, self.heads.count_kv)
+        shared = self._of_kv_heads()
+        shardings = [self._shardings[name] for name in shared]
+        used = row_pieces([parameters[name] for name in shared], shardings, self.mesh, [(0, [self.axis])])
+        for at, name in enumerate(shared):
+            mine = [each[at].narrow(0, piece.first_kv, piece.count_kv) for each, piece in zip(used, pieces)]
+            parameters[name] = mine[0] if len(mine) == 1 else torch.cat(mine)
         weights, biases = zip(*(one.names for one in self._recipes["X"].products))
         return [parameters[name] for name in weights], [parameters[name] for name in biases if name in parameters]
 
+    def _of_kv_heads(self) -> list[str]:
+        return [name for name in self._shardings if name.startswith(("key", "value"))]
+
     def _replicated(self) -> list[str]:
         """The parameters of KV heads that several ranks attend."""
-        return [] if self.heads.aligned else [name for name in self._shardings if name.startswith(("key", "value"))]
+        return [] if self.heads.aligned else self._of_kv_heads()
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q kᵀ / √k + mask) v of this rank's heads: q [b, s, h, k], k and v [b, s, g, k] → [b, s, h, k]."""
-        shares = set(self.heads.shares)
+    def _attend_in_pieces(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pieces: Sequence[Heads]
+    ) -> Tensor:
+        if not is_exact(self.mesh):
+            return self._attend(q, k, v, mask, pieces[0])
+        along = counts(self.mesh, [*rows_of(None if self.data is None else self.data.axis, None), (2, [self.axis])])
+        batches, found = along.get(0, 1), []
+        for at, (some_q, some_k, some_v) in enumerate(zip(*(cut(x, along) for x in (q, k, v)))):
+            masked = mask
+            if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+                masked = piece(mask, (at // len(pieces), 0, 0, 0), (batches, 1, 1, 1))
+            found.append(self._attend(some_q, some_k, some_v, masked, pieces[at % len(pieces)]))
+        return join(found, along)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Heads) -> Tensor:
+        """softmax(q kᵀ / √k + mask) v of some heads: q [b, s, h, k], k and v [b, s, g, k] → [b, s, h, k]."""
+        shares = set(own.shares)
         grouped = shares not in (set(), {1})
         if len(shares) > 1:  # torch can only share KV heads evenly
-            k, v, grouped = self.heads.per_query(k), self.heads.per_query(v), False
+            k, v, grouped = own.per_query(k), own.per_query(v), False
         causal = self.causal
         if mask is not None:
             if mask.requires_grad:
                 mask = replicate(mask, self.mesh, self.axis)  # each rank's heads give one term of its gradient
-            mask = local_mask(mask, self.heads)
+            mask = local_mask(mask, own)
             if causal:
                 mask, causal = and_causal(mask, q.shape[1]), False
             mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)

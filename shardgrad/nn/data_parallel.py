@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.errors import MeshError
 from shardgrad.nn.sharding import ParamSharding
 
@@ -22,11 +23,16 @@ def check_replicas_alike(shardings: Mapping[str, ParamSharding], user: str) -> N
 
     Raises:
         MeshError: there are such ranks; says which, and the group to use.
+        LayoutError: exact mode is set, which their sums do not know.
     """
     group = shim.data_parallel_group()
     if group is None:
         return
     caller, ranks = group
+    for sharding in shardings.values():
+        instead = "give layers the axis (data=sg.BatchAxis('dp')), whose gradients are then summed over its pieces"
+        mesh_view = view(sharding.mesh)
+        refuse_exact(mesh_view, list(mesh_view.axes), f"the sum of gradients in {caller}", instead)
     for name, sharding in shardings.items():
         found = differing(sharding, ranks)
         if found is not None:

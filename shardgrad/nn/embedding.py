@@ -22,9 +22,11 @@ from shardgrad.layout.sizes import chunk
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, rows_of
+from shardgrad.nn.replicated import for_rows_collectives
 from shardgrad.nn.template import Rows, sequence_row
 from shardgrad.nn.transfer import transfer
+from shardgrad.ops.pieces import cut, join
 
 _LOOKUP = "I[n,v/tp] W[v/tp,m] -> Y[n/sp,m]"
 
@@ -98,13 +100,13 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
         return self.padding_idx - self.first_id
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = self._lookup(ids)
+        y = self._lookups(ids)
         if torch.is_autocast_enabled(y.device.type):
             y = y.to(torch.get_autocast_dtype(y.device.type))
         if self.sequence_dim is None:
-            return all_reduce(y, self.mesh, self.axis)
+            return all_reduce(y, self.mesh, self.axis, one_term=True)
         row = sequence_row(ids.dim(), self.sequence_dim, type(self).__name__)
-        return reduce_scatter(y, self.mesh, self.axis, row)
+        return reduce_scatter(y, self.mesh, self.axis, row, one_term=True)
 
     def logits(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """X Wᵀ with the table as W, as a `ColumnParallelLinear` that has this weight.
@@ -139,9 +141,17 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
             *transfer("dW", "dY", stored, summed, sizes, dtype),
         ]
 
-    def _lookup(self, ids: Tensor) -> Tensor:
+    def _lookups(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""
-        (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
+        dims = rows_of(None if self.data is None else self.data.axis, None)
+        used = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, dims)
+        if not is_exact(self.mesh):
+            return self._lookup(ids, used[0][0])
+        along = counts(self.mesh, dims)
+        y = join([self._lookup(some, weight) for some, (weight,) in zip(cut(ids, along), used, strict=True)], along)
+        return y + 0.0 if view(self.mesh).shape[self.axis] == 1 else y  # the sum with zeros has no -0
+
+    def _lookup(self, ids: Tensor, weight: Tensor) -> Tensor:
         local = ids - self.first_id
         elsewhere = (local < 0) | (local >= self.rows)
         # In a compiled graph the lookup itself refuses such ids.

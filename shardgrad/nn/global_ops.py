@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from math import inf, prod
 
 import torch
@@ -15,6 +15,8 @@ from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.dtensors import Place, is_dtensor, local, pieces, sharding_places
+from shardgrad.nn.exact_norm import pieces_of_norm
+from shardgrad.nn.pieces import is_exact
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
@@ -81,13 +83,17 @@ def clip_grad_norm_(
     text = "\n".join((f"norm_type {order}", *(line for each in parameters for line in _described(*each))))
     for axis, mesh_view in meshes.items():
         agree(mesh_view, axis, lambda: text, "the norm of the gradients")
-    parts = {axes: _accumulate(gradients, order, device) for axes, gradients in by_axes.items()}
-    for axis in meshes:
-        sharded = [axes for axes in parts if axis in axes]
-        whole = _combine(torch.stack([parts[axes] for axes in sharded]), axis, order)
-        parts.update(zip(sharded, whole.unbind()))
+    if any(sharding is not None and is_exact(sharding.mesh) for _, _, sharding in parameters):
+        parts = pieces_of_norm(parameters, partial(_accumulate, order=order, device=device))
+    else:
+        parts = [_accumulate(gradients, order, device) for gradients in by_axes.values()]
+        for axis in meshes:
+            sharded = [at for at, axes in enumerate(by_axes) if axis in axes]
+            whole = _combine(torch.stack([parts[at] for at in sharded]), axis, order)
+            for at, one in zip(sharded, whole.unbind()):
+                parts[at] = one
     wide = reduce(torch.promote_types, (parameter.dtype for _, parameter, _ in parameters), torch.float32)
-    total = _norm(parts.values(), order).to(wide)
+    total = _norm(parts, order).to(wide)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(
             f"the norm of order {order} of the gradients is {float(total)}: they cannot be clipped. With "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,15 @@ from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.first_derivatives import first_derivative_only
-from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view, view_of
+from shardgrad.comm.pieces import exact, pieces_here
 from shardgrad.comm.shim import is_fake
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
+from shardgrad.nn.exact_loss import sum_of_tokens, sums_of_pieces
+from shardgrad.nn.pieces import is_exact
 
 
 def vocab_parallel_cross_entropy(
@@ -48,6 +52,8 @@ def vocab_parallel_cross_entropy(
             them, and `mean` and `sum` are those of all tokens, on every rank. Call backward on every rank, once.
         ignore_index, label_smoothing, reduction: as of F.cross_entropy; smoothing is over the global vocabulary.
 
+    In exact mode (`sg.set_exact`) the token axes shard the first dim, and its pieces are summed in the tree.
+
     Raises:
         ShapeError: logits that are whole already, or otherwise do not fit `vocab_size`, or target does not fit logits.
         IndexError: a target is outside the vocabulary.
@@ -66,12 +72,16 @@ def vocab_parallel_cross_entropy(
         arguments = vocab_size, over.mesh, axis, ignore_index, float(label_smoothing)
         losses = torch.ops.shardgrad.vocab_cross_entropy(logits, target, *arguments)[0]
     else:
-        losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing)
+        blocks = prod(pieces_here(view(mesh), name) for name in token_axes)
+        losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing, blocks)
     if reduction == "none":
         return losses
-    total = losses.sum()
-    for name in token_axes:
-        total = all_reduce(total, mesh, name)
+    if is_exact(mesh):
+        total = sum_of_tokens(losses, mesh, token_axes)
+    else:
+        total = losses.sum()
+        for name in token_axes:
+            total = all_reduce(total, mesh, name)
     if reduction == "sum":
         return total
     count = (target != ignore_index).sum().to(losses.dtype)
@@ -158,9 +168,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        vocab_size: int,
+        over: Axis,
+        ignore_index: int,
+        smoothing: float,
+        blocks: int,
     ) -> Tensor:
-        losses, *rest = _losses(logits, target, vocab_size, over, ignore_index, smoothing)
+        losses, *rest = _losses(logits, target, vocab_size, over, ignore_index, smoothing, blocks)
         ctx.save_for_backward(logits, *rest)
         ctx.vocab_size, ctx.smoothing = vocab_size, smoothing
         return losses
@@ -168,13 +185,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("vocab_parallel_cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing), None, None, None, None, None
+        grads = _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
+        return grads, *(None,) * 6
 
 
 def _losses(
-    logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
+    logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float, blocks: int = 1
 ) -> tuple[Tensor, ...]:
-    """Per-token losses, and what the gradient needs besides the logits."""
+    """Per-token losses, and what the gradient needs besides the logits. blocks: the pieces of the tokens."""
     wide = logits.float() if logits.element_size() < 4 else logits
     start, here = chunk(vocab_size, over.size, over.index)
     ignored = target == ignore_index
@@ -184,17 +202,21 @@ def _losses(
     if here:
         top = wide.amax(-1)
         top = top if over.size == 1 else AllReduce(over, "all-reduce of maxima", dist.ReduceOp.MAX)(top)
-        summed = (wide - top.unsqueeze(-1)).exp_().sum(-1)
+        exponentials = (wide - top.unsqueeze(-1)).exp_()
         picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0)
     else:  # this rank holds no part of the vocabulary
         top = wide.new_full(target.shape, -torch.inf)
         top = AllReduce(over, "all-reduce of maxima", dist.ReduceOp.MAX)(top)
-        summed, picked = torch.zeros_like(top), torch.zeros_like(top)
-    parts = [summed, picked] if smoothing == 0 else [summed, picked, wide.sum(-1)]
-    sums = torch.stack(parts)
-    sums = sums if over.size == 1 else AllReduce(over, "all-reduce of exponentials and targets")(sums)
-    log_sum = sums[0].log() + top
-    losses = log_sum - sums[1]
+        exponentials, picked = wide, torch.zeros_like(top)
+    terms = [exponentials] if smoothing == 0 else [exponentials, wide]
+    what = "all-reduce of exponentials and targets"
+    if exact(view_of(over)) is None:
+        sums = torch.stack([picked, *(term.sum(-1) for term in terms)])
+        sums = sums if over.size == 1 else AllReduce(over, what)(sums)
+    else:
+        sums = sums_of_pieces(picked, terms, over, blocks, what)
+    log_sum = sums[1].log() + top
+    losses = log_sum - sums[0]
     if smoothing:
         losses = (1 - smoothing) * losses + smoothing * (log_sum - sums[2] / vocab_size)
     return losses.masked_fill(ignored, 0), log_sum, local, mine, ignored

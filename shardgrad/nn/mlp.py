@@ -17,6 +17,7 @@ from shardgrad.layout.cost import Collective
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 from shardgrad.nn.parallel import Parallel, Where
+from shardgrad.nn.pieces import Cut, in_pieces, rows_of
 
 
 class MLP(nn.Module):
@@ -61,12 +62,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
-        return self.down(F.gelu(self.up(x, sequence_size)))
+        h = self.up(x, sequence_size)
+        return self.down(in_pieces(F.gelu, self.mesh, _hidden(self, h), h))
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
         """Every collective of this rank's forward and backward for x of a global shape, as `Layout.collectives`."""
         hidden = *shape[:-1], self.down.in_features
         return [*self.up.collectives(shape, dtype), *self.down.collectives(hidden, dtype)]
+
+
+def _hidden(layer: MLP | SwiGLU, h: Tensor) -> Cut:
+    """The dims of hidden features, [..., f/tp], that axes shard."""
+    return [*rows_of(None if layer.data is None else layer.data.axis, None), (h.dim() - 1, [layer.axis])]
 
 
 class _Gated(torch.autograd.Function):
@@ -123,7 +130,10 @@ class SwiGLU(
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         g, u = self.multiply("X", x, sequence_size)
-        h = F.silu(g) * u if self.compiling() else _Gated.apply(g, u)
+        if self.compiling():
+            h = F.silu(g) * u
+        else:
+            h = in_pieces(_Gated.apply, self.mesh, _hidden(self, g), g, u)
         return self.multiply("H", h, sequence_size)[0]
 
     def extra_repr(self) -> str:

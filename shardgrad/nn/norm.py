@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Unpack
 
@@ -11,15 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.sizes import chunk, slab
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
-from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, rows_of
+from shardgrad.nn.replicated import for_rows_collectives
 from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_norm_collectives, sharded_rms_norm
 from shardgrad.nn.template import AXIS
+from shardgrad.ops.pieces import cut, join
 
 
 class _Norm(Layer):
@@ -86,9 +89,27 @@ class _Norm(Layer):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def _parameters_for(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias as this rank's rows use them: where rows are sharded, their gradients are summed, both in one
-        all-reduce for each axis, but for one that they are marked with."""
+    def _normed(self, x: Tensor, norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+        """The norm of x, by weight and bias as this rank's rows use them: where rows are sharded, their gradients are
+        summed, both in one all-reduce for each axis, but for one that they are marked with."""
+        self._check(x)
+        parameters = [one for one in (self.weight, self.bias) if one is not None]
+        shardings, dims = list(self._shardings.values()), self._rows(x)
+        used = row_pieces(parameters, shardings, self.mesh, dims)
+        if not is_exact(self.mesh):
+            return norm(x, *_two(used[0]))
+        if self._features is not None:
+            refuse_exact(view(self.mesh), [self.axis], "a norm whose features are sharded", "shard its rows")
+        along = counts(self.mesh, dims)
+        used = used * len(cut(x, along)) if len(used) == 1 else used
+        return join([norm(piece, *_two(each)) for piece, each in zip(cut(x, along), used, strict=True)], along)
+
+    def _rows(self, x: Tensor) -> Cut:
+        """The rows that axes shard."""
+        sequence = None if self.sequence_dim is None else (self.sequence_dim % x.dim(), self.axis)
+        return rows_of(None if self.data is None else self.data.axis, sequence)
+
+    def _check(self, x: Tensor) -> None:
         rows = x.dim() - len(self.normalized_shape)
         features = self._features and self._features[view(self.mesh).coordinate[self.axis]]
         if features is not None and x.shape[-1:] != (features,):
@@ -96,8 +117,6 @@ class _Norm(Layer):
                 f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has {features} of the "
                 f"{self.normalized_shape[0]} features"
             )
-        if self.weight is None:
-            return None, None
         if self.sequence_dim is not None and (
             not -x.dim() <= self.sequence_dim < x.dim() or self.sequence_dim % x.dim() >= rows
         ):
@@ -105,9 +124,6 @@ class _Norm(Layer):
                 f"{type(self).__name__}: sequence_dim={self.sequence_dim} of an input of shape {tuple(x.shape)} is not "
                 f"a row dim (the last {len(self.normalized_shape)} are normalized)"
             )
-        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        weight, *bias = for_rows(parameters, list(self._shardings.values()), self._axes_of_rows())
-        return weight, bias[0] if bias else None
 
     def _axes_of_rows(self) -> list[str]:
         """The axes over which ranks hold different rows."""
@@ -175,11 +191,13 @@ class LayerNorm(_Norm):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._parameters_for(x)
-        if self._features is not None:
-            return sharded_layer_norm(x, weight, bias, self.eps, self._features, self.mesh, self.axis)
-        wide = x if weight is None else x.to(weight.dtype)  # 16-bit activations and float32 parameters: in float32
-        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            if self._features is not None:
+                return sharded_layer_norm(x, weight, bias, self.eps, self._features, self.mesh, self.axis)
+            wide = x if weight is None else x.to(weight.dtype)  # 16-bit activations and float32 parameters: in float32
+            return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+        return self._normed(x, norm)
 
 
 class RMSNorm(_Norm):
@@ -204,8 +222,16 @@ class RMSNorm(_Norm):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, _ = self._parameters_for(x)
-        if self._features is not None:
-            return sharded_rms_norm(x, weight, self.eps, self.normalized_shape[0], self.mesh, self.axis)
-        wide = x if weight is None else x.to(weight.dtype)
-        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
+        def norm(x: Tensor, weight: Tensor | None, _: Tensor | None) -> Tensor:
+            if self._features is not None:
+                return sharded_rms_norm(x, weight, self.eps, self.normalized_shape[0], self.mesh, self.axis)
+            wide = x if weight is None else x.to(weight.dtype)
+            return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
+
+        return self._normed(x, norm)
+
+
+def _two(parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, of those that there are."""
+    weight, bias = [*parameters, None, None][:2]
+    return weight, bias

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.adjoint import slice_replicated
+from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, rows_of
 from shardgrad.nn.replicated import for_rows, for_rows_collectives
 from shardgrad.nn.transfer import transfer
+from shardgrad.ops.pieces import cut, join
 
 
 class LearnedPositions(Layer):
@@ -61,13 +65,35 @@ class LearnedPositions(Layer):
 
         Raises:
             ShapeError: the table has no such positions.
+            LayoutError: in exact mode, where `add_to` is to be used: a sum over the batch is the gradient.
         """
+        self._check(sequence, first)
+        cuts = (*self.parallel.axes[1:], *([] if self.sequence_dim is None else [self.axis]))
+        instead = "let the layer add them: positions.add_to(x, sequence)"
+        refuse_exact(view(self.mesh), cuts, "the sum over the batch that positions are added to", instead)
+        (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
+        return self._rows(weight, sequence, first)
+
+    def add_to(self, x: Tensor, sequence: int, first: int = 0) -> Tensor:
+        """x [b, s/tp, m] plus the rows of its positions, in x's dtype. Arguments as of a call."""
+        if not is_exact(self.mesh):
+            return x + self(sequence, first).to(x.dtype)
+        self._check(sequence, first)
+        batch = rows_of(None if self.data is None else self.data.axis, None)
+        tables = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, batch)
+        along = [] if self.sequence_dim is None else [self.axis]
+        cuts = counts(self.mesh, [*batch, (1, along)])
+        rows = [piece for (table,) in tables for piece in cut(self._rows(table, sequence, first), {0: cuts[1]})]
+        return join([piece + row.to(x.dtype) for piece, row in zip(cut(x, cuts), rows, strict=True)], cuts)
+
+    def _check(self, sequence: int, first: int) -> None:
         if first < 0 or sequence < 0 or first + sequence > self.num_positions:
             raise ShapeError(
                 f"positions {first} to {first + sequence - 1} are needed, of {self.num_positions} (num_positions)"
             )
-        (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
-        rows = weight[first : first + sequence]
+
+    def _rows(self, table: Tensor, sequence: int, first: int) -> Tensor:
+        rows = table[first : first + sequence]
         return rows if self.sequence_dim is None else slice_replicated(rows, self.mesh, self.axis, dim=0)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:

@@ -15,6 +15,7 @@ from shardgrad.comm.adjoint import all_gather, replicate
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_on, view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.sharding import ParamSharding
@@ -28,12 +29,14 @@ def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], a
     those of the others.
     """
     made = list(parameters)
+    if shardings:
+        refuse_exact(view(shardings[0].mesh), axes, "the use of a parameter for different rows", "use another layer")
     for axis in axes:
         alike = []
         for at, sharding in enumerate(shardings):
-            dim = _dim(sharding, axis)
+            dim = dim_over(sharding, axis)
             if dim is not None:
-                size = _size_before(sharding, dim)
+                size = size_before(sharding, dim)
                 made[at] = all_gather(made[at], sharding.mesh, axis, dim, size=size)
             elif axis not in sharding.spec.grad_partial:
                 alike.append(at)
@@ -55,9 +58,9 @@ def for_rows_collectives(
     for axis in axes:
         elements = 0
         for sharding, shape in zip(shardings, shapes):
-            dim = _dim(sharding, axis)
+            dim = dim_over(sharding, axis)
             if dim is not None:
-                size, ranks = _size_before(sharding, dim), view(sharding.mesh).shape[axis]
+                size, ranks = size_before(sharding, dim), view(sharding.mesh).shape[axis]
                 shape[dim] = -(-size // ranks)
                 yield from one(sharding.mesh, "forward", "all-gather", "W", axis, prod(shape), dtype)
                 shape[dim] *= ranks
@@ -115,11 +118,11 @@ class _Together(torch.autograd.Function):
         return None, *(part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in grads]), grads))
 
 
-def _size_before(sharding: ParamSharding, dim: int) -> int:
+def size_before(sharding: ParamSharding, dim: int) -> int:
     """The size of a dim, as it is before the last of its axes shards it."""
     mesh_view, axes = view(sharding.mesh), sharding.spec.dims[dim].axes[:-1]
     return slab(sharding.shape[dim], axes, mesh_view.shape, mesh_view.coordinate)[1]
 
 
-def _dim(sharding: ParamSharding, axis: str) -> int | None:
+def dim_over(sharding: ParamSharding, axis: str) -> int | None:
     return next((at for at, dim in enumerate(sharding.spec.dims) if axis in dim.axes), None)

@@ -27,6 +27,7 @@ class ParamSharding:
         rows of a weight); None where it is `shape`. The local parameter has as many dims.
     parts, dim: of a concatenation along a dim whose parts are sharded one by one (query, key and value in one weight):
         the parts in order. spec and shape are then those of the whole, its dims as letters.
+    varies: letters with an axis that shards them for some numbers of its ranks, and not for others.
     """
 
     spec: TensorSpec
@@ -35,6 +36,7 @@ class ParamSharding:
     merged: tuple[int, ...] | None = None
     parts: tuple[ParamSharding, ...] = ()
     dim: int = 0
+    varies: tuple[tuple[str, str], ...] = ()
 
     def __deepcopy__(self, memo: object) -> ParamSharding:
         return self  # a mesh holds process groups, which cannot be copied

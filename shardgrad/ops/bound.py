@@ -135,6 +135,10 @@ class BoundMatmul:
         Raises:
             ShapeError: a size would have to be exchanged; a graph must know it.
         """
+        if exact(self.view) is not None:
+            from shardgrad.ops.exact import refuse_graph
+
+            refuse_graph(self.view, self.name)
         key = (
             *[part for t, need in zip(tensors, needs) for part in (tuple(map(int, t.shape)), t.dtype, need)],
             tuple(given.items()) if given else (),
@@ -177,7 +181,7 @@ class BoundMatmul:
         if products.pieces is not None:
             from shardgrad.ops.exact import sizes_of_pieces
 
-            of_local = sizes_of_pieces(products, self.layouts, self.view, traced=traced)
+            of_local = sizes_of_pieces(products, self.layouts, self.view)
         namespace = Namespace(self.view, sizes, [self.operation.local(layout, of_local) for layout in self.layouts])
         chunked = None
         if self.view.settings and products.pieces is None:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import KEY, refuse_exact
+from shardgrad.comm.pieces import KEY, exact, refuse_exact
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
@@ -76,11 +76,24 @@ def _checked(mesh_view: MeshView, pieces: Mapping[str, int] | int) -> dict[str, 
     return made
 
 
-def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: MeshView, *, traced: bool) -> Sizes:
+def refuse_graph(mesh_view: MeshView, name: str) -> None:
+    """Raise in exact mode, for a graph of torch.compile.
+
+    Raises:
+        LayoutError: it is set.
+    """
+    if exact(mesh_view) is not None:
+        raise LayoutError(
+            "exact mode (sg.set_exact) cannot promise anything of a graph of torch.compile, which rounds what it fuses "
+            f"otherwise: run {name} outside of it"
+        )
+
+
+def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: MeshView) -> Sizes:
     """The sizes of single pieces, as a rank has them if there are as many ranks as pieces.
 
     Raises:
-        LayoutError: what the products leave to the caller has no pieces, or a compiled graph runs them.
+        LayoutError: what the products leave to the caller has no pieces.
         ShapeError: pieces do not divide a size.
     """
     pieces, sizes, name = products.pieces or {}, products.sizes, "; ".join(map(str, layouts))
@@ -88,11 +101,6 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
         for tensor in layout.tensors:
             axes = (*tensor.partial, *tensor.grad_partial)
             refuse_exact(mesh_view, axes, f"the sum that {layout} leaves to the caller", "leave out the mark {…}")
-    if traced:
-        raise LayoutError(
-            "exact mode (sg.set_exact) cannot promise anything of a graph of torch.compile, which rounds what it fuses "
-            f"otherwise: run {name} outside of it"
-        )
     found = uneven(products)
     if found is not None:
         level, size, count = found

@@ -19,6 +19,7 @@ from shardgrad.nn.dropout import Dropout
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
+from shardgrad.nn.positions import LearnedPositions
 from shardgrad.train.language_model import LanguageModel
 
 Recompute = Literal["none", "full", "attention"]
@@ -66,7 +67,7 @@ class Decoder(LanguageModel):
     """
 
     embedding: nn.Module
-    positions: nn.Module | None
+    positions: LearnedPositions | None
     blocks: nn.ModuleList
     norm: nn.Module
     head: nn.Module
@@ -111,7 +112,7 @@ class Decoder(LanguageModel):
         with torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             x = self.embedding(ids)
             if self.positions is not None:
-                x = x + self.positions(sequence).to(x.dtype)
+                x = self.positions.add_to(x, sequence)
             x = drop(x)
             for block in self.blocks:
                 if self.recompute == "full" and torch.is_grad_enabled():

@@ -1,0 +1,79 @@
+"""The sums of a cross-entropy in exact mode: over pieces of the vocabulary, and of the tokens, in a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.mesh import Axis, view, view_of
+from shardgrad.comm.pieces import level_of, pieces_here, reduce_pieces
+from shardgrad.errors import LayoutError
+from shardgrad.ops.in_pieces import compact, piece
+
+
+def sums_of_pieces(picked: Tensor, terms: Sequence[Tensor], over: Axis, blocks: int, what: str) -> Tensor:
+    """What each token has of the whole vocabulary: picked [...], which one rank of the axis has, and the sums over the
+    last dim of terms [..., v/tp].
+
+    blocks: the pieces of the tokens, so that a call sums as many rows whatever the ranks.
+
+    Returns:
+        [1 + terms, ...].
+
+    Raises:
+        LayoutError: pieces divide neither the tokens nor the vocabulary.
+    """
+    mesh_view = view_of(over)
+    columns, tokens = pieces_here(mesh_view, over.name), picked.numel()
+    size = terms[0].shape[-1]
+    if size % columns or tokens % blocks:
+        raise LayoutError(
+            f"exact mode: a rank's {size} words are to be {columns} equal pieces, and its {tokens} tokens {blocks}: "
+            "the pieces of an axis divide every size that it splits"
+        )
+    flat = [term.reshape(tokens, size) for term in terms]
+    values = []
+    for at in range(columns):
+        sums = [
+            torch.cat([compact(piece(term, (block, at), (blocks, columns))).sum(-1) for block in range(blocks)])
+            for term in flat
+        ]
+        mine = picked.reshape(-1) if at == 0 else torch.zeros_like(sums[0])
+        values.append(torch.stack([mine, *sums]))
+    total = reduce_pieces(values, [level_of(mesh_view, over.name)], mesh_view, what)
+    return total.view(len(values[0]), *picked.shape)
+
+
+def sum_of_tokens(losses: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tensor:
+    """The sum over the tokens of all ranks of some axes, which shard the first dim, major first.
+
+    Raises:
+        LayoutError: pieces do not divide the tokens.
+    """
+    blocks = prod(pieces_here(view(mesh), axis) for axis in axes)
+    if losses.numel() % blocks:
+        raise LayoutError(f"exact mode: the {losses.numel()} tokens of a rank are to be {blocks} equal pieces")
+    total: Tensor = _Total.apply(losses, mesh, tuple(axes), blocks)
+    return total
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, mesh: DeviceMesh, axes: tuple[str, ...], blocks: int) -> Tensor:
+        ctx.shape = losses.shape
+        mesh_view = view(mesh)
+        flat = losses.reshape(-1)
+        sums = [block.sum() for block in flat.split(flat.numel() // blocks)] if flat.numel() else [flat.sum()] * blocks
+        levels = [level_of(mesh_view, *reversed(axes))] if axes else []
+        return reduce_pieces(sums, levels, mesh_view, "all-reduce of the sum of losses")
+
+    @staticmethod
+    @first_derivative_only("vocab_parallel_cross_entropy")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.expand(ctx.shape), None, None, None

@@ -1,0 +1,131 @@
+"""What layers do between products in exact mode: functions of single pieces, with parameters whose gradients are summed
+over the pieces in a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardgrad.comm import shim
+from shardgrad.comm.collectives import AllGather
+from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.mesh import MeshView, view
+from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces
+from shardgrad.layout.tree import Level
+from shardgrad.nn.replicated import dim_over, for_rows, size_before
+from shardgrad.nn.sharding import ParamSharding
+from shardgrad.ops.pieces import cut, join
+
+Cut = Sequence[tuple[int, Sequence[str]]]
+"""The dims of a tensor that axes shard, in order, each with its axes, major first."""
+
+
+@shim.constant
+def is_exact(mesh: DeviceMesh) -> bool:
+    """Whether exact mode is set on a mesh."""
+    return exact(view(mesh)) is not None
+
+
+def counts(mesh: DeviceMesh, dims: Cut) -> dict[int, int]:
+    """The pieces of each dim on this rank."""
+    mesh_view = view(mesh)
+    return {dim: prod(pieces_here(mesh_view, axis) for axis in axes) for dim, axes in dims}
+
+
+def in_pieces(function: Callable[..., Tensor], mesh: DeviceMesh, dims: Cut, *tensors: Tensor) -> Tensor:
+    """function(*tensors); in exact mode, of the pieces of all tensors, which are cut alike."""
+    if not is_exact(mesh):
+        return function(*tensors)
+    along = counts(mesh, dims)
+    return join([function(*pieces) for pieces in zip(*(cut(tensor, along) for tensor in tensors))], along)
+
+
+def row_pieces(
+    parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], mesh: DeviceMesh, dims: Cut
+) -> list[list[Tensor]]:
+    """Parameters as ranks use them that hold different rows, as `for_rows`, once for each piece of the rows.
+
+    dims: the rows. The pieces are in the order of `cut`.
+    """
+    axes = [axis for _, over in dims for axis in over]
+    if not is_exact(mesh):
+        return [for_rows(parameters, shardings, axes)]
+    if not axes or not parameters:
+        return [list(parameters)]
+    made = _Fan.apply(_Uses.of(shardings, view(mesh), dims), *parameters)
+    return [list(made[at : at + len(parameters)]) for at in range(0, len(made), len(parameters))]
+
+
+@dataclass(frozen=True)
+class _Uses:
+    """How parameters are used by the pieces of rows. scatters: of each, the dim by the axis that shards it."""
+
+    view: MeshView
+    levels: tuple[Level, ...]
+    shardings: tuple[ParamSharding, ...]
+    scatters: tuple[Mapping[str, int], ...]
+
+    @classmethod
+    def of(cls, shardings: Sequence[ParamSharding], mesh_view: MeshView, dims: Cut) -> _Uses:
+        levels = tuple(level_of(mesh_view, *reversed(axes)) for _, axes in dims)
+        over = [axis for _, axes in dims for axis in axes]
+        scatters = tuple({axis: d for axis in over if (d := dim_over(one, axis)) is not None} for one in shardings)
+        return cls(mesh_view, levels, tuple(shardings), scatters)
+
+    @property
+    def count(self) -> int:
+        return prod(level.count for level in self.levels)
+
+    def whole(self, at: int, parameter: Tensor) -> Tensor:
+        for axis, dim in self.scatters[at].items():
+            if self.view.shape[axis] > 1:
+                parameter = AllGather(self.view.axes[axis], dim, size_before(self.shardings[at], dim))(parameter)
+        return parameter
+
+    def summed(self, grads: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The gradient of each parameter, of those of each piece. Those that no axis shards are reduced together."""
+        alike = [at for at, scatter in enumerate(self.scatters) if not scatter]
+        found: dict[int, Tensor] = {}
+        what = "a parameter's gradient summed over pieces"
+        if alike:
+            flat = [torch.cat([each[at].reshape(-1) for at in alike]) for each in grads]
+            total = reduce_pieces(flat, self.levels, self.view, what)
+            sizes = [grads[0][at].numel() for at in alike]
+            found = {at: part.view(grads[0][at].shape) for at, part in zip(alike, total.split(sizes))}
+        for at, scatter in enumerate(self.scatters):
+            if scatter:
+                found[at] = reduce_pieces([each[at] for each in grads], self.levels, self.view, what, scatter)
+        return [found[at] for at in range(len(self.shardings))]
+
+
+class _Fan(torch.autograd.Function):
+    """Each parameter, once for each piece; its gradient is the tree over them."""
+
+    @staticmethod
+    def forward(ctx: Any, uses: _Uses, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.uses = uses
+        used = [uses.whole(at, parameter) for at, parameter in enumerate(parameters)]
+        return tuple([one.view_as(one) for _ in range(uses.count) for one in used])
+
+    @staticmethod
+    @first_derivative_only("a parameter's gradient summed over pieces")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        each = len(grads) // ctx.uses.count
+        return None, *ctx.uses.summed([grads[at : at + each] for at in range(0, len(grads), each)])
+
+
+def rows_of(data: str | None, sequence: tuple[int, str] | None) -> Cut:
+    """The rows of a tensor whose first dim an axis shards, and whose sequence dim another one does."""
+    first = [] if data is None else [data]
+    if sequence is None:
+        return [(0, first)] if first else []
+    dim, axis = sequence
+    if dim == 0:
+        return [(0, [*first, axis])]
+    return [(0, first), (dim, [axis])] if first else [(dim, [axis])]
