@@ -142,7 +142,7 @@ class _Pass:
         """The axes that cut each letter of what a term reads, major first."""
         plan = self.products.plans[term.index]
         stored = isinstance(term, SumBias) and not term.gathered
-        axes = {dim.letter: dim.axes for dim in plan.out_dims} if stored else plan.splitting
+        axes = {dim.letter: dim.axes for dim in plan.stored["out"]} if stored else plan.splitting
         return {letter: tuple(a for a in cuts if self.pieces[a] > 1) for letter, cuts in axes.items()}
 
     def _term(self, term: Matmul | SumBias, levels: Sequence[Level]) -> Term:

@@ -60,14 +60,14 @@ class Plan:
     """Every route of one layout, derived once.
 
     names, letters: of each tensor. partial: the axes over which the product's sum is left to the caller.
-    splitting: the axes that split each letter.
+    splitting: the axes that split each letter. stored: the dims of each tensor as it is stored.
     """
 
     names: dict[Role, str]
     letters: dict[Role, tuple[str, ...]]
     splitting: dict[str, tuple[str, ...]]
     partial: tuple[str, ...]
-    out_dims: Dims  # as the product, and so dY, is stored
+    stored: dict[Role, Dims]
     gather: dict[Role, tuple[Move, ...]]  # stored -> used; of `out`: dY for the products of backward
     reduce: dict[Role, tuple[Move, ...]]  # local product -> stored; of an operand: its gradient
     bias: tuple[Move, ...]  # B -> the product's storage
@@ -102,7 +102,7 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     missing = [axis for dim in product.dims if dim.letter not in bias.letters for axis in dim.axes]
     missing_gathered = [a for d in reading.compute_layout(product).dims if d.letter not in bias.letters for a in d.axes]
     return Plan(
-        out_dims=product.dims,
+        stored={role: spec.dims for role, spec in tensors.items()},
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
         letters={**{role: spec.letters for role, spec in tensors.items()}, "bias": bias.letters},
         splitting=splitting,

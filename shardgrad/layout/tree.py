@@ -58,6 +58,11 @@ class TreeSum(Generic[T]):
         self.held.append((span, value))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all pieces have come."""
+        return [span for span, _ in self.held] == [(0, self.pieces)]
+
+    @property
     def values(self) -> list[T]:
         """Of the largest nodes that the pieces so far make up, one for each of `nodes`."""
         return [value for _, value in self.held]

@@ -66,13 +66,20 @@ class Dropout(ShardedModule):
         self.p, self.independent = p, tuple(independent)
         self._calls = 0
 
-    def forward(self, x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sizes: Mapping[str, int] | None = None,
+        part: Mapping[str, tuple[int, int]] | None = None,
+    ) -> Tensor:
         """x with some elements zeroed; x itself in eval mode or with p = 0.
 
         Args:
             x: the local shard.
             sizes: global sizes of letters. Needed for those that an axis shards; without them the ranks exchange them,
                 one small exchange a call and axis.
+            part: of letters of which all ranks' x is only a part, as of the batch a micro-batch: where it begins, and
+                the size of the whole, whose mask it gets a part of.
 
         Raises:
             ShapeError: x does not fit `spec`, or its shards are not as torch.chunk shards.
@@ -89,8 +96,10 @@ class Dropout(ShardedModule):
         for dim in self.spec.dims:
             whole = known.get(dim.letter)
             assert whole is not None
-            shape.append(whole)
-            slabs.append(slab(whole, dim.axes, known.shape, known.coordinate))
+            first, size = (part or {}).get(dim.letter, (0, whole))
+            start, length = slab(whole, dim.axes, known.shape, known.coordinate)
+            shape.append(size)
+            slabs.append((first + start, length))
         bits = bits32(key, shape, [start for start, _ in slabs], [length for _, length in slabs])
         dropped = torch.from_numpy(np.ascontiguousarray(bits < np.uint32(threshold)))
         # What is saved for backward is the mask, one byte an element.

@@ -237,7 +237,8 @@ class Layer(ShardedModule):
         Args:
             x: as the layouts store it.
             sequence_size: of the whole sequence, where sequence_dim shards it: the ranks otherwise exchange it.
-            operands: weights and biases, where they are not the parameters as they are.
+            operands: weights and biases, where they are not the parameters as they are; in exact mode made of
+                parameters as `row_pieces` gives them.
             sizes: global sizes of letters that the layer does not know.
 
         Raises:

@@ -20,6 +20,7 @@ from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces
 from shardgrad.layout.tree import Level
 from shardgrad.nn.replicated import dim_over, for_rows, size_before
 from shardgrad.nn.sharding import ParamSharding
+from shardgrad.ops.micro_batches import held
 from shardgrad.ops.pieces import cut, join
 
 Cut = Sequence[tuple[int, Sequence[str]]]
@@ -56,6 +57,7 @@ def row_pieces(
     axes = [axis for _, over in dims for axis in over]
     if not is_exact(mesh):
         return [for_rows(parameters, shardings, axes)]
+    parameters = held(view(mesh), parameters)
     if not axes or not parameters:
         return [list(parameters)]
     made = _Fan.apply(_Uses.of(shardings, view(mesh), dims), *parameters)

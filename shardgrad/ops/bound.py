@@ -23,6 +23,7 @@ from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.ops import handles, sizing
 from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.executable import Executable
+from shardgrad.ops.micro_batches import held
 from shardgrad.ops.namespace import Namespace
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class BoundMatmul:
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
         self._gathers = [move for plan, bias in zip(self.plans, biased) for move in plan.gathers(bias=bias)]
+        self._by_pieces: dict[object, dict[object, Executable]] = {}  # exact mode may be set, and set otherwise
         self._executables: dict[object, Executable] = {}
+        self.use_settings()
         self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
         self.handle = handles.name(
             self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
@@ -101,7 +104,8 @@ class BoundMatmul:
     def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """The same under autocast or functorch's transforms."""
         if torch.is_autocast_enabled(self.device_type):
-            tensors = self.cast(tensors)
+            x, *parameters = tensors
+            tensors = self.cast((x, *held(self.view, parameters)))
             with torch.autocast(self.device_type, enabled=False):
                 return self(tensors, given)
         found = self.executable(tensors, given)
@@ -188,12 +192,24 @@ class BoundMatmul:
             from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` sets
 
             chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
-        return Executable(products, self.name, namespace, needs, self._check_backward, chunked)
+        made = Executable(products, self.name, namespace, needs, self._check_backward, chunked)
+        if products.pieces is not None:
+            from shardgrad.ops.exact import checked
+
+            made.call = checked(made.call, products, self.view)
+        return made
 
     def forget_executables(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
-        self._executables.clear()
+        self._by_pieces.clear()
         self._traced.clear()
+        self.use_settings()
+
+    def use_settings(self) -> None:
+        """Go on with the decisions for the pieces that are set now."""
+        pieces = exact(self.view)
+        key = None if pieces is None else tuple(pieces.items())
+        self._executables = self._by_pieces.setdefault(key, {})
 
     def _sizes(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]

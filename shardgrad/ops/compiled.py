@@ -43,7 +43,7 @@ class _GraphFunctions:
     def shapes(self) -> list[tuple[int, ...]]:
         """Of what `forward` returns: every Y, and what is saved as gathered."""
         p = self.executable.products
-        made = [p.sizes.shape_of(plan.out_dims) for plan in p.plans]
+        made = [p.sizes.shape_of(plan.stored["out"]) for plan in p.plans]
         return [*made, *(p.sizes.shape_of(p.plans[at].gather[role][-1].after) for role, at in self._returned)]
 
     def saved(self, tensors: Sequence[Tensor], returned: Sequence[Tensor]) -> list[Tensor]:

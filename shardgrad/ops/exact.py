@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from numbers import Integral
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import agree
@@ -17,7 +19,9 @@ from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Products
 from shardgrad.layout.sizes import Sizes
+from shardgrad.ops.micro_batches import held
 from shardgrad.ops.overlap import is_set
+from shardgrad.ops.pieces import check_origin
 
 
 def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
@@ -54,7 +58,7 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
             agree(mesh_view, axis, lambda: text, "exact mode")
         mesh_view.settings[KEY] = made
     for bound in mesh_view.bound.values():
-        bound.forget_executables()
+        bound.use_settings()
 
 
 def _checked(mesh_view: MeshView, pieces: Mapping[str, int] | int) -> dict[str, int]:
@@ -87,6 +91,19 @@ def refuse_graph(mesh_view: MeshView, name: str) -> None:
             "exact mode (sg.set_exact) cannot promise anything of a graph of torch.compile, which rounds what it fuses "
             f"otherwise: run {name} outside of it"
         )
+
+
+def checked(call: Callable[..., Any], products: Products, mesh_view: MeshView) -> Callable[..., Any]:
+    """A call that first looks where its input comes from (`check_origin`), and which micro-batch this is (`held`)."""
+    sizes, pieces = products.sizes, products.pieces or {}
+    spec = products.plans[0].stored["lhs"]
+    count = prod(pieces[axis] // sizes.shape[axis] for dim in spec for axis in dim.axes)
+
+    def call_checked(x: Tensor, *parameters: Tensor) -> Any:
+        check_origin(x, count)
+        return call(x, *held(mesh_view, parameters))
+
+    return call_checked
 
 
 def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: MeshView) -> Sizes:

@@ -132,6 +132,6 @@ class Executable:
             return dys
         p, taking_part = self.products, self.products.taking_part(has_grad)
         return [
-            like.new_zeros(p.sizes.shape_of(plan.out_dims)) if dy is None and takes_part else dy
+            like.new_zeros(p.sizes.shape_of(plan.stored["out"])) if dy is None and takes_part else dy
             for dy, takes_part, plan in zip(dys, taking_part, p.plans)
         ]

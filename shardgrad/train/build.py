@@ -36,11 +36,12 @@ def batch_axis(config: Config, ranks: int) -> BatchAxis | None:
 
     With micro-batches, what is replicated over dp is left partial (`{dp}`) and summed after the last of them; with one
     batch, each layer's backward sums it, under the products of the layers before. A model of transformers sums it in
-    every backward, of each micro-batch.
+    every backward, of each micro-batch; so does exact mode, where one rank may have several pieces of the batch.
     """
-    if ranks == 1:
+    exact = config.train.exact is not None
+    if ranks == 1 and not exact:
         return None
-    accumulate = config.train.accumulate > 1 and isinstance(config.model, Model)
+    accumulate = config.train.accumulate > 1 and isinstance(config.model, Model) and not exact
     return BatchAxis("dp", shard_params=config.mesh.fully_sharded, accumulate=accumulate)
 
 

@@ -162,6 +162,10 @@ class Train(_Section):
     recompute: Literal["none", "full", "attention"] = Field(
         default="none", description="what backward computes again instead of keeping: whole blocks, or attention layers"
     )
+    exact: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        description="the same bits on every number of ranks that divides this: of all axes, or by axis, {dp: 4, tp: 8}",
+    )
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
     eval_batches: int | None = Field(
@@ -223,8 +227,35 @@ def _disagreements(config: Config) -> Iterator[str]:
         yield f"train.warmup = {train.warmup} must be less than train.steps = {train.steps}"
     if train.batch % train.accumulate:
         yield f"train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} micro-batches"
+    yield from _exact_disagreements(config)
     if train.dtype == "float32" and train.reduce_dtype == "bfloat16":
         yield "train.reduce_dtype = bfloat16 is narrower than train.dtype = float32: sums would lose what is there"
+
+
+def pieces(config: Config) -> dict[str, int] | None:
+    """Into how many pieces `train.exact` cuts each axis; None without it."""
+    exact = config.train.exact
+    return dict.fromkeys(("dp", "tp"), exact) if isinstance(exact, int) else exact
+
+
+def _exact_disagreements(config: Config) -> Iterator[str]:
+    """What cannot be exact; and sizes that the pieces of an axis do not divide."""
+    cuts, model = pieces(config), config.model
+    if cuts is None:
+        return
+    if not isinstance(model, Model) or config.mesh.grid is not None:
+        yield "train.exact is for the built-in decoders on dp and tp, not for mesh.grid or a model of transformers"
+        return
+    for axis in cuts:
+        if axis not in ("dp", "tp"):
+            yield f"train.exact names {axis!r}, which is no axis of the mesh: dp, tp"
+    tp, dp = cuts.get("tp", 1), cuts.get("dp", 1)
+    hidden = [] if model.d_ff is None else [("model.d_ff", model.d_ff)]
+    for name, size in (("model.heads", model.heads), ("model.seq_len", model.seq_len), *hidden):
+        if size % tp:
+            yield f"{name} = {size} does not divide into the {tp} pieces that train.exact cuts tp into"
+    if config.train.batch % dp:
+        yield f"train.batch = {config.train.batch} does not divide into the {dp} pieces that train.exact cuts dp into"
 
 
 def _decoder_disagreements(model: Model, mesh: Mesh) -> Iterator[str]:
@@ -328,7 +359,7 @@ def check_ranks(config: Config, ranks: int) -> Config:
             "there are"
         )
     _check_batch(config, dp, "mesh.dp")
-    if config.mesh.fully_sharded and dp == 1:
+    if config.mesh.fully_sharded and dp == 1 and config.train.exact is None:
         raise ConfigError("mesh.fully_sharded shards weights over dp, but mesh.dp = 1: set mesh.dp, or leave it out")
     return config.model_copy(update={"mesh": config.mesh.model_copy(update={"dp": dp, "tp": tp})})
 

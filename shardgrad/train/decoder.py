@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 from typing import Literal
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shardgrad.comm.adjoint import gather_replicated
+from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import pieces_here
 from shardgrad.errors import ShapeError
 from shardgrad.nn import init
 from shardgrad.nn.dropout import Dropout
@@ -94,10 +96,11 @@ class Decoder(LanguageModel):
         stream = f"X[{batch},s/{self.axis},d]" if stream is None else stream
         self.dropout = Dropout(dropout, stream, mesh=self.mesh)
 
-    def forward(self, ids: Tensor, batch: int | None = None) -> Tensor:
+    def forward(self, ids: Tensor, batch: int | None = None, part: tuple[int, int] | None = None) -> Tensor:
         """Logits of the next token: ids [b/dp, s], alike on every rank of the axis → [b/dp, s, v/tp].
 
         batch: b. With dropout over several ranks of dp, they exchange it where it is not given.
+        part: where in a batch that has micro-batches this one begins, and its size: for dropout, as of `Dropout`.
 
         Raises:
             ShapeError: ids are not [b, s] with s of at most seq_len.
@@ -108,7 +111,7 @@ class Decoder(LanguageModel):
             )
         sequence = ids.shape[1]
         sizes = {"s": sequence, "d": self.width} | ({} if batch is None else {"b": batch})
-        drop = partial(self.dropout, sizes=sizes)
+        drop = partial(self.dropout, sizes=sizes, part=None if part is None else {"b": part})
         with torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             x = self.embedding(ids)
             if self.positions is not None:
@@ -122,17 +125,27 @@ class Decoder(LanguageModel):
             return self.head(self.norm(x), sequence)
 
     def loss(self, ids: Tensor, targets: Tensor, batch: int | None = None) -> Tensor:
+        return self._loss(self(ids, batch), targets, "mean")
+
+    def loss_sum(self, ids: Tensor, targets: Tensor, batch: int, part: tuple[int, int]) -> Tensor:
+        """The sum of the losses of a micro-batch's tokens; otherwise as `loss`. part: as of a call."""
+        return self._loss(self(ids, batch, part), targets, "sum")
+
+    def _loss(self, logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         return vocab_parallel_cross_entropy(
-            self(ids, batch),
+            logits,
             targets,
             vocab_size=self.vocab,
             mesh=self.mesh,
             axis=self.axis,
             token_axes=self.token_axes,
+            reduction=reduction,
         )
 
     def next_logits(self, ids: Tensor, at: int) -> Tensor:
-        return gather_replicated(self(ids)[:, at], self.mesh, self.axis, dim=1, size=self.vocab)[0]
+        here = prod(pieces_here(view(self.mesh), axis) for axis in self.token_axes)  # in exact mode, one for each piece
+        logits = self(ids.expand(here, -1))[:1, at]
+        return gather_replicated(logits, self.mesh, self.axis, dim=1, size=self.vocab)[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """GPT-2's initial values: normal, 0.02; the projections into the residual stream divided by √(2·layers); biases

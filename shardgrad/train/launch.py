@@ -23,10 +23,11 @@ from shardgrad.comm.mesh import view
 from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.shardings import named_shardings
+from shardgrad.ops.exact import set_exact
 from shardgrad.train import corpus, folder
 from shardgrad.train.build import build_model, mesh_shape
 from shardgrad.train.causal_lm import CausalLM
-from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load
+from shardgrad.train.config import Config, ConfigError, check_ranks, keys, load, pieces
 from shardgrad.train.corpus import Corpus
 from shardgrad.train.data import DataError
 from shardgrad.train.environment import environment
@@ -182,6 +183,9 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> bool:
     model = build_model(config, found.text.vocab, mesh)
     foreign = model if isinstance(model, CausalLM) else None
     base = foreign.about.digest() if foreign is not None and foreign.adapted else None
+    if config.train.exact is not None:
+        torch.set_num_threads(1)  # torchrun gives one rank alone all cores, and several ranks one each
+    set_exact(mesh, pieces(config))
     optimizer = make_optimizer(model, config.train)
     history = History()
     saved = restore(begun.checkpoint, model, optimizer, history, base) if begun.checkpoint is not None else None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from math import isfinite
+from math import isfinite, prod
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import exact
 from shardgrad.comm.timer import comm_timer
 from shardgrad.train import data
 from shardgrad.train.config import Config
@@ -24,6 +28,13 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
+def filled_up(model: LanguageModel, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """In exact mode a batch whose sequences its pieces divide: with ones behind it whose tokens are not counted."""
+    cuts = exact(view(model.mesh))
+    missing = 0 if cuts is None else -len(ids) % prod(cuts[axis] for axis in model.token_axes)
+    return F.pad(ids, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
+
+
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, text: data.Text, batch: int, batches: int | None = None) -> float:
     """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
@@ -31,9 +42,10 @@ def held_out_loss(model: LanguageModel, text: data.Text, batch: int, batches: in
     total, count = 0.0, 0
     with evaluating(model):
         for ids, targets in data.held_out(text, batch, model.seq_len, batches):
-            for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
-                total += float(model.loss(*mine)) * targets.numel()
             count += targets.numel()
+            tokens, ids, targets = targets.numel(), *filled_up(model, ids, targets)
+            for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
+                total += float(model.loss(*mine)) * tokens
     return total / count
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from shardgrad.comm.collectives import keep_chunk
 from shardgrad.comm.mesh import view
+from shardgrad.layout.tree import TreeSum
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
+from shardgrad.nn.pieces import is_exact
+from shardgrad.ops.micro_batches import micro_batches as pieces_of_step
 from shardgrad.train.config import Train
+from shardgrad.train.decoder import Decoder
 from shardgrad.train.language_model import LanguageModel
 
 
@@ -43,6 +47,8 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
     What each micro-batch reduces and what waits for the last of them is written in how the parameters are stored: see
     `sg.BatchAxis`. With one micro-batch nothing waits.
     """
+    if is_exact(model.mesh):
+        return _exact_backward(model, ids, targets, accumulate)
     total = torch.zeros((), device=ids.device)
     for mine in micro_batches(model, ids, targets, accumulate):
         loss = model.loss(*mine) / accumulate
@@ -50,6 +56,20 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
         total = total + loss.detach()
     all_reduce_partial_grads_(model)
     return total
+
+
+def _exact_backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int) -> Tensor:
+    """The same to the bit for any number of micro-batches and ranks: all are parts of one sum over all tokens."""
+    assert isinstance(model, Decoder)
+    total, tokens = TreeSum(accumulate, torch.add), targets.numel()
+    drawn = torch.get_rng_state()
+    parts = micro_batches(model, ids, targets, accumulate)
+    for at, (some, following, batch) in zip(pieces_of_step(model.mesh, accumulate), parts):
+        torch.set_rng_state(drawn)  # every part draws the keys of the whole batch's masks
+        loss = model.loss_sum(some, following, batch, (at * batch, len(ids)))
+        (loss / tokens).backward()
+        total.push((at, at + 1), loss.detach())
+    return total.values[0] / tokens
 
 
 def train_step(
