@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from shardgrad.comm.mesh import MeshView
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
+from shardgrad.layout.cost import Collective, reduced
 from shardgrad.layout.tree import Cut, Level, held, single, summed, tree_sum
 
 KEY = "exact"
@@ -68,7 +69,25 @@ def reduce_pieces(
     total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
     for cut in level.cuts:
         if cut.ranks > 1:
-            how, axis, dim = summed(level, cut.axis, 0), view.axes[cut.axis], (scatter or {}).get(cut.axis)
+            how, axis, dim = summed(level, cut.axis), view.axes[cut.axis], (scatter or {}).get(cut.axis)
             reduce = TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what)
             total = reduce(total)
     return total
+
+
+def reduce_pieces_collectives(
+    phase: str, tensor: str, elements: int, width: int, levels: Sequence[Level], view: MeshView, scatter: bool = False
+) -> Iterator[Collective]:
+    """Every collective of `reduce_pieces` of tensors of so many elements, of so many bytes each.
+
+    scatter: whether over every axis ranks keep their chunks.
+    """
+    if not levels:
+        return
+    level, *inner = levels
+    for _ in range(level.count):
+        yield from reduce_pieces_collectives(phase, tensor, elements, width, inner, view, scatter)
+    for cut in level.cuts:
+        if cut.ranks > 1:
+            kind = "reduce-scatter" if scatter else "all-reduce"
+            yield from reduced(phase, kind, tensor, cut.axis, elements, width, summed(level, cut.axis), cut.place)

@@ -15,6 +15,7 @@ from typing import Any
 from shardgrad.layout.plan import Move
 from shardgrad.layout.schedule import Instruction, communication
 from shardgrad.layout.sizes import Sizes, chunk
+from shardgrad.layout.tree import Summed
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
 
@@ -88,4 +89,30 @@ def collectives(
     wire, reduce_wire: bytes of an element in gathers and in reductions.
     """
     for one in communication(tuple(instructions)):
-        yield from moved(one.phase, one.tensor, (one.move,), sizes, wire, reduce_wire)
+        if one.summed is None:
+            yield from moved(one.phase, one.tensor, (one.move,), sizes, wire, reduce_wire)
+        else:
+            kind, axis, elements = one.move.kind, one.move.axis, input_elements(one.move, sizes)
+            place = sizes.coordinate[axis]
+            yield from reduced(one.phase, kind, one.tensor, axis, elements, reduce_wire, one.summed, place)
+
+
+def reduced(
+    phase: str, kind: str, tensor: str, axis: str, elements: int, width: int, summed: Summed, index: int
+) -> Iterator[Collective]:
+    """A reduction that adds in a tree (see `comm.tree`).
+
+    kind: all-reduce or reduce-scatter. elements: of one term of the sum, padded. width: their bytes.
+    index: this rank's place.
+    """
+    ranks, elements = len(summed.brought), elements * summed.beside
+    if not elements:
+        return
+    if summed.is_plain:
+        yield Collective(phase, kind, tensor, axis, sent(kind, elements, ranks, index) * width)
+        return
+    each = -(-elements // ranks)
+    came, leaves = (held or 1 for held in summed.held)
+    yield Collective(phase, "all-to-all", tensor, axis, (ranks - 1) * each * came * width)
+    if kind == "all-reduce":
+        yield Collective(phase, "all-gather", tensor, axis, (ranks - 1) * each * leaves * width)

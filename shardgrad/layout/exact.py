@@ -117,15 +117,15 @@ class _Pass:
         moves = self._in_order(one, levels)
         behind: list[Instruction] = []
         for at, level in enumerate(levels):
-            lead = sum(other.count > 1 for other in levels[at + 1 :])
+            left = [other for other in levels[at + 1 :] if other.count > 1]
             if at > last and level.count > 1:
-                behind.append(Fold(first.phase, first.out, level, held(level), lead))
+                behind.append(Fold(first.phase, first.out, level, held(level), len(left)))
             for cut in level.cuts:
                 reduction, move = moves.pop(0)
                 now[id(reduction)], then[id(reduction)] = [], []
                 if cut.ranks > 1:
                     behind = then[id(reduction)]
-                    now[id(reduction)] = [replace(reduction, move=move, summed=summed(level, cut.axis, lead))]
+                    now[id(reduction)] = [replace(reduction, move=move, summed=summed(level, cut.axis, left))]
 
     def _levels(self, term: Matmul | SumBias, axes: Sequence[str]) -> list[Level]:
         """The sums that a value is, innermost first: axes that cut one letter are one level, the minor ones first."""

@@ -139,13 +139,15 @@ class Summed:
 
     pieces: of the whole sum. brought: by each rank of the axis, as `nodes`.
     held: how many nodes come side by side on a first dim, and how many leave so; 0: there is no such dim, and one node.
-    lead: how many dims stand before those of the tensor: that one, and one for each sum that is taken later.
+    lead, beside: how many dims stand before those of the tensor, besides that one, for sums that are taken later, and
+        how many terms of these there are side by side.
     """
 
     pieces: int
     brought: tuple[tuple[Span, ...], ...]
     held: tuple[int, int] = (0, 0)
     lead: int = 0
+    beside: int = 1
 
     @property
     def is_plain(self) -> bool:
@@ -162,12 +164,12 @@ def held(level: Level) -> int:
     return most if most > 1 else 0
 
 
-def summed(level: Level, axis: str, lead: int) -> Summed:
-    """How a reduction of a level over one of its axes adds. lead: the dims of sums that are taken later."""
+def summed(level: Level, axis: str, later: Sequence[Level] = ()) -> Summed:
+    """How a reduction of a level over one of its axes adds. later: the sums that are taken later, of several pieces."""
     pieces, real = level.pieces, [cut.axis for cut in level.cuts if cut.ranks > 1]
     brought = tuple(tuple(nodes(*span, pieces)) for span in level.brought(axis))
     at = real.index(axis)
     comes = max(map(len, brought))
     leaves = max(len(nodes(*span, pieces)) for span in level.brought(real[at + 1])) if at + 1 < len(real) else 1
     both = (comes if comes > 1 else 0, leaves if leaves > 1 else 0)
-    return Summed(pieces, brought, both, lead)
+    return Summed(pieces, brought, both, len(later), prod(one.count for one in later))

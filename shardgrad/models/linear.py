@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
 from shardgrad.models.entrance import Entrance
@@ -186,6 +187,9 @@ class FeatureLinear(Layer):
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y, its features in one dim."""
+        mesh_view = view(self.mesh)
+        instead = "what lies between its layers is the model's own, and knows no pieces; build it of shardgrad's layers"
+        refuse_exact(mesh_view, list(mesh_view.axes), "a model of sg.parallelize", instead)
         if self.entrance is not None and not self.entered:
             x = self.entrance(x)
         if 0 in self._in and x.shape[-1]:

@@ -21,8 +21,7 @@ from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.mask import and_causal, local_mask
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.pieces import counts, is_exact, row_pieces, rows_of
-from shardgrad.nn.replicated import for_rows_collectives
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.rotary import Rotary, turn
 from shardgrad.ops.in_pieces import piece
 from shardgrad.ops.pieces import cut, join
@@ -179,10 +178,6 @@ class Attention(
     def _of_kv_heads(self) -> list[str]:
         return [name for name in self._shardings if name.startswith(("key", "value"))]
 
-    def _replicated(self) -> list[str]:
-        """The parameters of KV heads that several ranks attend."""
-        return [] if self.heads.aligned else self._of_kv_heads()
-
     def _attend_in_pieces(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pieces: Sequence[Heads]
     ) -> Tensor:
@@ -226,12 +221,14 @@ class Attention(
 
     def global_sizes(self, shape: Sequence[int]) -> Sizes:
         sizes = super().global_sizes(shape)
-        sizes.known[sizes.level("g", (self.axis,))] = self.heads.count_kv  # not sharded as torch.chunk does
+        pieces = self._pieces()  # not sharded as torch.chunk does
+        sizes.known[sizes.level("g", (self.axis,))] = sum(piece.count_kv for piece in pieces)
         return sizes
 
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
-        shared = [self._shardings[name] for name in self._replicated()]
-        return for_rows_collectives("dWk and dWv", shared, (self.axis,), self.output_weight.dtype)
+        shared = [] if self._pieces()[0].aligned else [self._shardings[name] for name in self._of_kv_heads()]
+        over, own = [(0, [self.axis])], self.output_weight.dtype
+        return row_pieces_collectives("dWk and dWv", shared, self.mesh, over, own)
 
     def extra_repr(self) -> str:
         flags = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"

@@ -14,6 +14,7 @@ from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import exact
 from shardgrad.errors import LayoutError
+from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.dtensors import is_dtensor, pieces
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.ops.in_pieces import compact, piece
@@ -61,6 +62,22 @@ def pieces_of_norm(parameters: Sequence[Named], accumulate: Callable[[Iterable[T
     for cut, (group, mesh_view) in groups.items():
         numbers = torch.stack([accumulate(gradients) for gradients in group])
         found += list((numbers if mesh_view is None else _of_all_ranks(numbers, mesh_view, cut)).unbind())
+    return found
+
+
+def pieces_of_norm_collectives(parameters: Sequence[Named]) -> list[Collective]:
+    """Every collective of `pieces_of_norm`, with its bytes."""
+    cuts = dict[_Cut, MeshView]()
+    for name, _, sharding in parameters:
+        for leaf in () if sharding is None else sharding.leaves:
+            cuts.setdefault(_cut(name, leaf)[0], view(leaf.mesh))
+    found = []
+    for cut, mesh_view in cuts.items():
+        numbers = 2 * prod(cut.counts)
+        for axis in (axis for axes in cut.axes for axis in reversed(axes) if mesh_view.shape[axis] > 1):
+            count = sent("all-gather", numbers, mesh_view.shape[axis])
+            found.append(Collective("clip", "all-gather", "norms", axis, 8 * count))
+            numbers *= mesh_view.shape[axis]
     return found
 
 

@@ -15,7 +15,7 @@ from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.cost import Collective, sent
 from shardgrad.nn.dtensors import Place, is_dtensor, local, pieces, sharding_places
-from shardgrad.nn.exact_norm import pieces_of_norm
+from shardgrad.nn.exact_norm import pieces_of_norm, pieces_of_norm_collectives
 from shardgrad.nn.pieces import is_exact
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
@@ -105,6 +105,8 @@ def clip_grad_norm_(
 
 def clip_grad_norm_collectives(model: nn.Module) -> list[Collective]:
     """Every collective of `clip_grad_norm_`, with its bytes, but for the comparison between ranks at first sight."""
+    if any(sharding is not None and is_exact(sharding.mesh) for _, _, sharding in named_shardings(model)):
+        return pieces_of_norm_collectives(named_shardings(model))
     sets: dict[Axis, set[tuple[Axis, ...]]] = {}
     for _, parameter, sharding in named_shardings(model):
         for places in _places(parameter, sharding):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view, view_of
-from shardgrad.comm.pieces import exact, pieces_here
+from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces_collectives
 from shardgrad.comm.shim import is_fake
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
@@ -94,10 +95,16 @@ def vocab_parallel_cross_entropy(
 
 
 def cross_entropy_collectives(
-    tokens: int, dtype: Any, *, mesh: DeviceMesh, axis: str = "tp", token_axes: str | Sequence[str] = ()
+    tokens: int,
+    dtype: Any,
+    *,
+    mesh: DeviceMesh,
+    axis: str = "tp",
+    token_axes: str | Sequence[str] = (),
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> list[Collective]:
-    """Every collective of `vocab_parallel_cross_entropy`, without smoothing, of the mean over this rank's `tokens` and
-    those of `token_axes`; its backward has none.
+    """Every collective of `vocab_parallel_cross_entropy`, without smoothing, over this rank's `tokens` and those of
+    `token_axes`; its backward has none.
 
     Args:
         tokens: on this rank.
@@ -105,10 +112,17 @@ def cross_entropy_collectives(
     """
     mesh_view = view(mesh)
     width = max(itemsize(dtype), itemsize("float32"))
-    sums = [(axis, "maxima", tokens), (axis, "sums", 2 * tokens)]
-    for name in (token_axes,) if isinstance(token_axes, str) else token_axes:
-        sums += [(name, "total", 1), (name, "number of tokens", 1)]
-    found = []
+    names = (token_axes,) if isinstance(token_axes, str) else tuple(token_axes)
+    sums = [(axis, "maxima", tokens)]
+    sums += [(name, "number of tokens", 1) for name in names if reduction == "mean"]
+    if is_exact(mesh):
+        in_tree = partial(reduce_pieces_collectives, "forward", view=mesh_view, width=width)
+        tree = [*in_tree("loss: sums", 2 * tokens, levels=[level_of(mesh_view, axis)])]
+        tree += in_tree("loss: total", 1, levels=[level_of(mesh_view, *reversed(names))] if names else [])
+    else:
+        tree = []
+        sums += [(axis, "sums", 2 * tokens), *((name, "total", 1) for name in names)]
+    found = tree
     for name, what, elements in sums:
         over = mesh_view.axis(name)
         if over.size > 1 and elements:

@@ -13,6 +13,7 @@ from torch import Tensor
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import view
+from shardgrad.comm.pieces import refuse_exact
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
@@ -95,6 +96,8 @@ class MoE(Layer):
         """
         if x.dim() < 1 or x.shape[-1] != self.embed_dim:
             raise ShapeError(f"MoE: x is [..., {self.embed_dim}], not {tuple(x.shape)}")
+        instead = "its tokens are sorted anew on every number of ranks; write the experts' products by sg.matmul"
+        refuse_exact(view(self.mesh), [self.axis], "MoE", instead)
         tokens = x.reshape(-1, self.embed_dim)
         logits = self.multiply("T", tokens)[0]
         # In 16 bits, probabilities of experts would tie.

@@ -18,8 +18,7 @@ from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.sizes import chunk, slab
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
-from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, rows_of
-from shardgrad.nn.replicated import for_rows_collectives
+from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_norm_collectives, sharded_rms_norm
 from shardgrad.nn.template import AXIS
 from shardgrad.ops.pieces import cut, join
@@ -94,7 +93,7 @@ class _Norm(Layer):
         summed, both in one all-reduce for each axis, but for one that they are marked with."""
         self._check(x)
         parameters = [one for one in (self.weight, self.bias) if one is not None]
-        shardings, dims = list(self._shardings.values()), self._rows(x)
+        shardings, dims = list(self._shardings.values()), self._rows(x.dim())
         used = row_pieces(parameters, shardings, self.mesh, dims)
         if not is_exact(self.mesh):
             return norm(x, *_two(used[0]))
@@ -104,9 +103,9 @@ class _Norm(Layer):
         used = used * len(cut(x, along)) if len(used) == 1 else used
         return join([norm(piece, *_two(each)) for piece, each in zip(cut(x, along), used, strict=True)], along)
 
-    def _rows(self, x: Tensor) -> Cut:
-        """The rows that axes shard."""
-        sequence = None if self.sequence_dim is None else (self.sequence_dim % x.dim(), self.axis)
+    def _rows(self, dims: int) -> Cut:
+        """The rows that axes shard, of x of so many dims."""
+        sequence = None if self.sequence_dim is None else (self.sequence_dim % dims, self.axis)
         return rows_of(None if self.data is None else self.data.axis, sequence)
 
     def _check(self, x: Tensor) -> None:
@@ -125,11 +124,6 @@ class _Norm(Layer):
                 f"a row dim (the last {len(self.normalized_shape)} are normalized)"
             )
 
-    def _axes_of_rows(self) -> list[str]:
-        """The axes over which ranks hold different rows."""
-        sequence = [] if self.sequence_dim is None else [self.axis]
-        return sequence if self.data is None else [*sequence, self.data.axis]
-
     def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
         """Every collective of this rank's forward and backward.
 
@@ -138,7 +132,7 @@ class _Norm(Layer):
         """
         shardings = list(self._shardings.values())
         own = None if self.weight is None else self.weight.dtype
-        found = list(for_rows_collectives("dW and db", shardings, self._axes_of_rows(), own))
+        found = list(row_pieces_collectives("dW and db", shardings, self.mesh, self._rows(len(shape)), own))
         if self._features is None:
             return found
         rows = list(shape[:-1])

@@ -3,7 +3,7 @@ over the pieces in a tree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,9 +16,10 @@ from shardgrad.comm import shim
 from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces
+from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces, reduce_pieces_collectives
+from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.tree import Level
-from shardgrad.nn.replicated import dim_over, for_rows, size_before
+from shardgrad.nn.replicated import dim_over, for_rows, for_rows_collectives, one, size_before
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.ops.micro_batches import held
 from shardgrad.ops.pieces import cut, join
@@ -64,6 +65,28 @@ def row_pieces(
     return [list(made[at : at + len(parameters)]) for at in range(0, len(made), len(parameters))]
 
 
+def row_pieces_collectives(
+    name: str, shardings: Sequence[ParamSharding], mesh: DeviceMesh, dims: Cut, dtype: Any
+) -> Iterator[Collective]:
+    """What `row_pieces` sends in forward and backward, every parameter trained. name: of the gradients summed."""
+    axes = [axis for _, over in dims for axis in over]
+    if not is_exact(mesh):
+        yield from for_rows_collectives(name, shardings, axes, dtype)
+        return
+    uses, width = _Uses.of(shardings, view(mesh), dims), itemsize(dtype)
+    alike, sharded = 0, []
+    for sharding, scatter in zip(shardings, uses.scatters):
+        shape = sharding.block()[1]
+        for axis, dim in scatter.items():
+            yield from one(mesh, "forward", "all-gather", "W", axis, prod(shape), dtype)
+            shape[dim] = size_before(sharding, dim)
+        alike += 0 if scatter else prod(shape)
+        sharded += [prod(shape)] if scatter else []
+    yield from reduce_pieces_collectives("dW", name, alike, width, uses.levels, uses.view)
+    for elements in sharded:
+        yield from reduce_pieces_collectives("dW", "dW", elements, width, uses.levels, uses.view, scatter=True)
+
+
 @dataclass(frozen=True)
 class _Uses:
     """How parameters are used by the pieces of rows. scatters: of each, the dim by the axis that shards it."""
@@ -77,7 +100,7 @@ class _Uses:
     def of(cls, shardings: Sequence[ParamSharding], mesh_view: MeshView, dims: Cut) -> _Uses:
         levels = tuple(level_of(mesh_view, *reversed(axes)) for _, axes in dims)
         over = [axis for _, axes in dims for axis in axes]
-        scatters = tuple({axis: d for axis in over if (d := dim_over(one, axis)) is not None} for one in shardings)
+        scatters = tuple({axis: d for axis in over if (d := dim_over(each, axis)) is not None} for each in shardings)
         return cls(mesh_view, levels, tuple(shardings), scatters)
 
     @property

@@ -18,8 +18,8 @@ from shardgrad.layout.notation import parse_tensor
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
-from shardgrad.nn.pieces import counts, is_exact, row_pieces, rows_of
-from shardgrad.nn.replicated import for_rows, for_rows_collectives
+from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, row_pieces_collectives, rows_of
+from shardgrad.nn.replicated import for_rows
 from shardgrad.nn.transfer import transfer
 from shardgrad.ops.pieces import cut, join
 
@@ -79,12 +79,15 @@ class LearnedPositions(Layer):
         if not is_exact(self.mesh):
             return x + self(sequence, first).to(x.dtype)
         self._check(sequence, first)
-        batch = rows_of(None if self.data is None else self.data.axis, None)
+        batch = self._batch()
         tables = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, batch)
         along = [] if self.sequence_dim is None else [self.axis]
         cuts = counts(self.mesh, [*batch, (1, along)])
         rows = [piece for (table,) in tables for piece in cut(self._rows(table, sequence, first), {0: cuts[1]})]
         return join([piece + row.to(x.dtype) for piece, row in zip(cut(x, cuts), rows, strict=True)], cuts)
+
+    def _batch(self) -> Cut:
+        return rows_of(None if self.data is None else self.data.axis, None)
 
     def _check(self, sequence: int, first: int) -> None:
         if first < 0 or sequence < 0 or first + sequence > self.num_positions:
@@ -100,7 +103,7 @@ class LearnedPositions(Layer):
         """Every collective of this rank's forward and backward for x of global shape [b, s, m], whatever its dtype: the
         table travels in its own."""
         own: Any = self.weight.dtype
-        table = for_rows_collectives("dW", [self._shardings["weight"]], self.parallel.axes[1:], own)
+        table = row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, self._batch(), own)
         sizes = self.resolve({"s": shape[1], "m": self.embed_dim})
         here = "W[s,m]" if self.sequence_dim is None else f"W[s/{self.axis},m]"
         return [*table, *transfer("dW", "dW", here, "W[s,m]", sizes, own)]

@@ -306,7 +306,12 @@ class BoundMatmul:
         from shardgrad.layout import cost, predict
 
         wire, reduce_wire = predict.widths(dtype, self.reduce_dtype)
-        made = self._instructions(self._products(sizes, dtype), gradients=True)
+        products = self._products(sizes, dtype)
+        made = self._instructions(products, gradients=True)
+        if products.pieces is not None:
+            from shardgrad.layout.exact import in_pieces
+
+            made = in_pieces(made, products)
         return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
 
     def _agree(self, products: Products, needs: tuple[bool, ...]) -> None:

@@ -14,7 +14,6 @@ from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.trace import trace_collectives
 from shardgrad.nn.global_ops import clip_grad_norm_
-from shardgrad.nn.pieces import is_exact
 from shardgrad.train import data
 from shardgrad.train.build import build_one_device, one_device_name
 from shardgrad.train.config import Config
@@ -59,7 +58,7 @@ def check_first_step(
             if settings.clip is not None:
                 clip_grad_norm_(model, inf)
     predicted = None
-    if isinstance(model, Decoder) and not is_exact(model.mesh):
+    if isinstance(model, Decoder):
         rows = step_collectives(model, batch, seq_len, accumulate=settings.accumulate, clip=settings.clip is not None)
         predicted = totals(rows)
     wanted = traced.totals() if predicted is None else predicted

@@ -17,6 +17,8 @@ from shardgrad.nn.embedding import VocabParallelEmbedding
 from shardgrad.nn.global_ops import clip_grad_norm_collectives
 from shardgrad.nn.loss import cross_entropy_collectives
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_collectives
+from shardgrad.nn.pieces import is_exact
+from shardgrad.ops.micro_batches import micro_batches
 from shardgrad.train.decoder import Decoder
 
 
@@ -33,9 +35,9 @@ def step_collectives(
         accumulate: micro-batches.
         clip: whether gradients are clipped.
     """
-    each = list(_pass(model, batch // accumulate, sequence))
+    each = [row for _ in micro_batches(model.mesh, accumulate) for row in _pass(model, batch // accumulate, sequence)]
     clipping = clip_grad_norm_collectives(model) if clip else []
-    return [*each * accumulate, *all_reduce_partial_grads_collectives(model), *clipping]
+    return [*each, *all_reduce_partial_grads_collectives(model), *clipping]
 
 
 def _pass(model: Decoder, batch: int, sequence: int) -> Iterator[Collective]:
@@ -54,7 +56,8 @@ def _pass(model: Decoder, batch: int, sequence: int) -> Iterator[Collective]:
     for name in model.token_axes:
         axis = view(model.mesh).axis(name)
         tokens = chunk(batch, axis.size, axis.index)[1] * sequence
-    yield from cross_entropy_collectives(tokens, dtype, mesh=model.mesh, axis=model.axis, token_axes=model.token_axes)
+    over: dict[str, Any] = {"mesh": model.mesh, "axis": model.axis, "token_axes": model.token_axes}
+    yield from cross_entropy_collectives(tokens, dtype, reduction="sum" if is_exact(model.mesh) else "mean", **over)
 
 
 def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
