@@ -11,6 +11,7 @@ It is written under another name and renamed when all of it is on the disk, so a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -123,6 +124,15 @@ def load(
                     value = placed_like(value, parameter)
                 optimizer.state[parameter][key] = value
     return about
+
+
+def digest(path: str | Path) -> str:
+    """A name for the bits of a checkpoint's tensors, which do not depend on the mesh that saved them."""
+    made = hashlib.sha256()
+    for name in (_MODEL, _OPTIMIZER):
+        with (Path(path) / name).open("rb") as file:
+            made.update(hashlib.file_digest(file, "sha256").digest())
+    return made.hexdigest()[:16]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shardgrad import checkpoint
 from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.backend import choose
 from shardgrad.comm.mesh import view
@@ -217,7 +218,10 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> bool:
         )
         if saved is not None:
             changed = [] if saved["text"] == found.text.digest else ["the text is another one"]
-            report.going_on(begun.checkpoint, saved, mesh_view.shape, [*(start.notes if start else ()), *changed])
+            if config.train.exact is not None and saved["torch"] != torch.__version__:
+                changed.append(f"torch was {saved['torch']}, and is {torch.__version__}, which may round otherwise")
+            notes = [*(start.notes if start else ()), *changed]
+            report.going_on(begun.checkpoint, saved, mesh_view.shape, notes, config.train.exact is not None)
         if saved is None or saved["mesh"] != mesh_view.shape:  # the same mesh was compared when the run began
             check_first_step(model, config, found.text, report, metrics, history.step)
         if foreign is not None and foreign.about.folder is not None and history.step == 0:
@@ -265,8 +269,13 @@ def _finish(
     if isinstance(model, CausalLM):
         write_model(model, where, found.tokenizer)
     held_out = history.held_out[-1][1]
+    digest = {}
+    if config.train.exact is not None and metrics.writes:
+        digest = {"digest": checkpoint.digest(folder.checkpoints(where)[-1][1])}
+        report.digest(digest["digest"])
     metrics.write(
         "end",
+        **digest,
         step=history.step,
         held_out=held_out,
         tokens_per_second=history.tokens_per_second,

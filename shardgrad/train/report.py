@@ -78,14 +78,23 @@ class Report:
             f"{len(text.held_out):,} held out{vocabulary}"
         )
 
-    def going_on(self, start: Path | None, saved: Mapping[str, Any], mesh: Mapping[str, int], notes: list[str]) -> None:
-        """From which checkpoint, and what differs from the run that saved it."""
+    def going_on(
+        self, start: Path | None, saved: Mapping[str, Any], mesh: Mapping[str, int], notes: list[str], exact: bool
+    ) -> None:
+        """From which checkpoint, and what differs from the run that saved it. exact: whether bits are as before."""
         self.say(f"going on after step {saved['step']}, from {escape(str(start))}")
         if saved["mesh"] != mesh:
             was, now = (" × ".join(f"{name} = {size}" for name, size in some.items()) for some in (saved["mesh"], mesh))
-            notes = [f"the mesh was {was}, and is {now} now: the same batches, sums in another order", *notes]
+            if exact:
+                self.say(f"the mesh was {was}, and is {now} now: the same bits (train.exact)")
+            else:
+                notes = [f"the mesh was {was}, and is {now} now: the same batches, sums in another order", *notes]
         for note in notes:
             self.say(f"[yellow]not as before:[/yellow] {escape(note)}")
+
+    def digest(self, of: str) -> None:
+        """What two runs have alike if they end with the same bits."""
+        self.say(f"digest of the last checkpoint's parameters and optimizer: [bold]{of}[/bold]")
 
     def stopped(self, signal: str, step: int, folder: Path) -> None:
         """Ended early, by a signal."""
