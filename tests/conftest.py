@@ -42,9 +42,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_what_only_repeats(items)
     if hasattr(config, "workerinput"):
-        # Of two processes, each of which begins with a half, the first then begins with what imports transformers, so
-        # that the second and its ranks need not, and with what needs no ranks.
-        items.sort(key=lambda item: (not _imports_transformers(item), _world_size(item) is not None))
+        # Of two processes, each of which begins with a half, the first then begins with what imports transformers and
+        # what forks, which the second and its ranks need not do, and with what needs no ranks.
+        items.sort(key=lambda item: (not _needs_much(item), _world_size(item) is not None))
 
 
 def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
@@ -69,8 +69,10 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def _imports_transformers(item: pytest.Item) -> bool:
-    return "models" in item.path.parts or item.path.stem == "test_transformers"
+def _needs_much(item: pytest.Item) -> bool:
+    """Whether the test is of a file that imports transformers in some tests, or forks from a process that has."""
+    transformers = "models" in item.path.parts or item.path.stem == "test_transformers"
+    return transformers or hasattr(getattr(item, "module", None), "forked")
 
 
 def _function(item: pytest.Item) -> str:
