@@ -41,8 +41,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_what_only_repeats(items)
-    if hasattr(config, "workerinput"):  # the first of two processes then begins with what needs no ranks
-        items.sort(key=lambda item: _world_size(item) is not None)
+    if hasattr(config, "workerinput"):
+        # Of two processes, each of which begins with a half, the first then begins with what imports transformers and
+        # what forks, which the second and its ranks need not do, and with what needs no ranks.
+        items.sort(key=lambda item: (not _needs_much(item), _world_size(item) is not None))
 
 
 def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
@@ -65,6 +67,12 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
         if (models and size != 2) or at % (SAMPLE if models else SWEEP):
             item.add_marker(pytest.mark.slow)
+
+
+def _needs_much(item: pytest.Item) -> bool:
+    """Whether the test is of a file that imports transformers in some tests, or forks from a process that has."""
+    transformers = "models" in item.path.parts or item.path.stem == "test_transformers"
+    return transformers or hasattr(getattr(item, "module", None), "forked")
 
 
 def _function(item: pytest.Item) -> str:

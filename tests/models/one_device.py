@@ -10,15 +10,12 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import transformers as hf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 import shardgrad as sg
-
-hf.utils.logging.set_verbosity_error()
 
 V, F, S = 53, 29, 7  # vocabulary, hidden features and sequence: none of them divides by 2, 3 or 4
 _DECODER = {"vocab_size": V, "intermediate_size": F, "num_hidden_layers": 2, "head_dim": 4}
@@ -99,6 +96,9 @@ def plain(
     name: str, heads: Heads = (6, 3), attention: str = "sdpa", dtype: torch.dtype = torch.float64, **changes: Any
 ) -> Any:
     """A model on one device, alike on every rank: no two parameters have the same values, no norm is 1, no bias 0."""
+    import transformers as hf  # here: it costs seconds, and a process that collects the tests runs few of them
+
+    hf.utils.logging.set_verbosity_error()
     config, kind, sizes = MODELS[name]
     attention = "eager" if name == "gemma2" else attention  # it has no other
     model = getattr(hf, kind)(getattr(hf, config)(attn_implementation=attention, **{**sizes(heads), **changes}))

@@ -16,8 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 import shardgrad as sg
 from shardgrad.testing import distributed
 
-peft = pytest.importorskip("peft")
-
 TARGETS = {
     "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
@@ -27,6 +25,8 @@ TARGETS = {
 
 def adapted(model: Any, name: str) -> Any:
     """A model with adapters around it."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, for a name that peft still uses
         config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[name], fan_in_fan_out=name == "gpt2")
@@ -62,22 +62,26 @@ def test_adapters_from_peft_and_back(world_size: int, name: str, tmp_path: Path)
     theirs, ours = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        loaded = peft.PeftModel.from_pretrained(plain(name), tmp_path / "ours").eval()
+        loaded = PeftModel.from_pretrained(plain(name), tmp_path / "ours").eval()
     assert torch.equal(loaded(input_ids=ids).logits, single(input_ids=ids).logits)
 
 
 @distributed(world_size=2)
 def test_another_adapter_is_refused_and_nothing_is_changed(world_size: int, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     if dist.get_rank() == 0:
         adapted(plain("llama"), "llama").save_pretrained(tmp_path / "adapter")
     dist.barrier()
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    config = LoraConfig(r=2, target_modules=["q_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model = sg.parallelize(peft.get_peft_model(plain("llama"), config), mesh)
+        model = sg.parallelize(get_peft_model(plain("llama"), config), mesh)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(
         ValueError, match=r"another adapter than this model has[\s\S]*unknown: .*down_proj.lora_A"

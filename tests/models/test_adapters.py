@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import peft
 import pytest
 import torch
 from one_device import Heads, assert_calls_agree, batch, line, plain
@@ -24,6 +23,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def adapted(model: Any, targets: tuple[str, ...], **settings: Any) -> Any:
     """A model with adapters whose A and B are random."""
+    import peft
+
     conv1d = model.config.model_type == "gpt2"
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), fan_in_fan_out=conv1d, **settings)
     with warnings.catch_warnings():

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
 from one_device import Float64, V, assert_calls_agree, assert_same_gradients, batch, line, plain
 from torch import Tensor, nn
 
@@ -18,6 +17,8 @@ from shardgrad.testing import distributed
 
 
 def phi() -> Any:
+    import transformers as hf
+
     config = hf.PhiConfig(
         vocab_size=V, hidden_size=40, num_attention_heads=5, num_hidden_layers=2, intermediate_size=29,
         max_position_embeddings=16, partial_rotary_factor=0.5, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,

@@ -13,8 +13,6 @@ from verified import MODELS, batch, both
 import shardgrad as sg
 from shardgrad.testing import distributed
 
-pytest.importorskip("transformers")
-
 
 def tp(ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))

@@ -104,8 +104,8 @@ def _line(pid: str) -> bytes:
 def test_a_cell_that_hangs_is_given_up(tmp_path: Path) -> None:
     path = tmp_path / "slow.yaml"
     path.write_text("title: t\nmatrix: {layout: column, ranks: 1, sizes: {n: 5, d: 3, m: 2}}")
-    done = run(str(path), f"run.dir={tmp_path / 'out'}", "run.timeout_s=0.5", "--json")
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={tmp_path / 'out'}", "run.timeout_s=0.5", "--json"])
+    assert done.exit_code == 1
     assert json.loads(done.stdout)[0]["reason"] == "ran out of time after run.timeout_s = 0.5 s"
 
 

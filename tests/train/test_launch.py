@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,10 +48,15 @@ def start(script: Path, *arguments: object, ranks: int | None) -> subprocess.Com
     )
 
 
-def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path, torchrun: bool) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)  # an earlier run, which is not touched
-    done = start(LAUNCH, config, "run.seed=3", ranks=2)
-    assert done.returncode == 0, done.stderr
+    if torchrun:
+        done = start(LAUNCH, config, "run.seed=3", ranks=2)
+        status, printed = done.returncode, done.stdout + done.stderr
+    else:
+        status, printed = forked.run(LAUNCH, 2, 120, [config, "run.seed=3"])
+    assert status == 0, printed
     for told in (
         r"mesh: dp = 1, tp = 2 \(cpu\)",
         r"blocks\.\*\.attention\.query_weight +│ Wq\[h/tp,k,d\] +│ 3×4×12 +│ 2×4×12",
@@ -63,7 +69,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
         r"(?m)^a b",
         r"held-out loss [\d.]+ nats a byte after 5 steps",
     ):
-        assert len(re.findall(told, done.stdout)) == 1, f"{told}\n{done.stdout}"
+        assert len(re.findall(told, printed)) == 1, f"{told}\n{printed}"
     folder = tmp_path / "runs" / "tiny-2"
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
@@ -86,7 +92,7 @@ def test_two_ranks_leave_a_whole_run(config: Path, tmp_path: Path) -> None:
     assert load_file(folder / "checkpoints" / "step-00000005" / "model.safetensors")[
         "blocks.0.attention.query_weight"
     ].shape == (3, 4, 12)
-    assert "Warning" not in done.stderr
+    assert "Warning" not in printed
 
 
 @pytest.mark.slow

@@ -89,10 +89,12 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
 
 
 @distributed(world_size=[1, 2, 3], timeout=120, backend="shm")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_and_going_on(
-    world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int
 ) -> None:
+    """Each of the two signals on some number of ranks in turn 0, the other in turn 1."""
+    number = (signal.SIGTERM, signal.SIGINT)[(world_size + turn) % 2]
     whole, parted = own(tmp_path, "whole"), own(tmp_path, "parted")
     go(configured(whole), world_size)
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]

@@ -14,7 +14,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
 from launched import launched
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,13 +45,13 @@ def shared(tmp_path: Path, write: Callable[[], None]) -> Path:
     return tmp_path
 
 
-def make(where: Path, values: dict[str, Any] = LLAMA) -> hf.PreTrainedModel:
+def make(where: Path, values: dict[str, Any] = LLAMA) -> None:
     """A model on one device, in a folder."""
+    import transformers as hf  # here: it costs seconds, and a process that collects the tests runs few of them
+
     config = hf.CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     torch.manual_seed(5)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(where)
-    return model
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(where)
 
 
 def configured(where: Path, model: dict[str, Any], **changed: dict[str, Any]) -> Config:
@@ -112,6 +111,8 @@ def first_comparison(run: Path) -> dict[str, Any]:
 def test_plain_transformers_loads_what_is_left(
     world_size: int, values: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     def write() -> None:
         (tmp_path / "text.txt").write_text(TEXT)
         make(tmp_path / "base", values)
@@ -121,16 +122,16 @@ def test_plain_transformers_loads_what_is_left(
     config = configured(where, model, **more)
     go(config)
     assert first_comparison(where / "run")["passed"]
-    left = hf.AutoModelForCausalLM.from_pretrained(where / "run" / "model")
+    left = AutoModelForCausalLM.from_pretrained(where / "run" / "model")
     near = 2e-2 if config.train.dtype == "bfloat16" else 1e-5
     assert loss_of(left, config) == pytest.approx(last_loss(where / "run"), abs=near)
-    before = hf.AutoModelForCausalLM.from_pretrained(where / "base")
+    before = AutoModelForCausalLM.from_pretrained(where / "base")
     at_first = next(line["loss"] for line in read(where / "run" / folder.METRICS) if line["kind"] == "held_out")
     assert loss_of(before, config) == pytest.approx(at_first, abs=near)
     assert abs(loss_of(left, config) - at_first) > 0.01
     said, found = (json.loads((path / "config.json").read_text()) for path in (where / "base", where / "run" / "model"))
     assert found == said
-    encoder = hf.AutoTokenizer.from_pretrained(where / "run" / "model")
+    encoder = AutoTokenizer.from_pretrained(where / "run" / "model")
     assert encoder("line 7é")["input_ids"] == list("line 7é".encode())
     assert encoder.decode(list("line 7é".encode())) == "line 7é"
 
@@ -141,6 +142,7 @@ def test_plain_transformers_loads_what_is_left(
 def test_adapters_alone_are_trained(world_size: int, values: dict[str, Any], tmp_path: Path) -> None:
     """Base values stay as they are; peft loads the adapters beside them; a resumed run ends with the same bits."""
     import peft
+    from transformers import AutoModelForCausalLM
 
     def write() -> None:
         (tmp_path / "text.txt").write_text(TEXT)
@@ -157,14 +159,14 @@ def test_adapters_alone_are_trained(world_size: int, values: dict[str, Any], tmp
     assert all(".lora_A." in name or ".lora_B." in name for name in saved)
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
 
-    base = hf.AutoModelForCausalLM.from_pretrained(where / "base")
+    base = AutoModelForCausalLM.from_pretrained(where / "base")
     with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         plain = peft.PeftModel.from_pretrained(base, str(where / "run" / "model"))
     assert loss_of(plain, config) == pytest.approx(last_loss(where / "run"), abs=1e-5)
     adapters = load_file(where / "run" / "model" / "adapter_model.safetensors")
     assert sorted(map(tuple, (t.shape for t in adapters.values()))) == sorted(tuple(t.shape) for t in saved.values())
-    untouched = hf.AutoModelForCausalLM.from_pretrained(where / "base")
+    untouched = AutoModelForCausalLM.from_pretrained(where / "base")
     for one, other in zip(plain.merge_and_unload().parameters(), untouched.parameters()):
         assert one.shape == other.shape
 
@@ -210,6 +212,8 @@ def test_random_weights_are_the_same_on_any_mesh(world_size: int, tmp_path: Path
 @distributed(world_size=[3], backend="shm")
 @pytest.mark.slow
 def test_random_weights_are_trained(world_size: int, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     def write() -> None:
         (tmp_path / "text.txt").write_text(TEXT)
         (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
@@ -218,7 +222,7 @@ def test_random_weights_are_trained(world_size: int, tmp_path: Path) -> None:
     config = configured(where, {"config": str(where / "llama.json")}, data={"tokenizer": "bpe", "vocab": 259})
     go(config)
     assert first_comparison(where / "run")["passed"]
-    encoder = hf.AutoTokenizer.from_pretrained(where / "run" / "model")
+    encoder = AutoTokenizer.from_pretrained(where / "run" / "model")
     assert encoder.decode(encoder("line 7")["input_ids"]) == "line 7"
     second = configured(where, {"pretrained": str(where / "run" / "model")}, run={"dir": str(where / "second")})
     assert with_tokenizer(second).data.tokenizer == str(where / "run" / "model" / "tokenizer.json")
@@ -283,6 +287,8 @@ def test_models_that_cannot_be_trained_so(tmp_path: Path) -> None:
 
 
 def test_code_of_a_folder_is_not_run(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
     make(tmp_path / "base")
     values = json.loads((tmp_path / "base" / "config.json").read_text())
     values["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -290,7 +296,7 @@ def test_code_of_a_folder_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "base" / "evil.py").write_text("raise SystemExit('run')\n")
     section = configured(tmp_path, {"pretrained": str(tmp_path / "base")}).model
     check(section)  # type: ignore[arg-type]
-    assert type(describe(section).make("meta")) is hf.LlamaForCausalLM  # type: ignore[arg-type]
+    assert type(describe(section).make("meta")) is LlamaForCausalLM  # type: ignore[arg-type]
 
 
 def test_a_run_before_that_makes_the_model(tmp_path: Path) -> None:
