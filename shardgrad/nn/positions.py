@@ -106,7 +106,8 @@ class LearnedPositions(Layer):
         table = row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, self._batch(), own)
         sizes = self.resolve({"s": shape[1], "m": self.embed_dim})
         here = "W[s,m]" if self.sequence_dim is None else f"W[s/{self.axis},m]"
-        return [*table, *transfer("dW", "dW", here, "W[s,m]", sizes, own)]
+        pieces = counts(self.mesh, self._batch()).get(0, 1)  # each of which gathers its own
+        return [*table, *(row for _ in range(pieces) for row in transfer("dW", "dW", here, "W[s,m]", sizes, own))]
 
     def extra_repr(self) -> str:
         return f"{self.num_positions}, {self.embed_dim}, {self._flags()}"
