@@ -10,6 +10,8 @@
 | `schedule`    | the instructions that a layout becomes                                          |
 | `lower`       | from routes to instructions, forward and backward                               |
 | `passes`      | communication behind products, and what is done with let go of                  |
+| `exact`       | exact mode as a pass: products in pieces, sums in one tree                      |
+| `tree`        | the tree in which pieces are added, whoever holds them                          |
 | `contraction` | one contraction as one product of matrices                                      |
 | `printer`     | instructions as lines of Python                                                 |
 | `predict`     | what one layout becomes, on a mesh that need not exist                          |

@@ -16,7 +16,7 @@ from shardgrad.comm import shim
 from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces, reduce_pieces_collectives
+from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces, reduce_pieces_collectives, refuse_exact
 from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.tree import Level
 from shardgrad.nn.replicated import dim_over, for_rows, for_rows_collectives, one, size_before
@@ -58,6 +58,8 @@ def row_pieces(
     axes = [axis for _, over in dims for axis in over]
     if not is_exact(mesh):
         return [for_rows(parameters, shardings, axes)]
+    marked = [axis for one in shardings for axis in one.spec.grad_partial if axis in axes]
+    refuse_exact(view(mesh), marked, "a gradient that is left to the caller", "build layers without accumulate=True")
     parameters = held(view(mesh), parameters)
     if not axes or not parameters:
         return [list(parameters)]

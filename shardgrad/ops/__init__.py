@@ -18,6 +18,10 @@
 | `chunking`   | the pass that puts chunked products in place of others                  |
 | `chunks`     | a product and its communication in chunks, side by side                 |
 | `overlap`    | in how many chunks, from what links and multipliers were measured to do |
+| `exact`      | `set_exact`: the same bits on any number of ranks                       |
+| `in_pieces`  | what exact mode computes on one rank: products of single pieces         |
+| `pieces`     | tensors cut into pieces and joined; functions whose bits do not depend on how many elements there are |
+| `micro_batches` | gradient accumulation in exact mode                                  |
 | `deferred`   | weight gradients computed later, at a call of the program's             |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |
 | `reference`  | the NumPy reference of a product's backward                             |
