@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardgrad.comm.collectives import Collective
 from shardgrad.comm.mesh import MeshView
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
@@ -14,6 +15,8 @@ from shardgrad.layout.tree import Cut, Level, held, single, summed, tree_sum
 
 KEY = "exact"
 """Of `MeshView.settings`."""
+
+_REDUCTIONS = "reductions of pieces"  # of them too
 
 
 def exact(view: MeshView) -> Mapping[str, int] | None:
@@ -65,10 +68,24 @@ def reduce_pieces(
     level, *inner = levels
     each = len(values) // level.count
     parts = [reduce_pieces(values[at : at + each], inner, view, what, scatter) for at in range(0, len(values), each)]
-    total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
-    for cut in level.cuts:
-        if cut.ranks > 1:
-            how, axis, dim = summed(level, cut.axis, 0), view.axes[cut.axis], (scatter or {}).get(cut.axis)
-            reduce = TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what)
-            total = reduce(total)
+    if level.count == 1:
+        [total] = parts
+    else:
+        total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
+    for reduce in _reductions(level, view, what, scatter or {}):
+        total = reduce(total)
     return total
+
+
+def _reductions(level: Level, view: MeshView, what: str, scatter: Mapping[str, int]) -> list[Collective]:
+    """Over each axis of a level with several ranks, minor first; remembered with the mesh."""
+    known: dict[object, list[Collective]] = view.settings.setdefault(_REDUCTIONS, {})
+    key = level, what, tuple([scatter.get(cut.axis) for cut in level.cuts])
+    found = known.get(key)
+    if found is None:
+        found = known[key] = []
+        for cut in level.cuts:
+            if cut.ranks > 1:
+                how, axis, dim = summed(level, cut.axis, 0), view.axes[cut.axis], scatter.get(cut.axis)
+                found.append(TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what))
+    return found

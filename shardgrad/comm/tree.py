@@ -35,16 +35,20 @@ def add(left: Tensor, right: Tensor) -> Tensor:
 class TreeAllReduce(Collective):
     """The sum over the ranks, alike on every one: of [held, …] → [held, …], or without the first dims."""
 
-    __slots__ = ("_summed",)
+    __slots__ = ("_plain", "_summed")
 
     def __init__(self, axis: Axis, summed: Summed, what: str = "all-reduce in a tree") -> None:
         super().__init__(axis, what, _unused, _unused)
         self._summed = summed
+        self._plain = AllReduce(axis, what) if summed.is_plain else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for `x`."""
+        return self._plain(x) if self._plain is not None else self.wait(self.start(x))
 
     def start(self, x: Tensor) -> Handle:
-        if self._summed.is_plain:
-            plain = AllReduce(self.axis, self.what)
-            return plain, plain.start(x)
+        if self._plain is not None:
+            return self._plain.start(x)
         held, ranks = self._summed.held[0] or 1, self.axis.size
         flat = x.reshape(held, -1)
         each = -(-flat.shape[1] // ranks)
@@ -53,10 +57,8 @@ class TreeAllReduce(Collective):
         return exchange, sent, x.shape[1:] if self._summed.held[0] else x.shape
 
     def wait(self, handle: Handle) -> Tensor:
-        if self._summed.is_plain:
-            plain, begun = handle
-            found: Tensor = plain.wait(begun)
-            return found
+        if self._plain is not None:
+            return self._plain.wait(handle)
         exchange, sent, shape = handle
         ranks, (came, leaves) = self.axis.size, self._summed.held
         received = exchange.wait(sent)
@@ -71,16 +73,16 @@ class TreeAllReduce(Collective):
 class TreeReduceScatter(Collective):
     """The sum over the ranks, of which each keeps its chunk along `dim` (of the tensor, without leading dims)."""
 
-    __slots__ = ("_dim", "_summed")
+    __slots__ = ("_dim", "_plain", "_summed")
 
     def __init__(self, axis: Axis, dim: int, summed: Summed, what: str = "reduce-scatter in a tree") -> None:
         super().__init__(axis, what, _unused, _unused)
         self._dim, self._summed = dim + summed.lead, summed
+        self._plain = ReduceScatter(axis, self._dim, what) if summed.is_plain else None
 
     def start(self, x: Tensor) -> Handle:
-        if self._summed.is_plain:
-            plain = ReduceScatter(self.axis, self._dim, self.what)
-            return plain, plain.start(x)
+        if self._plain is not None:
+            return self._plain.start(x)
         held, ranks = self._summed.held[0], self.axis.size
         x = x if held else x.unsqueeze(0)
         dim = self._dim + 1
@@ -91,10 +93,8 @@ class TreeReduceScatter(Collective):
         return exchange, sent, parts.shape[1:], chunk(size, ranks, self.axis.index)[1]
 
     def wait(self, handle: Handle) -> Tensor:
-        if self._summed.is_plain:
-            plain, begun = handle
-            found: Tensor = plain.wait(begun)
-            return found
+        if self._plain is not None:
+            return self._plain.wait(handle)
         exchange, sent, shape, own = handle
         received = exchange.wait(sent)
         summed = _tree(received.view(self.axis.size, *shape), self._summed)

@@ -25,6 +25,8 @@ Chosen = Mapping[str, int]
 def compact(x: Tensor) -> Tensor:
     """x in memory of its own shape, nothing between its elements: of a dim of size 1 the stride counts as well, for
     BLAS is told it."""
+    if x.is_contiguous() and 1 not in x.shape and 0 not in x.shape:
+        return x  # strides of no other dims are free
     return x.contiguous().view(-1).view(x.shape)
 
 
@@ -70,8 +72,22 @@ class Piecewise:
         self._letters = made.terms[0].letters
         self._counts = [counts.get(letter, 1) for letter in self._letters]
         self.most = 1
+        cut = made.held or made.later or max(counts.values(), default=1) > 1
+        self._is_whole = not cut and all(level.count == 1 for level in made.levels)
 
     def __call__(self, *values: Tensor) -> Tensor:
+        return self._of_wholes(values) if self._is_whole else self._of_pieces(values)
+
+    def _of_wholes(self, values: Sequence[Tensor]) -> Tensor:
+        """Where nothing is cut, as with a rank for each piece."""
+        found: Tensor | None = None
+        for local, reads in zip(self._local, self._reads):
+            operands = [compact(values[at]) for at in reads]
+            found = local(*operands) if found is None else local(*operands, found)
+        assert found is not None
+        return found if self._dtype is None else found.to(self._dtype)
+
+    def _of_pieces(self, values: Sequence[Tensor]) -> Tensor:
         terms = [
             [_Operand(values[at], letters, dict(term.counts)) for at, letters in zip(reads, term.operands)]
             for term, reads in zip(self._made.terms, self._reads)
