@@ -32,8 +32,9 @@ def compact(x: Tensor) -> Tensor:
 
 def piece(x: Tensor, at: Sequence[int], counts: Sequence[int]) -> Tensor:
     """One of so many pieces along each of the last dims of x, as a view."""
-    first = x.dim() - len(counts)
-    for dim, (place, count) in enumerate(zip(at, counts), first):
+    if max(counts, default=1) == 1:
+        return x
+    for dim, (place, count) in enumerate(zip(at, counts), x.dim() - len(counts)):
         if count > 1:
             size = x.shape[dim] // count
             x = x.narrow(dim, place * size, size)
