@@ -190,6 +190,11 @@ class BoundMatmul:
             chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
         return Executable(products, self.name, namespace, needs, self._check_backward, chunked)
 
+    @property
+    def built(self) -> list[Executable]:
+        """What calls have needed so far."""
+        return list(self._executables.values())
+
     def forget_executables(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
         self._executables.clear()
