@@ -44,9 +44,8 @@ def piece(x: Tensor, at: Sequence[int], counts: Sequence[int]) -> Tensor:
 class _Operand:
     """A tensor whose pieces are taken when they are asked for, each once."""
 
-    def __init__(self, x: Tensor, letters: Sequence[str], counts: Mapping[str, int]) -> None:
-        self._x, self._letters = x, letters
-        self._counts = [counts.get(letter, 1) for letter in letters]
+    def __init__(self, x: Tensor, letters: Sequence[str], counts: Sequence[int]) -> None:
+        self._x, self._letters, self._counts = x, letters, counts
         self._taken: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, chosen: Chosen) -> Tensor:
@@ -69,6 +68,11 @@ class Piecewise:
         self._dtype = None if made.dtype is None else getattr(torch, made.dtype)
         values = {value: at for at, value in enumerate(made.reads)}
         self._reads = [[values[value] for value in _operands(term)] for term in made.terms]
+        self._cuts = [
+            [(letters, [dict(term.counts).get(letter, 1) for letter in letters]) for letters in term.operands]
+            for term in made.terms
+        ]
+        self._spans = [single(level.held()[0], level.count) for level in made.levels]
         counts = dict(made.terms[0].counts)
         self._letters = made.terms[0].letters
         self._counts = [counts.get(letter, 1) for letter in self._letters]
@@ -90,8 +94,7 @@ class Piecewise:
 
     def _of_pieces(self, values: Sequence[Tensor]) -> Tensor:
         terms = [
-            [_Operand(values[at], letters, dict(term.counts)) for at, letters in zip(reads, term.operands)]
-            for term, reads in zip(self._made.terms, self._reads)
+            [_Operand(values[at], *cut) for at, cut in zip(reads, cuts)] for reads, cuts in zip(self._reads, self._cuts)
         ]
         whole: Tensor | None = None
         for at in every(*map(range, self._counts)):
@@ -126,8 +129,8 @@ class Piecewise:
 
     def _added(self, terms: Sequence[Sequence[_Operand]], chosen: Sequence[Chosen], depth: int) -> list[Tensor]:
         """The sums of the nodes of one level; all levels within it are whole on this rank."""
-        level, total = self._made.levels[depth], TreeSum(self._made.levels[depth].pieces, add)
-        for at, span in enumerate(_singles(level)):
+        total = TreeSum(self._made.levels[depth].pieces, add)
+        for at, span in enumerate(self._spans[depth]):
             here = [{**one, term.summed[depth]: at} for one, term in zip(chosen, self._made.terms)]
             if depth:
                 [value] = self._added(terms, here, depth - 1)
@@ -157,13 +160,9 @@ def _operands(term: Term) -> Iterator[str]:
         yield made.src
 
 
-def _singles(level: Level) -> list[tuple[int, int]]:
-    return single(level.held()[0], level.count)
-
-
 def fold(x: Tensor, level: Level, held: int, lead: int) -> Tensor:
     """The sums over the dim behind so many leading ones, whose places are the pieces of a level on this rank."""
-    return stacked(tree_sum(x.unbind(lead), _singles(level), level.pieces, add), held)
+    return stacked(tree_sum(x.unbind(lead), single(level.held()[0], level.count), level.pieces, add), held)
 
 
 def sum_bias(dy: Tensor, letters: tuple[tuple[str, ...], tuple[str, ...]]) -> Tensor:
