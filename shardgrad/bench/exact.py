@@ -152,6 +152,7 @@ def measure(
 
 Key = tuple[str, int, int | None, bool]
 """The part, ranks, pieces (None: ordinary), and whether it sends."""
+_WARM = 0  # in place of pieces: a turn that is not looked at
 
 
 def _products(size: Size, dtype: torch.dtype, pieces: Sequence[int], meshes: _Meshes) -> dict[Key, _Case]:
@@ -162,8 +163,16 @@ def _products(size: Size, dtype: torch.dtype, pieces: Sequence[int], meshes: _Me
             for count in (None, *of):
                 here = count if sends or count is None else count // ranks
                 mesh = meshes.of(ranks if sends else 1, here)
-                found[part, ranks, count, sends] = _product(text, size, dtype, ranks, mesh)
+                _add(found, (part, ranks, count, sends), _product(text, size, dtype, ranks, mesh))
     return found
+
+
+def _add(found: dict[Key, _Case], key: Key, case: _Case) -> None:
+    """One more case. Before an ordinary one it is run once more: other ranks took part in the turn before that."""
+    part, ranks, pieces, sends = key
+    if pieces is None:
+        found[part, ranks, _WARM, sends] = case
+    found[key] = case
 
 
 def _product(text: str, size: Size, dtype: torch.dtype, ranks: int, mesh: DeviceMesh | None) -> _Case:
@@ -185,11 +194,11 @@ def _product(text: str, size: Size, dtype: torch.dtype, ranks: int, mesh: Device
 
 
 def _steps(model: str, shape: Shape, pieces: Sequence[int], meshes: _Meshes) -> dict[Key, _Case]:
-    return {
-        (STEP, ranks, count, True): _step(model, shape, meshes.of(ranks, count))
-        for ranks, of in cases(pieces, meshes.world, alone=False)
-        for count in (None, *of)
-    }
+    found: dict[Key, _Case] = {}
+    for ranks, of in cases(pieces, meshes.world, alone=False):
+        for count in (None, *of):
+            _add(found, (STEP, ranks, count, True), _step(model, shape, meshes.of(ranks, count)))
+    return found
 
 
 def _step(model: str, s: Shape, mesh: DeviceMesh | None) -> _Case:
@@ -227,7 +236,7 @@ def _rows(made: dict[Key, _Case], dtype: torch.dtype, size: Size, rounds: int, t
     rows = []
     for key, (wall, cpu) in times.items():
         part, ranks, pieces, sends = key
-        if pieces is None:
+        if not pieces:
             continue
         base = part, ranks, None, sends
         rows.append(

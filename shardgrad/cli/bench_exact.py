@@ -105,7 +105,13 @@ def _print(rows: list[Row], backend: str, model: str, machine: str) -> None:
             if (row.dtype, row.size, row.part == "training step") == (dtype, size, step)
         ]
         title = f"{model}, [sequences, length, d]" if step else "[n, d, m]"
-        style.table(columns, table, title=f"{dtype} {title} = {list(size)}, {backend}", numbers=columns[1:])
+        style.table(
+            columns,
+            table,
+            title=f"{dtype} {title} = {list(size)}, {backend}",
+            numbers=columns[1:],
+            on=style.console(120),
+        )
     style.say(
         "alone: one rank, without communication, does what one of p ranks does: their local sizes in V/p pieces (casts "
         "of sums that only several ranks need are not in it). of cpu: the same ratio, of processor time."
