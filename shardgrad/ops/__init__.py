@@ -12,6 +12,9 @@
 | `namespace`  | what the names in a printed program stand for                           |
 | `executable` | what calls of one set of shapes run, in one autograd Function           |
 | `bound`      | products that share an operand, bound to a mesh                         |
+| `exact`      | exact mode: set on a mesh, and what it refuses                          |
+| `in_pieces`  | products of single pieces, and sums of them in a tree                   |
+| `pieces`     | functions of single pieces, between products                            |
 | `matmul`     | `matmul`, the one differentiable product                                |
 | `convolve`   | `convolve`, a convolution under the same rule                           |
 | `compiled`   | products as torch.compile sees them                                     |
