@@ -9,6 +9,7 @@
 | `overlap`     | how much communication hides behind products              |
 | `collectives` | how long a collective takes on gloo and on shared memory  |
 | `model`       | a GPT's block and training step on one rank and on all    |
+| `exact`       | what exact mode costs, beside the same without it         |
 | `gpu`         | one GPU's share of a large model                          |
 | `bytes`       | what layouts send, over the least possible                |
 | `memory`      | what layers keep for backward                             |

@@ -18,6 +18,7 @@
 | `bench_overlap`  | `bench overlap`                                           |
 | `bench_overhead` | `bench overhead`                                          |
 | `bench_model`    | `bench model`                                             |
+| `bench_exact`    | `bench exact`                                             |
 | `bench_gpu`      | `bench gpu`                                               |
 | `bench_options`  | what the commands of `bench` read alike                   |
 """

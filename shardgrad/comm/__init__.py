@@ -5,10 +5,10 @@
 | `shim`           | the one place that knows torch's private or renamed names                 |
 | `mesh`           | what shardgrad needs of a DeviceMesh, looked up once                      |
 | `collectives`    | the collectives over one mesh axis, with uneven shards                    |
+| `tree`           | reductions that add in one tree, whatever the backend                     |
+| `pieces`         | into how many pieces each axis cuts, in exact mode                        |
 | `all_to_all`     | the all-to-all that moves shards from one dim to another                  |
 | `timer`          | the time that a process spends in communication                           |
-| `tree`           | reductions over one axis that add in the tree of exact mode               |
-| `pieces`         | into how many pieces axes cut in exact mode, and sums over them           |
 | `adjoint`        | differentiable collectives, each with its adjoint                         |
 | `first_derivatives` | backwards that have no derivative themselves: a second one is refused |
 | `agree`          | whether the ranks of an axis mean the same                                |

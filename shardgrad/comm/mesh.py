@@ -32,6 +32,11 @@ class Axis:
     mesh: str = field(compare=False)
     backend: Any = field(compare=False, repr=False)
 
+    @property
+    def backend_adds_in_tree(self) -> bool:
+        """Whether the backend adds float32 and float64 of its ranks in the tree of exact mode."""
+        return bool(getattr(self.backend, "adds_in_tree", False))
+
     def __str__(self) -> str:
         return f"axis {self.name!r} (ranks {', '.join(map(str, self.ranks))})"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import MeshView
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
@@ -15,6 +16,8 @@ from shardgrad.layout.tree import Cut, Level, held, single, summed, tree_sum
 
 KEY = "exact"
 """Of `MeshView.settings`."""
+
+_REDUCTIONS = "reductions of pieces"  # of them too
 
 
 def exact(view: MeshView) -> Mapping[str, int] | None:
@@ -66,13 +69,32 @@ def reduce_pieces(
     level, *inner = levels
     each = len(values) // level.count
     parts = [reduce_pieces(values[at : at + each], inner, view, what, scatter) for at in range(0, len(values), each)]
-    total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
-    for cut in level.cuts:
-        if cut.ranks > 1:
-            how, axis, dim = summed(level, cut.axis), view.axes[cut.axis], (scatter or {}).get(cut.axis)
-            reduce = TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what)
-            total = reduce(total)
+    if level.count == 1:
+        [total] = parts
+    else:
+        total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
+    for reduce in _reductions(level, view, what, scatter or {}):
+        total = reduce(total)
     return total
+
+
+def _reductions(level: Level, view: MeshView, what: str, scatter: Mapping[str, int]) -> list[raw.Collective]:
+    """Over each axis of a level with several ranks, minor first; remembered with the mesh."""
+    known: dict[object, list[raw.Collective]] = view.settings.setdefault(_REDUCTIONS, {})
+    key = level, what, tuple([scatter.get(cut.axis) for cut in level.cuts])
+    found = known.get(key)
+    if found is None:
+        found = known[key] = []
+        for cut in level.cuts:
+            if cut.ranks > 1:
+                how, axis, dim = summed(level, cut.axis), view.axes[cut.axis], scatter.get(cut.axis)
+                found.append(TreeAllReduce(axis, how, what) if dim is None else TreeReduceScatter(axis, dim, how, what))
+    return found
+
+
+def adding_in_tree(view: MeshView, width: int) -> list[str]:
+    """The axes whose backend adds elements of so many bytes in the tree by itself, where each rank brings one term."""
+    return [name for name, axis in view.axes.items() if width >= 4 and axis.backend_adds_in_tree]
 
 
 def reduce_pieces_collectives(
@@ -89,5 +111,5 @@ def reduce_pieces_collectives(
         yield from reduce_pieces_collectives(phase, tensor, elements, width, inner, view, scatter)
     for cut in level.cuts:
         if cut.ranks > 1:
-            kind = "reduce-scatter" if scatter else "all-reduce"
-            yield from reduced(phase, kind, tensor, cut.axis, elements, width, summed(level, cut.axis), cut.place)
+            kind, own = "reduce-scatter" if scatter else "all-reduce", cut.axis in adding_in_tree(view, width)
+            yield from reduced(phase, kind, tensor, cut.axis, elements, width, summed(level, cut.axis), cut.place, own)

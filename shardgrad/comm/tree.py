@@ -2,13 +2,13 @@
 
 All-to-all, the tree on each rank's part, and for an all-reduce an all-gather: the bytes of a ring, and only data move
 (on NCCL too, whose sums depend on its algorithm). Two ranks with a term each add alike in any order: there the backend
-adds.
+adds; and so where it adds in the tree itself, as shared memory does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,19 +32,48 @@ def add(left: Tensor, right: Tensor) -> Tensor:
     return left.add_(right)
 
 
+class _Begun(NamedTuple):
+    collective: Collective
+    handle: Handle
+
+
+class _Plain(NamedTuple):
+    """The backend's own reduction, where it adds as the tree does: whatever it adds, or float32 and float64 alone."""
+
+    collective: Collective
+    always: bool
+
+    @staticmethod
+    def of(collective: Collective, summed: Summed) -> _Plain | None:
+        in_tree = summed.is_by_rank and collective.axis.backend_adds_in_tree
+        return _Plain(collective, summed.is_plain) if summed.is_plain or in_tree else None
+
+    def adds(self, x: Tensor) -> bool:
+        return self.always or x.dtype in (torch.float32, torch.float64)
+
+    def start(self, x: Tensor) -> _Begun:
+        return _Begun(self.collective, self.collective.start(x))
+
+
 class TreeAllReduce(Collective):
     """The sum over the ranks, alike on every one: of [held, …] → [held, …], or without the first dims."""
 
-    __slots__ = ("_summed",)
+    __slots__ = ("_plain", "_summed")
 
     def __init__(self, axis: Axis, summed: Summed, what: str = "all-reduce in a tree") -> None:
         super().__init__(axis, what, _unused, _unused)
         self._summed = summed
+        self._plain = _Plain.of(AllReduce(axis, what), summed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for `x`."""
+        if self._plain is not None and self._plain.adds(x):
+            return self._plain.collective(x)
+        return self.wait(self.start(x))
 
     def start(self, x: Tensor) -> Handle:
-        if self._summed.is_plain:
-            plain = AllReduce(self.axis, self.what)
-            return plain, plain.start(x)
+        if self._plain is not None and self._plain.adds(x):
+            return self._plain.start(x)
         held, ranks = self._summed.held[0] or 1, self.axis.size
         flat = x.reshape(held, -1)
         each = -(-flat.shape[1] // ranks)
@@ -53,10 +82,8 @@ class TreeAllReduce(Collective):
         return exchange, sent, x.shape[1:] if self._summed.held[0] else x.shape
 
     def wait(self, handle: Handle) -> Tensor:
-        if self._summed.is_plain:
-            plain, begun = handle
-            found: Tensor = plain.wait(begun)
-            return found
+        if isinstance(handle, _Begun):
+            return handle.collective.wait(handle.handle)
         exchange, sent, shape = handle
         ranks, (came, leaves) = self.axis.size, self._summed.held
         received = exchange.wait(sent)
@@ -71,16 +98,16 @@ class TreeAllReduce(Collective):
 class TreeReduceScatter(Collective):
     """The sum over the ranks, of which each keeps its chunk along `dim` (of the tensor, without leading dims)."""
 
-    __slots__ = ("_dim", "_summed")
+    __slots__ = ("_dim", "_plain", "_summed")
 
     def __init__(self, axis: Axis, dim: int, summed: Summed, what: str = "reduce-scatter in a tree") -> None:
         super().__init__(axis, what, _unused, _unused)
         self._dim, self._summed = dim + summed.lead, summed
+        self._plain = _Plain.of(ReduceScatter(axis, self._dim, what), summed)
 
     def start(self, x: Tensor) -> Handle:
-        if self._summed.is_plain:
-            plain = ReduceScatter(self.axis, self._dim, self.what)
-            return plain, plain.start(x)
+        if self._plain is not None and self._plain.adds(x):
+            return self._plain.start(x)
         held, ranks = self._summed.held[0], self.axis.size
         x = x if held else x.unsqueeze(0)
         dim = self._dim + 1
@@ -91,10 +118,8 @@ class TreeReduceScatter(Collective):
         return exchange, sent, parts.shape[1:], chunk(size, ranks, self.axis.index)[1]
 
     def wait(self, handle: Handle) -> Tensor:
-        if self._summed.is_plain:
-            plain, begun = handle
-            found: Tensor = plain.wait(begun)
-            return found
+        if isinstance(handle, _Begun):
+            return handle.collective.wait(handle.handle)
         exchange, sent, shape, own = handle
         received = exchange.wait(sent)
         summed = _tree(received.view(self.axis.size, *shape), self._summed)

@@ -8,10 +8,10 @@
 | `sizes`       | torch.chunk's arithmetic, nested, and what one rank knows from its shards       |
 | `plan`        | the routes by which each tensor comes to where it is used, and back             |
 | `schedule`    | the instructions that a layout becomes                                          |
+| `tree`        | the one tree in which the pieces of a sum are added                             |
+| `exact`       | exact mode, as a pass over the instructions                                     |
 | `lower`       | from routes to instructions, forward and backward                               |
 | `passes`      | communication behind products, and what is done with let go of                  |
-| `exact`       | exact mode as a pass: products in pieces, sums in one tree                      |
-| `tree`        | the tree in which pieces are added, whoever holds them                          |
 | `contraction` | one contraction as one product of matrices                                      |
 | `printer`     | instructions as lines of Python                                                 |
 | `predict`     | what one layout becomes, on a mesh that need not exist                          |

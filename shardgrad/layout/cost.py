@@ -7,7 +7,7 @@ padded to the largest in their group, as torch.distributed's single-tensor colle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -82,33 +82,34 @@ def moved(
 
 
 def collectives(
-    instructions: Iterable[Instruction], sizes: Sizes, *, wire: int, reduce_wire: int
+    instructions: Iterable[Instruction], sizes: Sizes, *, wire: int, reduce_wire: int, trees: Collection[str] = ()
 ) -> Iterator[Collective]:
     """The collectives of a list of instructions, in order.
 
     wire, reduce_wire: bytes of an element in gathers and in reductions.
+    trees: the axes whose backend adds in the tree of exact mode by itself, where each rank brings one term.
     """
     for one in communication(tuple(instructions)):
         if one.summed is None:
             yield from moved(one.phase, one.tensor, (one.move,), sizes, wire, reduce_wire)
         else:
             kind, axis, elements = one.move.kind, one.move.axis, input_elements(one.move, sizes)
-            place = sizes.coordinate[axis]
-            yield from reduced(one.phase, kind, one.tensor, axis, elements, reduce_wire, one.summed, place)
+            place, own = sizes.coordinate[axis], axis in trees
+            yield from reduced(one.phase, kind, one.tensor, axis, elements, reduce_wire, one.summed, place, own)
 
 
 def reduced(
-    phase: str, kind: str, tensor: str, axis: str, elements: int, width: int, summed: Summed, index: int
+    phase: str, kind: str, tensor: str, axis: str, elements: int, width: int, summed: Summed, index: int, tree: bool
 ) -> Iterator[Collective]:
     """A reduction that adds in a tree (see `comm.tree`).
 
     kind: all-reduce or reduce-scatter. elements: of one term of the sum, padded. width: their bytes.
-    index: this rank's place.
+    index: this rank's place. tree: whether the backend adds so by itself, where each rank brings one term.
     """
     ranks, elements = len(summed.brought), elements * summed.beside
     if not elements:
         return
-    if summed.is_plain:
+    if summed.is_plain or (tree and summed.is_by_rank):
         yield Collective(phase, kind, tensor, axis, sent(kind, elements, ranks, index) * width)
         return
     each = -(-elements // ranks)

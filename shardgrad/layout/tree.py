@@ -150,9 +150,14 @@ class Summed:
     beside: int = 1
 
     @property
+    def is_by_rank(self) -> bool:
+        """Whether every rank brings one node: then the tree over the pieces is one over the ranks."""
+        return self.held == (0, 0) and all(len(nodes) == 1 for nodes in self.brought)
+
+    @property
     def is_plain(self) -> bool:
         """Whether two ranks bring one node each: then any order of adding gives the same bits."""
-        return len(self.brought) == 2 and self.held == (0, 0)
+        return len(self.brought) == 2 and self.is_by_rank
 
 
 def held(level: Level) -> int:

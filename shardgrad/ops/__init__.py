@@ -12,15 +12,15 @@
 | `namespace`  | what the names in a printed program stand for                           |
 | `executable` | what calls of one set of shapes run, in one autograd Function           |
 | `bound`      | products that share an operand, bound to a mesh                         |
+| `exact`      | exact mode: set on a mesh, and what it refuses                          |
+| `in_pieces`  | products of single pieces, and sums of them in a tree                   |
+| `pieces`     | functions of single pieces, between products                            |
 | `matmul`     | `matmul`, the one differentiable product                                |
 | `convolve`   | `convolve`, a convolution under the same rule                           |
 | `compiled`   | products as torch.compile sees them                                     |
 | `chunking`   | the pass that puts chunked products in place of others                  |
 | `chunks`     | a product and its communication in chunks, side by side                 |
 | `overlap`    | in how many chunks, from what links and multipliers were measured to do |
-| `exact`      | `set_exact`: the same bits on any number of ranks                       |
-| `in_pieces`  | what exact mode computes on one rank: products of single pieces         |
-| `pieces`     | tensors cut into pieces and joined; functions whose bits do not depend on how many elements there are |
 | `micro_batches` | gradient accumulation in exact mode                                  |
 | `deferred`   | weight gradients computed later, at a call of the program's             |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import exact
+from shardgrad.comm.pieces import adding_in_tree, exact
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Key, Products, backward, forward
@@ -199,6 +199,11 @@ class BoundMatmul:
             made.call = checked(made.call, products, self.view)
         return made
 
+    @property
+    def built(self) -> list[Executable]:
+        """What calls have needed so far."""
+        return list(self._executables.values())
+
     def forget_executables(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
         self._by_pieces.clear()
@@ -312,7 +317,8 @@ class BoundMatmul:
             from shardgrad.layout.exact import in_pieces
 
             made = in_pieces(made, products)
-        return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire))
+        trees = adding_in_tree(self.view, reduce_wire)
+        return list(cost.collectives(made, sizes, wire=wire, reduce_wire=reduce_wire, trees=trees))
 
     def _agree(self, products: Products, needs: tuple[bool, ...]) -> None:
         """Compare with the other ranks what all must mean alike, along every axis that a call communicates along.

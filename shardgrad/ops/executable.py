@@ -55,6 +55,11 @@ class Executable:
         bodies = [body for (has_grad, *_), body in self._backwards.items() if all(has_grad)]
         return "\n".join(str(function.__doc__) for function in (self._forward, *bodies))
 
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """Forward, and the backwards that have been called for."""
+        return [self._forward, *self._backwards.values()]
+
     def forward_function(self, *, returns_saved: bool = False) -> Callable[..., Any]:
         """Forward; see `forward_program`."""
         needs = self.needs if any(self.needs) else None

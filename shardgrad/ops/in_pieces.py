@@ -25,13 +25,16 @@ Chosen = Mapping[str, int]
 def compact(x: Tensor) -> Tensor:
     """x in memory of its own shape, nothing between its elements: of a dim of size 1 the stride counts as well, for
     BLAS is told it."""
+    if x.is_contiguous() and 1 not in x.shape and 0 not in x.shape:
+        return x  # strides of no other dims are free
     return x.contiguous().view(-1).view(x.shape)
 
 
 def piece(x: Tensor, at: Sequence[int], counts: Sequence[int]) -> Tensor:
     """One of so many pieces along each of the last dims of x, as a view."""
-    first = x.dim() - len(counts)
-    for dim, (place, count) in enumerate(zip(at, counts), first):
+    if max(counts, default=1) == 1:
+        return x
+    for dim, (place, count) in enumerate(zip(at, counts), x.dim() - len(counts)):
         if count > 1:
             size = x.shape[dim] // count
             x = x.narrow(dim, place * size, size)
@@ -41,9 +44,8 @@ def piece(x: Tensor, at: Sequence[int], counts: Sequence[int]) -> Tensor:
 class _Operand:
     """A tensor whose pieces are taken when they are asked for, each once."""
 
-    def __init__(self, x: Tensor, letters: Sequence[str], counts: Mapping[str, int]) -> None:
-        self._x, self._letters = x, letters
-        self._counts = [counts.get(letter, 1) for letter in letters]
+    def __init__(self, x: Tensor, letters: Sequence[str], counts: Sequence[int]) -> None:
+        self._x, self._letters, self._counts = x, letters, counts
         self._taken: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, chosen: Chosen) -> Tensor:
@@ -66,15 +68,33 @@ class Piecewise:
         self._dtype = None if made.dtype is None else getattr(torch, made.dtype)
         values = {value: at for at, value in enumerate(made.reads)}
         self._reads = [[values[value] for value in _operands(term)] for term in made.terms]
+        self._cuts = [
+            [(letters, [dict(term.counts).get(letter, 1) for letter in letters]) for letters in term.operands]
+            for term in made.terms
+        ]
+        self._spans = [single(level.held()[0], level.count) for level in made.levels]
         counts = dict(made.terms[0].counts)
         self._letters = made.terms[0].letters
         self._counts = [counts.get(letter, 1) for letter in self._letters]
         self.most = 1
+        cut = made.held or made.later or max(counts.values(), default=1) > 1
+        self._is_whole = not cut and all(level.count == 1 for level in made.levels)
 
     def __call__(self, *values: Tensor) -> Tensor:
+        return self._of_wholes(values) if self._is_whole else self._of_pieces(values)
+
+    def _of_wholes(self, values: Sequence[Tensor]) -> Tensor:
+        """Where nothing is cut, as with a rank for each piece."""
+        found: Tensor | None = None
+        for local, reads in zip(self._local, self._reads):
+            operands = [compact(values[at]) for at in reads]
+            found = local(*operands) if found is None else local(*operands, found)
+        assert found is not None
+        return found if self._dtype is None else found.to(self._dtype)
+
+    def _of_pieces(self, values: Sequence[Tensor]) -> Tensor:
         terms = [
-            [_Operand(values[at], letters, dict(term.counts)) for at, letters in zip(reads, term.operands)]
-            for term, reads in zip(self._made.terms, self._reads)
+            [_Operand(values[at], *cut) for at, cut in zip(reads, cuts)] for reads, cuts in zip(self._reads, self._cuts)
         ]
         whole: Tensor | None = None
         for at in every(*map(range, self._counts)):
@@ -109,8 +129,8 @@ class Piecewise:
 
     def _added(self, terms: Sequence[Sequence[_Operand]], chosen: Sequence[Chosen], depth: int) -> list[Tensor]:
         """The sums of the nodes of one level; all levels within it are whole on this rank."""
-        level, total = self._made.levels[depth], TreeSum(self._made.levels[depth].pieces, add)
-        for at, span in enumerate(_singles(level)):
+        total = TreeSum(self._made.levels[depth].pieces, add)
+        for at, span in enumerate(self._spans[depth]):
             here = [{**one, term.summed[depth]: at} for one, term in zip(chosen, self._made.terms)]
             if depth:
                 [value] = self._added(terms, here, depth - 1)
@@ -140,13 +160,9 @@ def _operands(term: Term) -> Iterator[str]:
         yield made.src
 
 
-def _singles(level: Level) -> list[tuple[int, int]]:
-    return single(level.held()[0], level.count)
-
-
 def fold(x: Tensor, level: Level, held: int, lead: int) -> Tensor:
     """The sums over the dim behind so many leading ones, whose places are the pieces of a level on this rank."""
-    return stacked(tree_sum(x.unbind(lead), _singles(level), level.pieces, add), held)
+    return stacked(tree_sum(x.unbind(lead), single(level.held()[0], level.count), level.pieces, add), held)
 
 
 def sum_bias(dy: Tensor, letters: tuple[tuple[str, ...], tuple[str, ...]]) -> Tensor:

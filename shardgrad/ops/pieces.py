@@ -41,7 +41,10 @@ def cut(x: Tensor, counts: Mapping[int, int]) -> list[Tensor]:
     Raises:
         LayoutError: a dim is not cut evenly, or x comes from a function whose bits depend on how many elements it has.
     """
-    along = tuple(counts.get(dim, 1) * counts.get(dim - x.dim(), 1) for dim in range(x.dim()))
+    if max(counts.values(), default=1) == 1:
+        check_origin(x, 1)
+        return [compact(x)]
+    along = _along(counts, x.dim())
     for dim, count in enumerate(along):
         if x.shape[dim] % count:
             raise LayoutError(
@@ -54,17 +57,20 @@ def cut(x: Tensor, counts: Mapping[int, int]) -> list[Tensor]:
 
 def join(pieces: Sequence[Tensor], counts: Mapping[int, int]) -> Tensor:
     """The whole of which these are the pieces: the adjoint of `cut`."""
-    dims = pieces[0].dim()
-    along = tuple(counts.get(dim, 1) * counts.get(dim - dims, 1) for dim in range(dims))
-    whole: Tensor = _Join.apply(along, *pieces)
+    whole: Tensor = _Join.apply(_along(counts, pieces[0].dim()), *pieces)
     return whole
+
+
+def _along(counts: Mapping[int, int], dims: int) -> tuple[int, ...]:
+    """The pieces along each of so many dims."""
+    return tuple([counts.get(dim, 1) * counts.get(dim - dims, 1) for dim in range(dims)])
 
 
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.counts = counts
-        return tuple([compact(one) if prod(counts) > 1 else compact(one).view_as(one) for one in _pieces(x, counts)])
+        return tuple([compact(one) for one in _pieces(x, counts)])
 
     @staticmethod
     @first_derivative_only("a tensor cut into pieces")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 from shardgrad.comm.shm.errors import ShmError
+from shardgrad.comm.shm.reduce import reduction
+from shardgrad.layout.tree import single, tree_sum
 from shardgrad.testing import distributed
 
 DTYPES = [
@@ -103,12 +105,26 @@ def test_sums_of_halves_are_rounded_once_and_alike_everywhere(rank: int, world_s
 
 
 @distributed(world_size=[3, 4], backend="shm")
-def test_sums_go_by_rank_whatever_the_size(rank: int, world_size: int) -> None:
+def test_sums_are_taken_in_a_tree_over_the_ranks_whatever_the_size(rank: int, world_size: int) -> None:
     for n in (1000, 301_007):  # one round and many: the same bits for the same elements
         xs = [torch.randn(n, generator=torch.Generator().manual_seed(r)) * 10.0 ** (r - 1) for r in range(world_size)]
+        [want] = tree_sum(xs, single(0, world_size), world_size, torch.add)
         y = xs[rank].clone()
         dist.all_reduce(y)
-        assert torch.equal(y, reduced("SUM", xs))
+        assert torch.equal(y, want)
+        assert torch.equal(y, reduced("SUM", xs)) == (world_size == 3)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_the_tree_of_a_reduction_is_that_of_layouts(count: int) -> None:
+    by = reduction(dist.ReduceOp.SUM, torch.float32, count)
+    for n in (50, 3):
+        for at in range(-1, count):
+            parts = [torch.randn(n, generator=torch.Generator().manual_seed(r)) * 10.0 ** (r % 3) for r in range(count)]
+            [want] = tree_sum([part.clone() for part in parts], single(0, count), count, torch.add)
+            out = parts[at] if at >= 0 else torch.empty(n)
+            by.into(out, parts)
+            assert torch.equal(out, want)
 
 
 @distributed(world_size=[1, 2, 3, 4], backend="shm")

@@ -104,6 +104,9 @@ class ShmGroup(dist.ProcessGroup):
             raise RuntimeError(f"the shm backend moves CPU tensors only, not those of {device}")
         return self
 
+    adds_in_tree = True
+    """Whether sums of more than two ranks, of float32 and float64, are those of `layout.tree` over the ranks."""
+
     supports_coalescing = False
     supports_splitting = False
 

@@ -1,7 +1,8 @@
-"""Adding up what the ranks sent, always in the order of the ranks: the same result on every rank and in every run.
+"""Adding up what the ranks sent, always in the tree over the ranks that `layout.tree` describes, each with one piece:
+the same result on every rank and in every run.
 
-Sixteen-bit floats of more than two ranks are added in fp32 and rounded once. (Of two ranks, torch's addition does just
-that already.)
+Sixteen-bit floats of more than two ranks are added in fp32, from the left, and rounded once. (Of two ranks, torch's
+addition does just that already.)
 """
 
 from __future__ import annotations
@@ -42,27 +43,35 @@ class Reduction:
         self._scratch = torch.empty(0, dtype=torch.float32 if self._wide else dtype)
 
     def into(self, out: Tensor, parts: Sequence[Tensor]) -> None:
-        """out = parts[0] op parts[1] op …, from the left. `out` may be one of the parts."""
-        if len(parts) == 1:
-            total = parts[0]
-        elif len(parts) == 2:
+        """out = parts[0] op parts[1] op …. `out` may be one of the parts."""
+        if len(parts) == 2:
             total = self._kernel(parts[0], parts[1], out=out)
-        else:
-            total = self._accumulator(out.numel()).view(out.shape)
-            total.copy_(parts[0])
-            for part in parts[1:-1]:
+        elif self._wide:
+            total = self._scratch_of(out, 1)[0].copy_(parts[0])
+            for part in parts[1:]:
                 self._kernel(total, part, out=total)
-            total = self._kernel(total, parts[-1], out=total if self._wide else out)
+        else:
+            total = self._tree(parts, self._scratch_of(out, (len(parts) - 1).bit_length()), out)
         if self._divisor > 1:
             total.div_(self._divisor)
         if total is not out:
             out.copy_(total)
 
-    def _accumulator(self, count: int) -> Tensor:
-        if self._scratch.numel() < count:
+    def _tree(self, parts: Sequence[Tensor], scratch: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The parts, reduced, in `out`, which is written last, or in the first of `scratch`; of one part, itself."""
+        if len(parts) == 1:
+            return parts[0]
+        half = 1 << (len(parts) - 1).bit_length() - 1
+        left, right = self._tree(parts[:half], scratch), self._tree(parts[half:], scratch[1:])
+        return self._kernel(left, right, out=scratch[0] if out is None else out)
+
+    def _scratch_of(self, out: Tensor, count: int) -> Sequence[Tensor]:
+        """So many tensors like `out`, or wider."""
+        size = out.numel() * count
+        if self._scratch.numel() < size:
             with torch.inference_mode(False):  # or the next use, outside of it, could not change this in place
-                self._scratch = torch.empty(count, dtype=self._scratch.dtype)
-        return self._scratch[:count]
+                self._scratch = torch.empty(size, dtype=self._scratch.dtype)
+        return self._scratch[:size].view(count, *out.shape).unbind()
 
 
 def reduction(op: _Op, dtype: torch.dtype, ranks: int) -> Reduction:
