@@ -24,6 +24,7 @@ from shardgrad.nn.parallel import Where
 from shardgrad.nn.pieces import counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.rotary import Rotary, turn
 from shardgrad.ops.in_pieces import piece
+from shardgrad.ops.micro_batches import held_as
 from shardgrad.ops.pieces import cut, join
 
 
@@ -168,10 +169,12 @@ class Attention(
         parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self._shardings}
         shared = self._of_kv_heads()
         shardings = [self._shardings[name] for name in shared]
-        used = row_pieces([parameters[name] for name in shared], shardings, self.mesh, [(0, [self.axis])])
+        whole = [parameters[name] for name in shared]
+        used = row_pieces(whole, shardings, self.mesh, [(0, [self.axis])], hold=False)
         for at, name in enumerate(shared):
             mine = [each[at].narrow(0, piece.first_kv, piece.count_kv) for each, piece in zip(used, pieces)]
-            parameters[name] = mine[0] if len(mine) == 1 else torch.cat(mine)
+            made = mine[0] if len(mine) == 1 else torch.cat(mine)
+            parameters[name] = held_as(view(self.mesh), made, whole[at])
         weights, biases = zip(*(one.names for one in self._recipes["X"].products))
         return [parameters[name] for name in weights], [parameters[name] for name in biases if name in parameters]
 

@@ -49,18 +49,24 @@ def in_pieces(function: Callable[..., Tensor], mesh: DeviceMesh, dims: Cut, *ten
 
 
 def row_pieces(
-    parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], mesh: DeviceMesh, dims: Cut
+    parameters: Sequence[Tensor],
+    shardings: Sequence[ParamSharding],
+    mesh: DeviceMesh,
+    dims: Cut,
+    *,
+    hold: bool = True,
 ) -> list[list[Tensor]]:
     """Parameters as ranks use them that hold different rows, as `for_rows`, once for each piece of the rows.
 
-    dims: the rows. The pieces are in the order of `cut`.
+    dims: the rows. The pieces are in the order of `cut`. hold: whether each is one use for `micro_batches`; False: the
+    caller says so of what it makes of them.
     """
     axes = [axis for _, over in dims for axis in over]
     if not is_exact(mesh):
         return [for_rows(parameters, shardings, axes)]
     marked = [axis for one in shardings for axis in one.spec.grad_partial if axis in axes]
     refuse_exact(view(mesh), marked, "a gradient that is left to the caller", "build layers without accumulate=True")
-    parameters = held(view(mesh), parameters)
+    parameters = held(view(mesh), parameters) if hold else parameters
     if not axes or not parameters:
         return [list(parameters)]
     made = _Fan.apply(_Uses.of(shardings, view(mesh), dims), *parameters)
@@ -137,14 +143,22 @@ class _Fan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uses: _Uses, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.uses = uses
+        ctx.set_materialize_grads(False)
         used = [uses.whole(at, parameter) for at, parameter in enumerate(parameters)]
+        ctx.like = [(one.shape, one.dtype, one.device) for one in used]
         return tuple([one.view_as(one) for _ in range(uses.count) for one in used])
 
     @staticmethod
     @first_derivative_only("a parameter's gradient summed over pieces")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        each = len(grads) // ctx.uses.count
-        return None, *ctx.uses.summed([grads[at : at + each] for at in range(0, len(grads), each)])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):  # of a micro-batch that is not the last
+            return None, *(None for _ in ctx.like)
+        each = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.like * ctx.uses.count)
+        ]
+        count = len(ctx.like)
+        return None, *ctx.uses.summed([each[at : at + count] for at in range(0, len(each), count)])
 
 
 def rows_of(data: str | None, sequence: tuple[int, str] | None) -> Cut:

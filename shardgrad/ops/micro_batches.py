@@ -112,6 +112,15 @@ def held(mesh_view: MeshView, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return [_held(now, parameter) for parameter in parameters]
 
 
+def held_as(mesh_view: MeshView, made: Tensor, parameter: Tensor) -> Tensor:
+    """What is made of a parameter, as one use of it: micro-batches are added before what made it is gone back."""
+    now: _Accumulating | None = mesh_view.settings.get(_KEY)
+    if now is None or not torch.is_grad_enabled() or not made.requires_grad:
+        return made
+    use: Tensor = _Use.apply(now, id(parameter), made)
+    return use
+
+
 def _held(now: _Accumulating, parameter: Tensor) -> Tensor:
     if not parameter.requires_grad:
         return parameter
