@@ -64,6 +64,8 @@ class BoundMatmul:
         self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
+        biases = [layout.bias for layout, added in zip(layouts, biased) if added]
+        self._specs = [layouts[0].lhs, *(layout.rhs for layout in layouts), *biases]  # of the tensors of a call
         self._gathers = [move for plan, bias in zip(self.plans, biased) for move in plan.gathers(bias=bias)]
         self._executables: dict[object, Executable] = {}
         self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
@@ -81,6 +83,10 @@ class BoundMatmul:
         """
         if torch.is_autocast_enabled(self.device_type) or shim.transforming():
             return self._call_under(tensors, given)
+        if self.view.settings and exact(self.view) is not None:
+            from shardgrad.ops.exact import check_operands
+
+            check_operands(self.view, self._specs, tensors)
         grad = torch.is_grad_enabled()
         if len(tensors) == 2:  # as `_key`, without a call and a loop
             x, w = tensors

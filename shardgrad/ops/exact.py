@@ -7,6 +7,7 @@ from math import prod
 from numbers import Integral
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import agree
@@ -16,8 +17,10 @@ from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Products
+from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.overlap import is_set
+from shardgrad.ops.pieces import check_origin
 
 
 def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
@@ -87,6 +90,19 @@ def refuse_graph(mesh_view: MeshView, name: str) -> None:
             "exact mode (sg.set_exact) cannot promise anything of a graph of torch.compile, which rounds what it fuses "
             f"otherwise: run {name} outside of it"
         )
+
+
+def check_operands(mesh_view: MeshView, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> None:
+    """Refuse operands in pieces that come from functions whose bits depend on how many elements a rank has.
+
+    Raises:
+        LayoutError: as `check_origin`.
+    """
+    pieces = exact(mesh_view) or {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        axes = [axis for axis in spec.axes if pieces[axis] > 1]
+        if axes:
+            check_origin(tensor, prod(pieces[axis] // mesh_view.shape[axis] for axis in axes))
 
 
 def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: MeshView) -> Sizes:
