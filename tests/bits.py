@@ -38,7 +38,7 @@ class Meshes:
         self._all = {
             grid: DeviceMesh("cpu", torch.arange(prod(grid)).view(grid), mesh_dim_names=tuple(pieces)) for grid in grids
         }
-        self._found: dict[str, dict[Grid, Digests]] = {}
+        self.found: dict[str, dict[Grid, Digests]] = {}
         for mesh in self.mine.values():
             sg.set_exact(mesh, self.pieces)
 
@@ -59,14 +59,14 @@ class Meshes:
                 assert found[grid]
             except (sg.LayoutError, sg.ShapeError) as error:
                 found[grid] = {"refused": type(error).__name__, "why": str(error).partition("\n")[0]}
-        assert what not in self._found, f"{what} twice"
-        self._found[what] = found
+        assert what not in self.found, f"{what} twice"
+        self.found[what] = found
         return found
 
     def differing(self) -> dict[str, str]:
         """What had other bits on some mesh, on any of its ranks; exchanged, and alike on all ranks."""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self._found)
+        dist.all_gather_object(everyone, self.found)
         found: dict[str, str] = {}
         for what, by_grid in everyone[0].items():
             first = _compared(next(iter(by_grid.values())))
@@ -81,7 +81,7 @@ class Meshes:
 
     def refused(self) -> dict[str, str]:
         """What was refused, and why, on one rank."""
-        first = {what: next(iter(by_grid.values())) for what, by_grid in self._found.items()}
+        first = {what: next(iter(by_grid.values())) for what, by_grid in self.found.items()}
         return {what: digests["why"] for what, digests in first.items() if "refused" in digests}
 
     def assert_same(self, *, refused: int = 0) -> None:

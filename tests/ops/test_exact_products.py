@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from bits import Meshes, normal, odd
 from layouts import random_layout
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad import PRESETS, Layout
@@ -76,7 +77,7 @@ def multiplied(
     buffers = sg.use_main_grads(leaves.values()) if how == "main_grad" else []
     y = sg.matmul(x, w, layout, mesh, *b, sizes=sizes, **more)
     dy = sg.shard(full[layout.out.name], layout.out, mesh)
-    if how == "deferred":
+    if how == "deferred" and y.requires_grad:
         with sg.defer_weight_grads() as later:
             y.backward(dy)
         later.run()
@@ -282,9 +283,7 @@ def test_convolutions(world_size: int, name: str) -> None:
 def convolved(
     layout: Layout, full: dict[str, Tensor], sizes: dict[str, int], settings: dict[str, Any], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
-    leaves = {
-        name: nn.Parameter(sg.shard(value, layout[name], mesh)) for name, value in full.items() if name != "Y"
-    }
+    leaves = {name: nn.Parameter(sg.shard(value, layout[name], mesh)) for name, value in full.items() if name != "Y"}
     x, w, *b = leaves.values()
     y = sg.convolve(x, w, layout, mesh, *b, sizes=sizes, **settings)
     y.backward(sg.shard(full["Y"], layout.out, mesh))
@@ -293,3 +292,84 @@ def convolved(
     return {
         name: sg.unshard(value.detach(), layout[name], mesh, sizes=sizes) for name, value in {"Y": y, **grads}.items()
     }
+
+
+REFUSED = "exact mode: the sum is scattered over"
+"""Over several axes, along the dim where they stand as in the letter that is summed: the only kind that is refused."""
+
+
+@distributed(world_size=4)
+def test_random_layouts_have_the_same_bits_or_are_refused_alike(world_size: int) -> None:
+    random_layouts({"p": 4, "q": 2, "r": 2}, 40, seed=1)
+
+
+@pytest.mark.slow
+@distributed(world_size=4, timeout=300)
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_more_random_layouts(world_size: int, seed: int) -> None:
+    random_layouts({"p": (2, 4, 6, 12)[seed % 4], "q": (2, 4, 2)[seed % 3], "r": (2, 3)[seed % 2]}, 100, seed)
+
+
+@distributed(world_size=8, timeout=300)
+@pytest.mark.parametrize("seed", range(6, 8))
+def test_random_layouts_on_eight_ranks(world_size: int, seed: int) -> None:
+    random_layouts({"p": 8, "q": 2, "r": 2} if seed % 2 else {"p": 2, "q": 4, "r": 2}, 60, seed)
+
+
+def random_layouts(pieces: dict[str, int], count: int, seed: int) -> None:
+    meshes, rng = Meshes(pieces), random.Random(seed)
+    while len(meshes.found) < count:
+        layout = random_layout(rng, tuple(pieces), marks=False)
+        if not layout.axes or layout.bias.partial or layout.bias.grad_partial:
+            continue
+        sizes = sizes_for(layout, pieces, rng.randrange(4))
+        dtype, wide = rng.choice(list(PRECISION.values()))
+        full = operands(layout, sizes, dtype, layout.has_bias or rng.random() < 0.5)
+        more = {
+            "reduce_dtype": wide,
+            "save_gathered": rng.choice([(), ("X",), ("W",), ("X", "W")]),
+            "frozen": tuple(name for name in full if name != "Y" and rng.random() < 0.1),
+            "how": rng.choice(["at once", "at once", "deferred"]),
+        }
+        meshes.run(
+            f"{len(meshes.found)}: {layout} {sizes} {dtype} {more}",
+            partial(multiplied, layout, full, sizes, **more),
+        )
+    assert meshes.differing() == {}
+    refused = meshes.refused()
+    assert all(why.startswith(REFUSED) for why in refused.values()), refused
+    assert len(refused) <= count / 5, refused
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("name", ["column_sequence", "row", "row_sequence", "2d, scattered", "fsdp_tp_sequence"])
+def test_as_right_and_as_much_sent_as_without(world_size: int, name: str) -> None:
+    """Within the bounds of an ordinary product; where a rank has 2^k pieces of one sum, with the bytes of one."""
+    layout = Layout(LAYOUTS[name])
+    meshes = Meshes(over(4, layout))
+    sizes = {letter: 4 * size for letter, size in sizes_for(layout, meshes.pieces).items()}
+    for mesh in meshes.mine.values():
+        for dtype, wide in PRECISION.values():
+            sent = []
+            for pieces in (meshes.pieces, None):
+                sg.set_exact(mesh, pieces)
+                run = partial(sg.check_product, layout, sizes, mesh, dtype=dtype, bias=True, reduce_dtype=wide)
+                run().require()  # in which ranks compare what they mean
+                with sg.trace_collectives() as traced:
+                    run().require()
+                sent.append(sum(event.bytes for event in traced))
+            assert sent[0] == sent[1], (mesh, dtype)
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize(("pieces", "most"), [(2, 1), (4, 2), (8, 3), (16, 4), (32, 5)])
+def test_few_sums_are_held_at_a_time(world_size: int, pieces: int, most: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    sg.set_exact(mesh, pieces)
+    made: list[Piecewise] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardgrad.ops.namespace.Piecewise", lambda *of: made.append(Piecewise(*of)) or made[-1])
+        layout = Layout(LAYOUTS["row"])
+        sizes = {"n": 3, "d": 32, "m": 5}
+        multiplied(layout, operands(layout, sizes, torch.float32, True), sizes, mesh)
+    assert max(one.most for one in made) == most
