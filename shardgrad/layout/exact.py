@@ -221,12 +221,18 @@ def _shifted(move: Move, dims: int) -> Move:
 
 
 def uneven(products: Products) -> tuple[str, int, int] | None:
-    """A letter that its axes do not cut evenly, its size on this rank, and in how many pieces it should be; if any."""
+    """A letter that its axes do not cut evenly, its size, and in how many pieces it should be; if any.
+
+    Of the whole letter where its size is known, as all ranks know it; else of this rank's part.
+    """
     pieces, sizes = products.pieces or {}, products.sizes
     for plan in products.plans:
         for letter, axes in plan.splitting.items():
-            count = prod(pieces[axis] // sizes.shape[axis] for axis in axes)
-            size = sizes.get(letter, axes)
-            if size is not None and size % count:
-                return "/".join((letter, *axes)), size, count
+            whole, local = sizes.get(letter, ()), sizes.get(letter, axes)
+            count = prod(pieces[axis] for axis in axes)
+            if whole is not None and whole % count:
+                return letter, whole, count
+            here = prod(pieces[axis] // sizes.shape[axis] for axis in axes)
+            if whole is None and local is not None and local % here:
+                return f"{'/'.join((letter, *axes))} on this rank", local, here
     return None

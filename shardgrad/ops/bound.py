@@ -324,7 +324,8 @@ class BoundMatmul:
         wanted = [name for name, need in zip(names, needs) if need]
         lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
         for (letter, axes), size in sorted(products.sizes.known.items()):
-            if axis not in axes and letter in letters:
+            equal = products.pieces is not None and products.sizes.get(letter, ()) is None  # as pieces are
+            if (axis not in axes and letter in letters) or (axis in axes and equal):
                 lines.append(f"{'/'.join((letter, *axes))} = {size}")
         return "\n".join(lines)
 

@@ -121,8 +121,8 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
     if found is not None:
         level, size, count = found
         raise ShapeError(
-            f"exact mode: {level} = {size} on this rank is not {count} equal pieces (in {name}): the pieces of an "
-            f"axis, {dict(pieces)}, divide every size that it splits"
+            f"exact mode: {level} = {size} is not {count} equal pieces (in {name}): the pieces of an axis, "
+            f"{dict(pieces)}, divide every size that it splits"
         )
     whole = Sizes(pieces, dict.fromkeys(pieces, 0))
     for plan in products.plans:
