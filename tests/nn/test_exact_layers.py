@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from bits import Meshes, digest, normal
+from bits import Meshes, normal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import shardgrad as sg
-from shardgrad import TensorSpec
 from shardgrad.comm.mesh import view
+from shardgrad.layout.notation import parse_tensor
 from shardgrad.testing import distributed
 from shardgrad.train.llama import Llama
 from shardgrad.train.model import GPT
@@ -27,15 +27,8 @@ DTYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def stored(text: str) -> TensorSpec:
-    """How a tensor is stored: of a text as X[b/dp,s,d]."""
-    return sg.Layout(f"{text} W[_w] -> Y[{text[2:-1]},_w]").lhs if "_" in text else parse(text)
-
-
-def parse(text: str) -> TensorSpec:
-    from shardgrad.layout.notation import parse_tensor
-
-    return parse_tensor(text)
+MOST = [pytest.param(name, marks=[] if name == "fp32" else pytest.mark.slow) for name in DTYPES]
+"""Of which fp32 shows most of what goes wrong."""
 
 
 def stepped(
@@ -58,15 +51,15 @@ def stepped(
             value = normal(*sharding.shape, seed=50 + at, dtype=parameter.dtype)
             parameter.copy_(sg.shard(value, sharding.spec, sharding.mesh))
     x, *rest = inputs.values()
-    local = sg.shard(x, parse(spec), mesh)
+    local = sg.shard(x, parse_tensor(spec), mesh)
     if local.is_floating_point():
         local.requires_grad_()
     y = layer(local, *rest) if call is None else call(layer, local, *rest)
-    whole_y = sg.unshard(y.detach(), parse(out), mesh)
-    y.backward(sg.shard(normal(*whole_y.shape, seed=9, dtype=y.dtype), parse(out), mesh))
+    whole_y = sg.unshard(y.detach(), parse_tensor(out), mesh)
+    y.backward(sg.shard(normal(*whole_y.shape, seed=9, dtype=y.dtype), parse_tensor(out), mesh))
     found = {"Y": whole_y}
     if local.grad is not None:
-        found["dX"] = sg.unshard(local.grad, parse(spec), mesh)
+        found["dX"] = sg.unshard(local.grad, parse_tensor(spec), mesh)
     for name, parameter, sharding in sg.named_shardings(layer):
         assert parameter.grad is not None, name
         assert sharding is not None
@@ -137,17 +130,17 @@ LAYERS: dict[str, tuple[Callable[[DeviceMesh, str], nn.Module], str, str]] = {
 
 @distributed(world_size=4)
 @pytest.mark.parametrize("name", LAYERS)
-def test_norms_and_feed_forward(world_size: int, name: str) -> None:
+@pytest.mark.parametrize("dtype", MOST)
+def test_norms_and_feed_forward(world_size: int, name: str, dtype: str) -> None:
     make, spec, out = LAYERS[name]
     meshes = Meshes(PIECES)
-    for dtype in DTYPES:
-        sizes = {"b": BATCH, "s": SEQUENCE, "d": WIDTH}
-        x = normal(*(sizes[letter] for letter in parse(spec).letters), seed=1, dtype=DTYPES[dtype]["dtype"])
+    sizes = {"b": BATCH, "s": SEQUENCE, "d": WIDTH}
+    x = normal(*(sizes[letter] for letter in parse_tensor(spec).letters), seed=1, dtype=DTYPES[dtype]["dtype"])
 
-        def run(mesh: DeviceMesh, dtype: str = dtype, x: Tensor = x) -> dict[str, Tensor]:
-            return stepped(lambda mesh: make(mesh, dtype), mesh, {"x": x}, spec, out)
+    def run(mesh: DeviceMesh, dtype: str = dtype, x: Tensor = x) -> dict[str, Tensor]:
+        return stepped(lambda mesh: make(mesh, dtype), mesh, {"x": x}, spec, out)
 
-        meshes.run(dtype, run)
+    meshes.run(dtype, run)
     meshes.assert_same()
 
 
@@ -166,19 +159,19 @@ HEADS: dict[str, dict[str, Any]] = {
 
 @distributed(world_size=4)
 @pytest.mark.parametrize("name", HEADS)
-def test_attention(world_size: int, name: str) -> None:
+@pytest.mark.parametrize("dtype", MOST)
+def test_attention(world_size: int, name: str, dtype: str) -> None:
     meshes = Meshes(PIECES)
     more = dict(HEADS[name])
     rotary = more.pop("rotary", False)
     kind = "X[b/dp,s/tp,d]" if "sequence_dim" in more else "X[b/dp,s,d]"
-    for dtype in DTYPES:
-        x = normal(BATCH, SEQUENCE, WIDTH, seed=1, dtype=DTYPES[dtype]["dtype"])
+    x = normal(BATCH, SEQUENCE, WIDTH, seed=1, dtype=DTYPES[dtype]["dtype"])
 
-        def make(mesh: DeviceMesh, dtype: str = dtype) -> nn.Module:
-            turned = {"rotary": sg.Rotary(6)} if rotary else {}
-            return sg.Attention(WIDTH, head_dim=6, **{**where(mesh, dtype), **more, **turned})
+    def make(mesh: DeviceMesh, dtype: str = dtype) -> nn.Module:
+        turned = {"rotary": sg.Rotary(6)} if rotary else {}
+        return sg.Attention(WIDTH, head_dim=6, **{**where(mesh, dtype), **more, **turned})
 
-        meshes.run(dtype, lambda mesh, x=x, make=make: stepped(make, mesh, {"x": x}, kind, kind))
+    meshes.run(dtype, lambda mesh, x=x, make=make: stepped(make, mesh, {"x": x}, kind, kind))
     meshes.assert_same()
 
 
@@ -204,7 +197,7 @@ def test_attention_with_masks(world_size: int, name: str, kv_heads: int) -> None
         mesh: Any = layer.mesh
         mine = mask
         if mask.dim() == 4 and mask.shape[0] > 1:
-            mine = sg.shard(mask, parse("M[b/dp,h,s,t]"), mesh)
+            mine = sg.shard(mask, parse_tensor("M[b/dp,h,s,t]"), mesh)
         return layer(local, mask=mine)
 
     meshes.run(
@@ -224,7 +217,8 @@ def test_attention_with_masks(world_size: int, name: str, kv_heads: int) -> None
 @distributed(world_size=4)
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("shard_params", [False, True])
-def test_embedding_and_tied_logits(world_size: int, sequence: bool, shard_params: bool) -> None:
+@pytest.mark.parametrize("dtype", MOST)
+def test_embedding_and_tied_logits(world_size: int, sequence: bool, shard_params: bool, dtype: str) -> None:
     meshes = Meshes(PIECES)
     vocabulary = 4 * 3
     ids = torch.randint(0, vocabulary, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(4))
@@ -235,14 +229,11 @@ def test_embedding_and_tied_logits(world_size: int, sequence: bool, shard_params
         def __init__(self, mesh: DeviceMesh, dtype: str) -> None:
             super().__init__()
             data = sg.BatchAxis("dp", shard_params=shard_params)
-            self.table = sg.VocabParallelEmbedding(
-                vocabulary, WIDTH, padding_idx=2, **{**where(mesh, dtype), "data": data}, **more
-            )
-            self.norm = sg.RMSNorm(WIDTH, mesh=mesh, data=data, dtype=DTYPES[dtype]["dtype"], **more)
+            places = {**where(mesh, dtype), "data": data, **more}
+            self.table = sg.VocabParallelEmbedding(vocabulary, WIDTH, padding_idx=2, **places)
+            self.norm = sg.RMSNorm(WIDTH, **norm_where(mesh, dtype, data=data, **more))
 
         def forward(self, ids: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.table.weight[:1] = -0.0  # a row of each rank
             return self.table.logits(self.norm(self.table(ids)))
 
     class Looked(Tied):
@@ -251,21 +242,130 @@ def test_embedding_and_tied_logits(world_size: int, sequence: bool, shard_params
                 self.table.weight[self.table.weight < 0] = -0.0
             return self.table(ids) + 0 * self.norm(self.table(ids))
 
-    out = "Y[b/dp,s,v/tp]"
     rows = "Y[b/dp,s/tp,d]" if sequence else "Y[b/dp,s,d]"
-    for dtype in DTYPES:
-        if not sequence:  # else a row of the table is set on each rank: another table on each mesh
-            meshes.run(
-                f"{dtype} looked up",
-                lambda mesh, dtype=dtype: stepped(lambda mesh: Looked(mesh, dtype), mesh, {"x": ids}, "I[b/dp,s]", rows),
-            )
-    class Same(Tied):
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.table.logits(self.norm(self.table(ids)))
+    for kind, out in ((Tied, "Y[b/dp,s,v/tp]"), (Looked, rows)):
 
-    for dtype in DTYPES:
-        meshes.run(
-            f"{dtype} tied",
-            lambda mesh, dtype=dtype: stepped(lambda mesh: Same(mesh, dtype), mesh, {"x": ids}, "I[b/dp,s]", out),
-        )
+        def run(mesh: DeviceMesh, dtype: str = dtype, kind: Any = kind, out: str = out) -> dict[str, Tensor]:
+            return stepped(lambda mesh: kind(mesh, dtype), mesh, {"x": ids}, "I[b/dp,s]", out)
+
+        meshes.run(f"{dtype} {kind.__name__}", run)
+    meshes.assert_same()
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", MOST)
+def test_cross_entropy(world_size: int, smoothing: float, reduction: str, dtype: str) -> None:
+    meshes = Meshes(PIECES)
+    vocabulary = 4 * 13
+    target = torch.randint(0, vocabulary, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(4))
+    target[0, :2], target[4:] = -100, -100
+    full = normal(BATCH, SEQUENCE, vocabulary, seed=1, dtype=DTYPES[dtype]["dtype"])
+    for over in ("dp", ()):
+
+        def run(mesh: DeviceMesh, full: Tensor = full, over: Any = over) -> dict[str, Tensor]:
+            spec = parse_tensor("L[b/dp,s,v/tp]" if over else "L[b,s,v/tp]")
+            tokens = sg.TensorSpec("T", spec.dims[:2])
+            logits = sg.shard(full, spec, mesh).requires_grad_()
+            loss = sg.vocab_parallel_cross_entropy(
+                logits,
+                sg.shard(target, tokens, mesh),
+                vocab_size=vocabulary,
+                mesh=mesh,
+                token_axes=over,
+                label_smoothing=smoothing,
+                reduction=reduction,  # type: ignore[arg-type]
+            )
+            (loss.sum() if loss.dim() else loss).backward()
+            assert logits.grad is not None
+            whole = sg.unshard(loss.detach(), tokens, mesh) if loss.dim() else loss.detach()
+            return {"loss": whole, "dlogits": sg.unshard(logits.grad, spec, mesh)}
+
+        meshes.run(f"{dtype} {over}", run)
+    meshes.assert_same()
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("shard_params", [False, True])
+def test_positions_and_dropout(world_size: int, sequence: bool, shard_params: bool) -> None:
+    meshes = Meshes(PIECES)
+    kind = "X[b/dp,s/tp,d]" if sequence else "X[b/dp,s,d]"
+
+    class Placed(nn.Module):
+        def __init__(self, mesh: DeviceMesh) -> None:
+            super().__init__()
+            data = sg.BatchAxis("dp", shard_params=shard_params)
+            more: dict[str, Any] = {"sequence_dim": 1} if sequence else {}
+            self.positions = sg.LearnedPositions(SEQUENCE + 4, WIDTH, **norm_where(mesh, "fp32", data=data, **more))
+            self.dropout = sg.Dropout(0.3, kind, mesh=mesh)
+            self.mlp = sg.MLP(WIDTH, 4 * 3, **{**where(mesh, "fp32"), "data": data, **more})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.dropout(self.positions.add_to(x, SEQUENCE, 2)))
+
+    x = normal(BATCH, SEQUENCE, WIDTH, seed=1)
+
+    def run(mesh: DeviceMesh) -> dict[str, Tensor]:
+        return stepped(Placed, mesh, {"x": x}, kind, kind)
+
+    meshes.run("placed", run)
+    meshes.assert_same()
+
+
+STEPS = 20
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"kind": Llama},
+    "gpt": {"kind": GPT},
+    "llama, bf16": {"kind": Llama, "compute_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "tied": False},
+    "gpt, fp64, dropout": {"kind": GPT, "dtype": torch.float64, "dropout": 0.1},
+    "gpt, fully sharded": {"kind": GPT, "fsdp": True},
+    "llama, fp32, fully sharded": {"kind": Llama, "fsdp": True},
+    "llama, recomputed": {"kind": Llama, "recompute": "full"},
+}
+FEW = 1
+"""Models that are trained each time; the others are slow."""
+
+
+def trained(mesh: DeviceMesh, kind: type[Any], steps: int, fsdp: bool = False, **more: Any) -> dict[str, Tensor]:
+    """Losses, norms of gradients, and every parameter after some steps with clipping and AdamW."""
+    torch.manual_seed(3)
+    sizes = {"layers": 2, "heads": 8, "kv_heads": 2, "d_model": 48, "seq_len": 12, "vocab": 8 * 5, "d_ff": 8 * 5}
+    model = kind(**sizes, data=sg.BatchAxis("dp", shard_params=fsdp), mesh=mesh, **more)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(5)
+    at, ranks = view(mesh).coordinate["dp"], view(mesh).shape["dp"]
+    losses, norms, batch = [], [], 8
+    for _ in range(steps):
+        ids = torch.randint(0, sizes["vocab"], (batch, 13), generator=generator).chunk(ranks)[at]
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:], batch)
+        loss.backward()
+        norms.append(sg.clip_grad_norm_(model, 1.0))
+        optimizer.step()
+        losses.append(loss.detach())
+    assert norms[0] > 1
+    found = {"losses": torch.stack(losses), "norms": torch.stack(norms)}
+    for name, parameter, sharding in sg.named_shardings(model):
+        assert sharding is not None
+        found[name] = sharding.unshard(parameter)
+    return found
+
+
+@distributed(world_size=4, timeout=200)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (at >= FEW)) for at, n in enumerate(MODELS)]
+)
+def test_training_is_the_same_on_every_mesh(world_size: int, name: str) -> None:
+    meshes = Meshes(PIECES, largest_only=True)
+    meshes.run(name, lambda mesh: trained(mesh, steps=STEPS, **MODELS[name]))
+    meshes.assert_same()
+
+
+@distributed(world_size=8, timeout=300)
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_eight_ranks(world_size: int, name: str) -> None:
+    meshes = Meshes({"dp": 4, "tp": 8}, largest_only=True)
+    meshes.run(name, lambda mesh: trained(mesh, steps=6, **MODELS[name]))
     meshes.assert_same()

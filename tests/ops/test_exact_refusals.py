@@ -56,13 +56,30 @@ def test_sizes_that_pieces_do_not_divide(world_size: int) -> None:
     sg.set_exact(mesh, 4)
     with sg.trace_collectives() as traced:
         for text, x, w, said in [
-            (COLUMN, (3, 5), (5, 3), "m/tp = 3 on this rank is not 2 equal pieces"),
-            (ROW, (3, 3), (3, 4), "d/tp = 3 on this rank is not 2 equal pieces"),
-            ("X[n/tp,d] W[d,m] -> Y[n/tp,m]", (5, 3), (3, 4), "n/tp = 5 on this rank is not 2 equal pieces"),
+            (COLUMN, (3, 5), (5, 3), "m/tp on this rank = 3 is not 2 equal pieces"),
+            (ROW, (3, 3), (3, 4), "d/tp on this rank = 3 is not 2 equal pieces"),
+            ("X[n/tp,d] W[d,m] -> Y[n/tp,m]", (5, 3), (3, 4), "n/tp on this rank = 5 is not 2 equal pieces"),
         ]:
             with pytest.raises(sg.ShapeError, match=said):
                 sg.matmul(normal(*x, seed=1), normal(*w, seed=2), text, mesh)
     assert all(event.bytes < 1000 for event in traced)  # what ranks compare
+
+
+@distributed(world_size=2, timeout=20)
+def test_sizes_that_are_wrong_on_some_ranks_only(world_size: int, rank: int) -> None:
+    """Pieces divide the 4 of rank 1, not the 5 of rank 0: all ranks must say so, or one waits for the others."""
+    mesh = mesh_of(2)
+    sg.set_exact(mesh, 4)
+    x, w = normal(3, 9, seed=1), normal(9, 4, seed=2)
+    layout = sg.Layout(ROW)
+    local = sg.shard(x, layout.lhs, mesh), sg.shard(w, layout.rhs, mesh)
+    assert local[0].shape[1] % 2 == (rank == 0)
+    with pytest.raises(sg.DisagreementError, match="d/tp = 5"):
+        sg.matmul(*local, layout, mesh)
+    with pytest.raises(sg.ShapeError, match="d = 9 is not 4 equal pieces"):
+        sg.matmul(*local, layout, mesh, sizes={"d": 9})
+    with pytest.raises(sg.ShapeError, match="= 9 is not 4 equal pieces"):
+        sg.RowParallelLinear(9, 4, mesh=mesh)(local[0])
 
 
 @distributed(world_size=2)
@@ -249,9 +266,9 @@ def test_models_of_others(world_size: int) -> None:
     mesh = mesh_of(2)
     sg.set_exact(mesh, 4)
     plan = {"up": "colwise", "down": "rowwise"}
+    model = sg.parallelize(Plain(), mesh, plan=plan)
     with pytest.raises(sg.LayoutError, match="exact"):
-        model = sg.parallelize(Plain(), mesh, plan=plan)
-        model(normal(3, 8, seed=1)).sum().backward()
+        model(normal(3, 8, seed=1))
 
 
 @distributed(world_size=4)
