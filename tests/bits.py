@@ -86,7 +86,8 @@ class Meshes:
 
     def assert_same(self, *, refused: int = 0) -> None:
         """All bits are equal on all meshes, and so much is refused, on all alike."""
-        assert self.differing() == {}
+        found = self.differing()
+        assert not found, found
         if dist.get_rank() == 0:
             assert len(self.refused()) == refused, self.refused()
 

@@ -331,14 +331,14 @@ FEW = 1
 def trained(mesh: DeviceMesh, kind: type[Any], steps: int, fsdp: bool = False, **more: Any) -> dict[str, Tensor]:
     """Losses, norms of gradients, and every parameter after some steps with clipping and AdamW."""
     torch.manual_seed(3)
-    sizes = {"layers": 2, "heads": 8, "kv_heads": 2, "d_model": 48, "seq_len": 12, "vocab": 8 * 5, "d_ff": 8 * 5}
+    sizes = {"layers": 2, "heads": 8, "kv_heads": 2, "d_model": 48, "seq_len": 16, "vocab": 8 * 5, "d_ff": 8 * 5}
     model = kind(**sizes, data=sg.BatchAxis("dp", shard_params=fsdp), mesh=mesh, **more)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     generator = torch.Generator().manual_seed(5)
     at, ranks = view(mesh).coordinate["dp"], view(mesh).shape["dp"]
     losses, norms, batch = [], [], 8
     for _ in range(steps):
-        ids = torch.randint(0, sizes["vocab"], (batch, 13), generator=generator).chunk(ranks)[at]
+        ids = torch.randint(0, sizes["vocab"], (batch, 17), generator=generator).chunk(ranks)[at]
         optimizer.zero_grad()
         loss = model.loss(ids[:, :-1], ids[:, 1:], batch)
         loss.backward()
