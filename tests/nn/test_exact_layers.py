@@ -342,10 +342,10 @@ def trained(mesh: DeviceMesh, kind: type[Any], steps: int, fsdp: bool = False, *
         optimizer.zero_grad()
         loss = model.loss(ids[:, :-1], ids[:, 1:], batch)
         loss.backward()
-        norms.append(sg.clip_grad_norm_(model, 1.0))
+        norms.append(sg.clip_grad_norm_(model, 0.5))
         optimizer.step()
         losses.append(loss.detach())
-    assert norms[0] > 1
+    assert norms[0] > 0.5  # it was clipped
     found = {"losses": torch.stack(losses), "norms": torch.stack(norms)}
     for name, parameter, sharding in sg.named_shardings(model):
         assert sharding is not None
