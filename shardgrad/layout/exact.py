@@ -10,12 +10,13 @@ A sum over several letters is a tree of trees, the inner ones reduced first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
 from shardgrad.errors import LayoutError
 from shardgrad.layout.lower import Products
+from shardgrad.layout.notation import Dim
 from shardgrad.layout.plan import Move
 from shardgrad.layout.schedule import (
     Cast,
@@ -27,6 +28,7 @@ from shardgrad.layout.schedule import (
     Instructions,
     Matmul,
     Same,
+    Slice,
     SumBias,
     Term,
     Wait,
@@ -77,7 +79,7 @@ class _Pass:
                 found += then[id(one)] if isinstance(one, Communicate) and one.blocking else []
             else:
                 found.append(one)
-        return tuple(found)
+        return tuple(_behind_leading_dims(found))
 
     def _is_gather_of_one(self, one: Communicate | Wait) -> bool:
         moved = one.started if isinstance(one, Wait) else one
@@ -190,13 +192,47 @@ class _Pass:
         return list(zip(one.reductions, wanted))
 
 
+def _behind_leading_dims(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
+    """Gathers and slices of sums that are not whole yet, as a bias's gradient has them, along the dims of the tensor:
+    those behind the dims of nodes, and of sums that are taken later."""
+    lead: dict[str, int] = {}
+    moved: dict[int, Communicate] = {}
+    for one in instructions:
+        if isinstance(one, InPieces):
+            lead[one.out] = (one.held > 0) + len(one.later)
+        elif isinstance(one, Fold):
+            lead[one.out] = (one.held > 0) + one.lead
+        elif isinstance(one, Communicate) and one.summed is not None:
+            lead[one.out] = (one.summed.held[1] > 0) + one.summed.lead
+        elif isinstance(one, Cast | Same | Slice | Communicate):
+            before = lead[one.out] = lead.get(one.src, 0)
+            if before and isinstance(one, Slice):
+                one = replace(one, move=_shifted(one.move, before))
+            elif before and isinstance(one, Communicate):
+                moved[id(one)] = one = replace(one, move=_shifted(one.move, before))
+        elif isinstance(one, Wait):
+            one = replace(one, started=moved.get(id(one.started), one.started))
+        yield one
+
+
+def _shifted(move: Move, dims: int) -> Move:
+    more = (Dim(""),) * dims
+    return replace(move, dim=move.dim + dims, before=(*more, *move.before), after=(*more, *move.after))
+
+
 def uneven(products: Products) -> tuple[str, int, int] | None:
-    """A letter that its axes do not cut evenly, its size on this rank, and in how many pieces it should be; if any."""
+    """A letter that its axes do not cut evenly, its size, and in how many pieces it should be; if any.
+
+    Of the whole letter where its size is known, as all ranks know it; else of this rank's part.
+    """
     pieces, sizes = products.pieces or {}, products.sizes
     for plan in products.plans:
         for letter, axes in plan.splitting.items():
-            count = prod(pieces[axis] // sizes.shape[axis] for axis in axes)
-            size = sizes.get(letter, axes)
-            if size is not None and size % count:
-                return "/".join((letter, *axes)), size, count
+            whole, local = sizes.get(letter, ()), sizes.get(letter, axes)
+            count = prod(pieces[axis] for axis in axes)
+            if whole is not None and whole % count:
+                return letter, whole, count
+            here = prod(pieces[axis] // sizes.shape[axis] for axis in axes)
+            if whole is None and local is not None and local % here:
+                return f"{'/'.join((letter, *axes))} on this rank", local, here
     return None

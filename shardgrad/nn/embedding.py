@@ -146,7 +146,7 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
         used = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, dims)
         if not is_exact(self.mesh):
             return self._lookup(ids, used[0][0])
-        along = counts(self.mesh, dims)
+        along = counts(self.mesh, dims, ids)
         y = join([self._lookup(some, weight) for some, (weight,) in zip(cut(ids, along), used, strict=True)], along)
         return y + 0.0 if view(self.mesh).shape[self.axis] == 1 else y  # the sum with zeros has no -0
 

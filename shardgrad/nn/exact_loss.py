@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm.agree import agree
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, view, view_of
 from shardgrad.comm.pieces import level_of, pieces_here, reduce_pieces
@@ -17,7 +18,9 @@ from shardgrad.errors import LayoutError
 from shardgrad.ops.in_pieces import compact, piece
 
 
-def sums_of_pieces(picked: Tensor, terms: Sequence[Tensor], over: Axis, blocks: int, what: str) -> Tensor:
+def sums_of_pieces(
+    picked: Tensor, terms: Sequence[Tensor], vocab_size: int, over: Axis, blocks: int, what: str
+) -> Tensor:
     """What each token has of the whole vocabulary: picked [...], which one rank of the axis has, and the sums over the
     last dim of terms [..., v/tp].
 
@@ -31,10 +34,10 @@ def sums_of_pieces(picked: Tensor, terms: Sequence[Tensor], over: Axis, blocks: 
     """
     mesh_view = view_of(over)
     columns, tokens = pieces_here(mesh_view, over.name), picked.numel()
-    size = terms[0].shape[-1]
-    if size % columns or tokens % blocks:
+    size, whole = terms[0].shape[-1], columns * over.size
+    if vocab_size % whole or tokens % blocks:
         raise LayoutError(
-            f"exact mode: a rank's {size} words are to be {columns} equal pieces, and its {tokens} tokens {blocks}: "
+            f"exact mode: {vocab_size} words are to be {whole} equal pieces, and a rank's {tokens} tokens {blocks}: "
             "the pieces of an axis divide every size that it splits"
         )
     flat = [term.reshape(tokens, size) for term in terms]
@@ -57,6 +60,9 @@ def sum_of_tokens(losses: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tens
         LayoutError: pieces do not divide the tokens.
     """
     blocks = prod(pieces_here(view(mesh), axis) for axis in axes)
+    for axis in axes:
+        text = f"{losses.numel()} tokens of a rank"
+        agree(view(mesh), view(mesh).axes[axis], lambda: text, "a loss over pieces of one size")
     if losses.numel() % blocks:
         raise LayoutError(f"exact mode: the {losses.numel()} tokens of a rank are to be {blocks} equal pieces")
     total: Tensor = _Total.apply(losses, mesh, tuple(axes), blocks)

@@ -228,7 +228,7 @@ def _losses(
         sums = torch.stack([picked, *(term.sum(-1) for term in terms)])
         sums = sums if over.size == 1 else AllReduce(over, what)(sums)
     else:
-        sums = sums_of_pieces(picked, terms, over, blocks, what)
+        sums = sums_of_pieces(picked, terms, vocab_size, over, blocks, what)
     log_sum = sums[1].log() + top
     losses = log_sum - sums[0]
     if smoothing:

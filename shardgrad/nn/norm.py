@@ -99,9 +99,10 @@ class _Norm(Layer):
             return norm(x, *_two(used[0]))
         if self._features is not None:
             refuse_exact(view(self.mesh), [self.axis], "a norm whose features are sharded", "shard its rows")
-        along = counts(self.mesh, dims)
-        used = used * len(cut(x, along)) if len(used) == 1 else used
-        return join([norm(piece, *_two(each)) for piece, each in zip(cut(x, along), used, strict=True)], along)
+        along = counts(self.mesh, dims, x)
+        pieces = cut(x, along)
+        used = used * len(pieces) if len(used) == 1 else used
+        return join([norm(piece, *_two(each)) for piece, each in zip(pieces, used, strict=True)], along)
 
     def _rows(self, dims: int) -> Cut:
         """The rows that axes shard, of x of so many dims."""

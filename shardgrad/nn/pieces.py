@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
+from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import MeshView, view
@@ -34,9 +35,19 @@ def is_exact(mesh: DeviceMesh) -> bool:
     return exact(view(mesh)) is not None
 
 
-def counts(mesh: DeviceMesh, dims: Cut) -> dict[int, int]:
-    """The pieces of each dim on this rank."""
+def counts(mesh: DeviceMesh, dims: Cut, x: Tensor | None = None) -> dict[int, int]:
+    """The pieces of each dim on this rank.
+
+    x: the tensor that is to be cut: ranks compare its size, which pieces of one size make alike on all of them.
+
+    Raises:
+        DisagreementError: on all of them, if it is not.
+    """
     mesh_view = view(mesh)
+    for dim, axes in dims if x is not None and exact(mesh_view) is not None else ():
+        for axis in axes:
+            text = f"dim {dim} of {tuple(x.shape)}, which axis {axis} shards, has size {x.shape[dim]}"
+            agree(mesh_view, mesh_view.axes[axis], lambda text=text: text, "a tensor in pieces of one size")
     return {dim: prod(pieces_here(mesh_view, axis) for axis in axes) for dim, axes in dims}
 
 
@@ -44,7 +55,7 @@ def in_pieces(function: Callable[..., Tensor], mesh: DeviceMesh, dims: Cut, *ten
     """function(*tensors); in exact mode, of the pieces of all tensors, which are cut alike."""
     if not is_exact(mesh):
         return function(*tensors)
-    along = counts(mesh, dims)
+    along = counts(mesh, dims, tensors[0])
     return join([function(*pieces) for pieces in zip(*(cut(tensor, along) for tensor in tensors))], along)
 
 

@@ -82,7 +82,7 @@ class LearnedPositions(Layer):
         batch = self._batch()
         tables = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, batch)
         along = [] if self.sequence_dim is None else [self.axis]
-        cuts = counts(self.mesh, [*batch, (1, along)])
+        cuts = counts(self.mesh, [*batch, (1, along)], x)
         rows = [piece for (table,) in tables for piece in cut(self._rows(table, sequence, first), {0: cuts[1]})]
         return join([piece + row.to(x.dtype) for piece, row in zip(cut(x, cuts), rows, strict=True)], cuts)
 

@@ -65,6 +65,8 @@ class BoundMatmul:
         self._derived = {x for lay in layouts for x in lay.out.letters[len(lay.out.dims) - lay.spatial :]}
         self.plans: tuple[Plan, ...] = tuple(layout.plan for layout in layouts)
         self.count = len(layouts)
+        biases = [layout.bias for layout, added in zip(layouts, biased) if added]
+        self._specs = [layouts[0].lhs, *(layout.rhs for layout in layouts), *biases]  # of the tensors of a call
         self._gathers = [move for plan, bias in zip(self.plans, biased) for move in plan.gathers(bias=bias)]
         self._by_pieces: dict[object, dict[object, Executable]] = {}  # exact mode may be set, and set otherwise
         self._executables: dict[object, Executable] = {}
@@ -196,7 +198,7 @@ class BoundMatmul:
         if products.pieces is not None:
             from shardgrad.ops.exact import checked
 
-            made.call = checked(made.call, products, self.view)
+            made.call = checked(made.call, self._specs, self.view)
         return made
 
     @property
@@ -345,7 +347,8 @@ class BoundMatmul:
         wanted = [name for name, need in zip(names, needs) if need]
         lines += [f"gradients wanted of {', '.join(wanted) or 'nothing'}"]
         for (letter, axes), size in sorted(products.sizes.known.items()):
-            if axis not in axes and letter in letters:
+            equal = products.pieces is not None and products.sizes.get(letter, ()) is None  # as pieces are
+            if (axis not in axes and letter in letters) or (axis in axes and equal):
                 lines.append(f"{'/'.join((letter, *axes))} = {size}")
         return "\n".join(lines)
 

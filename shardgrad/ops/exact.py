@@ -18,6 +18,7 @@ from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Products
+from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.micro_batches import held
 from shardgrad.ops.overlap import is_set
@@ -93,15 +94,20 @@ def refuse_graph(mesh_view: MeshView, name: str) -> None:
         )
 
 
-def checked(call: Callable[..., Any], products: Products, mesh_view: MeshView) -> Callable[..., Any]:
-    """A call that first looks where its input comes from (`check_origin`), and which micro-batch this is (`held`)."""
-    sizes, pieces = products.sizes, products.pieces or {}
-    spec = products.plans[0].stored["lhs"]
-    count = prod(pieces[axis] // sizes.shape[axis] for dim in spec for axis in dim.axes)
+def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: MeshView) -> Callable[..., Any]:
+    """A call that first looks where its operands come from (`check_origin`), and which micro-batch this is (`held`).
 
-    def call_checked(x: Tensor, *parameters: Tensor) -> Any:
-        check_origin(x, count)
-        return call(x, *held(mesh_view, parameters))
+    specs: of the input, the weights, the biases that there are.
+    """
+    pieces = exact(mesh_view) or {}
+    cut = [[axis for axis in spec.axes if pieces[axis] > 1] for spec in specs]
+    counts = [prod(pieces[axis] // mesh_view.shape[axis] for axis in axes) if axes else 0 for axes in cut]
+
+    def call_checked(*operands: Tensor) -> Any:
+        for operand, count in zip(operands, counts):
+            if count and operand.grad_fn is not None:
+                check_origin(operand, count)
+        return call(operands[0], *held(mesh_view, operands[1:]))
 
     return call_checked
 
@@ -122,8 +128,8 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
     if found is not None:
         level, size, count = found
         raise ShapeError(
-            f"exact mode: {level} = {size} on this rank is not {count} equal pieces (in {name}): the pieces of an "
-            f"axis, {dict(pieces)}, divide every size that it splits"
+            f"exact mode: {level} = {size} is not {count} equal pieces (in {name}): the pieces of an axis, "
+            f"{dict(pieces)}, divide every size that it splits"
         )
     whole = Sizes(pieces, dict.fromkeys(pieces, 0))
     for plan in products.plans:
