@@ -60,8 +60,8 @@ def sum_of_tokens(losses: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tens
         LayoutError: pieces do not divide the tokens.
     """
     blocks = prod(pieces_here(view(mesh), axis) for axis in axes)
+    text = f"{losses.numel()} tokens of a rank"
     for axis in axes:
-        text = f"{losses.numel()} tokens of a rank"
         agree(view(mesh), view(mesh).axes[axis], lambda: text, "a loss over pieces of one size")
     if losses.numel() % blocks:
         raise LayoutError(f"exact mode: the {losses.numel()} tokens of a rank are to be {blocks} equal pieces")

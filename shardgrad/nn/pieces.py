@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -44,11 +45,16 @@ def counts(mesh: DeviceMesh, dims: Cut, x: Tensor | None = None) -> dict[int, in
         DisagreementError: on all of them, if it is not.
     """
     mesh_view = view(mesh)
-    for dim, axes in dims if x is not None and exact(mesh_view) is not None else ():
-        for axis in axes:
-            text = f"dim {dim} of {tuple(x.shape)}, which axis {axis} shards, has size {x.shape[dim]}"
-            agree(mesh_view, mesh_view.axes[axis], lambda text=text: text, "a tensor in pieces of one size")
+    if x is not None and exact(mesh_view) is not None:
+        for dim, axes in dims:
+            for axis in axes:
+                describe = partial(_size, tuple(x.shape), dim, axis)
+                agree(mesh_view, mesh_view.axes[axis], describe, "a tensor in pieces of one size")
     return {dim: prod(pieces_here(mesh_view, axis) for axis in axes) for dim, axes in dims}
+
+
+def _size(shape: tuple[int, ...], dim: int, axis: str) -> str:
+    return f"a tensor has {shape[dim]} along dim {dim}, which axis {axis} shards"
 
 
 def in_pieces(function: Callable[..., Tensor], mesh: DeviceMesh, dims: Cut, *tensors: Tensor) -> Tensor:

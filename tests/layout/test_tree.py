@@ -101,7 +101,7 @@ def over_ranks(cuts: list[tuple[int, int]]) -> Iterator[Term]:
         before = have
         have = {}
         for place in places:
-            how = summed(level(place), names[axis], 0)
+            how = summed(level(place), names[axis])
             values, spans = [], []
             for at, brought in enumerate(how.brought):
                 sent = before[(*place[:axis], at, *place[axis + 1 :])]
@@ -148,7 +148,7 @@ def test_one_sum_a_rank_travels_where_each_holds_a_power_of_two() -> None:
             level = Level((Cut("minor", minor, p, 0), Cut("major", major, q, 0)))
             if p > 1 and is_power_of_two(level.count):
                 assert held(level) == 0
-                assert all(len(spans) == 1 for spans in summed(level, "minor", 0).brought)
+                assert all(len(spans) == 1 for spans in summed(level, "minor").brought)
 
 
 def test_another_order_of_adding_is_another_expression() -> None:
