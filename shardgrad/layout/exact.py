@@ -23,10 +23,12 @@ from shardgrad.layout.schedule import (
     Communicate,
     Defer,
     Fold,
+    Hold,
     InPieces,
     Instruction,
     Instructions,
     Matmul,
+    Return,
     Same,
     Slice,
     SumBias,
@@ -36,13 +38,18 @@ from shardgrad.layout.schedule import (
 from shardgrad.layout.tree import Cut, Level, held, summed
 
 
-def in_pieces(instructions: Sequence[Instruction], products: Products) -> Instructions:
+def in_pieces(instructions: Sequence[Instruction], products: Products, hold: str | None = None) -> Instructions:
     """Products in pieces, and reductions that add in the tree.
 
+    hold: an axis, whose pieces come in several micro-batches: the gradients of weights and biases are kept until the
+        last of them.
+
     Raises:
-        LayoutError: an axis does not cut a letter evenly, or no tree over ranks is one over pieces.
+        LayoutError: an axis does not cut a letter evenly, or no tree over ranks, or over micro-batches, is one over
+            pieces.
     """
-    return _Pass(products).apply(instructions)
+    made = _Pass(products).apply(instructions)
+    return made if hold is None else tuple(_held_back(made, products, hold))
 
 
 @dataclass
@@ -218,6 +225,48 @@ def _behind_leading_dims(instructions: Sequence[Instruction]) -> Iterator[Instru
 def _shifted(move: Move, dims: int) -> Move:
     more = (Dim(""),) * dims
     return replace(move, dim=move.dim + dims, before=(*more, *move.before), after=(*more, *move.after))
+
+
+def _held_back(instructions: Instructions, products: Products, axis: str) -> Iterator[Instruction]:
+    """Each gradient of a weight or a bias held before it is handed on, in the dtype in which it is summed."""
+    [end] = [one for one in instructions if isinstance(one, Return)]
+    results = {value: at for at, value in enumerate(end.results) if at and value is not None}
+    last = {one.out: one for one in instructions if isinstance(one, Cast) and one.out in results}
+    for one in instructions:
+        if isinstance(one, InPieces) and one.out in results:
+            _check_outermost(one.terms[0].made, products, axis)
+        if one is end:
+            for value, at in results.items():
+                yield Hold("hold", value, at, products.reduce_dtype, products.reduce_dtype and products.dtype)
+        if not (isinstance(one, Cast) and last.get(one.out) is one):
+            yield one
+
+
+def _check_outermost(made: Matmul | SumBias, products: Products, axis: str) -> None:
+    """Micro-batches are the outermost nodes of the tree: so must their axis be among those that the sum is over."""
+    plan, pieces = products.plans[made.index], products.pieces or {}
+    if isinstance(made, Matmul):
+        route, letters = plan.reduce[made.role], plan.splitting
+    else:
+        route = plan.bias_grad_gathered if made.gathered else plan.bias_grad
+        letters = plan.splitting if made.gathered else {dim.letter: dim.axes for dim in plan.stored["out"]}
+    over = [move.axis for move in route if move.kind in ("all-reduce", "reduce-scatter")]
+    over = [one for one in over if one == axis or pieces[one] > 1]
+    letter = next((letter for letter, cuts in letters.items() if axis in cuts), None)
+    name = plan.names[made.role] if isinstance(made, Matmul) else plan.names["bias"]
+    if letter is None or axis not in over:
+        raise LayoutError(
+            f"exact mode: micro-batches are parts of a batch that axis {axis} shards, and the gradient of {name} is not "
+            "summed over it"
+        )
+    mine = [one for one in letters[letter] if one in over]
+    last = next(x for one in reversed(over) for x, cuts in letters.items() if one in cuts)
+    each = prod(pieces[one] for one in mine)
+    if mine[0] != axis or last != letter or each & (each - 1):
+        raise LayoutError(
+            f"exact mode: the gradient of {name} is summed over {', '.join(over)}, not over {axis} last, as "
+            "micro-batches are added: do without sg.micro_batches"
+        )
 
 
 def uneven(products: Products) -> tuple[str, int, int] | None:

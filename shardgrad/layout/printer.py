@@ -16,6 +16,7 @@ from shardgrad.layout.schedule import (
     Defer,
     Fold,
     Free,
+    Hold,
     InPieces,
     Instruction,
     Matmul,
@@ -128,6 +129,9 @@ class _Printer:
     def fold(self, one: Fold) -> list[str]:
         return [f"{one.out} = {self.name(f'fold_{one.out}', one)}({one.out})"]
 
+    def hold(self, one: Hold) -> list[str]:
+        return [f"{one.out} = {self.name(f'hold_{one.out}', one)}({one.out})"]
+
     def save(self, one: Save) -> list[str]:
         return [f"ctx.save_for_backward({', '.join(one.values)})", "ctx.set_materialize_grads(False)"]
 
@@ -160,6 +164,7 @@ _LINES: dict[type[Instruction], Callable[[_Printer, Any], list[str]]] = {
     Same: _Printer.same,
     InPieces: _Printer.in_pieces,
     Fold: _Printer.fold,
+    Hold: _Printer.hold,
     Save: _Printer.save,
     Free: _Printer.free,
     Return: _Printer.result,

@@ -49,13 +49,14 @@ def backward_program(
     *,
     main: Collection[int] = (),
     defer: bool = False,
+    hold: str | None = None,
 ) -> Printed:
     """The function that makes the gradients, of every dY, what forward saved, and the buffers of `main`.
 
     Args:
         needs: as of `forward_program`.
         has_grad: for each product, whether there is a dY.
-        main, defer: as of `lower.backward`.
+        main, defer: as of `lower.backward`. hold: in exact mode, the axis of whose pieces this is a micro-batch.
     """
     names = products.names
     # Ordered as if every dY were there, so that ranks which lack different ones communicate in one order.
@@ -64,7 +65,7 @@ def backward_program(
     absent = {at for at, (takes, has) in enumerate(zip(every, has_grad)) if takes and not has}
     buffers = (names.main[output] for output in sorted(main))
     arguments = (*names.dy, *products.saved_values(needs), *buffers)
-    return _printed("backward", arguments, made, products, also, absent)
+    return _printed("backward", arguments, made, products, also, absent, hold)
 
 
 def _printed(
@@ -74,6 +75,7 @@ def _printed(
     products: Products,
     also: Pass | None,
     absent: Collection[int] = (),
+    hold: str | None = None,
 ) -> Printed:
     def expression(one: Matmul) -> str | None:
         """torch's own way to write a local product, where it has one."""
@@ -88,5 +90,5 @@ def _printed(
 
     passed = without_products(made if also is None else also(made), absent)
     if products.pieces is not None:
-        passed = in_pieces(passed, products)
+        passed = in_pieces(passed, products, hold)
     return print_function(name, arguments, free(passed), expression)

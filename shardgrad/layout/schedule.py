@@ -11,6 +11,7 @@ Cost, explanation, timeline and the executor read this list; `printer` writes th
 | `Same`        | another name for a value: what a gather over one rank becomes in exact mode                  |
 | `InPieces`    | products, or the sum for db, done piece by piece and added in a tree (see `layout.exact`)    |
 | `Fold`        | the sum, in a tree, of what lies side by side on a first dim                                 |
+| `Hold`        | a gradient kept until the last micro-batch, and then the tree over all of them               |
 | `Cast`        | change the dtype, around reductions in another one                                           |
 | `Matmul`      | the local product, or one of its two transposes; adds to `into`, or adds a bias, if it says so |
 | `Accumulate`  | a local product, or a value, added to the buffer of a parameter (`main_grad`)                |
@@ -229,6 +230,20 @@ class Fold(Instruction):
     level: Level
     held: int
     lead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold(Instruction):
+    """`out`, the result number `at`, kept; None before the last micro-batch.
+
+    wide, dtype: in which it is summed, and then handed on; None: its own.
+    """
+
+    READS, WRITES = ("out",), ("out",)
+    out: str
+    at: int
+    wide: str | None
+    dtype: str | None
 
 
 @dataclass(frozen=True, slots=True)

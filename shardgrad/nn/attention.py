@@ -24,7 +24,7 @@ from shardgrad.nn.parallel import Where
 from shardgrad.nn.pieces import counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.rotary import Rotary, turn
 from shardgrad.ops.in_pieces import piece
-from shardgrad.ops.micro_batches import held_as
+from shardgrad.ops.micro_batches import is_last
 from shardgrad.ops.pieces import cut, join
 
 
@@ -170,11 +170,10 @@ class Attention(
         shared = self._of_kv_heads()
         shardings = [self._shardings[name] for name in shared]
         whole = [parameters[name] for name in shared]
-        used = row_pieces(whole, shardings, self.mesh, [(0, [self.axis])], hold=False)
+        used = row_pieces(whole, shardings, self.mesh, [(0, [self.axis])], hold=False)  # the products do
         for at, name in enumerate(shared):
             mine = [each[at].narrow(0, piece.first_kv, piece.count_kv) for each, piece in zip(used, pieces)]
-            made = mine[0] if len(mine) == 1 else torch.cat(mine)
-            parameters[name] = held_as(view(self.mesh), made, whole[at])
+            parameters[name] = mine[0] if len(mine) == 1 else torch.cat(mine)
         weights, biases = zip(*(one.names for one in self._recipes["X"].products))
         return [parameters[name] for name in weights], [parameters[name] for name in biases if name in parameters]
 
@@ -231,7 +230,9 @@ class Attention(
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
         shared = [] if self._pieces()[0].aligned else [self._shardings[name] for name in self._of_kv_heads()]
         over, own = [(0, [self.axis])], self.output_weight.dtype
-        return row_pieces_collectives("dWk and dWv", shared, self.mesh, over, own)
+        every = row_pieces_collectives("dWk and dWv", shared, self.mesh, over, own)
+        last = is_last(view(self.mesh))
+        return (row for row in every if last or row.phase == "forward")
 
     def extra_repr(self) -> str:
         flags = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"

@@ -23,7 +23,6 @@ from shardgrad.layout.sizes import Level, Sizes
 from shardgrad.ops import handles, sizing
 from shardgrad.ops.bilinear import CONTRACT, Operation
 from shardgrad.ops.executable import Executable
-from shardgrad.ops.micro_batches import held
 from shardgrad.ops.namespace import Namespace
 
 if TYPE_CHECKING:
@@ -106,8 +105,7 @@ class BoundMatmul:
     def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """The same under autocast or functorch's transforms."""
         if torch.is_autocast_enabled(self.device_type):
-            x, *parameters = tensors
-            tensors = self.cast((x, *held(self.view, parameters)))
+            tensors = self.cast(tensors)
             with torch.autocast(self.device_type, enabled=False):
                 return self(tensors, given)
         found = self.executable(tensors, given)

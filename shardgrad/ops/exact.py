@@ -20,7 +20,6 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Products
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
-from shardgrad.ops.micro_batches import held
 from shardgrad.ops.overlap import is_set
 from shardgrad.ops.pieces import check_origin
 
@@ -95,7 +94,7 @@ def refuse_graph(mesh_view: MeshView, name: str) -> None:
 
 
 def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: MeshView) -> Callable[..., Any]:
-    """A call that first looks where its operands come from (`check_origin`), and which micro-batch this is (`held`).
+    """A call that first looks where its operands come from (see `check_origin`).
 
     specs: of the input, the weights, the biases that there are.
     """
@@ -107,7 +106,7 @@ def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: Me
         for operand, count in zip(operands, counts):
             if count and operand.grad_fn is not None:
                 check_origin(operand, count)
-        return call(operands[0], *held(mesh_view, operands[1:]))
+        return call(*operands)
 
     return call_checked
 

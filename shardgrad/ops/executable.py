@@ -13,7 +13,7 @@ from shardgrad.comm.agree import every_call
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.layout.lower import Products
 from shardgrad.layout.program import Pass, backward_program, forward_program
-from shardgrad.ops.modes import deferrals, main_grads
+from shardgrad.ops.modes import accumulating, deferrals, main_grads
 from shardgrad.ops.namespace import Namespace
 
 Check = Callable[[Sequence[Tensor | None]], None]
@@ -43,7 +43,7 @@ class Executable:
         self.products, self.needs, self.check = products, needs, check
         self._title, self._namespace, self._also = title, namespace, also
         # Backward, by which dYs there are, whether the weights' gradients are deferred, and which go to a main_grad.
-        self._backwards: dict[tuple[tuple[bool, ...], bool, tuple[int, ...]], Callable[..., Any]] = {}
+        self._backwards: dict[tuple[tuple[bool, ...], bool, tuple[int, ...], str | None], Callable[..., Any]] = {}
         self._forward = self.forward_function()
         self.graph_functions: Any = None
         self.function: type[torch.autograd.Function] | None = None
@@ -67,12 +67,14 @@ class Executable:
         return self._namespace.function(printed, self._title)
 
     def _backward_function(
-        self, has_grad: tuple[bool, ...], deferred: bool = False, main: tuple[int, ...] = ()
+        self, has_grad: tuple[bool, ...], deferred: bool = False, main: tuple[int, ...] = (), hold: str | None = None
     ) -> Callable[..., Any]:
-        key = has_grad, deferred, main
+        key = has_grad, deferred, main, hold
         found = self._backwards.get(key)
         if found is None:
-            printed = backward_program(self.products, self.needs, has_grad, self._also, main=main, defer=deferred)
+            printed = backward_program(
+                self.products, self.needs, has_grad, self._also, main=main, defer=deferred, hold=hold
+            )
             found = self._backwards[key] = self._namespace.function(printed, self._title)
         return found
 
@@ -88,6 +90,7 @@ class Executable:
                 every_call
                 or deferrals
                 or main_grads
+                or accumulating
                 or dys[0] is None
                 or (several and [dy for dy in dys if dy is None])
             ):
@@ -104,10 +107,12 @@ class Executable:
             self.check(dys)
         from shardgrad.ops.deferred import can_defer, defer
         from shardgrad.ops.main_grad import buffers_of
+        from shardgrad.ops.micro_batches import holding
 
         deferred = bool(deferrals) and can_defer(ctx, slice(1, None))
         mains = buffers_of(ctx) if main_grads else {}
-        grads = self.gradients(dys, ctx.saved_tensors, deferred, mains)
+        now = holding(self._namespace.view, ctx, deferred or bool(mains)) if accumulating else None
+        grads = self.gradients(dys, ctx.saved_tensors, deferred, mains, None if now is None else now.axis)
         if len(grads) > len(self.needs):
             defer(ctx, grads[-1])
         return grads[: len(self.needs)]
@@ -118,14 +123,16 @@ class Executable:
         saved: Sequence[Tensor],
         deferred: bool = False,
         mains: dict[int, Tensor] | None = None,
+        hold: str | None = None,
     ) -> tuple[Any, ...]:
         """The gradients of X, each weight and each bias, and what computes the deferred ones, if there are any.
 
         mains: buffers, by result, to which gradients are added; None stands in their place.
+        hold: as of `backward_program`.
         """
         dys, mains = self._with_zeros(dys), mains or {}
         has_grad = tuple([dy is not None for dy in dys])
-        body = self._backward_function(has_grad, deferred, tuple(mains))
+        body = self._backward_function(has_grad, deferred, tuple(mains), hold)
         grads: tuple[Any, ...] = body(*dys, *saved, *mains.values())
         return grads
 

@@ -18,6 +18,10 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import KEY, exact
 from shardgrad.errors import LayoutError
 from shardgrad.layout.tree import TreeSum
+from shardgrad.ops import modes
+
+Key = frozenset[int]
+"""Which parameters, by their identity."""
 
 _KEY = "micro-batches"
 _UNLIKE = (
@@ -27,18 +31,23 @@ _UNLIKE = (
 
 @dataclass
 class _Accumulating:
-    """count: micro-batches of a step. at: the one now. sums: of each parameter, one for each of its uses.
-    used: how many of these the backward of this micro-batch has come to."""
+    """axis, count: of whose pieces a step has so many micro-batches. at: the one now.
 
+    sums: of each parameter, or set of them, one for each of its uses. used: how many of these the backward of this
+    micro-batch has come to. operands: of the product whose backward is now, by the place of their gradients.
+    """
+
+    axis: str
     count: int
     at: int = 0
-    sums: dict[int, list[TreeSum[Tensor]]] = field(default_factory=dict)
-    used: dict[int, int] = field(default_factory=dict)
+    sums: dict[Key, list[TreeSum[Tensor]]] = field(default_factory=dict)
+    used: dict[Key, int] = field(default_factory=dict)
+    operands: dict[int, Key] = field(default_factory=dict)
 
-    def push(self, parameter: int, gradient: Tensor) -> Tensor | None:
+    def push(self, key: Key, gradient: Tensor) -> Tensor | None:
         """The gradient of the next use of a parameter; the sum of all micro-batches, with the last of them."""
-        sums, use = self.sums.setdefault(parameter, []), self.used.get(parameter, 0)
-        self.used[parameter] = use + 1
+        sums, use = self.sums.setdefault(key, []), self.used.get(key, 0)
+        self.used[key] = use + 1
         if use == len(sums):
             sums.append(TreeSum(self.count, torch.add))
         sums[use].push((self.at, self.at + 1), gradient)
@@ -78,14 +87,16 @@ def micro_batches(mesh: DeviceMesh, count: int, axis: str = "dp") -> Iterator[in
             f"exact mode: {count} micro-batches on {mesh_view.shape[axis]} ranks of axis {axis!r} are to be parts of "
             f"its {pieces[axis]} pieces: of as many each, a power of two"
         )
-    now = _Accumulating(count)
+    now = _Accumulating(axis, count)
     _switch(mesh_view, {**pieces, axis: each}, now)
+    modes.accumulating.append(now)
     try:
         for at in range(count):
             now.at = at
             now.used.clear()
             yield at
     finally:
+        modes.accumulating.remove(now)
         _switch(mesh_view, pieces, None)
     if any(not one.is_whole for sums in now.sums.values() for one in sums):
         raise LayoutError(_UNLIKE)
@@ -100,62 +111,66 @@ def _switch(mesh_view: MeshView, pieces: Any, now: _Accumulating | None) -> None
         bound.use_settings()
 
 
-def held(mesh_view: MeshView, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Parameters, each as one use of it: of which micro-batches' gradients are added in the tree.
+def is_last(mesh_view: MeshView) -> bool:
+    """Whether this is the last micro-batch, after which what has been held goes on; also outside of any."""
+    now: _Accumulating | None = mesh_view.settings.get(_KEY)
+    return now is None or now.at == now.count - 1
 
-    Raises:
-        LayoutError: one that is trained is no parameter, and is not made of held ones.
-    """
+
+def held(mesh_view: MeshView, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Parameters, each as one use of it outside of products: micro-batches' gradients of it are added in the tree."""
     now: _Accumulating | None = mesh_view.settings.get(_KEY)
     if now is None or not torch.is_grad_enabled():
         return parameters
-    return [_held(now, parameter) for parameter in parameters]
-
-
-def held_as(mesh_view: MeshView, made: Tensor, parameter: Tensor) -> Tensor:
-    """What is made of a parameter, as one use of it: micro-batches are added before what made it is gone back."""
-    now: _Accumulating | None = mesh_view.settings.get(_KEY)
-    if now is None or not torch.is_grad_enabled() or not made.requires_grad:
-        return made
-    use: Tensor = _Use.apply(now, id(parameter), made)
-    return use
-
-
-def _held(now: _Accumulating, parameter: Tensor) -> Tensor:
-    if not parameter.requires_grad:
-        return parameter
-    leaf = parameter if parameter.is_leaf else parameter._base
-    if leaf is None or not leaf.is_leaf:
-        if _is_held(parameter):
-            return parameter
-        raise LayoutError(
-            f"exact mode: a weight of shape {tuple(parameter.shape)} is computed from other tensors, whose gradients "
-            "micro-batches would add in another order: pass a parameter, or do without sg.micro_batches"
-        )
-    made: Tensor = _Use.apply(now, id(leaf), parameter)
-    return made
-
-
-def _is_held(parameter: Tensor) -> bool:
-    """Whether a tensor is made of uses of parameters alone."""
-    ahead = [parameter.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if getattr(node, "_forward_cls", None) is _Use:
-            continue
-        before = [one for one, _ in node.next_functions if one is not None] if node is not None else []
-        if not before:
-            return False
-        ahead += before
-    return True
+    return [_Use.apply(now, one) if one.requires_grad else one for one in parameters]
 
 
 class _Use(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, now: _Accumulating, key: int, parameter: Tensor) -> Tensor:
-        ctx.now, ctx.key = now, key
+    def forward(ctx: Any, now: _Accumulating, parameter: Tensor) -> Tensor:
+        ctx.now = now
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None]:
-        return None, None, ctx.now.push(ctx.key, gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        return None, ctx.now.push(_leaves(ctx.next_functions[0][0]), gradient)
+
+
+def holding(mesh_view: MeshView, node: Any, other: bool) -> _Accumulating | None:
+    """The step whose micro-batches a product's gradients belong to, told which operands they are of.
+
+    node: of the graph. other: whether gradients go another way.
+
+    Raises:
+        LayoutError: they do: they are deferred, or added to a main_grad.
+    """
+    now: _Accumulating | None = mesh_view.settings.get(_KEY)
+    if now is None:
+        return None
+    if other:
+        raise LayoutError(
+            "exact mode: sg.micro_batches adds gradients itself: do without sg.defer_weight_grads and sg.use_main_grads"
+        )
+    now.operands = {at: _leaves(entry[0]) for at, entry in enumerate(node.next_functions) if at}
+    return now
+
+
+def hold(
+    gradient: Tensor, view: MeshView, at: int, wide: torch.dtype | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """What `Hold` does with the gradient of an operand."""
+    now: _Accumulating = view.settings[_KEY]
+    whole = now.push(now.operands[at], gradient if wide is None else gradient.to(wide))
+    return whole if whole is None or dtype is None else whole.to(dtype)
+
+
+def _leaves(node: Any) -> Key:
+    """The parameters that a node of the graph comes from: the same in every micro-batch."""
+    found, ahead = set[int](), [node]
+    while ahead:
+        one = ahead.pop()
+        if one is not None and hasattr(one, "variable"):
+            found.add(id(one.variable))
+        elif one is not None:
+            ahead += [before for before, _ in one.next_functions]
+    return frozenset(found)

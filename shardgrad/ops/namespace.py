@@ -24,6 +24,7 @@ from shardgrad.layout.schedule import (
     Cast,
     Communicate,
     Fold,
+    Hold,
     InPieces,
     Instruction,
     Matmul,
@@ -34,6 +35,7 @@ from shardgrad.layout.sizes import Sizes
 from shardgrad.layout.tree import Summed
 from shardgrad.ops.bilinear import Local, Map
 from shardgrad.ops.in_pieces import Piecewise, fold, sum_bias
+from shardgrad.ops.micro_batches import hold
 
 
 class Namespace:
@@ -67,6 +69,9 @@ class Namespace:
                 return self.map(one) if one.bias is None else self.map(one).with_bias
             case InPieces():
                 return Piecewise(one, [self._term(term) for term in one.terms])
+            case Hold():
+                wide, dtype = (None if name is None else getattr(torch, name) for name in (one.wide, one.dtype))
+                return partial(hold, view=self.view, at=one.at, wide=wide, dtype=dtype)
             case Fold():
                 return partial(fold, level=one.level, held=one.held, lead=one.lead)
             case Accumulate(value=Matmul() as made):
