@@ -256,8 +256,8 @@ def _check_outermost(made: Matmul | SumBias, products: Products, axis: str) -> N
     name = plan.names[made.role] if isinstance(made, Matmul) else plan.names["bias"]
     if letter is None or axis not in over:
         raise LayoutError(
-            f"exact mode: micro-batches are parts of a batch that axis {axis} shards, and the gradient of {name} is not "
-            "summed over it"
+            f"exact mode: micro-batches are parts of a batch that axis {axis} shards, and the gradient of {name} is "
+            "not summed over it"
         )
     mine = [one for one in letters[letter] if one in over]
     last = next(x for one in reversed(over) for x, cuts in letters.items() if one in cuts)

@@ -23,8 +23,10 @@ from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.overlap import is_set
 from shardgrad.ops.pieces import check_origin
 
+_THREADS = "exact: threads"
 
-def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
+
+def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threads: int = 1) -> None:
     """From now on, what is computed on this mesh has the same bits on every number of ranks that divides `pieces`.
 
         sg.set_exact(mesh, {"tp": 8, "dp": 4})
@@ -37,10 +39,15 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
         pieces: V of each axis, or one number for all. The ranks of the axis divide it, and it divides every size that
             the axis splits. An axis that is not named has as many pieces as ranks: it is exact for this number alone.
             None: no longer.
+        threads: of each rank on CPUs, which must be as many in all runs whose bits are compared; torchrun gives several
+            ranks one each, but one rank alone all cores.
+
+    What no graph is recorded of is not looked at: functions of a rank's shard under torch.no_grad, and behind the last
+    layer.
 
     Raises:
         MeshError: the mesh has no such axis, or more ranks on it than pieces, or a number that does not divide them.
-        ValueError: overlap is set on the mesh.
+        ValueError: overlap is set on the mesh, or this rank has another number of threads.
         DisagreementError: ranks came with other pieces, or with other numbers of threads.
     """
     mesh_view = view(mesh)
@@ -53,12 +60,28 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None) -> None:
                 "overlap is set on this mesh: it splits products into chunks, which may be rounded otherwise. Take it "
                 "back first, with sg.set_overlap(mesh, None)"
             )
-        text = "\n".join((f"pieces {made}", f"{torch.get_num_threads()} threads a rank"))
+        text = "\n".join((f"pieces {made}", f"{torch.get_num_threads()} threads, of {threads}"))
         for axis in mesh_view.axes.values():
             agree(mesh_view, axis, lambda: text, "exact mode")
-        mesh_view.settings[KEY] = made
+        check_threads(mesh_view, threads)
+        mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
     for bound in mesh_view.bound.values():
         bound.use_settings()
+
+
+def check_threads(mesh_view: MeshView, threads: int) -> None:
+    """Raise if this rank's CPU would share calls out among another number of threads.
+
+    Raises:
+        ValueError: it would.
+    """
+    here = torch.get_num_threads()
+    if mesh_view.device.type == "cpu" and here != threads:
+        raise ValueError(
+            f"exact mode: this rank has {here} threads, but bits are those of {threads} a rank. Call "
+            f"torch.set_num_threads({threads}) first, or set OMP_NUM_THREADS={threads} (torchrun gives one rank alone "
+            f"all cores); or compare runs that all have {here}: sg.set_exact(…, threads={here})"
+        )
 
 
 def _checked(mesh_view: MeshView, pieces: Mapping[str, int] | int) -> dict[str, int]:
@@ -118,6 +141,7 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
         LayoutError: what the products leave to the caller has no pieces.
         ShapeError: pieces do not divide a size.
     """
+    check_threads(mesh_view, mesh_view.settings[_THREADS])
     pieces, sizes, name = products.pieces or {}, products.sizes, "; ".join(map(str, layouts))
     for layout in layouts:
         for tensor in layout.tensors:

@@ -12,9 +12,11 @@ from launched import launched
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardgrad.errors import LayoutError
+from shardgrad.layout.tree import TreeSum
 from shardgrad.nn import exact_norm
+from shardgrad.nn.dropout import Dropout
+from shardgrad.ops import micro_batches
 from shardgrad.testing import distributed
-from shardgrad.train import step as training_step
 from shardgrad.train.config import Config, ConfigError, Data, Mesh, Model, Run, Sample, Train, check_ranks, load
 from shardgrad.train.metrics import read
 from shardgrad.train.signals import Stop
@@ -31,7 +33,7 @@ def configured(where: Path, name: str, dp: int, tp: int, kind: str = "gpt", **tr
     own = where / f"text.{os.getpid()}"
     own.write_text(TEXT)
     own.replace(where / "text.txt")  # at once: another rank may be reading it
-    settings = {"steps": 5, "batch": 8, "lr": 0.01, "log_every": 1, "eval_every": 3, "save_every": 1, "keep": 9}
+    settings = {"steps": 4, "batch": 8, "lr": 0.01, "log_every": 1, "eval_every": 3, "save_every": 1, "keep": 9}
     settings |= {"eval_batches": None, "clip": 0.7, "exact": 4}
     model = Model(layers=1, seq_len=20, d_ff=52, dropout=0.1, **MODELS[kind])
     return Config(
@@ -53,21 +55,17 @@ def ended(config: Config) -> list[object]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "dp", "tp"))
     launched(mesh, check_ranks(config, each))
     found = read(Path(config.run.dir) / "metrics.jsonl")
-    assert (
-        sum(row["kind"] == "comparison" and row["passed"] for row in found) >= 1
-    )  # with one device, at the first step
+    assert any(row["kind"] == "comparison" and row["passed"] for row in found)  # its first step, with one device
     losses = {(row["kind"], row["step"]): row["loss"] for row in found if row["kind"] in ("train", "held_out")}
-    return [
-        losses,
-        [row["digest"] for row in found if row["kind"] == "end"],
-        (Path(config.run.dir) / "sample.txt").read_text(),
-    ]
+    digests, sample = [row["digest"] for row in found if row["kind"] == "end"], Path(config.run.dir) / "sample.txt"
+    return [losses, digests, sample.read_text() if sample.exists() else None]
 
 
 def grids(ranks: int) -> list[tuple[int, int, int]]:
     """dp, tp and micro-batches."""
-    meshes = [(1, 1), (1, 2), (2, 1)] if ranks == 2 else [(1, 1), (1, 4), (2, 2), (4, 1)]
-    return [*((*mesh, 1) for mesh in meshes), (1, ranks, 4), (2, ranks // 2, 2)]
+    if ranks == 2:
+        return [(1, 1, 1), (1, 2, 4), (2, 1, 2)]
+    return [(1, 1, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2), (2, 2, 2)]
 
 
 @distributed(world_size=[2, 4])
@@ -91,7 +89,7 @@ def test_the_same_bits_on_any_mesh(tmp_path: Path, kind: str, settings: dict[str
 @distributed(world_size=2)
 def test_resumed_on_other_ranks_it_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [losses, digest, _] = ended(configured(tmp_path, "whole", 1, 1))
-    stops = {2: "SIGTERM", 4: "SIGTERM"}
+    stops = {1: "SIGTERM", 3: "SIGTERM"}
     monkeypatch.setattr(Stop, "agreed", lambda _, step: stops.pop(step, None))
     for dp, tp in ((1, 2), (2, 1), (1, 1)):
         moved = ended(configured(tmp_path, "moved", dp, tp))
@@ -99,6 +97,17 @@ def test_resumed_on_other_ranks_it_ends_with_the_same_bits(tmp_path: Path, monke
     assert moved[:2] == [losses, digest]
 
 
+class LeftToRight(TreeSum[torch.Tensor]):
+    """Micro-batches as autograd adds them."""
+
+    def push(self, span: tuple[int, int], value: torch.Tensor) -> None:
+        if self.held:
+            before, other = self.held.pop()
+            span, value = (before[0], span[1]), self.add(other, value)
+        self.held.append((span, value))
+
+
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_each_precaution_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one, bits depend on the ranks: micro-batches added from the left, masks of a micro-batch of its own, the
@@ -111,10 +120,11 @@ def test_each_precaution_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert not differs("right", 1, 2, 4)
     with monkeypatch.context() as patched:
-        patched.setattr(training_step, "pieces_of_step", lambda _, count: range(count))
+        patched.setattr(micro_batches, "TreeSum", LeftToRight)
         assert differs("left", 1, 2, 4)
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "set_rng_state", lambda _: None)
+        forward = Dropout.forward
+        patched.setattr(Dropout, "forward", lambda self, x, sizes=None, part=None: forward(self, x, sizes))
         assert differs("masks", 1, 2, 4)
     with monkeypatch.context() as patched:
         patched.setattr(exact_norm, "piece", lambda x, at, counts: x)
