@@ -24,7 +24,7 @@ from shardgrad.layout.tree import Level
 from shardgrad.nn.replicated import dim_over, for_rows, for_rows_collectives, one, size_before
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.ops.micro_batches import held
-from shardgrad.ops.pieces import cut, join
+from shardgrad.ops.pieces import check_origin, cut, join
 
 Cut = Sequence[tuple[int, Sequence[str]]]
 """The dims of a tensor that axes shard, in order, each with its axes, major first."""
@@ -43,14 +43,19 @@ def counts(mesh: DeviceMesh, dims: Cut, x: Tensor | None = None) -> dict[int, in
 
     Raises:
         DisagreementError: on all of them, if it is not.
+        LayoutError: x comes from a function whose bits depend on how many elements a rank has (see `check_origin`).
     """
     mesh_view = view(mesh)
-    if x is not None and exact(mesh_view) is not None:
-        for dim, axes in dims:
-            for axis in axes:
-                describe = partial(_size, tuple(x.shape), dim, axis)
-                agree(mesh_view, mesh_view.axes[axis], describe, "a tensor in pieces of one size")
-    return {dim: prod(pieces_here(mesh_view, axis) for axis in axes) for dim, axes in dims}
+    pieces = exact(mesh_view)
+    found = {dim: prod(pieces_here(mesh_view, axis) for axis in axes) for dim, axes in dims}
+    if x is not None and pieces is not None:
+        cutting = [(dim, axis) for dim, axes in dims for axis in axes if pieces[axis] > 1]
+        for dim, axis in cutting:
+            describe = partial(_size, tuple(x.shape), dim, axis)
+            agree(mesh_view, mesh_view.axes[axis], describe, "a tensor in pieces of one size")
+        if cutting:
+            check_origin(x, prod(found.values()))
+    return found
 
 
 def _size(shape: tuple[int, ...], dim: int, axis: str) -> str:
