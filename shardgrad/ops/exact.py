@@ -93,7 +93,7 @@ def _checked(mesh_view: MeshView, pieces: Mapping[str, int] | int) -> dict[str, 
     for name, count in given.items():
         ranks = mesh_view.shape[name]
         if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise TypeError(f"set_exact: the pieces of axis {name!r} are a number, not {count!r}")
+            raise TypeError(f"set_exact: the pieces of axis {name!r} are a whole number of at least 1, not {count!r}")
         if count < ranks or count % ranks:
             raise MeshError(
                 f"set_exact: axis {name!r} has {ranks} ranks, which do not divide {count} pieces: each rank holds as "

@@ -33,6 +33,11 @@ _SAFE = re.compile(
 )
 """Functions whose elements do not depend on how many there are, and those that only move."""
 
+_STRIDED = re.compile(
+    "(Expand|Narrow|Permute|Select|Slice|Split|SplitWithSizes|T|Transpose|Unbind|UnsafeSplit)Backward"
+)
+"""Of these, those whose result is part of something else in memory."""
+
 
 def cut(x: Tensor, counts: Mapping[int, int]) -> list[Tensor]:
     """The pieces of x, contiguous, the last dim's fastest. counts: pieces along each dim that has several.
@@ -172,23 +177,33 @@ def check_origin(x: Tensor, pieces: int) -> None:
     """
     one_by_one = (x.numel() // pieces) % GRAIN if pieces else 0
     chunked = torch.get_num_threads() > 1 and x.numel() > _BLOCK
-    if x.grad_fn is None or not (one_by_one or chunked):
-        return
     seen, ahead = set[Any](), [x.grad_fn]
+    function, strided = "", ""
     while ahead:
         node = ahead.pop()
-        if node in seen or getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("shardgrad"):
+        if (
+            node is None
+            or node in seen
+            or getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("shardgrad")
+        ):
             continue
         seen.add(node)
-        if not _SAFE.fullmatch(node.name()):
-            why = (
-                f"pieces of {x.numel() // pieces} elements, no multiple of {GRAIN}"
-                if one_by_one
-                else f"{torch.get_num_threads()} threads that share {x.numel()} elements"
-            )
-            raise LayoutError(
-                f"exact mode: a tensor of shape {tuple(x.shape)} comes from {node.name()}, whose bits may depend on "
-                f"how many elements a rank has ({why}). If it is a function of each element, wrap it: "
-                "sg.per_piece(function)(x); if it sums over what is sharded, write it as a product or a layer"
-            )
+        name = node.name()
+        if not _SAFE.fullmatch(name):
+            function = name
+        elif _STRIDED.match(name):
+            strided = name
         ahead += [before for before, _ in node.next_functions if before is not None]
+    if not function or not (one_by_one or chunked or strided):
+        return
+    if one_by_one:
+        why = f"pieces of {x.numel() // pieces} elements, no multiple of {GRAIN}"
+    elif chunked:
+        why = f"{torch.get_num_threads()} threads that share {x.numel()} elements"
+    else:
+        why = f"{strided} before or after it leaves rows that it does one by one"
+    raise LayoutError(
+        f"exact mode: a tensor of shape {tuple(x.shape)} comes from {function}, whose bits may depend on how many "
+        f"elements a rank has ({why}). If it is a function of each element, wrap it: sg.per_piece(function)(x); if it "
+        "sums over what is sharded, write it as a product or a layer"
+    )
