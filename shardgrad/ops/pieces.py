@@ -42,11 +42,11 @@ _STRIDED = re.compile(
 def cut(x: Tensor, counts: Mapping[int, int]) -> list[Tensor]:
     """The pieces of x, contiguous, the last dim's fastest. counts: pieces along each dim that has several.
 
+    One piece too is a node of the graph, in which the gradients of what is done with it are added before any others.
+
     Raises:
         LayoutError: a dim is not cut evenly.
     """
-    if max(counts.values(), default=1) == 1:
-        return [compact(x)]
     along = _along(counts, x.dim())
     for dim, count in enumerate(along):
         if x.shape[dim] % count:
