@@ -13,6 +13,7 @@
 | `executable` | what calls of one set of shapes run, in one autograd Function           |
 | `bound`      | products that share an operand, bound to a mesh                         |
 | `exact`      | exact mode: set on a mesh, and what it refuses                          |
+| `exact_optimizers` | optimizers whose step depends on how parameters are sharded, refused |
 | `in_pieces`  | products of single pieces, and sums of them in a tree                   |
 | `pieces`     | functions of single pieces, between products                            |
 | `matmul`     | `matmul`, the one differentiable product                                |

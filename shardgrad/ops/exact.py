@@ -20,6 +20,7 @@ from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Products
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
+from shardgrad.ops.exact_optimizers import watch_optimizers
 from shardgrad.ops.overlap import is_set
 from shardgrad.ops.pieces import check_origin
 
@@ -64,6 +65,7 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         for axis in mesh_view.axes.values():
             agree(mesh_view, axis, lambda: text, "exact mode")
         check_threads(mesh_view, threads)
+        watch_optimizers(mesh_view)
         mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
     for bound in mesh_view.bound.values():
         bound.use_settings()

@@ -36,9 +36,9 @@ def test_pieces_that_ranks_do_not_divide_and_axes_that_are_not_there(world_size:
         (1, sg.MeshError, "2 ranks, which do not divide 1 pieces"),
         ({"tp": 7}, sg.MeshError, "Take a multiple of 2"),
         ({"dp": 2}, sg.MeshError, "dp"),
-        ({"tp": 2.0}, TypeError, "are a number"),
-        ({"tp": True}, TypeError, "are a number"),
-        ({"tp": 0}, TypeError, "are a number"),
+        ({"tp": 2.0}, TypeError, "are a whole number"),
+        ({"tp": True}, TypeError, "are a whole number"),
+        ({"tp": 0}, TypeError, "are a whole number"),
         ("tp", TypeError, "takes pieces by axis"),
     ]:
         with pytest.raises(error, match=said):
@@ -283,3 +283,28 @@ def test_refusals_are_alike_on_every_mesh(world_size: int) -> None:
     meshes.run("silu", refused)
     meshes.run("head", lambda mesh: {"y": sg.Attention(12, 6, mesh=mesh)(normal(2, 3, 12, seed=1))})
     meshes.assert_same(refused=2)
+
+
+OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], torch.dtype, str]] = [
+    (torch.optim.Muon, torch.float32, "Muon sums over a parameter"),
+    (torch.optim.SGD, torch.bfloat16, "SGD rounds the last elements of a 16-bit parameter"),
+    (torch.optim.SGD, torch.float32, ""),
+    (torch.optim.AdamW, torch.bfloat16, ""),
+]
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize(("kind", "dtype", "said"), OPTIMIZERS)
+def test_optimizers_whose_step_depends_on_the_shards(
+    world_size: int, kind: type[torch.optim.Optimizer], dtype: torch.dtype, said: str
+) -> None:
+    mesh = mesh_of(2)
+    layer = sg.ColumnParallelLinear(6, 12, bias=False, mesh=mesh, dtype=dtype)
+    optimizer = kind(layer.parameters(), lr=0.1)  # type: ignore[call-arg]
+    layer(torch.randn(3, 6, dtype=dtype)).sum().backward()
+    sg.set_exact(mesh, 4)
+    if said:
+        with pytest.raises(sg.LayoutError, match=said):
+            optimizer.step()
+        sg.set_exact(mesh, None)
+    optimizer.step()
