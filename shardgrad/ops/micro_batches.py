@@ -113,12 +113,10 @@ def held(mesh_view: MeshView, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _held(now: _Accumulating, parameter: Tensor) -> Tensor:
-    if not parameter.requires_grad:
-        return parameter
+    if not parameter.requires_grad or (not parameter.is_leaf and _is_held(parameter)):
+        return parameter  # held once: what is summed behind its use, each micro-batch sums for itself
     leaf = parameter if parameter.is_leaf else parameter._base
     if leaf is None or not leaf.is_leaf:
-        if _is_held(parameter):
-            return parameter
         raise LayoutError(
             f"exact mode: a weight of shape {tuple(parameter.shape)} is computed from other tensors, whose gradients "
             "micro-batches would add in another order: pass a parameter, or do without sg.micro_batches"
