@@ -16,7 +16,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Apart:
-    """elements: how many differ. ulps: as of `WrongShard`. first: the place of the first of them, in row-major order."""
+    """elements: how many differ. ulps: as of `WrongShard`. first: the place of the first of them, rows first."""
 
     elements: int
     ulps: float
@@ -43,7 +43,7 @@ def apart(one: Tensor, other: Tensor) -> Apart | None:
 def _ulps(one: Tensor, other: Tensor) -> float:
     """How many numbers lie between, at most. Of integers, their difference."""
     if one.is_floating_point():
-        if bool((one.isnan() | other.isnan()).any()):
+        if any(bool(x.double().isnan().any()) for x in (one, other)):
             return inf
         one, other = _ordered(one), _ordered(other)
     one, other = one.to(torch.int64), other.to(torch.int64)

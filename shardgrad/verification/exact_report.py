@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isinf
 from typing import Literal
 
@@ -21,7 +21,7 @@ class WrongShard:
 
     coordinate: of the rank on the mesh.
     elements, of: how many differ, of how many that the rank has.
-    ulps: how many numbers of the dtype the farthest of them is away; 0 between 0 and -0, infinite where one side is NaN.
+    ulps: how many numbers of the dtype the farthest is away; 0 between 0 and -0, infinite where one side is NaN.
     index: of the first of them, in the rank's tensor.
     """
 
@@ -68,15 +68,16 @@ class BitDifference:
         problems = dict.fromkeys(shard.problem for shard in self.shards)
         whole = "no tensor" if self.shape is None else f"{self.dtype}{list(self.shape)}"
         said = f"{self.kind} of {self.name} ({whole} on one rank): {' and '.join(problems)}"
-        return f"{said}, {self.elements} elements, {_ulps(self.ulps)}" if "other bits" in problems else said
+        elements = f"{self.elements} element{'s' if self.elements != 1 else ''}"
+        return f"{said}, {elements}, {_ulps(self.ulps)}" if "other bits" in problems else said
 
 
 @dataclass(frozen=True)
 class ExactReport:
     """What `verify_exact` found, alike on every rank of the mesh.
 
-    differences: results, then gradients, parameters and buffers, as the model lists them, of the first step at which
-        there are any.
+    differences: of the first step at which there are any, in order: the first result, which is the loss; gradients; the
+        other results; parameters; buffers; each as the model lists them.
     compared: how many tensors were compared. skipped: those that were not, with the reason.
     steps: how many were done.
     """
@@ -86,7 +87,7 @@ class ExactReport:
     steps: int
     compared: int
     differences: tuple[BitDifference, ...]
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str]
 
     @property
     def ok(self) -> bool:
@@ -125,15 +126,15 @@ class ExactReport:
         return "\n".join((*lines, *self._hints(), *skipped))
 
     def _hints(self) -> list[str]:
-        """Which half of the step to look at."""
-        kinds = {one.kind for one in self.differences}
+        """Which part of the step to look at."""
+        first = self.differences[0]
         gradients = [one.name for one in self.differences if one.kind == "gradient"]
-        if "initial value" in kinds:
+        if first.kind == "initial value":
             return ["what build makes depends on the ranks, or replicas differ: nothing else was compared"]
-        if "result" not in kinds and gradients:
-            return [f"results are the same: backward is wrong, and comes to {gradients[-1]} first"]
-        if kinds == {"value"}:
-            return ["gradients are the same: the optimizer's step is wrong, or what it keeps"]
+        if first.kind == "gradient":
+            return [f"forward is right: the mistake is in what follows. Backward comes to {gradients[-1]} first"]
+        if first.kind == "value":
+            return ["gradients are right: the mistake is in the optimizer, or in what it keeps"]
         return []
 
 
@@ -145,5 +146,3 @@ def _ulps(ulps: float) -> str:
     if isinf(ulps):
         return "NaN on one side"
     return "by the sign of a zero" if ulps == 0 else f"by at most {ulps:.6g} ulp{'s' if ulps != 1 else ''}"
-
-

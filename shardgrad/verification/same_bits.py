@@ -21,7 +21,7 @@ from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.exact import set_exact
 from shardgrad.verification.bits import apart, bits_of_first
-from shardgrad.verification.exact_report import PROBLEMS, BitDifference, Compared, ExactReport, WrongShard
+from shardgrad.verification.exact_report import PROBLEMS, BitDifference, Compared, ExactReport, Problem, WrongShard
 from shardgrad.verification.exchange import coordinates, ints_of_all, place
 from shardgrad.verification.record import gradient_of
 
@@ -29,12 +29,9 @@ Result = Tensor | float | Mapping[str, Tensor | float]
 Build = Callable[[DeviceMesh], nn.Module]
 Step = Callable[[Any, DeviceMesh], Result]
 Key = tuple[Compared, str]
+Held = tuple[Tensor | None, ParamSharding | None]
 _DIMS = 8
-_WHAT = "verification in exact mode"
-_DTYPES = (
-    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
+_ROW = 4 + _DIMS
 
 
 def verify_exact(
@@ -59,10 +56,10 @@ def verify_exact(
     Args:
         build: the model on a mesh, its parameters those of shardgrad's layers. What it keeps from step to step, such as
             an optimizer, can be an attribute of the model.
-        step: `step(model, mesh)` takes this rank's part of the batch, as the mesh's coordinate says, calls backward, and
-            may clip and take an optimizer step. It returns the loss of the whole batch, or several numbers or tensors
-            by name, alike on every rank. All communication is over the mesh. Data drawn from torch's generator are
-            alike on all ranks and on one: it is seeded alike for both, before `build`.
+        step: `step(model, mesh)` takes this rank's part of the batch, as the mesh's coordinate says, calls backward,
+            and may clip and take an optimizer step. It returns the loss of the whole batch, or several numbers or
+            tensors by name, the loss first, alike on every rank. All communication is over the mesh. Data drawn from
+            torch's generator are alike on all ranks and on one: it is seeded alike for both, before `build`.
         mesh, pieces: as of `set_exact`. What is set on the mesh is put back afterwards.
         steps: how many, one after the other; comparison ends with the first that differs.
         perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
@@ -80,19 +77,17 @@ def verify_exact(
     if steps < 1:
         raise ValueError(f"steps is at least 1, not {steps}")
     mesh_view = view(mesh)
-    first = place(mesh_view) == 0
     with ExitStack() as stack:
         stack.enter_context(_exact(mesh, pieces))
         many = _Run(mesh, build, step, seed)
         many.build()
         one: _Run | None = None
-        if first:
-            alone = stack.enter_context(_alone(mesh))
-            one = _Run(alone, build, step, seed)
+        if place(mesh_view) == 0:
+            one = _Run(stack.enter_context(_alone(mesh)), build, step, seed)
         used = dict(exact(mesh_view) or {})
 
         def on_first(do: Callable[[_Run], object]) -> None:
-            if one is not None and first:
+            if one is not None:
                 with _exact(one.mesh, used):
                     do(one)
 
@@ -187,14 +182,16 @@ class _Run:
                 changed = (whole.double() + noise / 4).to(whole.dtype)
                 parameter.copy_(changed if sharding is None else sharding.shard(changed))
 
-    def tensors(self, step: int) -> dict[Key, tuple[Tensor | None, ParamSharding | None]]:
+    def tensors(self, step: int) -> dict[Key, Held]:
         """What is compared after so many steps, in order; None where there could be a gradient, and is none."""
         parameters = named_shardings(self.model)
         kind: Compared = "value" if step else "initial value"
-        found: dict[Key, tuple[Tensor | None, ParamSharding | None]] = {}
+        found: dict[Key, Held] = {}
         if step:
-            found.update({("result", name): (value, None) for name, value in self.results.items()})
+            results: list[tuple[Key, Held]] = [(("result", n), (value, None)) for n, value in self.results.items()]
+            found.update(results[:1])
             found.update({("gradient", n): (gradient_of(p), sharding) for n, p, sharding in parameters})
+            found.update(results[1:])
         found.update({(kind, name): (parameter, sharding) for name, parameter, sharding in parameters})
         found.update({("buffer", name): (buffer, None) for name, buffer in self.model.named_buffers()})
         return found
@@ -227,6 +224,10 @@ def _named(result: Result) -> dict[str, Tensor]:
             )
         made[str(name)] = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return made
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Comparison:
@@ -272,21 +273,21 @@ class _Comparison:
         lines = []
         for kind, name in dict.fromkeys(chain(mine, single)):
             value = single.get((kind, name))
-            said = "" if value is None else f"{_DTYPES.index(value.dtype)} {' '.join(map(str, value.shape))}"
+            said = "" if value is None else " ".join((_name(value.dtype), *map(str, value.shape)))
             lines.append("\t".join((kind, name, said)))
         found: dict[Key, tuple[tuple[int, ...], torch.dtype] | None] = {}
-        for line in text_of_first("\n".join(lines), self._mesh).split("\n"):
-            kind, name, said = line.split("\t")
-            numbers = [int(number) for number in said.split()]
-            stored = (tuple(numbers[1:]), _DTYPES[numbers[0]]) if numbers else None
-            found[cast(Compared, kind), name] = stored
+        for line in text_of_first("\n".join(lines), self._mesh).splitlines():
+            which, name, said = line.split("\t")
+            dtype, *shape = said.split(" ")
+            stored = (tuple(map(int, shape)), getattr(torch, dtype)) if dtype else None
+            found[cast("Compared", which), name] = stored
         return found
 
     def _row(self, tensor: Tensor | None, sharding: ParamSharding | None, whole: Tensor | None) -> list[int]:
         """The problem (0 for none), elements that differ, all elements, ulps (-1 for infinite), the first place."""
 
-        def problem(which: str) -> list[int]:
-            return [1 + [*PROBLEMS].index(cast(Any, which)), *[0] * (_ROW - 1)]
+        def problem(which: Problem) -> list[int]:
+            return [1 + PROBLEMS.index(which), *[0] * (_ROW - 1)]
 
         if tensor is None:
             return [0] * _ROW if whole is None else problem("missing")
@@ -324,9 +325,6 @@ class _Comparison:
             shards.append(WrongShard(coordinate, PROBLEMS[code - 1], elements, of, far, at))
             block = tuple(coordinate[axis] for axis in sorted(axes))
             blocks[block] = max(elements, blocks.get(block, 0))
-        shape, dtype = (None, "") if stored is None else (stored[0], str(stored[1]).removeprefix("torch."))
+        shape, dtype = (None, "") if stored is None else (stored[0], _name(stored[1]))
         kind, name = key
         return BitDifference(kind, name, step, shape, dtype, sum(blocks.values()), tuple(shards))
-
-
-_ROW = 4 + _DIMS
