@@ -97,6 +97,13 @@ def test_some_right_programs_are_not_accused(world_size: int) -> None:
     assert accused("Llama accumulated in bfloat16", "tp", world_size) == ""
 
 
+@distributed(world_size=[2])
+def test_a_rank_with_one_piece_of_kv_heads_that_all_share(world_size: int) -> None:
+    """Each rank's is a view of the parameter, which micro-batches must not take for the parameter itself."""
+    program = Trained(Llama, kv_heads=1, micro=2)
+    sg.verify_exact(program.build, program.step, mesh_over("tp", 2), {"tp": 2, "dp": 4}).require()
+
+
 @pytest.mark.slow
 @distributed(world_size=[2, 4], timeout=120.0)
 @pytest.mark.parametrize("name", RIGHT_ONES)
