@@ -52,10 +52,12 @@ _NAMES = {
     "ops.shard": "shard unshard",
     "verification.bounds": "within_bound",
     "verification.diagnose": "Diagnosis",
+    "verification.exact_report": "ExactReport",
     "verification.finite": "check_finite",
     "verification.product": "ProductCheck check_product",
     "verification.replicas": "check_replicas",
     "verification.report": "Report",
+    "verification.same_bits": "verify_exact",
     "verification.verify": "verify",
 }
 _HOME = {name: f"shardgrad.{module}" for module, names in _NAMES.items() for name in names.split()}

@@ -63,9 +63,11 @@ from shardgrad.ops.shard import shard as shard
 from shardgrad.ops.shard import unshard as unshard
 from shardgrad.verification.bounds import within_bound as within_bound
 from shardgrad.verification.diagnose import Diagnosis as Diagnosis
+from shardgrad.verification.exact_report import ExactReport as ExactReport
 from shardgrad.verification.finite import check_finite as check_finite
 from shardgrad.verification.product import ProductCheck as ProductCheck
 from shardgrad.verification.product import check_product as check_product
 from shardgrad.verification.replicas import check_replicas as check_replicas
 from shardgrad.verification.report import Report as Report
+from shardgrad.verification.same_bits import verify_exact as verify_exact
 from shardgrad.verification.verify import verify as verify

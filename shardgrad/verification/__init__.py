@@ -3,35 +3,38 @@
 The room is not called `verify` because `sg.verify` is the function: importing a module `shardgrad.verify` would put the
 module in the function's place.
 
-| file             | concept                                                                         |
-| ---------------- | ------------------------------------------------------------------------------- |
-| `verify`         | `sg.verify`: one step of a sharded model against one device                     |
-| `gradients`      | `verify_gradients`: loss and gradients of a step that a program has just done   |
-| `attempt`        | one step of both models with the same values                                    |
-| `record`         | what a step computes, in the order of execution                                 |
-| `pairing`        | which parameter of the sharded model is which of the single one                 |
-| `place`          | which recorded tensor is which, and how it lies on the mesh                     |
-| `splits`         | how tensors lie on the mesh: given, known to layers, or found from shapes       |
-| `uses`           | the terms of a parameter's gradient, one for each use                           |
-| `rounding`       | the yardstick: what rounding alone does to a tensor, and the bounds that follow |
-| `exact`          | one device in float64 throughout                                                |
-| `compare`        | one tensor on one rank, in units of rounding; the worst over all ranks          |
-| `exchange`       | tensors and numbers of every rank                                               |
-| `observed`       | a wrong tensor as every rank has it                                             |
-| `report`         | the result: a row for each tensor, and how it is printed                        |
-| `picture`        | the result drawn                                                                |
-| `diagnose`       | which explanation reproduces a wrong tensor                                     |
-| `hypothesis`     | what explanations are made from                                                 |
-| `explanations`   | the table of explanations                                                       |
-| `counterfactual` | explanations by one device with another parameter                               |
-| `rearranged`     | explanations in which right numbers are in wrong places                         |
-| `product`        | `check_product`: one product, every element within its bound                    |
-| `bounds`         | every element of a product against float64                                      |
-| `arithmetic`     | how much one result of a product may be rounded                                 |
-| `oracle`         | the right result of a product, and its magnitude                                |
-| `finite`         | `check_finite`: no NaN and no inf                                               |
-| `replicas`       | `check_replicas`: whether copies are still copies                               |
-| `fingerprint`    | 64 bits that distinguish a tensor's bits                                        |
-| `together`       | a problem of one rank is raised on all                                          |
-| `spmd_types`     | a second opinion by Meta's spmd_types                                           |
+| file             | concept                                                                          |
+| ---------------- | -------------------------------------------------------------------------------- |
+| `verify`         | `sg.verify`: one step of a sharded model against one device                      |
+| `gradients`      | `verify_gradients`: loss and gradients of a step that a program has just done    |
+| `attempt`        | one step of both models with the same values                                     |
+| `record`         | what a step computes, in the order of execution                                  |
+| `pairing`        | which parameter of the sharded model is which of the single one                  |
+| `place`          | which recorded tensor is which, and how it lies on the mesh                      |
+| `splits`         | how tensors lie on the mesh: given, known to layers, or found from shapes        |
+| `uses`           | the terms of a parameter's gradient, one for each use                            |
+| `rounding`       | the yardstick: what rounding alone does to a tensor, and the bounds that follow  |
+| `same_bits`      | `verify_exact`: in exact mode, a step on all ranks against one rank, bit for bit |
+| `exact_report`   | its result: which bits differ, on which ranks                                    |
+| `bits`           | whether two tensors are the same bits, and how far apart                         |
+| `exact`          | one device in float64 throughout                                                 |
+| `compare`        | one tensor on one rank, in units of rounding; the worst over all ranks           |
+| `exchange`       | tensors and numbers of every rank                                                |
+| `observed`       | a wrong tensor as every rank has it                                              |
+| `report`         | the result: a row for each tensor, and how it is printed                         |
+| `picture`        | the result drawn                                                                 |
+| `diagnose`       | which explanation reproduces a wrong tensor                                      |
+| `hypothesis`     | what explanations are made from                                                  |
+| `explanations`   | the table of explanations                                                        |
+| `counterfactual` | explanations by one device with another parameter                                |
+| `rearranged`     | explanations in which right numbers are in wrong places                          |
+| `product`        | `check_product`: one product, every element within its bound                     |
+| `bounds`         | every element of a product against float64                                       |
+| `arithmetic`     | how much one result of a product may be rounded                                  |
+| `oracle`         | the right result of a product, and its magnitude                                 |
+| `finite`         | `check_finite`: no NaN and no inf                                                |
+| `replicas`       | `check_replicas`: whether copies are still copies                                |
+| `fingerprint`    | 64 bits that distinguish a tensor's bits                                         |
+| `together`       | a problem of one rank is raised on all                                           |
+| `spmd_types`     | a second opinion by Meta's spmd_types                                            |
 """
