@@ -19,7 +19,7 @@ from shardgrad.errors import LayoutError
 
 _SUMMING = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon)
 _IN_16_BITS = (torch.optim.SGD, torch.optim.ASGD)
-_set: weakref.WeakSet[MeshView] = weakref.WeakSet()
+_set: dict[str, weakref.ref[MeshView]] = {}  # by handle
 _hooks: list[object] = []  # one, once a mesh has been exact
 
 
@@ -27,17 +27,18 @@ def watch_optimizers(mesh_view: MeshView) -> None:
     """Look at each optimizer's step from now on, as long as exact mode is set on the mesh."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
-    _set.add(mesh_view)
+    _set[mesh_view.handle] = weakref.ref(mesh_view)
 
 
 def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not any(exact(mesh_view) is not None for mesh_view in _set):
+    views = [found for one in _set.values() if (found := one()) is not None]
+    if not any(exact(mesh_view) is not None for mesh_view in views):
         return
     name = type(optimizer).__name__
     if isinstance(optimizer, _SUMMING):
         raise LayoutError(
-            f"exact mode: {name} sums over a parameter, of which a rank has a part: take one that treats each element by "
-            "itself, such as AdamW"
+            f"exact mode: {name} sums over a parameter, of which a rank has a part: take one that treats each element "
+            "by itself, such as AdamW"
         )
     narrow = isinstance(optimizer, _IN_16_BITS) and any(
         parameter.is_floating_point() and parameter.element_size() < 4
@@ -47,5 +48,5 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if narrow:
         raise LayoutError(
             f"exact mode: {name} rounds the last elements of a 16-bit parameter otherwise than the rest, and which are "
-            "the last depends on the ranks: keep parameters in float32 (16-bit products by torch.autocast), or take AdamW"
+            "the last depends on the ranks: keep parameters in float32, with torch.autocast, or take AdamW"
         )
