@@ -15,4 +15,6 @@
 | `rendezvous`     | start the process group of a job, also one that was started before        |
 | `failure_report` | after a collective failed: which ranks are there, and what each was doing |
 | `shm`            | a backend for the ranks of one host, over shared memory                   |
+| `pieces`         | the pieces of exact mode: how many of each axis, and sums over them       |
+| `tree`           | reductions in one binary tree                                             |
 """

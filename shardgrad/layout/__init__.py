@@ -22,4 +22,6 @@
 | `explain`     | a layout in words and formulas                                                  |
 | `lower_bound` | the least that a product can send                                               |
 | `units`       | amounts as people read them                                                     |
+| `tree`        | the one binary tree in which pieces are added                                   |
+| `exact`       | which sizes pieces do not divide                                                |
 """

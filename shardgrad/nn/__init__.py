@@ -37,4 +37,8 @@
 | `partial_grads`  | gradients left partial, summed once                                        |
 | `global_ops`     | the number of parameters and the norm of gradients over all shards         |
 | `state`          | a model's state as one device would hold it                                |
+| `pieces`         | functions of pieces, and parameters that pieces of the rows use            |
+| `feature_pieces` | norms of sharded features in pieces, where exact mode is set               |
+| `exact_loss`     | the sums of a cross-entropy over pieces                                    |
+| `exact_norm`     | the norm of gradients over pieces                                          |
 """

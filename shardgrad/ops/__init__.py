@@ -21,4 +21,8 @@
 | `deferred`   | weight gradients computed later, at a call of the program's             |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |
 | `reference`  | the NumPy reference of a product's backward                             |
+| `exact`      | `set_exact`: products whose bits do not depend on the ranks             |
+| `in_pieces`  | products of single pieces, and their sums                               |
+| `pieces`     | what lies between products, piece by piece                              |
+| `micro_batches` | micro-batches as pieces of the batch                                    |
 """
