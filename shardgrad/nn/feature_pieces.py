@@ -164,7 +164,6 @@ class _Gathered(torch.autograd.Function):
         level, mesh_view = ctx.where
         rows = len(grads) // level.count
         terms = [torch.stack(list(grads[at :: level.count]), 1) for at in range(level.count)]
-        own = reduce_pieces(
-            terms, [level], mesh_view, "a sum over pieces of the features", {level.cuts[0].axis: 0}
-        )  # [V / p, rows, ...]
-        return None, None, *(compact(own[at, row]) for row in range(rows) for at in range(level.count))
+        scatter = {level.cuts[0].axis: 0}
+        own = reduce_pieces(terms, [level], mesh_view, "a sum over pieces of the features", scatter)  # [V / p, rows, …]
+        return None, None, *(own[at, row] for row in range(rows) for at in range(level.count))
