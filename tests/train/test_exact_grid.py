@@ -59,7 +59,7 @@ def trained(
             values |= {f"loss of step {step}": done.loss, f"norm of step {step}": done.norm}
             if step == 0:  # in which ranks also compare what they see for the first time
                 values |= {f"gradient of {name}": s.unshard(p.grad) for name, p, s in sg.named_shardings(model)}
-            else:
+            elif not model.dropout.p:  # which now and then compares its keys, too
                 batch = (2 * size, 3 * size)
                 predicted = step_collectives(model, *batch, accumulate=accumulate, clip=True)
                 assert totals(predicted) == traced.totals(), tuple(mesh.shape)
