@@ -164,8 +164,8 @@ class Train(_Section):
     )
     exact: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
-        description="the same bits on every number of ranks that divides this: of all axes, or by axis, {dp: 4, tp: 8}; "
-        "with mesh.grid, {z: 2, x: 4, y: 4}",
+        description="the same bits on every number of ranks that divides this: of all axes, or by axis, "
+        "{dp: 4, tp: 8}; with mesh.grid, {z: 2, x: 4, y: 4}",
     )
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
