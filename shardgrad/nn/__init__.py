@@ -34,10 +34,11 @@
 | `counter`        | random bits as a function of the global element                            |
 | `init`           | initial values as a function of the global element                         |
 | `replicated`     | parameters used for different rows: gathered, their gradients summed       |
-| `pieces`         | what lies between products in exact mode                                   |
-| `exact_loss`     | the sums of a cross-entropy in exact mode                                  |
-| `exact_norm`     | the norm of gradients in exact mode                                        |
 | `partial_grads`  | gradients left partial, summed once                                        |
 | `global_ops`     | the number of parameters and the norm of gradients over all shards         |
 | `state`          | a model's state as one device would hold it                                |
+| `pieces`         | functions of pieces, and parameters that pieces of the rows use            |
+| `feature_pieces` | norms of sharded features in pieces, where exact mode is set               |
+| `exact_loss`     | the sums of a cross-entropy over pieces                                    |
+| `exact_norm`     | the norm of gradients over pieces                                          |
 """

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardgrad.comm.mesh import view
-from shardgrad.comm.pieces import refuse_exact
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.notation import parse_tensor
-from shardgrad.layout.sizes import chunk, slab
+from shardgrad.layout.sizes import slab
+from shardgrad.nn.feature_pieces import ShardedFeatures, norm_of_features, norm_of_features_collectives
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
 from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, row_pieces_collectives, rows_of
-from shardgrad.nn.sharded_norm import sharded_layer_norm, sharded_norm_collectives, sharded_rms_norm
+from shardgrad.nn.sharded_norm import MomentsNorm, SquaresNorm, weight_and_bias
 from shardgrad.nn.template import AXIS
 from shardgrad.ops.pieces import cut, join
 
@@ -41,7 +41,7 @@ class _Norm(Layer):
     ) -> None:
         super().__init__(where)
         self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        self._features: list[int] | None = None  # of each rank of the axis, where it shards them
+        self._features: ShardedFeatures | None = None
         letters, merged = self._letters() if stored is None else self._letters_of(stored, sizes)
         for name, there in (("weight", affine), ("bias", affine and bias)):
             if there:
@@ -75,9 +75,8 @@ class _Norm(Layer):
                 f"{user}: axis {self.axis!r} shards either features (stored={stored!r}) or rows "
                 f"(sequence_dim={self.sequence_dim}), not both"
             )
-        ranks, at = view(self.mesh).shape[self.axis], next(dim.letter for dim in dims if dim.axes)
-        rest = shape[0] // self._sizes[at] if shape[0] else 0
-        self._features = [rest * chunk(self._sizes[at], ranks, index)[1] for index in range(ranks)]
+        at = next(at for at, dim in enumerate(dims) if dim.axes)
+        self._features = ShardedFeatures.of(known, at, view(self.mesh).axis(self.axis))
         return stored, shape if len(dims) > 1 else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -91,18 +90,26 @@ class _Norm(Layer):
     def _normed(self, x: Tensor, norm: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """The norm of x, by weight and bias as this rank's rows use them: where rows are sharded, their gradients are
         summed, both in one all-reduce for each axis, but for one that they are marked with."""
-        self._check(x)
-        parameters = [one for one in (self.weight, self.bias) if one is not None]
-        shardings, dims = list(self._shardings.values()), self._rows(x.dim())
-        used = row_pieces(parameters, shardings, self.mesh, dims)
+        used, dims = self._used(x)
         if not is_exact(self.mesh):
-            return norm(x, *_two(used[0]))
-        if self._features is not None:
-            refuse_exact(view(self.mesh), [self.axis], "a norm whose features are sharded", "shard its rows")
+            return norm(x, *weight_and_bias(used[0]))
         along = counts(self.mesh, dims, x)
         pieces = cut(x, along)
         used = used * len(pieces) if len(used) == 1 else used
-        return join([norm(piece, *_two(each)) for piece, each in zip(pieces, used, strict=True)], along)
+        return join([norm(piece, *weight_and_bias(each)) for piece, each in zip(pieces, used, strict=True)], along)
+
+    def _normed_over_features(self, x: Tensor, norm: SquaresNorm | MomentsNorm) -> Tensor:
+        """The norm of x [..., features of this rank], likewise."""
+        used, dims = self._used(x)
+        assert self._features is not None
+        return norm_of_features(norm, x, used, dims, self._features, self.mesh, self.axis)
+
+    def _used(self, x: Tensor) -> tuple[list[list[Tensor]], Cut]:
+        """Weight and bias, as far as there are any, for each piece of the rows; and these."""
+        self._check(x)
+        parameters = [one for one in (self.weight, self.bias) if one is not None]
+        dims = self._rows(x.dim())
+        return row_pieces(parameters, list(self._shardings.values()), self.mesh, dims), dims
 
     def _rows(self, dims: int) -> Cut:
         """The rows that axes shard, of x of so many dims."""
@@ -111,10 +118,10 @@ class _Norm(Layer):
 
     def _check(self, x: Tensor) -> None:
         rows = x.dim() - len(self.normalized_shape)
-        features = self._features and self._features[view(self.mesh).coordinate[self.axis]]
-        if features is not None and x.shape[-1:] != (features,):
+        if self._features is not None and x.shape[-1:] != (prod(self._features.here),):
             raise ShapeError(
-                f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has {features} of the "
+                f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has "
+                f"{prod(self._features.here)} of the "
                 f"{self.normalized_shape[0]} features"
             )
         if self.sequence_dim is not None and (
@@ -141,10 +148,10 @@ class _Norm(Layer):
             mesh_view = view(self.mesh)
             rows[0] = slab(rows[0], (self.data.axis,), mesh_view.shape, mesh_view.coordinate)[1]
         wide = max((one for one in (own, dtype, "float32") if one is not None), key=itemsize)
-        return [*sharded_norm_collectives(self._kind, prod(rows), wide, self.mesh, self.axis), *found]
+        return [*norm_of_features_collectives(self._kind, prod(rows), wide, self.mesh, self.axis), *found]
 
     def extra_repr(self) -> str:
-        stored = "" if self._features is None else f", features={self._features}"
+        stored = "" if self._features is None else f", features={list(self._features.of_ranks)}"
         return f"{self.normalized_shape}, affine={self.weight is not None}, {self._flags()}{stored}"
 
 
@@ -186,9 +193,10 @@ class LayerNorm(_Norm):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._features is not None:
+            return self._normed_over_features(x, MomentsNorm(self._features.of_ranks, self.eps))
+
         def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            if self._features is not None:
-                return sharded_layer_norm(x, weight, bias, self.eps, self._features, self.mesh, self.axis)
             wide = x if weight is None else x.to(weight.dtype)  # 16-bit activations and float32 parameters: in float32
             return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -217,16 +225,11 @@ class RMSNorm(_Norm):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._features is not None:
+            return self._normed_over_features(x, SquaresNorm(self.normalized_shape[0], self.eps))
+
         def norm(x: Tensor, weight: Tensor | None, _: Tensor | None) -> Tensor:
-            if self._features is not None:
-                return sharded_rms_norm(x, weight, self.eps, self.normalized_shape[0], self.mesh, self.axis)
             wide = x if weight is None else x.to(weight.dtype)
             return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
         return self._normed(x, norm)
-
-
-def _two(parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias, of those that there are."""
-    weight, bias = [*parameters, None, None][:2]
-    return weight, bias

@@ -103,6 +103,8 @@ def row_pieces_collectives(
     if not is_exact(mesh):
         yield from for_rows_collectives(name, shardings, axes, dtype)
         return
+    if not shardings:
+        return
     uses, width = _Uses.of(shardings, view(mesh), dims), itemsize(dtype)
     alike, sharded = 0, []
     for sharding, scatter in zip(shardings, uses.scatters):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_gather, replicate
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.first_derivatives import first_derivative_only
@@ -30,7 +31,7 @@ def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], a
     """
     made = list(parameters)
     if shardings:
-        refuse_exact(view(shardings[0].mesh), axes, "the use of a parameter for different rows", "use another layer")
+        _refuse_exact(shardings[0].mesh, tuple(axes))
     for axis in axes:
         alike = []
         for at, sharding in enumerate(shardings):
@@ -44,6 +45,11 @@ def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], a
         for at, parameter in zip(alike, summed):
             made[at] = parameter
     return made
+
+
+@shim.constant
+def _refuse_exact(mesh: DeviceMesh, axes: tuple[str, ...]) -> None:
+    refuse_exact(view(mesh), axes, "the use of a parameter for different rows", "use another layer")
 
 
 def for_rows_collectives(

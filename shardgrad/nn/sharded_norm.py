@@ -13,6 +13,7 @@ The gradients of weight and bias are local: a rank has all the rows of its own f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,11 +44,7 @@ def sharded_rms_norm(
         ShapeError: weight does not have x's features.
     Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
     """
-    wide = _wide(x, weight)
-    squares = summed(wide.square().sum(-1, keepdim=True), mesh, axis)
-    scale = torch.rsqrt(squares / size + (torch.finfo(wide.dtype).eps if eps is None else eps))
-    y = wide * scale
-    return (y if weight is None else y * weight).to(x.dtype)
+    return sharded_norm(SquaresNorm(size, eps), x, weight, None, mesh, axis)
 
 
 def sharded_layer_norm(
@@ -74,22 +71,78 @@ def sharded_layer_norm(
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances",
         equation 2.1.
     """
-    over, size = axis_on(mesh, axis, "sharded_layer_norm"), sum(features)
+    over = axis_on(mesh, axis, "sharded_layer_norm")
     if len(features) != over.size or x.shape[-1] != features[over.index]:
         raise ShapeError(
             f"x has {x.shape[-1]} features on rank {over.index} of {over}, but features={list(features)} are those of "
             "the ranks in their order"
         )
-    wide = _wide(x, weight, bias)
-    own = wide.sum(-1) / max(1, x.shape[-1])
-    stats = torch.stack((own, (wide - own.unsqueeze(-1)).square().sum(-1))).unsqueeze(0)
-    means, squares = all_gather(stats, mesh, axis, 0, size=over.size).unbind(1)  # [ranks, ...]
-    counts = wide.new_tensor(features).view(-1, *(1,) * (x.dim() - 1))
-    mean = (counts * means).sum(0) / size
-    variance = (squares + counts * (means - mean).square()).sum(0) / size
-    y = (wide - mean.unsqueeze(-1)) * torch.rsqrt(variance + eps).unsqueeze(-1)
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    return sharded_norm(MomentsNorm(tuple(features), eps), x, weight, bias, mesh, axis)
+
+
+def sharded_norm(
+    norm: SquaresNorm | MomentsNorm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mesh: DeviceMesh,
+    axis: str = "tp",
+) -> Tensor:
+    """Either of both."""
+    own = wide(x, weight, bias)
+    return norm.finish(own, norm.share(norm.stats(own), mesh, axis), weight, bias).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class SquaresNorm:
+    """RMSNorm of some of the features: what they bring to a row, and y by what all of them do.
+
+    size, eps: as of `sharded_rms_norm`.
+    """
+
+    size: int
+    eps: float | None
+
+    def stats(self, x: Tensor) -> Tensor:
+        """Σ x²: [..., features] → [..., 1]."""
+        return x.square().sum(-1, keepdim=True)
+
+    def share(self, squares: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
+        return summed(squares, mesh, axis)
+
+    def finish(self, x: Tensor, squares: Tensor, weight: Tensor | None, _: Tensor | None) -> Tensor:
+        """squares: Σ x² over all features."""
+        y = x * torch.rsqrt(squares / self.size + (torch.finfo(x.dtype).eps if self.eps is None else self.eps))
+        return y if weight is None else y * weight
+
+
+@dataclass(frozen=True)
+class MomentsNorm:
+    """LayerNorm of some of the features, likewise.
+
+    features, eps: as of `sharded_layer_norm`.
+    """
+
+    features: tuple[int, ...]
+    eps: float
+
+    def stats(self, x: Tensor) -> Tensor:
+        """The mean, and Σ (x - mean)²: [..., features] → [2, ...]."""
+        own = x.sum(-1) / max(1, x.shape[-1])
+        return torch.stack((own, (x - own.unsqueeze(-1)).square().sum(-1)))
+
+    def share(self, stats: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
+        return all_gather(stats.unsqueeze(0), mesh, axis, 0, size=len(self.features))
+
+    def finish(self, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """stats: of all parts of the features, [parts, 2, ...]."""
+        means, squares = stats.unbind(1)
+        counts, size = x.new_tensor(self.features).view(-1, *(1,) * (x.dim() - 1)), sum(self.features)
+        mean = (counts * means).sum(0) / size
+        variance = (squares + counts * (means - mean).square()).sum(0) / size
+        y = (x - mean.unsqueeze(-1)) * torch.rsqrt(variance + self.eps).unsqueeze(-1)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
 
 
 def sharded_norm_collectives(
@@ -116,7 +169,7 @@ def summed(x: Tensor, mesh: DeviceMesh, axis: str) -> Tensor:
     return replicate(all_reduce(x, mesh, axis), mesh, axis)
 
 
-def _wide(x: Tensor, *parameters: Tensor | None) -> Tensor:
+def wide(x: Tensor, *parameters: Tensor | None) -> Tensor:
     """x in the dtype that is computed in."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for parameter in parameters:
@@ -128,3 +181,9 @@ def _wide(x: Tensor, *parameters: Tensor | None) -> Tensor:
                 )
             dtype = torch.promote_types(dtype, parameter.dtype)
     return x.to(dtype)
+
+
+def weight_and_bias(parameters: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Of those that there are."""
+    weight, bias = [*parameters, None, None][:2]
+    return weight, bias

@@ -1,8 +1,8 @@
 """Optimizers of torch's whose step depends on how a parameter is sharded, refused while exact mode is set on a mesh.
 
-Measured of all in torch.optim (torch 2.13, one thread), on parts of a tensor of any number of elements beside the whole:
-Adam, AdamW and the others make equal bits. SGD and ASGD round the last elements of a 16-bit parameter otherwise; others sum
-over a parameter's rows, or over all of it.
+Measured of all in torch.optim (torch 2.13, one thread), on parts of a tensor of any number of elements beside the
+whole: Adam, AdamW and most others make equal bits. SGD and ASGD round the last elements of a 16-bit parameter
+otherwise; others sum over a parameter's rows, or over all of it.
 """
 
 from __future__ import annotations

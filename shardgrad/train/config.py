@@ -164,7 +164,8 @@ class Train(_Section):
     )
     exact: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
-        description="the same bits on every number of ranks that divides this: of all axes, or by axis, {dp: 4, tp: 8}",
+        description="the same bits on every number of ranks that divides this: of all axes, or by axis, "
+        "{dp: 4, tp: 8}; with mesh.grid, {z: 2, x: 4, y: 4}",
     )
     log_every: int = Field(default=10, ge=1, description="steps between training losses written down")
     eval_every: int = Field(default=100, ge=1, description="steps between held-out losses")
@@ -235,27 +236,43 @@ def _disagreements(config: Config) -> Iterator[str]:
 def pieces(config: Config) -> dict[str, int] | None:
     """Into how many pieces `train.exact` cuts each axis; None without it."""
     exact = config.train.exact
-    return dict.fromkeys(("dp", "tp"), exact) if isinstance(exact, int) else exact
+    return dict.fromkeys(_axes(config.mesh), exact) if isinstance(exact, int) else exact
+
+
+def _axes(mesh: Mesh) -> tuple[str, ...]:
+    return ("dp", "tp") if mesh.grid is None else ("z", "x", "y")
+
+
+def _split(config: Config, model: Model) -> Iterator[tuple[str, int | None, tuple[str, ...]]]:
+    """Sizes that axes of the mesh split, and which of them; None: to be found."""
+    grid = config.mesh.grid is not None
+    yield "model.heads", model.heads, ("y", "x") if grid else ("tp",)
+    for axis in ("x", "y") if grid else ("tp",):
+        yield "model.seq_len", model.seq_len, (axis,)
+    if grid:
+        yield "model.d_model", model.d_model, ("x", "z")
+    yield "model.d_ff", model.d_ff, ("y" if grid else "tp",)
+    yield "train.batch", config.train.batch, ("z" if grid else "dp",)
 
 
 def _exact_disagreements(config: Config) -> Iterator[str]:
     """What cannot be exact; and sizes that the pieces of an axis do not divide."""
-    cuts, model = pieces(config), config.model
+    cuts, model, axes = pieces(config), config.model, _axes(config.mesh)
     if cuts is None:
         return
-    if not isinstance(model, Model) or config.mesh.grid is not None:
-        yield "train.exact is for the built-in decoders on dp and tp, not for mesh.grid or a model of transformers"
+    if not isinstance(model, Model):
+        yield "train.exact is for the built-in decoders, not for a model of transformers"
         return
     for axis in cuts:
-        if axis not in ("dp", "tp"):
-            yield f"train.exact names {axis!r}, which is no axis of the mesh: dp, tp"
-    tp, dp = cuts.get("tp", 1), cuts.get("dp", 1)
-    hidden = [] if model.d_ff is None else [("model.d_ff", model.d_ff)]
-    for name, size in (("model.heads", model.heads), ("model.seq_len", model.seq_len), *hidden):
-        if size % tp:
-            yield f"{name} = {size} does not divide into the {tp} pieces that train.exact cuts tp into"
-    if config.train.batch % dp:
-        yield f"train.batch = {config.train.batch} does not divide into the {dp} pieces that train.exact cuts dp into"
+        if axis not in axes:
+            yield f"train.exact names {axis!r}, which is no axis of the mesh: {', '.join(axes)}"
+    for name, size, over in _split(config, model):
+        count = prod(cuts.get(axis, 1) for axis in over)
+        if size is not None and size % count:
+            yield (
+                f"{name} = {size} does not divide into the {count} pieces that train.exact cuts {' and '.join(over)} "
+                "into"
+            )
 
 
 def _decoder_disagreements(model: Model, mesh: Mesh) -> Iterator[str]:

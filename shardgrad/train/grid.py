@@ -27,23 +27,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardgrad.comm.adjoint import all_reduce, replicate, slice_replicated
+from shardgrad.comm.adjoint import slice_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn.by_layout import Linear
 from shardgrad.nn.embedding import VocabParallelEmbedding
+from shardgrad.nn.feature_pieces import ShardedFeatures, norm_of_features, norm_of_features_collectives
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import OnMesh, Parallel
-from shardgrad.nn.replicated import for_rows, for_rows_collectives, one
+from shardgrad.nn.pieces import in_pieces, row_pieces, row_pieces_collectives
 from shardgrad.nn.rotary import Rotary
+from shardgrad.nn.sharded_norm import SquaresNorm
 from shardgrad.nn.transfer import transfer
 from shardgrad.train.decoder import Block, Decoder, Recompute
 from shardgrad.train.llama import hidden_features
 
 AXES = ("z", "x", "y")
 _STREAM = "X[b/z,s/y,d/x]"
+_ROWS = ((0, ("z",)), (1, ("y",)))  # of the stream
 
 
 class Grid(Decoder):
@@ -106,13 +109,18 @@ class GridAttention(nn.Module):
         q, k, v = (self.get_submodule(name)(x, {"s": sequence}) for name in ("query", "key", "value"))
         positions = torch.arange(sequence, device=x.device)
         q, k = self.rotary(q, positions), self.rotary(k, positions)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(a.transpose(1, 2), {"s": sequence})
+        a = in_pieces(_attend, self.output.mesh, [(0, ["z"]), (2, ["y", "x"])], q, k, v)
+        return self.output(a, {"s": sequence})
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
         """Every collective of this rank's forward and backward for x of a global shape."""
         return _of_linears(self, shape, dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of some heads, [b, s, h, k] each."""
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class GridMLP(nn.Module):
@@ -126,7 +134,8 @@ class GridMLP(nn.Module):
 
     def forward(self, x: Tensor, sequence: int) -> Tensor:
         known = {"s": sequence}
-        return self.down(F.silu(self.gate(x, known)) * self.up(x, known), known)
+        gate = in_pieces(F.silu, self.gate.mesh, [(0, ["z"]), (1, ["x"]), (2, ["y"])], self.gate(x, known))
+        return self.down(gate * self.up(x, known), known)
 
     def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
         """Every collective of this rank's forward and backward for x of a global shape."""
@@ -168,16 +177,15 @@ class FeatureNorm(ShardedModule):
     def __init__(self, features: int, eps: float, parallel: Parallel) -> None:
         super().__init__(parallel.mesh, AXES)
         self.features, self.eps = features, eps
+        self._sharded = ShardedFeatures.of([features], 0, view(self.mesh).axis("x"))
         self.declare("weight", "W[d/x]", {"d": features}, parallel.device, parallel.dtype)
         with torch.no_grad():
             self.weight.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        (weight,) = for_rows([self.weight], [self._shardings["weight"]], ("y", "z"))
-        wide = x.to(weight.dtype)
-        squares = all_reduce(wide.square().sum(-1, keepdim=True), self.mesh, "x")
-        mean = replicate(squares, self.mesh, "x") / self.features
-        return (wide * torch.rsqrt(mean + self.eps) * weight).to(x.dtype)
+        used = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, _ROWS)
+        norm = SquaresNorm(self.features, self.eps)
+        return norm_of_features(norm, x, used, _ROWS, self._sharded, self.mesh, "x")
 
     def collectives(self, shape: Sequence[int], dtype: Any = None) -> list[Collective]:
         sharding, coordinate = self._shardings["weight"], view(self.mesh)
@@ -186,9 +194,8 @@ class FeatureNorm(ShardedModule):
         for size, axis in zip(shape, ("z", "y")):
             rows *= chunk(size, coordinate.shape[axis], coordinate.coordinate[axis])[1]
         return [
-            *for_rows_collectives("dW", [sharding], ("y", "z"), own),
-            *one(self.mesh, "forward", "all-reduce", "squares", "x", rows, own),
-            *one(self.mesh, "dX", "all-reduce", "d squares", "x", rows, own),
+            *row_pieces_collectives("dW", [sharding], self.mesh, _ROWS, own),
+            *norm_of_features_collectives("rms", rows, own, self.mesh, "x"),
         ]
 
 

@@ -35,7 +35,8 @@ def step_collectives(
         accumulate: micro-batches.
         clip: whether gradients are clipped.
     """
-    each = [row for _ in micro_batches(model.mesh, accumulate) for row in _pass(model, batch // accumulate, sequence)]
+    parts = micro_batches(model.mesh, accumulate, *model.token_axes)
+    each = [row for _ in parts for row in _pass(model, batch // accumulate, sequence)]
     clipping = clip_grad_norm_collectives(model) if clip else []
     return [*each, *all_reduce_partial_grads_collectives(model), *clipping]
 

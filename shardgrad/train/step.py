@@ -64,7 +64,7 @@ def _exact_backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumula
     total, tokens = TreeSum(accumulate, torch.add), targets.numel()
     drawn = torch.get_rng_state()
     parts = micro_batches(model, ids, targets, accumulate)
-    for at, (some, following, batch) in zip(pieces_of_step(model.mesh, accumulate), parts):
+    for at, (some, following, batch) in zip(pieces_of_step(model.mesh, accumulate, *model.token_axes), parts):
         torch.set_rng_state(drawn)  # every part draws the keys of the whole batch's masks
         loss = model.loss_sum(some, following, batch, (at * batch, len(ids)))
         (loss / tokens).backward()
