@@ -21,6 +21,7 @@ from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
+from shardgrad.nn.pieces import is_exact
 from shardgrad.nn.replicated import for_rows
 from shardgrad.nn.sharding import ParamSharding
 
@@ -187,9 +188,10 @@ class FeatureLinear(Layer):
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y, its features in one dim."""
-        mesh_view = view(self.mesh)
-        instead = "what lies between its layers is the model's own, and knows no pieces; build it of shardgrad's layers"
-        refuse_exact(mesh_view, list(mesh_view.axes), "a model of sg.parallelize", instead)
+        if is_exact(self.mesh):
+            axes = list(view(self.mesh).axes)
+            instead = "what lies between its layers is the model's own, and knows no pieces; use shardgrad's layers"
+            refuse_exact(view(self.mesh), axes, "a model of sg.parallelize", instead)
         if self.entrance is not None and not self.entered:
             x = self.entrance(x)
         if 0 in self._in and x.shape[-1]:

@@ -68,9 +68,10 @@ class LearnedPositions(Layer):
             LayoutError: in exact mode, where `add_to` is to be used: a sum over the batch is the gradient.
         """
         self._check(sequence, first)
-        cuts = (*self.parallel.axes[1:], *([] if self.sequence_dim is None else [self.axis]))
-        instead = "let the layer add them: positions.add_to(x, sequence)"
-        refuse_exact(view(self.mesh), cuts, "the sum over the batch that positions are added to", instead)
+        if is_exact(self.mesh):
+            cuts = (*self.parallel.axes[1:], *([] if self.sequence_dim is None else [self.axis]))
+            instead = "let the layer add them: positions.add_to(x, sequence)"
+            refuse_exact(view(self.mesh), cuts, "the sum over the batch that positions are added to", instead)
         (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
         return self._rows(weight, sequence, first)
 

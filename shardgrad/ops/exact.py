@@ -65,7 +65,6 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         for axis in mesh_view.axes.values():
             agree(mesh_view, axis, lambda: text, "exact mode")
         check_threads(mesh_view, threads)
-        watch_optimizers(mesh_view)
         mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
     for bound in mesh_view.bound.values():
         bound.use_settings()
@@ -131,6 +130,7 @@ def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: Me
         for operand, count in zip(operands, counts):
             if count and operand.grad_fn is not None:
                 check_origin(operand, count)
+        watch_optimizers([one for one in operands[1:] if one.is_leaf], mesh_view)
         return call(*operands)
 
     return call_checked

@@ -8,9 +8,11 @@ otherwise; others sum over a parameter's rows, or over all of it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardgrad.comm.mesh import MeshView
@@ -19,20 +21,32 @@ from shardgrad.errors import LayoutError
 
 _SUMMING = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon)
 _IN_16_BITS = (torch.optim.SGD, torch.optim.ASGD)
-_set: dict[str, weakref.ref[MeshView]] = {}  # by handle
+_used: dict[int, tuple[weakref.ref[Tensor], weakref.ref[MeshView]]] = {}  # parameters, by identity, with their meshes
 _hooks: list[object] = []  # one, once a mesh has been exact
 
 
-def watch_optimizers(mesh_view: MeshView) -> None:
-    """Look at each optimizer's step from now on, as long as exact mode is set on the mesh."""
+def watch_optimizers(parameters: Sequence[Tensor], mesh_view: MeshView) -> None:
+    """Look at the steps of optimizers that these parameters are given to, while exact mode is set on their mesh."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check))
-    _set[mesh_view.handle] = weakref.ref(mesh_view)
+    for parameter in parameters:
+        if id(parameter) not in _used or _used[id(parameter)][0]() is not parameter:
+            _used[id(parameter)] = weakref.ref(parameter), weakref.ref(mesh_view)
+
+
+def _is_exact(parameter: Tensor) -> bool:
+    used, mesh_view = _used.get(id(parameter), (None, None))
+    if used is None or mesh_view is None or used() is not parameter:
+        return False
+    found = mesh_view()
+    return found is not None and exact(found) is not None
 
 
 def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    views = [found for one in _set.values() if (found := one()) is not None]
-    if not any(exact(mesh_view) is not None for mesh_view in views):
+    if not isinstance(optimizer, _SUMMING + _IN_16_BITS):
+        return
+    parameters = [one for group in optimizer.param_groups for one in group["params"] if _is_exact(one)]
+    if not parameters:
         return
     name = type(optimizer).__name__
     if isinstance(optimizer, _SUMMING):
@@ -40,12 +54,7 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             f"exact mode: {name} sums over a parameter, of which a rank has a part: take one that treats each element "
             "by itself, such as AdamW"
         )
-    narrow = isinstance(optimizer, _IN_16_BITS) and any(
-        parameter.is_floating_point() and parameter.element_size() < 4
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
-    if narrow:
+    if any(parameter.element_size() < 4 for parameter in parameters):
         raise LayoutError(
             f"exact mode: {name} rounds the last elements of a 16-bit parameter otherwise than the rest, and which are "
             "the last depends on the ranks: keep parameters in float32, with torch.autocast, or take AdamW"

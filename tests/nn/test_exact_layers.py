@@ -324,8 +324,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, fp32, fully sharded": {"kind": Llama, "fsdp": True},
     "llama, recomputed": {"kind": Llama, "recompute": "full"},
 }
-FEW = 1
-"""Models that are trained each time; the others are slow."""
 
 
 def trained(mesh: DeviceMesh, kind: type[Any], steps: int, fsdp: bool = False, **more: Any) -> dict[str, Tensor]:
@@ -353,10 +351,9 @@ def trained(mesh: DeviceMesh, kind: type[Any], steps: int, fsdp: bool = False, *
     return found
 
 
+@pytest.mark.slow
 @distributed(world_size=4, timeout=200)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (at >= FEW)) for at, n in enumerate(MODELS)]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_training_is_the_same_on_every_mesh(world_size: int, name: str) -> None:
     meshes = Meshes(PIECES, largest_only=True)
     meshes.run(name, lambda mesh: trained(mesh, steps=STEPS, **MODELS[name]))

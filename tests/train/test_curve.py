@@ -152,7 +152,7 @@ def test_a_mistake_is_far(
         monkeypatch.setattr("shardgrad.train.step.all_reduce_partial_grads_", lambda model: None)
     elif planted == "no sum over tp":  # of the norms' gradients
         grid = (1, 2)
-        monkeypatch.setattr("shardgrad.nn.norm.for_rows", lambda parameters, shardings, axes: parameters)
+        monkeypatch.setattr("shardgrad.nn.norm.row_pieces", lambda parameters, shardings, mesh, dims: [parameters])
     else:
         grid, more = (1, 2), {"rate": 1.001}
     distance = measured.distance(train(kind, grid, False, accumulate, **more))

@@ -68,6 +68,7 @@ def trained(
     return run
 
 
+@pytest.mark.slow
 @distributed(world_size=[4], timeout=120, backend="shm")
 def test_equal_bits_and_bytes_as_predicted(world_size: int) -> None:
     assert differing(AXES, FEW, trained({"z": 2, "x": 2, "y": 2})) == {}

@@ -44,7 +44,7 @@ def test_a_lost_reduction_is_seen(world_size: int, dropped: str, monkeypatch: py
     """What the test above allows is far less than what a mistake does."""
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     if dropped == "replicate":  # the norms' gradients are no longer summed over the ranks
-        monkeypatch.setattr(norm, "for_rows", lambda parameters, shardings, axes: parameters)
+        monkeypatch.setattr(norm, "row_pieces", lambda parameters, shardings, mesh, dims: [parameters])
         affected = "blocks.0.mlp_norm.weight"
     else:  # a slice whose gradient stays on the rank that used it
         monkeypatch.setattr(

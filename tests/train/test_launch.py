@@ -112,7 +112,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     script.write_text(
         "import sys, shardgrad.nn.norm as norm\n"
         "from shardgrad.train import main\n"
-        "norm.for_rows = lambda parameters, shardings, axes: parameters\n"
+        "norm.row_pieces = lambda parameters, shardings, mesh, dims: [parameters]\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = start(script, config, ranks=2)

@@ -55,6 +55,7 @@ def alter(kind: type[Collective], what: str, after: After) -> Callable[[pytest.M
         else:
             monkeypatch.setattr(kind, "start", altered_start)
             monkeypatch.setattr(kind, "wait", altered_wait)
+            monkeypatch.setattr(kind, "__call__", Collective.__call__)
 
     return patch
 

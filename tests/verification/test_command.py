@@ -55,7 +55,7 @@ def test_a_mistake_ends_the_command_with_status_1_and_nothing_of_torchruns(tmp_p
         "import os\n"
         "if 'RANK' in os.environ:\n"
         "    import shardgrad.nn.norm as norm\n"
-        "    norm.for_rows = lambda parameters, shardings, axes: parameters\n"
+        "    norm.row_pieces = lambda parameters, shardings, mesh, dims: [parameters]\n"
     )
     done = command("--rows", "3", path=tmp_path)
     assert done.returncode == 1, done.stderr
