@@ -28,6 +28,10 @@ SAMPLE = 5
 """Of a test of models on 2 ranks, one set of parameters in so many is run each time."""
 
 
+EXACT = 3
+"""Of a test of exact mode on 4 ranks, which compares all meshes of up to so many, likewise one in so many."""
+
+
 LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
 
@@ -60,12 +64,15 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         if size is not None and (size >= LARGE or trains):  # a whole training run is shown on fewer ranks
             item.add_marker(pytest.mark.slow)
         models = "models" in item.path.parts and size is not None
-        if not models and (size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS)):
+        exact = item.path.stem.startswith("test_exact") and size is not None and size >= 3  # for many meshes each
+        if not models and not exact and (size is None or size in ALWAYS or not sizes[_function(item)] & set(ALWAYS)):
+            continue
+        if exact and item.get_closest_marker("slow"):
             continue
         at = seen[_function(item), size or 0]
         seen[_function(item), size or 0] += 1
         # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
-        if (models and size != 2) or at % (SAMPLE if models else SWEEP):
+        if (models and size != 2) or at % (SAMPLE if models else EXACT if exact else SWEEP):
             item.add_marker(pytest.mark.slow)
 
 

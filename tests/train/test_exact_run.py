@@ -73,7 +73,11 @@ def grids(ranks: int) -> list[tuple[int, int, int]]:
     ("kind", "settings"),
     [
         ("gpt", {}),
-        ("llama", {"fully_sharded": True, "dtype": "bfloat16", "reduce_dtype": "float32", "recompute": "full"}),
+        pytest.param(
+            "llama",
+            {"fully_sharded": True, "dtype": "bfloat16", "reduce_dtype": "float32", "recompute": "full"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_same_bits_on_any_mesh(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
