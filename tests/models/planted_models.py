@@ -168,7 +168,7 @@ def _(model: Any, mesh: DeviceMesh) -> None:
 def _(model: Any, mesh: DeviceMesh) -> None:
     layer = only(model, "embed_tokens")
     lookup, late = layer._lookup, rank_of(mesh)
-    layer._lookup = lambda ids: lookup((ids - late).clamp(min=0))
+    layer._lookup = lambda ids, weight: lookup((ids - late).clamp(min=0), weight)
 
 
 @bug("the loss is of this rank's vocabulary", "llama", ("loss", "loss"))

@@ -79,11 +79,8 @@ def test_equal_bits_and_bytes_as_predicted(world_size: int) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"compute_dtype": torch.bfloat16},
         {"compute_dtype": torch.bfloat16, "reduce_dtype": torch.float32},
-        {"dtype": torch.float64},
-        {"dropout": 0.2, "recompute": "full", "layers": 2},
-        {"recompute": "attention"},
+        {"dropout": 0.2, "recompute": "full"},
     ],
     ids=str,
 )
