@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import product
 from math import prod
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,9 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import shardgrad as sg
+from shardgrad.comm import pieces
+from shardgrad.layout.tree import Span, TreeSum
 
 Grid = tuple[int, ...]
 Digests = dict[str, str]
+Whole = Mapping[str, Tensor]
+"""Global tensors, alike on every rank, by their names."""
 
 
 class Meshes:
@@ -110,3 +116,58 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 def odd(seed: int) -> int:
     """A small odd number: pieces of odd sizes."""
     return (3, 1, 5, 7)[seed % 4]
+
+
+class LeftToRight(TreeSum[Tensor]):
+    """What comes, added in its order."""
+
+    def push(self, span: Span, value: Tensor) -> None:
+        if self.held:
+            before, other = self.held.pop()
+            span, value = (before[0], span[1]), self.add(other, value)
+        self.held.append((span, value))
+
+
+def _digests(whole: Whole) -> Digests:
+    assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
+    return {name: digest(tensor) for name, tensor in whole.items()}
+
+
+def differing(
+    axes: Sequence[str], shapes: Sequence[Sequence[int]], compute: Callable[[DeviceMesh], Whole]
+) -> dict[tuple[int, ...], list[str]]:
+    """The names of the tensors whose bits, on any rank, are not those of the first mesh, for each mesh that has any.
+
+    shapes: of the meshes; the first of them of one rank.
+    """
+    torch.set_num_threads(1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    expected: list[Any] = [None]
+    found = {}
+    for shape in shapes:
+        count = prod(shape)
+        mesh = DeviceMesh("cpu", torch.arange(count).view(tuple(shape)), mesh_dim_names=tuple(axes))
+        mine = _digests(compute(mesh)) if rank < count else None
+        if expected[0] is None:
+            assert count == 1
+            expected = [mine]
+            dist.broadcast_object_list(expected)
+            continue
+        wrong = [] if mine is None else [name for name in expected[0] if mine[name] != expected[0][name]]
+        every: list[Any] = [None] * world
+        dist.all_gather_object(every, wrong)
+        if any(every):
+            found[tuple(shape)] = sorted(set().union(*every))
+    return found
+
+
+def from_the_left() -> AbstractContextManager[Any]:
+    """Sums of pieces from the first to the last, not in the tree; a rank's own first."""
+
+    def add_up(values: Sequence[Tensor], spans: Sequence[Span], count: int, add: Callable[..., Tensor]) -> list[Tensor]:
+        first, *rest = values
+        for value in rest:
+            first = add(first, value)
+        return [first]
+
+    return mock.patch.object(pieces, "tree_sum", add_up)

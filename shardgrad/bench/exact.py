@@ -16,7 +16,6 @@ from shardgrad.bench.model import Shape
 from shardgrad.bench.timing import Spread, in_turns, ratio, slowest_rank
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shm.register import register
-from shardgrad.ops.exact import set_exact
 from shardgrad.ops.in_pieces import Piecewise
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.llama import Llama
@@ -111,7 +110,7 @@ class _Meshes:
             return None
         mesh = DeviceMesh.from_group(self._groups[ranks], "cpu", mesh_dim_names=("p",))
         if pieces is not None:
-            set_exact(mesh, pieces)
+            sg.set_exact(mesh, pieces)
         return mesh
 
 

@@ -39,7 +39,7 @@ from shardgrad.comm.collectives import (
     whole_size,
 )
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
@@ -247,11 +247,10 @@ def _global_size(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: Device
     return size
 
 
-@shim.constant
 def _refuse_exact(mesh: DeviceMesh, axis: str, name: str) -> None:
     """A rank's term of a sum is itself a sum over its pieces, of which nothing is known here."""
     instead = "use a layer or a product, whose layout says what the sum is over"
-    refuse_exact(view(mesh), [axis], f"the sum in sg.{name} or its gradient", instead)
+    refuse_exact_on(mesh, [axis], f"the sum in sg.{name} or its gradient", instead)
 
 
 def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:

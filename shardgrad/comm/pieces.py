@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
-from shardgrad.comm.mesh import MeshView
+from shardgrad.comm import shim
+from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
 from shardgrad.layout.cost import Collective, reduced
-from shardgrad.layout.tree import Cut, Level, held, single, summed, tree_sum
+from shardgrad.layout.tree import Cut, Level, side_by_side, single, summed, tree_sum
 
 KEY = "exact"
 """Of `MeshView.settings`."""
@@ -45,6 +47,17 @@ def refuse_exact(view: MeshView, axes: Sequence[str], what: str, instead: str) -
         )
 
 
+@shim.constant
+def refuse_exact_on(mesh: DeviceMesh, axes: Sequence[str] | None, what: str, instead: str) -> None:
+    """`refuse_exact` on a mesh, also in what torch.compile traces. axes: None for all.
+
+    Raises:
+        LayoutError: as `refuse_exact`.
+    """
+    mesh_view = view(mesh)
+    refuse_exact(mesh_view, list(mesh_view.axes) if axes is None else axes, what, instead)
+
+
 def level_of(view: MeshView, *axes: str) -> Level:
     """The pieces of a sum that is split over axes, minor first, which shard one dim."""
     found = exact(view) or view.shape
@@ -72,7 +85,9 @@ def reduce_pieces(
     if level.count == 1:
         [total] = parts
     else:
-        total = stacked(tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), held(level))
+        total = stacked(
+            tree_sum(parts, single(level.held()[0], level.count), level.pieces, torch.add), side_by_side(level)
+        )
     for reduce in _reductions(level, view, what, scatter or {}):
         total = reduce(total)
     return total

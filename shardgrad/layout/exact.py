@@ -35,7 +35,7 @@ from shardgrad.layout.schedule import (
     Term,
     Wait,
 )
-from shardgrad.layout.tree import Cut, Level, held, summed
+from shardgrad.layout.tree import Cut, Level, side_by_side, summed
 
 
 def in_pieces(instructions: Sequence[Instruction], products: Products, hold: str | None = None) -> Instructions:
@@ -117,7 +117,7 @@ class _Pass:
                 tuple(self._term(term, [*levels[: last + 1], *later]) for term in one.terms),
                 tuple(levels[: last + 1]),
                 tuple(later),
-                held(levels[last]) if levels else 0,
+                side_by_side(levels[last]) if levels else 0,
                 None if one.wide is None else one.wide.dtype,
             )
         ]
@@ -128,7 +128,7 @@ class _Pass:
         for at, level in enumerate(levels):
             left = [other for other in levels[at + 1 :] if other.count > 1]
             if at > last and level.count > 1:
-                behind.append(Fold(first.phase, first.out, level, held(level), len(left)))
+                behind.append(Fold(first.phase, first.out, level, side_by_side(level), len(left)))
             for cut in level.cuts:
                 reduction, move = moves.pop(0)
                 now[id(reduction)], then[id(reduction)] = [], []
@@ -149,9 +149,7 @@ class _Pass:
 
     def _letters(self, term: Matmul | SumBias) -> dict[str, tuple[str, ...]]:
         """The axes that cut each letter of what a term reads, major first."""
-        plan = self.products.plans[term.index]
-        stored = isinstance(term, SumBias) and not term.gathered
-        axes = {dim.letter: dim.axes for dim in plan.stored["out"]} if stored else plan.splitting
+        axes = _axes_read(term, self.products)
         return {letter: tuple(a for a in cuts if self.pieces[a] > 1) for letter, cuts in axes.items()}
 
     def _term(self, term: Matmul | SumBias, levels: Sequence[Level]) -> Term:
@@ -197,6 +195,14 @@ class _Pass:
                     "the opposite order on one of the two letters"
                 )
         return list(zip(one.reductions, wanted))
+
+
+def _axes_read(term: Matmul | SumBias, products: Products) -> dict[str, tuple[str, ...]]:
+    """The axes that shard each letter of what a term reads, major first."""
+    plan = products.plans[term.index]
+    if isinstance(term, SumBias) and not term.gathered:
+        return {dim.letter: dim.axes for dim in plan.stored["out"]}
+    return plan.splitting
 
 
 def _behind_leading_dims(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
@@ -245,11 +251,11 @@ def _held_back(instructions: Instructions, products: Products, axis: str) -> Ite
 def _check_outermost(made: Matmul | SumBias, products: Products, axis: str) -> None:
     """Micro-batches are the outermost nodes of the tree: so must their axis be among those that the sum is over."""
     plan, pieces = products.plans[made.index], products.pieces or {}
+    letters = _axes_read(made, products)
     if isinstance(made, Matmul):
-        route, letters = plan.reduce[made.role], plan.splitting
+        route = plan.reduce[made.role]
     else:
         route = plan.bias_grad_gathered if made.gathered else plan.bias_grad
-        letters = plan.splitting if made.gathered else {dim.letter: dim.axes for dim in plan.stored["out"]}
     over = [move.axis for move in route if move.kind in ("all-reduce", "reduce-scatter")]
     over = [one for one in over if one == axis or pieces[one] > 1]
     letter = next((letter for letter, cuts in letters.items() if axis in cuts), None)

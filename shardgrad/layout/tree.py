@@ -160,7 +160,7 @@ class Summed:
         return len(self.brought) == 2 and self.is_by_rank
 
 
-def held(level: Level) -> int:
+def side_by_side(level: Level) -> int:
     """How many nodes of a level lie side by side before it is reduced; 0 for one."""
     real = next((cut for cut in level.cuts if cut.ranks > 1), None)
     if real is None:

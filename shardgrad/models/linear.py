@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.comm.mesh import view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
 from shardgrad.models.entrance import Entrance
@@ -21,7 +21,6 @@ from shardgrad.nn.features import MergedDim, Part, StoredOutput
 from shardgrad.nn.heads import Heads
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.pieces import is_exact
 from shardgrad.nn.replicated import for_rows
 from shardgrad.nn.sharding import ParamSharding
 
@@ -188,10 +187,8 @@ class FeatureLinear(Layer):
 
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y, its features in one dim."""
-        if is_exact(self.mesh):
-            axes = list(view(self.mesh).axes)
-            instead = "what lies between its layers is the model's own, and knows no pieces; use shardgrad's layers"
-            refuse_exact(view(self.mesh), axes, "a model of sg.parallelize", instead)
+        instead = "what lies between its layers is the model's own, and knows no pieces; use shardgrad's layers"
+        refuse_exact_on(self.mesh, None, "a model of sg.parallelize", instead)
         if self.entrance is not None and not self.entered:
             x = self.entrance(x)
         if 0 in self._in and x.shape[-1]:

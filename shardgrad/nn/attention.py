@@ -185,7 +185,7 @@ class Attention(
     ) -> Tensor:
         if not is_exact(self.mesh):
             return self._attend(q, k, v, mask, pieces[0])
-        along = counts(self.mesh, [*rows_of(None if self.data is None else self.data.axis, None), (2, [self.axis])], q)
+        along = counts(self.mesh, [*rows_of(self.data), (2, [self.axis])], q)
         batches, found = along.get(0, 1), []
         for at, (some_q, some_k, some_v) in enumerate(zip(*(cut(x, along) for x in (q, k, v)))):
             masked = mask

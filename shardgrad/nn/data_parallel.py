@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.errors import MeshError
 from shardgrad.nn.sharding import ParamSharding
 
@@ -31,8 +31,7 @@ def check_replicas_alike(shardings: Mapping[str, ParamSharding], user: str) -> N
     caller, ranks = group
     for sharding in shardings.values():
         instead = "give layers the axis (data=sg.BatchAxis('dp')), whose gradients are then summed over its pieces"
-        mesh_view = view(sharding.mesh)
-        refuse_exact(mesh_view, list(mesh_view.axes), f"the sum of gradients in {caller}", instead)
+        refuse_exact_on(sharding.mesh, None, f"the sum of gradients in {caller}", instead)
     for name, sharding in shardings.items():
         found = differing(sharding, ranks)
         if found is not None:

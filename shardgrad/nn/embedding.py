@@ -22,7 +22,7 @@ from shardgrad.layout.sizes import chunk
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import Where
-from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, row_pieces_collectives, rows_of
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.template import Rows, sequence_row
 from shardgrad.nn.transfer import transfer
 from shardgrad.ops.pieces import cut, join
@@ -135,23 +135,20 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
         summed = parse_tensor(replace(rows, sequence=None).stored(notation.out, self.axis))
         sizes = self.resolve({**dict(zip(rows.letters, shape)), "m": self.embedding_dim})
         return [
-            *row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, self._batch(), own),
+            *row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, rows_of(self.data), own),
             *transfer("forward", "Y", summed, stored, sizes, dtype, (self.axis,)),
             *transfer("dW", "dY", stored, summed, sizes, dtype),
         ]
 
     def _lookups(self, ids: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others."""
-        dims = self._batch()
+        dims = rows_of(self.data)
         used = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, dims)
         if not is_exact(self.mesh):
             return self._lookup(ids, used[0][0])
         along = counts(self.mesh, dims, ids)
         y = join([self._lookup(some, weight) for some, (weight,) in zip(cut(ids, along), used, strict=True)], along)
         return y + 0.0 if view(self.mesh).shape[self.axis] == 1 else y  # the sum with zeros has no -0
-
-    def _batch(self) -> Cut:
-        return rows_of(None if self.data is None else self.data.axis, None)
 
     def _lookup(self, ids: Tensor, weight: Tensor) -> Tensor:
         local = ids - self.first_id

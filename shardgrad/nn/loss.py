@@ -115,14 +115,13 @@ def cross_entropy_collectives(
     names = (token_axes,) if isinstance(token_axes, str) else tuple(token_axes)
     sums = [(axis, "maxima", tokens)]
     sums += [(name, "number of tokens", 1) for name in names if reduction == "mean"]
+    found: list[Collective] = []
     if is_exact(mesh):
         in_tree = partial(reduce_pieces_collectives, "forward", view=mesh_view, width=width)
-        tree = [*in_tree("loss: sums", 2 * tokens, levels=[level_of(mesh_view, axis)])]
-        tree += in_tree("loss: total", 1, levels=[level_of(mesh_view, *reversed(names))] if names else [])
+        found += in_tree("loss: sums", 2 * tokens, levels=[level_of(mesh_view, axis)])
+        found += in_tree("loss: total", 1, levels=[level_of(mesh_view, *reversed(names))] if names else [])
     else:
-        tree = []
         sums += [(axis, "sums", 2 * tokens), *((name, "total", 1) for name in names)]
-    found = tree
     for name, what, elements in sums:
         over = mesh_view.axis(name)
         if over.size > 1 and elements:

@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
 def _hidden(layer: MLP | SwiGLU, h: Tensor) -> Cut:
     """The dims of hidden features, [..., f/tp], that axes shard."""
-    return [*rows_of(None if layer.data is None else layer.data.axis, None), (h.dim() - 1, [layer.axis])]
+    return [*rows_of(layer.data), (h.dim() - 1, [layer.axis])]
 
 
 class _Gated(torch.autograd.Function):

@@ -13,13 +13,12 @@ from torch import Tensor
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnAxis
-from shardgrad.nn.pieces import is_exact
 
 _ROUND = 8  # rows are padded to a multiple, so that few shapes of products arise
 
@@ -97,9 +96,8 @@ class MoE(Layer):
         """
         if x.dim() < 1 or x.shape[-1] != self.embed_dim:
             raise ShapeError(f"MoE: x is [..., {self.embed_dim}], not {tuple(x.shape)}")
-        if is_exact(self.mesh):
-            instead = "its tokens are sorted anew on every number of ranks; write the experts' products by sg.matmul"
-            refuse_exact(view(self.mesh), [self.axis], "MoE", instead)
+        instead = "its tokens are sorted anew on every number of ranks; write the experts' products by sg.matmul"
+        refuse_exact_on(self.mesh, [self.axis], "MoE", instead)
         tokens = x.reshape(-1, self.embed_dim)
         logits = self.multiply("T", tokens)[0]
         # In 16 bits, probabilities of experts would tie.

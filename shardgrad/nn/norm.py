@@ -114,15 +114,14 @@ class _Norm(Layer):
     def _rows(self, dims: int) -> Cut:
         """The rows that axes shard, of x of so many dims."""
         sequence = None if self.sequence_dim is None else (self.sequence_dim % dims, self.axis)
-        return rows_of(None if self.data is None else self.data.axis, sequence)
+        return rows_of(self.data, sequence)
 
     def _check(self, x: Tensor) -> None:
         rows = x.dim() - len(self.normalized_shape)
         if self._features is not None and x.shape[-1:] != (prod(self._features.here),):
             raise ShapeError(
                 f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has "
-                f"{prod(self._features.here)} of the "
-                f"{self.normalized_shape[0]} features"
+                f"{prod(self._features.here)} of the {self.normalized_shape[0]} features"
             )
         if self.sequence_dim is not None and (
             not -x.dim() <= self.sequence_dim < x.dim() or self.sequence_dim % x.dim() >= rows

@@ -18,7 +18,15 @@ from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces, reduce_pieces_collectives, refuse_exact
+from shardgrad.comm.pieces import (
+    exact,
+    level_of,
+    pieces_here,
+    reduce_pieces,
+    reduce_pieces_collectives,
+    refuse_exact_on,
+)
+from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective, itemsize
 from shardgrad.layout.tree import Level
 from shardgrad.nn.replicated import dim_over, for_rows, for_rows_collectives, one, size_before
@@ -87,7 +95,7 @@ def row_pieces(
     if not is_exact(mesh):
         return [for_rows(parameters, shardings, axes)]
     marked = [axis for one in shardings for axis in one.spec.grad_partial if axis in axes]
-    refuse_exact(view(mesh), marked, "a gradient that is left to the caller", "build layers without accumulate=True")
+    refuse_exact_on(mesh, marked, "a gradient that is left to the caller", "build layers without accumulate=True")
     parameters = held(view(mesh), parameters) if hold else parameters
     if not axes or not parameters:
         return [list(parameters)]
@@ -185,9 +193,9 @@ class _Fan(torch.autograd.Function):
         return None, *ctx.uses.summed([each[at : at + count] for at in range(0, len(each), count)])
 
 
-def rows_of(data: str | None, sequence: tuple[int, str] | None) -> Cut:
-    """The rows of a tensor whose first dim an axis shards, and whose sequence dim another one does."""
-    first = [] if data is None else [data]
+def rows_of(data: BatchAxis | None, sequence: tuple[int, str] | None = None) -> Cut:
+    """The rows of a tensor whose first dim the data parallel axis shards, and whose sequence dim another one does."""
+    first = [] if data is None else [data.axis]
     if sequence is None:
         return [(0, first)] if first else []
     dim, axis = sequence

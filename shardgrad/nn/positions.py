@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from shardgrad.comm.adjoint import slice_replicated
-from shardgrad.comm.mesh import view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.notation import parse_tensor
 from shardgrad.nn import init
 from shardgrad.nn.layer import Layer
 from shardgrad.nn.parallel import OnRows
-from shardgrad.nn.pieces import Cut, counts, is_exact, row_pieces, row_pieces_collectives, rows_of
+from shardgrad.nn.pieces import counts, is_exact, row_pieces, row_pieces_collectives, rows_of
 from shardgrad.nn.replicated import for_rows
 from shardgrad.nn.transfer import transfer
 from shardgrad.ops.pieces import cut, join
@@ -68,10 +67,9 @@ class LearnedPositions(Layer):
             LayoutError: in exact mode, where `add_to` is to be used: a sum over the batch is the gradient.
         """
         self._check(sequence, first)
-        if is_exact(self.mesh):
-            cuts = (*self.parallel.axes[1:], *([] if self.sequence_dim is None else [self.axis]))
-            instead = "let the layer add them: positions.add_to(x, sequence)"
-            refuse_exact(view(self.mesh), cuts, "the sum over the batch that positions are added to", instead)
+        cuts = (*self.parallel.axes[1:], *([] if self.sequence_dim is None else [self.axis]))
+        instead = "let the layer add them: positions.add_to(x, sequence)"
+        refuse_exact_on(self.mesh, cuts, "the sum over the batch that positions are added to", instead)
         (weight,) = for_rows([self.weight], [self._shardings["weight"]], self.parallel.axes[1:])
         return self._rows(weight, sequence, first)
 
@@ -80,15 +78,12 @@ class LearnedPositions(Layer):
         if not is_exact(self.mesh):
             return x + self(sequence, first).to(x.dtype)
         self._check(sequence, first)
-        batch = self._batch()
+        batch = rows_of(self.data)
         tables = row_pieces([self.weight], [self._shardings["weight"]], self.mesh, batch)
         along = [] if self.sequence_dim is None else [self.axis]
         cuts = counts(self.mesh, [*batch, (1, along)], x)
         rows = [piece for (table,) in tables for piece in cut(self._rows(table, sequence, first), {0: cuts[1]})]
         return join([piece + row.to(x.dtype) for piece, row in zip(cut(x, cuts), rows, strict=True)], cuts)
-
-    def _batch(self) -> Cut:
-        return rows_of(None if self.data is None else self.data.axis, None)
 
     def _check(self, sequence: int, first: int) -> None:
         if first < 0 or sequence < 0 or first + sequence > self.num_positions:
@@ -104,10 +99,10 @@ class LearnedPositions(Layer):
         """Every collective of this rank's forward and backward for x of global shape [b, s, m], whatever its dtype: the
         table travels in its own."""
         own: Any = self.weight.dtype
-        table = row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, self._batch(), own)
+        table = row_pieces_collectives("dW", [self._shardings["weight"]], self.mesh, rows_of(self.data), own)
         sizes = self.resolve({"s": shape[1], "m": self.embed_dim})
         here = "W[s,m]" if self.sequence_dim is None else f"W[s/{self.axis},m]"
-        pieces = counts(self.mesh, self._batch()).get(0, 1)  # each of which gathers its own
+        pieces = counts(self.mesh, rows_of(self.data)).get(0, 1)  # each of which gathers its own
         return [*table, *(row for _ in range(pieces) for row in transfer("dW", "dW", here, "W[s,m]", sizes, own))]
 
     def extra_repr(self) -> str:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_gather, replicate
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_on, view
-from shardgrad.comm.pieces import refuse_exact
+from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.sharding import ParamSharding
@@ -31,7 +30,7 @@ def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], a
     """
     made = list(parameters)
     if shardings:
-        _refuse_exact(shardings[0].mesh, tuple(axes))
+        refuse_exact_on(shardings[0].mesh, axes, "the use of a parameter for different rows", "use another layer")
     for axis in axes:
         alike = []
         for at, sharding in enumerate(shardings):
@@ -45,11 +44,6 @@ def for_rows(parameters: Sequence[Tensor], shardings: Sequence[ParamSharding], a
         for at, parameter in zip(alike, summed):
             made[at] = parameter
     return made
-
-
-@shim.constant
-def _refuse_exact(mesh: DeviceMesh, axes: tuple[str, ...]) -> None:
-    refuse_exact(view(mesh), axes, "the use of a parameter for different rows", "use another layer")
 
 
 def for_rows_collectives(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shardgrad.layout.tree import Cut, Level, TreeSum, held, nodes, single, summed, tree_sum
+from shardgrad.layout.tree import Cut, Level, TreeSum, nodes, side_by_side, single, summed, tree_sum
 
 MOST = 24
 Term = Any
@@ -91,7 +91,7 @@ def over_ranks(cuts: list[tuple[int, int]]) -> Iterator[Term]:
         assert own.held() == (spans[0][0], spans[-1][1])
         have[place] = tree_sum([at for at, _ in spans], spans, own.pieces, pair)
         if own.ranks > 1:
-            assert len(have[place]) <= max(held(own), 1)
+            assert len(have[place]) <= max(side_by_side(own), 1)
     assert sorted(at for values in have.values() for value in values for at in leaves(value)) == list(
         range(level(places[0]).pieces)
     )
@@ -147,7 +147,7 @@ def test_one_sum_a_rank_travels_where_each_holds_a_power_of_two() -> None:
         for p, q in product(divisors(minor), divisors(major)):
             level = Level((Cut("minor", minor, p, 0), Cut("major", major, q, 0)))
             if p > 1 and is_power_of_two(level.count):
-                assert held(level) == 0
+                assert side_by_side(level) == 0
                 assert all(len(spans) == 1 for spans in summed(level, "minor").brought)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from same_bits import Whole, differing, from_the_left
+from bits import Whole, differing, from_the_left
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bits import Meshes, normal
+from bits import LeftToRight, Meshes, normal
 from test_exact_products import multiplied, operands
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,16 +41,6 @@ def dropping(which: Callable[[Term], tuple[str, ...]]) -> Callable[..., Term]:
         return replace(found, counts=tuple((x, n) for x, n in found.counts if x not in which(found)))
 
     return made
-
-
-class LeftToRight(tree.TreeSum[Tensor]):
-    """What a rank has, added in its order."""
-
-    def push(self, span: tuple[int, int], value: Tensor) -> None:
-        if self.held:
-            before, other = self.held.pop()
-            span, value = (before[0], span[1]), self.add(other, value)
-        self.held.append((span, value))
 
 
 def joined_columns(patch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from bits import Whole, differing, from_the_left
 from launched import launched
 from refused import refusal
-from same_bits import Whole, differing, from_the_left
 from tiny import fill
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.functional import silu

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from bits import LeftToRight
 from launched import launched
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardgrad.errors import LayoutError
-from shardgrad.layout.tree import TreeSum
 from shardgrad.nn import exact_norm
 from shardgrad.nn.dropout import Dropout
 from shardgrad.ops import micro_batches
@@ -99,16 +99,6 @@ def test_resumed_on_other_ranks_it_ends_with_the_same_bits(tmp_path: Path, monke
         moved = ended(configured(tmp_path, "moved", dp, tp))
     assert not stops
     assert moved[:2] == [losses, digest]
-
-
-class LeftToRight(TreeSum[torch.Tensor]):
-    """Micro-batches as autograd adds them."""
-
-    def push(self, span: tuple[int, int], value: torch.Tensor) -> None:
-        if self.held:
-            before, other = self.held.pop()
-            span, value = (before[0], span[1]), self.add(other, value)
-        self.held.append((span, value))
 
 
 @pytest.mark.slow
