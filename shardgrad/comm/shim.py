@@ -211,6 +211,15 @@ def join_imagined(rank: int, ranks: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
 
 
+def forget_meshes() -> None:
+    """Have DTensor forget the meshes that its cache of operations holds. It takes equal meshes for the same one, also
+    where the process groups of the first have been destroyed and those names now mean others, or none."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+
+
 def storage_number(x: torch.Tensor) -> int:
     """The same for tensors that share memory, also where they have none and so no address."""
     return int(x.untyped_storage()._cdata)

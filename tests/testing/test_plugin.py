@@ -178,6 +178,20 @@ def test_a_passing_suite(project: Project) -> None:
                 dist.barrier()
 
             @distributed(2)
+            @pytest.mark.parametrize("before", [5, 0])
+            def test_equal_meshes_of_another_group_are_not_taken_for_these(before):
+                import torch
+                import torch.distributed as dist
+                from torch.distributed.tensor import DTensor, Shard
+                for _ in range(before):
+                    dist.new_group([0, 1])
+                mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+                x = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh["tp"], [Shard(0)]))
+                assert x.device_mesh.get_group("tp") is mesh.get_group("tp")
+                dist.barrier()
+                dist.destroy_process_group()
+
+            @distributed(2)
             @pytest.mark.parametrize("turn", range(40))
             def test_groups_do_not_pile_up(turn, rank):
                 import torch.distributed as dist
@@ -191,7 +205,7 @@ def test_a_passing_suite(project: Project) -> None:
         """,
     )
     result, text = run(pytester, "-s", "-v")
-    result.assert_outcomes(passed=52)
+    result.assert_outcomes(passed=54)
     assert text.index("test_ranks[ranks=1-8]") < text.index("test_ranks[ranks=3-5]")
     for world_size in (1, 3):
         for n in (5, 8):
