@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from shardgrad.comm import shim
 from shardgrad.comm.collectives import AllGather, gather_ints
+from shardgrad.comm.comparison import compare
 from shardgrad.comm.mesh import Axis, MeshView
 from shardgrad.errors import DisagreementError
 
@@ -40,32 +41,29 @@ def agree(view: MeshView, axis: Axis, describe: Callable[[], str], what: str) ->
     if axis.size == 1:
         return
     text = describe()
-    digest = _digest(text)
-    if digest in view.agreed[axis.name] and not every_call:
+    if text in view.agreed[axis.name] and not every_call:
         return
-    _compare(view, axis, text, [digest, 0], what)
-    view.agreed[axis.name].add(digest)
+    _compare(axis, text, 0, what)
+    view.agreed[axis.name].add(text)
 
 
-def share_first(view: MeshView, axis: Axis, text: str, value: int, what: str) -> int:
+def share_first(axis: Axis, text: str, value: int, what: str) -> int:
     """The first rank's value, on every rank of the axis, once a description of what it is for has been compared.
 
     Raises:
         DisagreementError: as `agree`.
     """
-    return value if axis.size == 1 else _compare(view, axis, text, [_digest(text), value], what)[0][1]
+    return value if axis.size == 1 else _compare(axis, text, value, what)
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-
-
-def _compare(view: MeshView, axis: Axis, text: str, numbers: list[int], what: str) -> list[list[int]]:
-    """Every rank's numbers, of which the first, the text's digest, must be alike."""
-    rows = gather_ints(numbers, axis, view.device, f"comparison of {what} between ranks")
-    if any(row[0] != rows[0][0] for row in rows):
-        raise DisagreementError(_report(gather_texts(text, axis, view.device), axis, what))
-    return rows
+def _compare(axis: Axis, text: str, value: int, what: str) -> int:
+    """The first rank's value; every rank's text must be the same."""
+    if shim.is_imagined(axis.group):
+        return value
+    said, first = compare(axis, text, value, what)
+    if any(one != text for one in said):
+        raise DisagreementError(_report(said, axis, what))
+    return first
 
 
 def gather_texts(text: str, axis: Axis, device: torch.device) -> list[str]:

@@ -13,9 +13,8 @@ the result, and a call does both. Only this file and `all_to_all` have torch.dis
 
 from __future__ import annotations
 
-import atexit
-import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,19 +22,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardgrad.comm import shim
+from shardgrad.comm.comparison import SLICE_S
+from shardgrad.comm.failure_report import failure, hopeless
 from shardgrad.comm.mesh import Axis
+from shardgrad.comm.process_end import end_at_exit, pause_at_exit
 from shardgrad.comm.shim import dispatch_mode_active
 from shardgrad.comm.shm.register import register
 from shardgrad.comm.timer import timed, timers
-from shardgrad.errors import CollectiveError, ShapeError
+from shardgrad.errors import ShapeError
 from shardgrad.layout.sizes import chunk
 
 register()
 
-# A gloo thread lets go of a collective's tensors a little after `wait` has returned, and needs the interpreter lock for
-# it. If the interpreter ends first, the thread takes the process down ("terminate called without an active exception"),
-# measured on two busy cores in 3 of 14 runs of a program that ends right after a backward; with this, in none of 14.
-atexit.register(time.sleep, 0.05)
+_SLICE = timedelta(seconds=SLICE_S)
 
 Handle = Any
 """What `start` returns, for `wait` alone. It holds every tensor that must outlive the collective."""
@@ -48,10 +47,15 @@ class Collective:
     direct, via_dispatcher: the call of the backend itself, and of the group, through PyTorch's dispatcher.
     """
 
-    __slots__ = ("_direct", "_via_dispatcher", "axis", "what")
+    __slots__ = ("_direct", "_in_slices", "_standing", "_via_dispatcher", "axis", "what")
 
     def __init__(self, axis: Axis, what: str, direct: Callable[..., Any], via_dispatcher: Callable[..., Any]) -> None:
-        self.axis, self.what = axis, what
+        self.axis, self.what, self._standing = axis, what, axis.standing
+        self._in_slices = shim.waits_in_slices(axis.backend)
+        if self._in_slices:
+            pause_at_exit()
+        elif look_further := getattr(axis.backend, "look_further", None):  # shared memory waits by itself
+            look_further(lambda doing: str(hopeless(doing, axis) or ""))
         self._direct, self._via_dispatcher = direct, via_dispatcher
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -78,32 +82,39 @@ class Collective:
         """
         odd = type(x) is not Tensor or x.is_neg() or x.is_conj()
         call = self._via_dispatcher if odd or dispatch_mode_active() else self._direct
+        self._standing.begun += 1
         try:
             if timers:
                 return timed(lambda: call(*arguments), f"{self.what} over {self.axis.name}", starts=True)
             return call(*arguments)
         except (RuntimeError, ValueError) as error:
-            raise CollectiveError(self._failure(error)) from error
+            raise failure(self.what, self.axis, error) from error
 
     def _await(self, work: Any) -> None:
         try:
             if timers:
-                timed(work.wait, f"{self.what} over {self.axis.name}", starts=False)
+                in_vain = timed(lambda: self._wait(work), f"{self.what} over {self.axis.name}", starts=False)
             else:
-                work.wait()
+                in_vain = self._wait(work)
         except (RuntimeError, ValueError) as error:
-            raise CollectiveError(self._failure(error)) from error
+            raise failure(self.what, self.axis, error) from error
+        if in_vain is not None:
+            raise in_vain
 
-    def _failure(self, error: BaseException) -> str:
-        from shardgrad.comm.failure_report import failure_report
-
-        return (
-            f"rank {self.axis.ranks[self.axis.index]}: {self.what} over {self.axis} failed: {str(error).strip()}\n"
-            f"{failure_report(self.what, self.axis)}"
-            "A rank that died, that raised before this operation, or that came here with another layout or shape "
-            "leaves the others waiting; run the block under sg.check_every_call() to compare layouts and shapes at "
-            "every call."
-        )
+    def _wait(self, work: Any) -> Exception | None:
+        """Wait for it, or return why that is in vain."""
+        while self._in_slices:
+            try:
+                work.wait(_SLICE)
+                return None
+            except RuntimeError:
+                if work.is_completed():
+                    break  # it has failed, or ended just now: `wait` says which
+            if error := hopeless(self.what, self.axis):
+                end_at_exit(work)
+                return error
+        work.wait()
+        return None
 
 
 class AllGather(Collective):

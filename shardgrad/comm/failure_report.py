@@ -1,4 +1,4 @@
-"""After a collective failed: which ranks are still there, and what each was doing.
+"""A collective that failed, or will never end: which ranks are still there, and what each was doing.
 
 The group itself is broken by then, so the survivors meet in the key-value store of the default process group.
 """
@@ -6,44 +6,72 @@ The group itself is broken by then, so the survivors meet in the key-value store
 from __future__ import annotations
 
 import time
-import weakref
-
-import torch.distributed as dist
 
 from shardgrad.comm import shim
+from shardgrad.comm.ask import StoreError, ask
+from shardgrad.comm.comparison import passed_by
 from shardgrad.comm.mesh import Axis
+from shardgrad.errors import CollectiveError, DisagreementError
 
 PATIENCE = 5.0  # seconds that the survivors give each other to report
-_failures: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_HINT = (
+    "A rank that died, that raised before this operation, or that came here with another layout or shape leaves the "
+    "others waiting; run the block under sg.check_every_call() to compare layouts and shapes at every call."
+)
 
 
-def failure_report(what: str, axis: Axis) -> str:
-    """One line for each other rank of the axis: in which operation it failed, or that it does not answer."""
-    count = _failures[axis.group] = _failures.get(axis.group, 0) + 1
-
-    def key(rank: int) -> str:
-        return f"shardgrad/failed/{axis.group.group_name}/{count}/{rank}"
-
-    me = dist.get_rank()
-    others = [rank for rank in axis.ranks if rank != me]
-    said: dict[int, str] = {}
+def failure(what: str, axis: Axis, error: BaseException) -> CollectiveError | DisagreementError:
+    """What to raise for a collective that failed."""
+    begins = f"rank {axis.standing.rank}: {what} over {axis} failed: {str(error).strip()}"
     try:
+        if disagreement := passed_by(axis, what):
+            return disagreement
+        said = _reports(what, axis)
+    except StoreError as silent:
+        trouble = axis.standing.trouble()
+        return CollectiveError(f"{begins}\n{f'  {trouble}' if trouble else f'The other ranks cannot be asked: {silent}'}")
+    return CollectiveError(f"{begins}\n{said}\n{_HINT}")
+
+
+def hopeless(what: str, axis: Axis) -> CollectiveError | DisagreementError | None:
+    """What to raise for a collective that this rank has long waited for; None while it may still end."""
+    begins = f"rank {axis.standing.rank}: {what} over {axis} cannot end: "
+    if trouble := axis.standing.trouble():
+        return CollectiveError(f"{begins}{trouble}")
+    try:
+        return passed_by(axis, what)
+    except StoreError as silent:
+        return CollectiveError(f"{begins}{axis.standing.trouble() or silent}")
+
+
+def _reports(what: str, axis: Axis) -> str:
+    """A line for each other rank of the axis: in which operation it failed, that it died, or that it does not answer.
+
+    Raises:
+        StoreError: the store does not answer, or is gone.
+    """
+    standing = axis.standing
+    key = f"shardgrad/failed/{standing.name}/{standing.begun}"
+    dead = standing.trouble()
+
+    def exchange() -> dict[int, str]:
         store = shim.store()
-        store.set(key(me), what)
-        deadline = time.monotonic() + PATIENCE
-        while len(said) < len(others):
-            for rank in others:
-                if rank not in said and store.check([key(rank)]):
-                    said[rank] = store.get(key(rank)).decode()
-            if time.monotonic() > deadline:
-                break
+        store.set(f"{key}/{standing.rank}", what)
+        said: dict[int, str] = {}
+        deadline = time.monotonic() + (PATIENCE if not dead else 0.0)
+        while True:
+            for rank in standing.others:
+                if rank not in said and store.check([f"{key}/{rank}"]):
+                    said[rank] = store.get(f"{key}/{rank}").decode()
+            if len(said) == len(standing.others) or time.monotonic() > deadline:
+                return said
             time.sleep(0.05)
-    except (RuntimeError, ValueError) as error:
-        return f"The other ranks cannot be asked, for the store is gone too ({str(error).strip().splitlines()[0]}).\n"
-    lines = [
-        f"  rank {rank} failed in: {said[rank]}"
-        if rank in said
-        else f"  rank {rank} does not answer (within {PATIENCE:.0f} s): it died, or is busy elsewhere"
-        for rank in others
-    ]
-    return "\n".join(("The other ranks of the axis:", *lines, ""))
+
+    said = ask(exchange, PATIENCE + 10.0)
+    lines = [f"  {dead}"] if dead else []
+    for rank in standing.others:
+        if rank in said:
+            lines.append(f"  rank {rank} failed in: {said[rank]}")
+        elif not dead:
+            lines.append(f"  rank {rank} does not answer (within {PATIENCE:.0f} s): it died, or is busy elsewhere")
+    return "\n".join(("The other ranks of the axis:", *lines))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
+from shardgrad.comm.standing import Standing, standing_in
 from shardgrad.errors import MeshError
 
 
@@ -21,6 +22,7 @@ class Axis:
     """One axis of a mesh as this rank sees it: its peers along the axis, and its place among them.
 
     mesh: the handle of the mesh's view.
+    standing: how far this rank has come in the group.
     backend: what the group calls, without PyTorch's dispatcher.
     """
 
@@ -30,6 +32,7 @@ class Axis:
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
     mesh: str = field(compare=False)
+    standing: Standing = field(compare=False, repr=False)
     backend: Any = field(compare=False, repr=False)
 
     @property
@@ -137,7 +140,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
                 "ranks ascend along every axis"
             )
         backend = shim.backend(group, device)
-        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle, backend)
+        axes[name] = Axis(name, mesh.size(dim), coordinate[dim], group, ranks, handle, standing_in(group), backend)
         _axis_names[group] = name
     return MeshView(
         axes,

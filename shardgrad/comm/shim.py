@@ -36,6 +36,22 @@ def store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that a collective of a group may take; torch's own default where the group does not say."""
+    for device in ("cpu", "cuda"):
+        options = getattr(backend(group, torch.device(device)), "options", None)
+        if options is not None:
+            return float(options._timeout.total_seconds())
+    own = getattr(group, "timeout", None)  # of shared memory
+    return float(own) if own is not None else dist.default_pg_timeout.total_seconds()  # type: ignore[attr-defined]
+
+
+def waits_in_slices(backend: Any) -> bool:
+    """Whether the works of a backend may be waited for a while, and again: gloo's can; to NCCL's wait a limit means that
+    the host waits for the device."""
+    return isinstance(backend, getattr(dist, "ProcessGroupGloo", ()))
+
+
 def process_group(argument: Any) -> dist.ProcessGroup | None:
     """The process group inside an argument of a c10d operator, or None if it holds something else."""
     if isinstance(argument, dist.ProcessGroup):
@@ -218,6 +234,11 @@ def forget_meshes() -> None:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+
+
+def is_imagined(group: dist.ProcessGroup) -> bool:
+    """Whether the other ranks of a group do not exist: of torch's `fake` backend."""
+    return bool(dist.get_backend(group) == "fake")
 
 
 def storage_number(x: torch.Tensor) -> int:

@@ -100,7 +100,7 @@ class ShardedModule(nn.Module):
         lines += [f"{n}: {s.spec} of global shape {s.shape}" for n, s in self._shardings.items()]
         text = "\n".join(lines)
         for axis in self._axes:
-            seed = share_first(mesh_view, mesh_view.axis(axis), text, seed, "a layer being built")
+            seed = share_first(mesh_view.axis(axis), text, seed, "a layer being built")
         starts, lengths = sharding.block()
         with torch.no_grad():
             parameter.copy_(values(seed, sharding.shape, starts, lengths).view_as(parameter))

@@ -234,7 +234,7 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
     decided = mesh_view.settings.setdefault(_DECIDED, {})
     if (axis.name, what) not in decided:
         mine = choose()
-        value = share_first(mesh_view, axis, what, mine.count * 10**6 + mine.steepness, "chunks of a product")
+        value = share_first(axis, what, mine.count * 10**6 + mine.steepness, "chunks of a product")
         decided[axis.name, what] = Chunking(*divmod(value, 10**6))
     return decided[axis.name, what]
 

@@ -85,7 +85,7 @@ def check_replicas(
             if not entries:
                 continue
             # Compared every time: what one rank has long agreed on may be news to another.
-            share_first(mesh_view, axis, _described(entries), 0, "the tensors whose replicas are compared")
+            share_first(axis, _described(entries), 0, "the tensors whose replicas are compared")
             for _, _, tensor in entries:
                 if tensor is not None and id(tensor) not in prints:
                     prints[id(tensor)] = fingerprint(tensor).to(mesh_view.device)

@@ -91,7 +91,7 @@ def test_a_rank_that_left_is_named(seen: dict[str, Any]) -> None:
 
 def test_work_of_a_destroyed_group_fails(seen: dict[str, Any]) -> None:
     _, text, _ = seen["own_work_is_lost"][0]
-    assert "was not finished when the shm group" in text
+    assert "was not finished: it was destroyed" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -76,6 +79,7 @@ class ShmGroup(dist.ProcessGroup):
         self._reducers: dict[Any, AllReducer] = {}
         self._together: list[Ticket] | None = None
         self._results_together: list[Tensor] = []
+        _groups.add(self)
 
     # What torch reads of a group
 
@@ -107,6 +111,11 @@ class ShmGroup(dist.ProcessGroup):
     adds_in_tree = True
     """Whether sums of more than two ranks, of float32 and float64, are those of `layout.tree` over the ranks."""
 
+    def look_further(self, look: Callable[[str], str]) -> None:
+        """Who waits here for long asks this too whether the wait is in vain: with what it waits in, for why."""
+        if self._queue is not None:
+            self._queue.look_further = look
+
     supports_coalescing = False
     supports_splitting = False
 
@@ -117,6 +126,10 @@ class ShmGroup(dist.ProcessGroup):
         self._alive().timeout = timeout.total_seconds()
 
     _set_default_timeout = set_timeout
+
+    @property
+    def timeout(self) -> float:
+        return self._alive().timeout
 
     def _set_sequence_number_for_group(self) -> None:
         pass  # rounds are numbered anyway
@@ -138,7 +151,8 @@ class ShmGroup(dist.ProcessGroup):
     abort = shutdown
 
     def __del__(self) -> None:
-        if getattr(self, "_queue", None) is not None:
+        # At the interpreter's end what this needs may be gone; the others see that the process is.
+        if getattr(self, "_queue", None) is not None and not sys.is_finalizing():
             self.shutdown()
 
     # Reductions
@@ -423,3 +437,15 @@ class ShmGroup(dist.ProcessGroup):
         if (opts is None or opts.asyncOp) and tickets and not tickets[-1].given:
             progress.watch(queue, now=opts is None)
         return ShmWork(queue, tickets, results)
+
+
+_groups: weakref.WeakSet[ShmGroup] = weakref.WeakSet()
+
+
+def _refuse_after_fork() -> None:
+    for group in tuple(_groups):
+        if group._queue is not None:
+            group._queue.refuse_after_fork()
+
+
+os.register_at_fork(after_in_child=_refuse_after_fork)

@@ -1,55 +1,34 @@
-"""The other ranks of a group as processes: alive, gone from the group, or failed in it."""
+"""The other ranks of a group: at work, stopped, dead, gone from the group, or failed in it."""
 
 from __future__ import annotations
 
-import os
-import select
 import time
 
+from shardgrad.comm.processes import Processes
 from shardgrad.comm.shm.segment import BROKEN, FAILED, LEFT, TEXT, Segment
 
 
 class Peers:
     """Watches the processes of a group's ranks.
 
-    names: the ranks as the program numbers them, which is how messages call them.
+    processes: by the ranks as the program numbers them. names: those numbers, in the group's order.
     """
 
-    def __init__(self, segment: Segment, rank: int, pids: list[int], names: list[int]) -> None:
-        self.segment, self.rank, self.pids, self.names = segment, rank, pids, names
+    def __init__(self, segment: Segment, rank: int, processes: Processes, names: list[int]) -> None:
+        self.segment, self.rank, self.names = segment, rank, names
         self.broken = segment.plan.word(0, BROKEN)  # the word that says whether any rank failed
-        self._watch = select.poll()
-        self._rank_of: dict[int, int] = {}
-        self._dead: set[int] = set()
-        for peer, pid in enumerate(pids):
-            if peer == rank:
-                continue
-            try:
-                # A descriptor of the process itself: it shows a death at once, also of a process that has not
-                # been waited for yet, and cannot mean another process that got the same number later.
-                descriptor = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self._dead.add(peer)
-                continue
-            self._rank_of[descriptor] = peer
-            self._watch.register(descriptor, select.POLLIN)
+        self._processes = processes
 
     def gone(self, ranks: list[int]) -> str:
         """Which of these ranks will never come, in words; empty if all still may.
 
         The caller must look once more for what it waits for: a rank may have done its part and ended since.
         """
-        for descriptor, _ in self._watch.poll(0):
-            self._dead.add(self._rank_of[descriptor])
-            self._watch.unregister(descriptor)
-        said = []
-        for rank in ranks:
-            if rank == self.rank:
-                continue
-            if self.segment.words[self.segment.plan.word(rank, LEFT)]:
-                said.append(f"rank {self.names[rank]} has left the group (destroy_process_group, or its end)")
-            elif rank in self._dead:
-                said.append(f"rank {self.names[rank]} (process {self.pids[rank]}) died")
+        others = [rank for rank in ranks if rank != self.rank]
+        left = [rank for rank in others if self.segment.words[self.segment.plan.word(rank, LEFT)]]
+        said = [f"rank {self.names[rank]} has left the group (destroy_process_group, or its end)" for rank in left]
+        if trouble := self._processes.trouble(self.names[rank] for rank in others if rank not in left):
+            said.append(trouble)
         return "; ".join(said)
 
     def leave(self) -> None:
@@ -74,9 +53,3 @@ class Peers:
         rank = min(failed)[1]
         start = plan.texts + rank * TEXT
         return bytes(self.segment.raw[start + 8 : start + 8 + words[start // 8]]).decode(errors="replace")
-
-    def close(self) -> None:
-        for descriptor in self._rank_of:
-            os.close(descriptor)
-        self._rank_of.clear()
-        self._watch = select.poll()

@@ -14,10 +14,10 @@ def unsupported() -> str:
     promises that; ARM, POWER and RISC-V do not, and Python has no cheap barrier for them.
     """
     if sys.platform != "linux":
-        return f"it needs Linux (memfd, futex, pidfd), and this is {sys.platform}"
+        return f"it needs Linux (memfd, futex, /proc), and this is {sys.platform}"
     machine = platform.machine()
     if machine not in ("x86_64", "AMD64"):
         return f"it relies on x86-64's order of stores, and this processor is {machine or 'unknown'}"
-    if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-        return "this Python or kernel has no memfd_create or no pidfd_open"
+    if not hasattr(os, "memfd_create"):
+        return "this Python or kernel has no memfd_create"
     return ""

@@ -30,6 +30,7 @@ _YIELDS = 4, 200  # then how often it lets others run, without and with a core o
 _NAP_S = (0.001, 0.02)  # then how long it sleeps at a time, unless woken
 _AS_IT_IS = nullcontext()
 _LOOK_S = 0.1  # how often it looks whether the others live
+_LOOK_FURTHER_S = 2.0  # how long it waits before it asks what is more than a look, and again
 _YOUNG_S = 0.001  # how long what was started is left to the program, before the thread of `progress` moves it on
 _YOUNG_ALONE_S = 0.1  # the same for a collective if that thread has no core to itself: it would only be in the way
 
@@ -104,13 +105,15 @@ class Queue:
         self.watched = False  # by the progress thread
         self.waiters = 0  # threads that are waiting and so moving things on themselves
         self.broken = ""
+        self.inherited = False
+        self.look_further: Callable[[str], str] = lambda _: ""
         self._me = peers.names[peers.rank]
         self._tickets: deque[Ticket] = deque()
         self._messages: set[Ticket] = set()
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         self.settling = threading.RLock()  # of futures; their callbacks run inside
-        self._looked = 0.0
+        self._looked = self._looked_further = 0.0
         cores = len(os.sched_getaffinity(0))
         self._spin, self._yields = (0.0, _YIELDS[0]) if cores < box.ranks else (_SPIN_S, _YIELDS[1])
         self._young = _YOUNG_S if cores > box.ranks * torch.get_num_threads() else _YOUNG_ALONE_S
@@ -309,23 +312,36 @@ class Queue:
             tickets = self._fail(ShmError(text))
         self._call_back(tickets)
 
-    def close(self) -> None:
-        """End: what is still under way fails here; ranks that wait for this one are notified."""
-        self.peers.leave()
+    def refuse_after_fork(self) -> None:
+        """In a forked child: the rank's place in the group is its parent's, and what the child wrote would be taken for
+        its parent's part of a sum."""
+        self._lock, self.inherited = threading.Lock(), True  # a thread of the parent may have held the lock
+        self._drop(
+            "it is the group of the process that this one was forked from: use it there alone, or start this process "
+            "with the method 'spawn' (of DataLoader: multiprocessing_context='spawn')"
+        )
+
+    def _drop(self, why: str) -> list[Ticket]:
+        """Nothing moves any more, and nothing can be begun; the others are not told."""
         with self._lock:
             tickets = [*self._tickets, *self._messages]
             self._tickets.clear()
             self._messages.clear()
             self.pairs.clear()
-            self.broken = "it was destroyed (destroy_process_group)"
+            self.broken = why
             for ticket in tickets:
-                ticket.error = ShmError(
-                    f"rank {self._me}: {ticket.what} was not finished when {self.label} was destroyed"
-                )
+                ticket.error = ShmError(f"rank {self._me}: {ticket.what} over {self.label} was not finished: {why}")
+        return tickets
+
+    def close(self) -> None:
+        """End: what is still under way fails here; ranks that wait for this one are notified."""
+        if self.inherited:
+            return
+        self.peers.leave()
+        tickets = self._drop("it was destroyed (destroy_process_group)")
         for bell in (bell for _, bell in self.box.bells):
             self.box.wake(bell)
         self._call_back(tickets)
-        self.peers.close()
 
     # Waiting
 
@@ -367,6 +383,12 @@ class Queue:
                 # Once more: it may have done its part before it went.
                 self.poll()
                 self._fail_for(self._why_gone)
+            for ticket in tuple(self._tickets)[:1]:
+                # Not to be asked at once, nor under the lock: it may take seconds.
+                if now - max(ticket.started, self._looked_further) >= _LOOK_FURTHER_S:
+                    self._looked_further = now
+                    if why := self.look_further(ticket.what):
+                        self._fail_for(lambda why=why: why)  # type: ignore[misc]
         if any(now > ticket.deadline for ticket in (*tuple(self._tickets), *tuple(self._messages))):
             self._fail_for(self._why_late)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from shardgrad.comm.processes import Process, Processes, this_process
 from shardgrad.comm.shm.errors import ShmError
 from shardgrad.comm.shm.peers import Peers
-from shardgrad.comm.shm.segment import ATTACHED, Plan, Segment, create
+from shardgrad.comm.shm.segment import ATTACHED, Plan, Segment, create, no_descriptors
 
 _STEP_S = 0.002
 
@@ -30,7 +32,7 @@ def rendezvous(store: Any, rank: int, size: int, timeout: float, names: list[int
         return f"{time_of_joining}/{what}"
 
     plan = Plan(size)
-    me: dict[str, Any] = {"pid": os.getpid(), "host": _place()}
+    me: dict[str, Any] = {"process": this_process().as_json()}
     descriptor = -1
     if rank == 0:
         descriptor = create(plan)
@@ -49,7 +51,8 @@ def rendezvous(store: Any, rank: int, size: int, timeout: float, names: list[int
                 f"rank {names[rank]}: {_ranks(missing)} did not come to the shm group within {timeout:g} s"
             ) from error
         cards = [json.loads(store.get(one)) for one in keys]
-        elsewhere = [names[r] for r, card in enumerate(cards) if card["host"] != me["host"]]
+        processes = {name: Process.from_json(card["process"]) for name, card in zip(names, cards)}
+        elsewhere = [name for name, one in processes.items() if one.place != processes[names[rank]].place]
         if elsewhere:
             raise ShmError(
                 f"rank {names[rank]}: {_ranks(elsewhere)} run on another host or in another container (another boot or "
@@ -58,7 +61,7 @@ def rendezvous(store: Any, rank: int, size: int, timeout: float, names: list[int
         if rank:
             descriptor = _open(cards[0], names[0])
         segment = Segment(descriptor, plan)
-        peers = Peers(segment, rank, [card["pid"] for card in cards], names)
+        peers = Peers(segment, rank, Processes(processes), names)
         segment.words[plan.word(rank, ATTACHED)] = 1
         # The first rank keeps the file open, and so reachable, until everyone maps it.
         attached = [plan.word(r, ATTACHED) for r in range(size)]
@@ -73,10 +76,8 @@ def _wait(missing: Callable[[], list[int]], peers: Peers, deadline: float, timeo
     while late := missing():
         gone = peers.gone(late)
         if gone and missing():
-            peers.close()
             raise ShmError(f"rank {peers.names[peers.rank]}: {gone}, while the ranks were meeting")
         if time.monotonic() > deadline:
-            peers.close()
             raise ShmError(
                 f"rank {peers.names[peers.rank]}: {_ranks([peers.names[r] for r in late])} did not map the memory of "
                 f"the shm group within {timeout:g} s"
@@ -85,10 +86,12 @@ def _wait(missing: Callable[[], list[int]], peers: Peers, deadline: float, timeo
 
 
 def _open(card: dict[str, Any], owner: int) -> int:
-    path = f"/proc/{card['pid']}/fd/{card['fd']}"
+    path = f"/proc/{card['process']['pid']}/fd/{card['fd']}"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ShmError(f"the memory of rank {owner} cannot be opened: {no_descriptors()}") from None
         raise ShmError(
             f"the memory of rank {owner} cannot be opened at {path} ({error.strerror}): all ranks must be processes of "
             "one user that may look at each other; otherwise use the gloo backend"
@@ -98,12 +101,6 @@ def _open(card: dict[str, Any], owner: int) -> int:
         os.close(descriptor)
         raise ShmError(f"{path} is not the memory that rank {owner} announced: that process is another one by now")
     return descriptor
-
-
-def _place() -> list[str]:
-    """What processes must share for the one to find the other's memory: a running kernel and a process namespace."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return [file.read().strip(), os.readlink("/proc/self/ns/pid")]
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -7,8 +7,10 @@ process that maps it. Other ranks open it through /proc/<pid>/fd/<n>, which the 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import resource
 
 import torch
 from torch import Tensor
@@ -84,16 +86,26 @@ def create(plan: Plan) -> int:
     """A file of the plan's size, its memory reserved. Returns the descriptor.
 
     Raises:
-        ShmError: there is not enough memory; better now than as SIGBUS at a later store.
+        ShmError: there is not enough memory, better now than as SIGBUS at a later store; or no descriptor is left.
     """
-    descriptor = os.memfd_create("shardgrad-shm", os.MFD_CLOEXEC)
+    descriptor = -1
     try:
+        descriptor = os.memfd_create("shardgrad-shm", os.MFD_CLOEXEC)
         os.fchmod(descriptor, 0o600)
         os.posix_fallocate(descriptor, 0, plan.size)
     except OSError as error:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ShmError(f"no shm group of {plan.ranks} ranks: {no_descriptors()}") from None
         raise ShmError(
             f"no memory for a shm group of {plan.ranks} ranks: {plan.size / 2**20:.1f} MiB of shared memory were "
             f"refused ({error.strerror}). Free memory, raise the limit of the container, or use the gloo backend"
         ) from None
     return descriptor
+
+
+def no_descriptors() -> str:
+    """What to say where the kernel opens no more files for this process."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"this process may have {most} files open, and has them (a group needs one while it begins): raise ulimit -n"

@@ -1,0 +1,88 @@
+"""Questions to the store of the default process group, with a limit: whoever keeps it may be dead or frozen.
+
+A question to a store that does not answer never returns, and no argument of torch's makes it. So a thread puts it, and
+its caller waits for the thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from shardgrad.errors import CollectiveError
+
+SILENT_S = 15.0
+"""How long a store may take for an answer before its keeper counts as dead or frozen."""
+
+T = TypeVar("T")
+
+
+class StoreError(CollectiveError):
+    """The store does not answer, or is gone."""
+
+
+class Question(Generic[T]):
+    """A function of the store that a thread calls at once, with this question for its argument.
+
+    given_up: whether the caller has gone: a function that asks more than once ends then.
+    heard: when such a function last had an answer.
+    """
+
+    def __init__(self, put: Callable[[Question[T]], T]) -> None:
+        self.given_up, self.heard = False, time.monotonic()
+        self._answered = threading.Event()
+        self._answer: list[T] = []
+        self._error: BaseException | None = None
+        self._put = put
+        # A daemon: one whose store is silent must not keep the process.
+        threading.Thread(target=self._ask, name="shardgrad-ask", daemon=True).start()
+
+    def _ask(self) -> None:
+        try:
+            self._answer.append(self._put(self))
+        except BaseException as error:
+            self._error = error
+        self._answered.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is an answer within so many seconds."""
+        return self._answered.wait(seconds)
+
+    @property
+    def answer(self) -> T:
+        """What the function returned, once `wait` has said that it has.
+
+        Raises:
+            StoreError: the store is gone.
+        """
+        if self._error is None:
+            return self._answer[0]
+        if isinstance(self._error, RuntimeError) and not isinstance(self._error, CollectiveError):
+            first = (str(self._error).strip().splitlines() or ["no reason given"])[0]
+            raise StoreError(f"the store, which {keeper()} keeps, is gone: it died, or was ended ({first})")
+        raise self._error
+
+
+def ask(put: Callable[[], T], seconds: float = SILENT_S) -> T:
+    """What a function of the store returns.
+
+    Raises:
+        StoreError: the store does not answer within so many seconds, or is gone; names who keeps it.
+    """
+    question = Question(lambda _: put())
+    if not question.wait(seconds):
+        question.given_up = True
+        raise StoreError(
+            f"the store, which {keeper()} keeps, has not answered for {seconds:g} s: it is stopped, or cut off"
+        )
+    return question.answer
+
+
+def keeper(environment: dict[str, Any] | os._Environ[str] = os.environ) -> str:
+    """Who keeps the store of the default process group, in words."""
+    where = ":".join(environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment)
+    who = "torchrun" if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    return f"{who} (at {where})" if where else who
