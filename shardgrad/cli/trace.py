@@ -94,7 +94,7 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
     from shardgrad.comm.timer import comm_timer
 
     config = training_step.read(config_path, overrides, ranks)
-    rank = training_step.join(config)
+    rank, watch = training_step.join(config)
     step = training_step.make(config)
     for _ in range(_WARM_UP):
         step()
@@ -112,6 +112,7 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
         mine = path.read_text(encoding="utf-8")
     everyones: list[Any] | None = [None] * ranks if rank == 0 else None
     dist.gather_object(mine, everyones)
+    watch.leave()
     del step
     dist.destroy_process_group()
     gc.collect()

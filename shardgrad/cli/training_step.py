@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
 from shardgrad.comm.rendezvous import start_process_group
+from shardgrad.comm.watch import Watch
 from shardgrad.draw.timeline import PHASES, STEP
 from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.build import build, mesh_shape
@@ -32,10 +33,10 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
     return config
 
 
-def join(config: Config) -> int:
-    """Meet the other ranks that torchrun started, or be alone; returns this rank."""
-    start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s))
-    return dist.get_rank()
+def join(config: Config) -> tuple[int, Watch]:
+    """Meet the other ranks that torchrun started, or be alone; returns this rank, and what to tell that it leaves."""
+    watch = start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s), config.mesh.start_s)
+    return dist.get_rank(), watch
 
 
 def make(config: Config) -> Callable[[], None]:

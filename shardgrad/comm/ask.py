@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from shardgrad.errors import CollectiveError
 
-SILENT_S = 15.0
+SILENT_S = 12.0
 """How long a store may take for an answer before its keeper counts as dead or frozen."""
 
 T = TypeVar("T")
@@ -22,6 +22,10 @@ T = TypeVar("T")
 
 class StoreError(CollectiveError):
     """The store does not answer, or is gone."""
+
+
+class SilentStore(StoreError):
+    """The store does not answer."""
 
 
 class Question(Generic[T]):
@@ -61,8 +65,7 @@ class Question(Generic[T]):
         if self._error is None:
             return self._answer[0]
         if isinstance(self._error, RuntimeError) and not isinstance(self._error, CollectiveError):
-            first = (str(self._error).strip().splitlines() or ["no reason given"])[0]
-            raise StoreError(f"the store, which {keeper()} keeps, is gone: it died, or was ended ({first})")
+            raise StoreError(lost_store(self._error))
         raise self._error
 
 
@@ -75,10 +78,19 @@ def ask(put: Callable[[], T], seconds: float = SILENT_S) -> T:
     question = Question(lambda _: put())
     if not question.wait(seconds):
         question.given_up = True
-        raise StoreError(
-            f"the store, which {keeper()} keeps, has not answered for {seconds:g} s: it is stopped, or cut off"
-        )
+        raise SilentStore(silent_store(seconds))
     return question.answer
+
+
+def lost_store(error: BaseException) -> str:
+    """What to say of a store to which the connection broke."""
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"the store, which {keeper()} keeps, is gone: its keeper died, or was ended ({first})"
+
+
+def silent_store(seconds: float) -> str:
+    """What to say of a store that has not answered for so long."""
+    return f"the store, which {keeper()} keeps, has not answered for {seconds:g} s: its keeper is stopped, or cut off"
 
 
 def keeper(environment: dict[str, Any] | os._Environ[str] = os.environ) -> str:

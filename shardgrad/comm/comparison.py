@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from shardgrad.comm import shim
-from shardgrad.comm.ask import SILENT_S, Question, StoreError, ask, keeper
+from shardgrad.comm.ask import SILENT_S, Question, StoreError, ask, silent_store
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.standing import Standing
 from shardgrad.errors import CollectiveError, DisagreementError
@@ -42,7 +42,7 @@ def compare(axis: Axis, text: str, value: int, what: str) -> tuple[list[str], in
             if (trouble := standing.trouble()) and not question.wait(_LAST_S):
                 raise CollectiveError(f"{failed}{trouble}")
             if time.monotonic() - question.heard > SILENT_S:
-                raise StoreError(f"{failed}the store, which {keeper()} keeps, does not answer")
+                raise StoreError(failed + silent_store(SILENT_S))
             if time.monotonic() - began > standing.timeout:
                 raise CollectiveError(f"{failed}a rank did not come to it within {standing.timeout:g} s")
     finally:
@@ -50,18 +50,19 @@ def compare(axis: Axis, text: str, value: int, what: str) -> tuple[list[str], in
     found = question.answer
     if "passed by" in found:
         raise DisagreementError(f"the ranks of {axis} disagree about {what}:\n{found['passed by']}")
+    standing.trouble()  # learns of the others' processes while the store can be asked
     said = found["said"]
     return said if len(said) > 1 else said * len(standing.ranks), found["value"]
 
 
-def passed_by(axis: Axis, what: str) -> DisagreementError | None:
+def passed_by(axis: Axis, what: str, seconds: float) -> DisagreementError | None:
     """The error of a rank that another waits for in a comparison which comes before the collective that this one has
     begun; None if there is nothing of the kind.
 
     Raises:
-        StoreError: the store does not answer, or is gone.
+        StoreError: the store does not answer within so many seconds, or is gone.
     """
-    found = ask(lambda: _passed_by(axis.standing, what))
+    found = ask(lambda: _passed_by(axis.standing, what), seconds)
     return found and DisagreementError(f"the ranks of {axis} disagree about {found[0]}:\n{found[1]}")
 
 

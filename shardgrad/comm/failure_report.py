@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 
 from shardgrad.comm import shim
-from shardgrad.comm.ask import StoreError, ask
+from shardgrad.comm.ask import SilentStore, StoreError, ask
 from shardgrad.comm.comparison import passed_by
 from shardgrad.comm.mesh import Axis
+from shardgrad.comm.standing import BRIEFLY_S
 from shardgrad.errors import CollectiveError, DisagreementError
 
 PATIENCE = 5.0  # seconds that the survivors give each other to report
@@ -24,24 +25,28 @@ def failure(what: str, axis: Axis, error: BaseException) -> CollectiveError | Di
     """What to raise for a collective that failed."""
     begins = f"rank {axis.standing.rank}: {what} over {axis} failed: {str(error).strip()}"
     try:
-        if disagreement := passed_by(axis, what):
+        if disagreement := passed_by(axis, what, BRIEFLY_S):
             return disagreement
         said = _reports(what, axis)
-    except StoreError as silent:
-        trouble = axis.standing.trouble()
-        return CollectiveError(f"{begins}\n{f'  {trouble}' if trouble else f'The other ranks cannot be asked: {silent}'}")
+    except StoreError as lost:
+        return CollectiveError(f"{begins}\n  {axis.standing.trouble() or lost}")
     return CollectiveError(f"{begins}\n{said}\n{_HINT}")
 
 
 def hopeless(what: str, axis: Axis) -> CollectiveError | DisagreementError | None:
     """What to raise for a collective that this rank has long waited for; None while it may still end."""
-    begins = f"rank {axis.standing.rank}: {what} over {axis} cannot end: "
-    if trouble := axis.standing.trouble():
-        return CollectiveError(f"{begins}{trouble}")
-    try:
-        return passed_by(axis, what)
-    except StoreError as silent:
-        return CollectiveError(f"{begins}{axis.standing.trouble() or silent}")
+    standing = axis.standing
+    why = standing.trouble()
+    if not why:
+        try:
+            disagreement = passed_by(axis, what, BRIEFLY_S)
+            standing.heard(True)
+            return disagreement
+        except SilentStore as silent:
+            why = "" if standing.heard(False) else str(silent)
+        except StoreError as lost:
+            why = str(lost)
+    return CollectiveError(f"rank {standing.rank}: {what} over {axis} cannot end: {why}") if why else None
 
 
 def _reports(what: str, axis: Axis) -> str:
@@ -67,7 +72,7 @@ def _reports(what: str, axis: Axis) -> str:
                 return said
             time.sleep(0.05)
 
-    said = ask(exchange, PATIENCE + 10.0)
+    said = ask(exchange, PATIENCE + BRIEFLY_S)
     lines = [f"  {dead}"] if dead else []
     for rank in standing.others:
         if rank in said:

@@ -61,7 +61,7 @@ class MeshView:
     handle: str = ""
     bound: dict[Any, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    agreed: dict[str, set[int]] = field(default_factory=dict)
+    agreed: dict[str, set[str]] = field(default_factory=dict)
 
     def axis(self, name: str, user: object = None) -> Axis:
         """One axis.

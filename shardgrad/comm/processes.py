@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-STOPPED_S = 15.0
+STOPPED_S = 12.0
 """How long a rank may be stopped (by SIGSTOP, a debugger, a terminal's Ctrl-Z) before it counts as frozen."""
 
 

@@ -43,12 +43,12 @@ def timeout_of(group: dist.ProcessGroup) -> float:
         if options is not None:
             return float(options._timeout.total_seconds())
     own = getattr(group, "timeout", None)  # of shared memory
-    return float(own) if own is not None else dist.default_pg_timeout.total_seconds()  # type: ignore[attr-defined]
+    return float(own) if own is not None else dist.default_pg_timeout.total_seconds()
 
 
 def waits_in_slices(backend: Any) -> bool:
-    """Whether the works of a backend may be waited for a while, and again: gloo's can; to NCCL's wait a limit means that
-    the host waits for the device."""
+    """Whether the works of a backend may be waited for a while, and again: gloo's may; a limit has NCCL's wait keep the
+    host until the device is done."""
     return isinstance(backend, getattr(dist, "ProcessGroupGloo", ()))
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import weakref
 
 import torch.distributed as dist
 
 from shardgrad.comm import shim
-from shardgrad.comm.ask import Question, StoreError, ask
+from shardgrad.comm.ask import SILENT_S, Question, StoreError, ask
 from shardgrad.comm.processes import Process, Processes, this_process
 
-_BRIEFLY_S = 5.0
+BRIEFLY_S = 2.0
+"""How long a rank that waits for others lets the store think, before it looks at them again."""
 
 
 class Standing:
@@ -22,7 +24,7 @@ class Standing:
         begun in the group. Ranks of one program count alike.
     """
 
-    __slots__ = ("_processes", "begun", "compared", "index", "name", "rank", "ranks", "timeout")
+    __slots__ = ("_processes", "_silent", "begun", "compared", "index", "name", "rank", "ranks", "timeout")
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks = dist.get_process_group_ranks(group)
@@ -30,6 +32,7 @@ class Standing:
         self.name, self.timeout = group.group_name, shim.timeout_of(group)
         self.begun = self.compared = 0
         self._processes: Processes | None = None
+        self._silent: float | None = None
         mine = json.dumps(this_process().as_json())
         Question(lambda _: shim.store().set(_card(self.rank), mine))  # nobody waits for it
 
@@ -41,8 +44,14 @@ class Standing:
         """Which of the other ranks will not come, in words; empty if all may."""
         if self._processes is None:
             with contextlib.suppress(StoreError):  # which says more when what is wanted of it is more than this
-                self._processes = ask(self._read, _BRIEFLY_S)
+                self._processes = ask(self._read, BRIEFLY_S)
         return self._processes.trouble(self.others) if self._processes is not None else ""
+
+    def heard(self, answered: bool) -> bool:
+        """Note whether the store has answered a question; False if it has not for `SILENT_S`."""
+        now = time.monotonic()
+        self._silent = None if answered else now if self._silent is None else self._silent
+        return self._silent is None or now - self._silent < SILENT_S
 
     def _read(self) -> Processes | None:
         store, keys = shim.store(), [_card(rank) for rank in self.ranks]

@@ -51,7 +51,7 @@ def _run(settings: dict[str, object]) -> Measured:
     if cell.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(cell.threads)
-    start_process_group(str(cell.backend), timedelta(seconds=float(timeout)))  # type: ignore[arg-type]
+    watch = start_process_group(str(cell.backend), timedelta(seconds=float(timeout)))  # type: ignore[arg-type]
     mesh = work.make_mesh(cell)
     _load(torch.device(mesh.device_type))
     before = resident()
@@ -59,6 +59,7 @@ def _run(settings: dict[str, object]) -> Measured:
     device = torch.device(cell.device, torch.cuda.current_device()) if cell.device == "cuda" else torch.device("cpu")
     measured = measure(built, device, warmup, repeats, before)  # type: ignore[arg-type]
     dist.barrier()
+    watch.leave()
     del built, mesh
     dist.destroy_process_group()
     gc.collect()

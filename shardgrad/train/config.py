@@ -51,6 +51,9 @@ class Mesh(_Section):
     timeout_s: Number = Field(
         default=120.0, gt=0, description="seconds after which a collective that waits is an error"
     )
+    start_s: Number = Field(
+        default=20.0, gt=0, description="seconds, from when the last rank came, that ranks wait for the next to start"
+    )
 
 
 class Data(_Section):

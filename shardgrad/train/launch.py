@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from math import prod
@@ -19,9 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad import checkpoint
 from shardgrad.comm.agree import agree, text_of_first
+from shardgrad.comm.ask import lost_store
 from shardgrad.comm.backend import choose
 from shardgrad.comm.mesh import view
-from shardgrad.comm.rendezvous import start_process_group
+from shardgrad.comm.rendezvous import refuse, start_process_group
+from shardgrad.comm.watch import Watch
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.exact import set_exact
@@ -48,6 +51,9 @@ from shardgrad.train.resume import Keeper, restore
 from shardgrad.train.signals import Stop
 from shardgrad.train.stages import stages
 
+_MEMORY = (
+    "More ranks hold less each (mesh.tp, mesh.fully_sharded), and so do a smaller train.batch, model.seq_len or model"
+)
 _GRACE_S = 10.0  # how long the other ranks leave the first one to print what is wrong, and torchrun to end them all
 
 
@@ -67,18 +73,33 @@ def main(arguments: Sequence[str]) -> int:
         first, *later = stages(config, ranks)
         first, start = _ready(first, rank)
     except (ConfigError, DataError, OSError) as error:
+        refuse(str(error))
         _tell_once(error, rank)
         return 2
+    watch: Watch | None = None
     try:
-        finished = run(_meet(config), first, start)
+        watch = start_process_group(
+            choose(config.mesh.device), timedelta(seconds=config.mesh.timeout_s), config.mesh.start_s
+        )
+        finished = run(_mesh(config), first, start)
         for stage in later if finished else ():
             stage, start = _ready(stage, rank)
             run(_mesh(stage), stage, start)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        _end(CollectiveError(f"rank {rank}: {lost_store(error)}"), watch)
     except (CollectiveError, dist.DistError) as error:  # every rank knows something else
-        _end(error)
+        _end(error, watch)
     except (CheckError, TrainingError, VerificationError, DisagreementError, DataError, OSError, ValueError) as error:
+        if watch is not None:
+            watch.tell(str(error))
         _tell_once(error, rank)
         _end()
+    except Exception as error:
+        if not out_of_memory(error):
+            traceback.print_exc()
+            _end(None, watch, f"{type(error).__name__}: {error}")
+        _end(error, watch, f"it ran out of memory: {error}", _MEMORY)
+    watch.leave()
     # Threads of the backend end with the process group's last reference; one alive at exit may abort the interpreter.
     dist.destroy_process_group()
     gc.collect()
@@ -99,6 +120,11 @@ def _ready(config: Config, rank: int) -> tuple[Config, Start | None]:
     return config, None
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Also of torch's CPU allocator, which raises a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _tell_once(error: Exception, rank: int) -> None:
     """Print what all ranks have found: the first at once; the others later, if the first did not end them by ending."""
     if rank:
@@ -106,9 +132,12 @@ def _tell_once(error: Exception, rank: int) -> None:
     print(error, file=sys.stderr, flush=True)
 
 
-def _end(error: Exception | None = None) -> NoReturn:
+def _end(error: Exception | None = None, watch: Watch | None = None, told: str = "", remedy: str = "") -> NoReturn:
+    """End this rank alone. watch: tells the others why. told: in other words than the error's own."""
+    if watch is not None:
+        watch.tell(told or str(error))
     if error is not None:
-        print(error, file=sys.stderr)
+        print(f"rank {os.environ.get('RANK', '0')}: {told}. {remedy}" if remedy else error, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -152,13 +181,6 @@ def _check_device(config: Config) -> None:
                 f"mesh.device = cuda, but there are {torch.cuda.device_count()} GPUs for local rank {here}"
             )
         torch.cuda.set_device(here)
-
-
-def _meet(config: Config) -> DeviceMesh:
-    """Start the process group and the mesh. Without torchrun's environment: a group of this process alone."""
-    backend = choose(config.mesh.device)
-    start_process_group(backend, timedelta(seconds=config.mesh.timeout_s))
-    return _mesh(config)
 
 
 def _mesh(config: Config) -> DeviceMesh:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from shardgrad.train import launch, main
-from shardgrad.train.config import Config, load
+from shardgrad.train.config import load
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch" / "train.py"
@@ -200,13 +200,13 @@ def test_no_configuration(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_backend_that_cannot_start_is_told_in_words(
     config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(config: Config) -> None:
+    def refused(*_: object) -> None:
         raise torch.distributed.DistBackendError("no memory for a shm group of 1 ranks")
 
     def ended(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr(launch, "_meet", refused)
+    monkeypatch.setattr(launch, "start_process_group", refused)
     monkeypatch.setattr(os, "_exit", ended)
     with pytest.raises(SystemExit, match="1"):
         main([str(config)])

@@ -1,0 +1,7 @@
+"""What breaks in practice, done on purpose, with a seed: each attack is refused by name, or changes nothing.
+
+| file      | concept                                                      |
+| --------- | ------------------------------------------------------------ |
+| `deaths`  | ranks killed and stopped at random moments                   |
+| `program` | what such a rank runs                                        |
+"""
