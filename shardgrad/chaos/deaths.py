@@ -130,20 +130,11 @@ def _start(attack: Attack, folder: Path) -> list[subprocess.Popen[bytes]]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(attack.ranks)}
     started = []
     for rank in range(attack.ranks):
-        own = {
-            **environment,
-            **where,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(attack.ranks),
-        }
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(attack.ranks)}
+        own = {**environment, **where, **place}
         with (folder / f"rank {rank}.out").open("wb") as out:
             command = [sys.executable, *program]
-            started.append(
-                subprocess.Popen(
-                    command, stdout=out, stderr=out, env={**environment, **where, **place}, start_new_session=True
-                )
-            )
+            started.append(subprocess.Popen(command, stdout=out, stderr=out, env=own, start_new_session=True))
     return started
 
 
