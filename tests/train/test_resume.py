@@ -14,7 +14,8 @@ from launched import launched
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardgrad import checkpoint
+from shardgrad import files
+from shardgrad.checkpoint import saving
 from shardgrad.testing import distributed
 from shardgrad.train import data, folder
 from shardgrad.train.config import Config, Data, Model, Run, Sample, Train, check_ranks
@@ -204,17 +205,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = own(tmp_path, "full")
-    write = checkpoint._write
+    write = saving._write
 
     def full(path: Path, *rest: Any) -> None:
         if path.name == "step-00000004":
-            monkeypatch.setattr(checkpoint, "to_disk", out_of_space)
+            monkeypatch.setattr(files, "to_disk", out_of_space)
         write(path, *rest)
 
     def out_of_space(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(saving, "_write", full)
     with pytest.raises(OSError, match=r"cannot write the checkpoint .*step-00000004: .*No space left on device"):
         go(configured(where), world_size)
     torch.distributed.barrier()
