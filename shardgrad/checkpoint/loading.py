@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shardgrad.checkpoint.contents import Contents
 from shardgrad.checkpoint.seal import MODEL, OPTIMIZER, DamagedError, verify
+from shardgrad.models.lazy_tensor import LazyTensor
+from shardgrad.models.weights_file import opened_file
 from shardgrad.nn.dtensors import placed_like
 from shardgrad.nn.sharding import ParamSharding
+
+_Tensors = Mapping[str, LazyTensor]
 
 
 def load(
@@ -38,26 +40,26 @@ def load(
         What `state.json` holds.
 
     Raises:
-        FileNotFoundError, DamagedError, ValueError: as `verify`.
+        OSError, DamagedError, ValueError: as `verify`; or a file cannot be read.
         ValueError: its tensors are not those of the model, by name or by global shape, or its optimizer is another one,
             or has other parameters.
     """
     folder = Path(path)
     about = verify(folder, seal).state
     contents = Contents.of(model, optimizer, frozen)
-    with _opened(folder / MODEL) as tensors, _opened(folder / OPTIMIZER) as moments:
+    with opened_file(folder / MODEL) as tensors, opened_file(folder / OPTIMIZER) as moments:
         wanted: dict[str, tuple[int, ...]] = {name: tuple(one.shape) for name, one in contents.buffers.items()}
         wanted |= {name: _global_shape(*one) for name, one in contents.parameters.items()}
-        _check_names(set(tensors.keys()), set(wanted), folder)
+        _check_names(set(tensors), set(wanted), folder)
         for name, shape in wanted.items():
             _check_shape(tensors, name, shape, folder)
         if contents.held is not None:
             _check_optimizer(about["optimizer"], contents.held, optimizer, folder)
-            for entry in moments.keys():  # noqa: SIM118 (not a mapping)
+            for entry, moment in moments.items():
                 name = entry.rpartition("/")[0]
                 if name not in about["optimizer"]["parameters"]:
                     raise DamagedError(f"{folder / OPTIMIZER} has {entry}, of no parameter that state.json names")
-                if moments.get_slice(entry).get_shape():
+                if moment.shape:
                     _check_shape(moments, entry, wanted[name], folder)
         _fill(contents, optimizer, tensors, moments, about)
     return about
@@ -65,12 +67,16 @@ def load(
 
 @torch.no_grad()
 def _fill(
-    contents: Contents, optimizer: torch.optim.Optimizer | None, tensors: Any, moments: Any, about: dict[str, Any]
+    contents: Contents,
+    optimizer: torch.optim.Optimizer | None,
+    tensors: _Tensors,
+    moments: _Tensors,
+    about: dict[str, Any],
 ) -> None:
     for name, buffer in contents.buffers.items():
-        buffer.copy_(placed_like(tensors.get_tensor(name), buffer))
+        buffer.copy_(placed_like(_read(tensors[name]), buffer))
     for name, (parameter, sharding) in contents.parameters.items():
-        parameter.copy_(placed_like(_part(tensors.get_tensor(name), sharding), parameter))
+        parameter.copy_(placed_like(_part(_read(tensors[name]), sharding), parameter))
     if optimizer is None:
         return
     for name in contents.held or ():
@@ -78,23 +84,17 @@ def _fill(
     for entry, number in about["optimizer"]["numbers"].items():
         name, _, key = entry.rpartition("/")
         optimizer.state[contents.parameters[name][0]][key] = number
-    for entry in moments.keys():  # noqa: SIM118 (not a mapping)
+    for entry, moment in moments.items():
         name, _, key = entry.rpartition("/")
         parameter, sharding = contents.parameters[name]
-        value = moments.get_tensor(entry)
+        value = _read(moment)
         if value.dim():
             value = placed_like(_part(value, sharding).to(parameter.device), parameter)
         optimizer.state[parameter][key] = value
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file to read tensors from."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from None
+def _read(tensor: LazyTensor) -> Tensor:
+    return tensor.read(tensor.everything())
 
 
 def _global_shape(parameter: Tensor, sharding: ParamSharding | None) -> tuple[int, ...]:
@@ -105,10 +105,9 @@ def _part(full: Tensor, sharding: ParamSharding | None) -> Tensor:
     return full if sharding is None else sharding.shard(full)
 
 
-def _check_shape(file: Any, name: str, shape: tuple[int, ...], folder: Path) -> None:
-    found = tuple(file.get_slice(name).get_shape())
-    if found != shape:
-        raise ValueError(f"{name} has global shape {shape} in this model, but {found} in {folder}")
+def _check_shape(tensors: _Tensors, name: str, shape: tuple[int, ...], folder: Path) -> None:
+    if tensors[name].shape != shape:
+        raise ValueError(f"{name} has global shape {shape} in this model, but {tensors[name].shape} in {folder}")
 
 
 def _check_names(found: set[str], wanted: set[str], folder: Path) -> None:

@@ -23,6 +23,7 @@ from shardgrad.train.history import History
 from shardgrad.train.loop import held_out_loss
 from shardgrad.train.metrics import read
 from shardgrad.train.page import write_page
+from shardgrad.train.report import Report
 from shardgrad.train.resume import Keeper
 from shardgrad.train.signals import Stop
 
@@ -124,7 +125,7 @@ def test_a_signal_to_one_rank_and_going_on(
 
 @distributed(world_size=[2], timeout=120, backend="shm")
 def test_a_crash_goes_on_from_the_last_checkpoint(
-    world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it, metrics were written that will be written again."""
     whole, parted = own(tmp_path, "whole"), own(tmp_path, "parted")
@@ -156,6 +157,24 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert folder.checkpoint(parted / "run", STEPS).stat().st_mtime_ns == before
     assert (parted / "run" / "sample.txt").read_text() == sample
     assert losses(parted / "run") == losses(whole / "run")
+    # Its last checkpoint is damaged: it goes on from the one before, saves that step again, and keeps what there was.
+    torch.distributed.barrier()
+    flipped = folder.checkpoint(parted / "run", STEPS) / "optimizer.safetensors"
+    if rank == 0:
+        raw = flipped.read_bytes()
+        flipped.write_bytes(raw[:-1] + bytes([raw[-1] ^ 64]))
+    torch.distributed.barrier()
+    told: list[str] = []
+    monkeypatch.setattr(Report, "say", lambda _, text: told.append(text))
+    go(config, world_size)
+    same_bits(folder.checkpoint(whole / "run", STEPS), folder.checkpoint(parted / "run", STEPS))
+    aside = flipped.parent.with_name("step-00000007.damaged") / flipped.name
+    assert aside.read_bytes()[:-1] == raw[:-1] if rank == 0 else aside.exists()
+    assert any(line.startswith("going on after step 6") for line in told)
+    about = [line for line in told if "a damaged checkpoint was passed over" in line]
+    assert [line.endswith("(kept as step-00000007.damaged; nothing was deleted)") for line in about] == [True] * (
+        not rank
+    )
 
 
 @distributed(world_size=[4], timeout=120, backend="shm")
