@@ -48,7 +48,8 @@ class Contents:
         held = None
         if optimizer is not None:
             given = {id(one): one for group in optimizer.param_groups for one in group["params"]}
-            unknown = [one for key, one in given.items() if key not in {id(one) for _, one, _ in stored}]
+            own = {id(one) for _, one, _ in stored}
+            unknown = [one for key, one in given.items() if key not in own]
             if unknown:
                 raise ValueError(
                     f"the optimizer has {len(unknown)} of {len(given)} parameters that the model has not, of shapes "

@@ -55,9 +55,10 @@ def load(
             _check_shape(tensors, name, shape, folder)
         if contents.held is not None:
             _check_optimizer(about["optimizer"], contents.held, optimizer, folder)
+            known = set(contents.held)
             for entry, moment in moments.items():
                 name = entry.rpartition("/")[0]
-                if name not in about["optimizer"]["parameters"]:
+                if name not in known:
                     raise DamagedError(f"{folder / OPTIMIZER} has {entry}, of no parameter that state.json names")
                 if moment.shape:
                     _check_shape(moments, entry, wanted[name], folder)

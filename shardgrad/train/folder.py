@@ -41,7 +41,8 @@ def find(wanted: str, resume: str | None) -> Path | None:
         folder = Path(wanted)
         if (folder / RUN).exists():
             return folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = f".{RUN}.partial"  # all that a process left which was killed at once
+        if folder.exists() and (not folder.is_dir() or any(one.name != begun for one in folder.iterdir())):
             raise ConfigError(f"run.resume = auto: {folder} is not the folder of a run: it has no {RUN}")
         return None
     if restarts():

@@ -81,7 +81,7 @@ def _newest(candidates: Sequence[Path]) -> Beginning:
     raise ConfigError(
         "\n".join(
             [
-                f"no checkpoint in {candidates[0].parent} can be gone on with; nothing was deleted:",
+                "no checkpoint can be gone on with; nothing was deleted:",
                 *(f"  {problem}" for _, problem in damaged),
                 "put back a copy, or begin another run: run.resume=null, or another run.dir",
             ]

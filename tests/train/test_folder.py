@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,7 @@ def test_auto_goes_on_in_the_one_folder(tmp_path: Path) -> None:
     assert folder.find(wanted, "auto") == tmp_path / "run"
     (tmp_path / "other").mkdir()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".run.json.partial").touch()  # killed while it began
     assert folder.find(str(tmp_path / "empty"), "auto") is None
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"run.resume = auto: .*other is not the folder of a run: it has no run.json"):
@@ -176,7 +179,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path) -> None:
     folder.prune(run, 1)
     assert len(list((run / "checkpoints").iterdir())) == 4
     os.unlink(folder.checkpoint(run, 10) / "SHA256SUMS")
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* nothing was deleted:\n  .*SHA256SUMS cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"^no checkpoint can be gone on with; nothing was deleted:\n  .*SHA256SUMS cannot be read"
+    ):
         resume.start_from(run, "auto")
     write_state(folder.checkpoint(run, 10), {"format": 3, "optimizer": None})
     with pytest.raises(ConfigError, match=r"step-00000010 has format 3, and this version of shardgrad reads 2"):
@@ -185,6 +190,46 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path) -> None:
     os.unlink(folder.checkpoint(run, 10) / "SHA256SUMS")
     with pytest.raises(ConfigError, match=r"step-00000010 has format 1, and"):
         resume.start_from(None, str(folder.checkpoint(run, 10)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("step", True, "step = True should be a valid integer"),
+        ("mesh", {"tp": 0}, "mesh.tp = 0 should be greater"),
+        ("text", None, "text = None should be a valid string"),
+        ("history.tokens", 2**70, "history.tokens = 1180591620717411303424 should be less"),
+        ("history.held_out", [[1]], "history.held_out.0.1 is missing"),
+        ("history.since", [], "history.since = .* must be a section|history.since = .* should be an object"),
+        ("history.since.loss", float("nan"), "history.since.loss = nan should be a finite number"),
+        ("history.seconds", 0, "history.seconds = 0 after 3 steps"),
+        ("random", {}, "random.cpu is missing"),
+        ("random.cpu", "", "random.cpu is no random state of torch .*: Expected a CPUGeneratorImplState of size 5056"),
+        ("random.cpu", b64encode(bytes(5056)).decode(), "random.cpu is no random state of torch .*: Invalid mt19937"),
+        ("random.cpu", "x", "random.cpu is no random state of torch .*: Invalid base64"),
+        ("random.cuda", "AAAA", "random.cuda is no random state of torch .*: 3 bytes instead of 16"),
+        ("config", [], r"config. = \[\] must be a section"),
+        ("config.model.layers", "x", "config.model.layers = 'x' should be a valid integer"),
+        ("config.train.lr", {"a": 1}, "config.train.lr = .* should be a valid number"),
+        (
+            "optimizer",
+            {"kind": "SGD", "parameters": [], "numbers": {"a/b": 1}},
+            "optimizer is neither null nor its kind",
+        ),
+    ],
+)
+def test_a_state_that_no_run_has_saved(tmp_path: Path, key: str, value: object, told: str) -> None:
+    made_up(tmp_path, 3)
+    start = folder.checkpoint(tmp_path, 3)
+    state = json.loads((start / "state.json").read_text())
+    *above, last = key.split(".")
+    inner = state
+    for one in above:
+        inner = inner[one]
+    inner[last] = value
+    write_state(start, state)
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(start))}/state.json[^/]*{told}"):
+        resume.start_from(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "run.json", "metrics.jsonl", "tokens", "model"])
