@@ -97,6 +97,7 @@ def _check(
     """Raises, on every rank, what any of them has that cannot be saved."""
     refused = [misfit(optimizer, name, key, value, contents.parameters[name][0]) for name, key, value in kept]
     held = {f"the buffer {name}": _bits(one) for name, one in buffers.items()}
+    held |= dict.fromkeys((f"whether the optimizer has {name}" for name in contents.held or ()), "yes")
     for name, key, value in kept:
         scalar = isinstance(value, Tensor) and not value.dim()
         said = _bits(value) if scalar else type(value).__name__ if isinstance(value, Tensor) else repr(value)

@@ -173,5 +173,5 @@ def _numbered(wanted: str) -> list[Path]:
 def _job_of(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / RUN).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -71,9 +71,20 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of metrics, without one that is not finished."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The lines of a file of metrics, without one that is not finished.
+
+    Raises:
+        OSError: a line is damaged; names it.
+    """
+    found = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text or "null")
+            if line is not None:
+                found.append({**line, "kind": line["kind"], "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError):
+            raise OSError(f"{path}, line {number} is not what a run writes: delete the line") from None
+    return found
 
 
 def check_board() -> None:

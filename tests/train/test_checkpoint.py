@@ -208,6 +208,8 @@ def test_what_an_optimizer_keeps_is_saved_or_refused(world_size: int, rank: int,
         counting.state[model.weight]["count"] = [1]
     with pytest.raises(ValueError, match="Counting keeps 'count' of weight as a list"):
         checkpoint.save(tmp_path / "factored", model, counting, mesh=mesh)
+    with pytest.raises(ValueError, match="whether the optimizer has bias differs between ranks"):
+        checkpoint.save(tmp_path / "factored", model, torch.optim.SGD([*model.parameters()][: 1 + rank]), mesh=mesh)
     stranger = torch.nn.Parameter(torch.ones(7))
     with pytest.raises(
         ValueError, match=r"the optimizer has 1 of 3 parameters that the model has not, of shapes \(7,\)"

@@ -57,6 +57,7 @@ def test_a_restart_finds_its_own_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert folder.find(wanted, None) == tmp_path / "run-2"
     attempt(monkeypatch, "one", 3)
     assert folder.find(wanted, None) == tmp_path / "run-3"
+    (tmp_path / "run" / "run.json").write_text("[]")  # whatever has written there
     attempt(monkeypatch, "three", 1)  # it ended before it had one
     assert folder.find(wanted, None) is None
 
