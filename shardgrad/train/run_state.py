@@ -51,7 +51,7 @@ class _Random(Section):
 class _State(Section):
     format: int
     torch: str
-    mesh: dict[str, Annotated[int, Field(ge=1, lt=2**31)]]
+    mesh: Annotated[dict[str, Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1)]
     optimizer: Any
     step: Annotated[int, Field(ge=1, lt=2**63)]
     history: _History

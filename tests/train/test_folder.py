@@ -198,6 +198,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path) -> None:
     [
         ("step", True, "step = True should be a valid integer"),
         ("mesh", {"tp": 0}, "mesh.tp = 0 should be greater"),
+        ("mesh", {}, "mesh = {} Dictionary should have at least 1 item"),
         ("text", None, "text = None should be a valid string"),
         ("history.tokens", 2**70, "history.tokens = 1180591620717411303424 should be less"),
         ("history.held_out", [[1]], "history.held_out.0.1 is missing"),
