@@ -1,7 +1,8 @@
 """What breaks in practice, done on purpose, with a seed: each attack is refused by name, or changes nothing.
 
-| file      | concept                                                      |
-| --------- | ------------------------------------------------------------ |
-| `deaths`  | ranks killed and stopped at random moments                   |
-| `program` | what such a rank runs                                        |
+| file          | concept                                                    |
+| ------------- | ---------------------------------------------------------- |
+| `checkpoints` | a run's checkpoints, flipped, cut, exchanged, lost, edited |
+| `deaths`      | ranks killed and stopped at random moments                 |
+| `program`     | what such a rank runs                                      |
 """

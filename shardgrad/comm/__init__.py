@@ -3,7 +3,11 @@
 | file             | concept                                                                   |
 | ---------------- | ------------------------------------------------------------------------- |
 | `shim`           | the one place that knows torch's private or renamed names                 |
+| `processes`      | the other ranks as processes of this host: at work, stopped, or gone      |
+| `ask`            | questions to the store, with a limit                                      |
+| `standing`       | how far this rank has come in a group, and who else is in it              |
 | `mesh`           | what shardgrad needs of a DeviceMesh, looked up once                      |
+| `comparison`     | what ranks say, compared through the store                                |
 | `collectives`    | the collectives over one mesh axis, with uneven shards                    |
 | `tree`           | reductions that add in one tree, whatever the backend                     |
 | `pieces`         | into how many pieces each axis cuts, in exact mode                        |
@@ -15,6 +19,8 @@
 | `trace`          | every collective in a block, as torch.distributed was called for it       |
 | `backend`        | which backend a program's ranks use                                       |
 | `rendezvous`     | start the process group of a job, also one that was started before        |
-| `failure_report` | after a collective failed: which ranks are there, and what each was doing |
+| `watch`          | ends a rank when another will never go on                                 |
+| `failure_report` | a collective that failed, or never will end: who is there, and doing what |
+| `process_end`    | how a process ends that has used gloo                                     |
 | `shm`            | a backend for the ranks of one host, over shared memory                   |
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -81,6 +82,15 @@ def text_of_first(text: str, view: MeshView) -> str:
     for axis in view.axes.values():
         text = gather_texts(text, axis, view.device)[0] if axis.size > 1 else text
     return text
+
+
+def texts_of_all(text: str, view: MeshView) -> list[str]:
+    """Every rank's text, on every rank of the mesh, in the mesh's order."""
+    texts = [text]
+    for axis in reversed(view.axes.values()):
+        if axis.size > 1:
+            texts = [one for row in gather_texts(json.dumps(texts), axis, view.device) for one in json.loads(row)]
+    return texts
 
 
 def _report(said: list[str], axis: Axis, what: str) -> str:

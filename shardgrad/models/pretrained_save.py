@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import MeshView, mesh_of_all, view
+from shardgrad.files import NewFolder
 from shardgrad.models.adapter_files import FILE, has_adapters, names_in_files, write_config
 from shardgrad.models.names import CheckpointNames, is_pretrained, written_names
-from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes, to_disk
+from shardgrad.models.weights_file import INDEX, WEIGHTS, WeightsWriter, split_sizes
 from shardgrad.nn.dtensors import whole
 from shardgrad.nn.shardings import named_shardings
 
@@ -101,9 +100,8 @@ class _Output:
 
     def __init__(self, folder: Path, pieces: dict[str, Piece], most: int, single: str) -> None:
         self.error = ""
-        self._folder, self._pieces = folder, pieces
-        self._partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-        self._begun = False
+        self._name, self._pieces = folder, pieces
+        self._folder = NewFolder(folder)
         sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, dtype, shape in pieces.values()}
         files = split_sizes(sizes, most)
         self._files = {
@@ -120,22 +118,19 @@ class _Output:
         try:
             step()
         except Exception as error:
-            self.error = f"cannot write the model to {self._folder}: {error}"
+            self.error = f"cannot write the model to {self._name}: {error}"
 
     def begin(self, model: nn.Module) -> None:
         """Make the folder, the configs, and room for the tensors."""
-        if self._folder.is_symlink():
-            raise FileExistsError("it is a symbolic link, which is not followed. Name the folder itself")
-        if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
-            raise FileExistsError("it exists already. Name a folder that does not, or empty it")
-        self._partial.mkdir(parents=True)
-        self._begun = True
+        self._folder.begin()
         if has_adapters(model):
-            write_config(model, self._partial)
+            write_config(model, self._folder.partial)
         elif is_pretrained(model):
-            _write_configs(model, self._partial)
+            _write_configs(model, self._folder.partial)
         for filename, held in self._files.items():
-            self._writers[filename] = WeightsWriter(self._partial / filename, [self._pieces[name] for name in held])
+            self._writers[filename] = WeightsWriter(
+                self._folder.partial / filename, [self._pieces[name] for name in held]
+            )
 
     def write(self, parts: dict[str, Tensor]) -> None:
         for name, part in parts.items():
@@ -149,19 +144,14 @@ class _Output:
             sizes = [(torch.Size(shape).numel(), dtype.itemsize) for _, dtype, shape in self._pieces.values()]
             about = {"total_parameters": sum(n for n, _ in sizes), "total_size": sum(n * size for n, size in sizes)}
             text = json.dumps({"metadata": about, "weight_map": self._file_of}, indent=2, sort_keys=True) + "\n"
-            (self._partial / INDEX).write_text(text, encoding="utf-8")
-        for path in (*self._partial.iterdir(), self._partial):
-            to_disk(path)
-        os.rename(self._partial, self._folder)  # replaces an empty folder, and nothing else
-        self._begun = False
-        to_disk(self._folder.parent)
+            (self._folder.partial / INDEX).write_text(text, encoding="utf-8")
+        self._folder.finish()
 
     def discard(self) -> None:
         """Close the files, and remove what has not got its name."""
         for writer in self._writers.values():
             writer.close()
-        if self._begun:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        self._folder.discard()
 
 
 def _raise_alike(output: _Output | None, ranks: MeshView | None) -> None:

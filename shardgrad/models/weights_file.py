@@ -194,12 +194,3 @@ def split_sizes(sizes: Mapping[str, int], most: int) -> list[list[str]]:
         files[-1].append(name)
         held += size
     return files
-
-
-def to_disk(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -29,6 +29,7 @@
 | `folder`      | the folder of a run                                                   |
 | `history`     | how far a run is, and what it measured                                |
 | `resume`      | going on where a run ended, with the same bits                        |
+| `run_state`   | what a run adds to a checkpoint                                       |
 | `signals`     | a clean end after SIGTERM or SIGINT                                   |
 | `metrics`     | what a run measures, as lines of JSON                                 |
 | `report`      | what the first rank prints                                            |

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shardgrad.files import refuse_link, replace_text, replacing
 from shardgrad.train import data, tokenizer
 from shardgrad.train.config import Data
 from shardgrad.train.data import DataError, Text
@@ -107,15 +108,17 @@ def encode(config: Data, seq_len: int, folder: Path | None, earlier: Path | None
 
 def write(encoded: Encoded, folder: Path) -> None:
     """Into the run folder; what says that it is whole, last."""
-    (folder / TOKENIZER).write_text(encoded.vocabulary.json, encoding="utf-8")
+    replace_text(folder / TOKENIZER, encoded.vocabulary.json)
     if encoded.ids is None:
         return
     at = folder / TOKENS
+    refuse_link(at)
     at.mkdir(exist_ok=True)
     (at / _ABOUT).unlink(missing_ok=True)
-    np.save(at / _TRAIN, encoded.ids.train)
-    np.save(at / _HELD_OUT, encoded.ids.held_out)
-    (at / _ABOUT).write_text(json.dumps(encoded.about) + "\n", encoding="utf-8")
+    for name, ids in ((_TRAIN, encoded.ids.train), (_HELD_OUT, encoded.ids.held_out)):
+        with replacing(at / name) as file:
+            np.save(file, ids)
+    replace_text(at / _ABOUT, json.dumps(encoded.about) + "\n")
 
 
 def _about(folder: Path) -> object:

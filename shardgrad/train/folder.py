@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 
+from shardgrad.files import refuse_link, replace_text
 from shardgrad.train.config import ConfigError
 
 METRICS, CONFIG, RUN, SAMPLE, PAGE = "metrics.jsonl", "config.yaml", "run.json", "sample.txt", "report.html"
@@ -40,7 +41,8 @@ def find(wanted: str, resume: str | None) -> Path | None:
         folder = Path(wanted)
         if (folder / RUN).exists():
             return folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = f".{RUN}.partial"  # all that a process left which was killed at once
+        if folder.exists() and (not folder.is_dir() or any(one.name != begun for one in folder.iterdir())):
             raise ConfigError(f"run.resume = auto: {folder} is not the folder of a run: it has no {RUN}")
         return None
     if restarts():
@@ -59,7 +61,7 @@ def create(wanted: str, *, exactly: bool = False) -> Path:
         folder = _name(wanted, number)
         try:
             folder.mkdir(parents=True, exist_ok=exactly)
-            (folder / RUN).write_text(json.dumps({"job": job()}) + "\n", encoding="utf-8")
+            adopt(folder)
         except FileExistsError:
             if exactly or not folder.is_dir():
                 raise ConfigError(f"run.dir: {folder} is no folder") from None
@@ -99,14 +101,43 @@ def checkpoint(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step:08}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that the name of a checkpoint's folder says, if it is such a name."""
+    matched = _STEP.fullmatch(path.name)
+    return int(matched[1]) if matched else None
+
+
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of the whole checkpoints, oldest first. One is renamed to its name when it is whole."""
     found = []
     for path in (folder / CHECKPOINTS).glob("step-*"):
-        matched = _STEP.fullmatch(path.name)
-        if matched:
-            found.append((int(matched[1]), path))
+        step = step_of(path)
+        if step is not None:
+            found.append((step, path))
     return sorted(found)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again; its files stay as they are."""
+    for number in count(1):
+        aside = path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            os.rename(path, aside)
+            return aside
+    raise AssertionError("count ends")
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Look for symbolic links in a run's folder where the run would write.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in names:
+        try:
+            refuse_link(folder / name)
+        except OSError as error:
+            raise ConfigError(f"run.dir: {error}") from None
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -122,16 +153,6 @@ def sweep(folder: Path) -> None:
     for pattern in (".*.partial", ".*.old"):
         for path in (folder / CHECKPOINTS).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at every moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _name(wanted: str, number: int) -> Path:
@@ -152,5 +173,5 @@ def _numbered(wanted: str) -> list[Path]:
 def _job_of(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / RUN).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None

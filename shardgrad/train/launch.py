@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from rich.markup import escape
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardgrad import checkpoint
@@ -26,6 +27,7 @@ from shardgrad.comm.mesh import view
 from shardgrad.comm.rendezvous import refuse, start_process_group
 from shardgrad.comm.watch import Watch
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
+from shardgrad.files import replace_text
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops.exact import set_exact
 from shardgrad.train import corpus, folder
@@ -211,7 +213,9 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> bool:
     set_exact(mesh, pieces(config))
     optimizer = make_optimizer(model, config.train)
     history = History()
-    saved = restore(begun.checkpoint, model, optimizer, history, base) if begun.checkpoint is not None else None
+    saved = None
+    if begun.checkpoint is not None:
+        saved = restore(begun.checkpoint, model, optimizer, history, base, begun.seal)
     path, board = (begun.folder / name for name in (folder.METRICS, folder.TENSORBOARD))
     with (
         Metrics(path if start is not None else None, history.step, board if settings.tensorboard else None) as metrics,
@@ -238,6 +242,8 @@ def run(mesh: DeviceMesh, config: Config, start: Start | None) -> bool:
             held_out=len(found.text.held_out),
             environment=environment(mesh_view.device),
         )
+        for told in start.passed_over if start else ():
+            report.say(f"[yellow]a damaged checkpoint was passed over:[/yellow] {escape(told)}")
         if saved is not None:
             changed = [] if saved["text"] == found.text.digest else ["the text is another one"]
             if config.train.exact is not None and saved["torch"] != torch.__version__:
@@ -305,7 +311,7 @@ def _finish(
         seconds=report.elapsed(),
     )
     if metrics.writes:
-        (where / folder.SAMPLE).write_text(sample, encoding="utf-8")
+        replace_text(where / folder.SAMPLE, sample)
         write_page(where)
     report.say(
         f"held-out loss [bold]{held_out:.3f}[/bold] nats a {found.text.unit} after {history.step} steps in "

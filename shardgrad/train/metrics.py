@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardgrad.files import refuse_link, replace_text
 from shardgrad.train.config import ConfigError
-from shardgrad.train.folder import replace_text
 
 
 class Metrics:
@@ -26,9 +27,12 @@ class Metrics:
 
     def __init__(self, path: Path | None, begun: int = 0, board: Path | None = None) -> None:
         self._path = path
+        for one in (path, board):
+            if one is not None and path is not None:
+                refuse_link(one)
         if path is not None and path.is_file():
             replace_text(path, "".join(json.dumps(line) + "\n" for line in read(path) if _is_before(line, begun)))
-        self._file = path.open("ab", buffering=0) if path is not None else None
+        self._file = _appended(path) if path is not None else None
         self._board = _writer(board, begun) if board is not None and path is not None else None
 
     @property
@@ -67,14 +71,29 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of metrics, without one that is not finished."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The lines of a file of metrics, without one that is not finished.
+
+    Raises:
+        OSError: a line is damaged; names it.
+    """
+    found = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text or "null")
+            if line is not None:
+                found.append({**line, "kind": line["kind"], "step": int(line["step"])})
+        except (ValueError, LookupError, TypeError):
+            raise OSError(f"{path}, line {number} is not what a run writes: delete the line") from None
+    return found
 
 
 def check_board() -> None:
     """Raises ConfigError if TensorBoard's files cannot be written here."""
     _summary_writer()
+
+
+def _appended(path: Path) -> FileIO:
+    return FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "a")
 
 
 def _is_before(line: dict[str, Any], begun: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from shardgrad.files import replace_text
 from shardgrad.train import folder, pictures
 from shardgrad.train.metrics import read
 
@@ -47,7 +48,7 @@ def write_page(run: Path) -> Path:
     config = yaml.safe_load((run / folder.CONFIG).read_text(encoding="utf-8"))
     sample = (run / folder.SAMPLE).read_text(encoding="utf-8")
     path = run / folder.PAGE
-    folder.replace_text(path, _page(str(run), lines, config, sample))
+    replace_text(path, _page(str(run), lines, config, sample))
     return path
 
 

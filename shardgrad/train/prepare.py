@@ -6,32 +6,44 @@ All that can be wrong with them is found here, so no rank waits in a process gro
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardgrad.files import replace_text
 from shardgrad.train import corpus, folder, foreign, resume
 from shardgrad.train.config import Config, TransformersModel
 from shardgrad.train.data import DataError
+from shardgrad.train.model_folder import MODEL
+from shardgrad.train.resume import Beginning
+
+_WRITTEN = (
+    *(folder.METRICS, folder.CONFIG, folder.RUN, folder.SAMPLE, folder.PAGE),
+    *(folder.CHECKPOINTS, folder.TENSORBOARD, corpus.TOKENIZER, corpus.TOKENS, MODEL),
+)
 
 
 @dataclass(frozen=True)
 class Start:
-    """folder: of the run. checkpoint: what it begins with, or None. notes: what its user should know. lock: a handle
+    """folder: of the run. checkpoint: what it begins with, or None. seal: its digest, as the first rank has verified
+    it. notes, passed_over: what its user should know, of the configuration and of damaged checkpoints. lock: a handle
     that keeps other processes out of the folder until it is closed."""
 
     folder: Path
     checkpoint: Path | None = None
+    seal: str | None = None
     notes: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
     lock: int | None = None
 
     def to_text(self) -> str:
         """For the other ranks."""
-        return json.dumps([str(self.folder), self.checkpoint and str(self.checkpoint)])
+        return json.dumps([str(self.folder), self.checkpoint and str(self.checkpoint), self.seal])
 
     @classmethod
     def from_text(cls, text: str) -> Start:
-        where, start = json.loads(text)
-        return cls(Path(where), start and Path(start))
+        where, start, seal = json.loads(text)
+        return cls(Path(where), start and Path(start), seal)
 
 
 def prepare(config: Config) -> Start:
@@ -46,9 +58,11 @@ def prepare(config: Config) -> Start:
     going_on = folder.find(settings.dir, settings.resume)
     if going_on is not None:
         lock = folder.lock(going_on)
+        folder.refuse_links(going_on, _WRITTEN)
         folder.sweep(going_on)
-    start = resume.start_from(going_on, settings.resume)
-    notes = resume.check_config(config, start) if start is not None else []
+    begun = resume.start_from(going_on, settings.resume)
+    start = None if begun is None else begun.path
+    notes = resume.check_config(config, begun) if begun is not None else []
     if isinstance(config.model, TransformersModel):
         foreign.check(config.model)
     corpus.check_tokens(config.data)
@@ -65,10 +79,21 @@ def prepare(config: Config) -> Start:
         lock = folder.lock(where)
     else:
         folder.adopt(where)
-    folder.replace_text(where / folder.CONFIG, config.to_yaml())
+    replace_text(where / folder.CONFIG, config.to_yaml())
     if encoded is not None:
         corpus.write(encoded, where)
-    return Start(where, start, tuple(notes), lock)
+    if begun is None:
+        return Start(where, lock=lock)
+    return Start(where, start, begun.verified.seal, tuple(notes), tuple(_passed_over(begun, going_on)), lock)
+
+
+def _passed_over(begun: Beginning, going_on: Path | None) -> Iterator[str]:
+    """What is told of damaged checkpoints. Those of the run that goes on are renamed: it saves their steps again."""
+    for path, problem in begun.passed_over:
+        kept = (
+            f"kept as {folder.set_aside(path).name}" if going_on is not None and path.is_relative_to(going_on) else ""
+        )
+        yield f"{problem} ({kept or 'left as it is'}; nothing was deleted)"
 
 
 def _vocabulary(going_on: Path | None, start: Path | None) -> Path | None:

@@ -7,19 +7,18 @@ step, the learning rate one of step: they need nothing.
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad import checkpoint
-from shardgrad.train import folder
+from shardgrad.files import refuse_link
+from shardgrad.train import folder, run_state
 from shardgrad.train.config import Config, ConfigError
 from shardgrad.train.history import History
 from shardgrad.train.metrics import Metrics
@@ -34,45 +33,72 @@ _NO_PARAMETERS = (
 _MAY_DIFFER_TOO = ("train.log_every", "train.eval_every", "train.eval_batches", "train.save_every", "train.keep")
 
 
-def start_from(run: Path | None, resume: str | None) -> Path | None:
-    """The checkpoint to begin with: the newest of the run that goes on, or of `run.resume`'s path; None: no one.
+@dataclass(frozen=True)
+class Beginning:
+    """A checkpoint that verifies, and what was passed over for it: newer ones, each with what is wrong with it."""
+
+    path: Path
+    verified: checkpoint.Verified
+    passed_over: tuple[tuple[Path, str], ...] = ()
+
+
+def start_from(run: Path | None, resume: str | None) -> Beginning | None:
+    """The checkpoint to begin with: the newest that verifies of the run that goes on, or of `run.resume`'s path; None:
+    no one.
 
     Raises:
-        ConfigError: run.resume is a path without a checkpoint.
+        ConfigError: run.resume is a path without a checkpoint, or none verifies, or one is of another format.
     """
     if run is not None and (own := folder.checkpoints(run)):
-        return own[-1][1]
+        return _newest([path for _, path in own])
     if resume in (None, "auto"):
         return None
     path = Path(resume)
-    if (path / checkpoint.STATE).is_file():
-        return path
+    if any((path / name).exists() for name in checkpoint.FILES):
+        return _newest([path])
     found = folder.checkpoints(path)
     if not found:
         raise ConfigError(
             f"run.resume: {path} is neither a checkpoint (with a {checkpoint.STATE}) nor the folder of a run with a "
             f"whole checkpoint in {folder.CHECKPOINTS}/; the values are auto, a path, or null"
         )
-    return found[-1][1]
+    return _newest([path for _, path in found])
 
 
-def check_config(config: Config, start: Path) -> list[str]:
+def _newest(candidates: Sequence[Path]) -> Beginning:
+    """The last that verifies."""
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(candidates):
+        try:
+            verified = checkpoint.verify(path)
+            run_state.check(path, verified.state)
+        except (checkpoint.DamagedError, OSError) as error:
+            damaged.append((path, str(error)))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        else:
+            return Beginning(path, verified, tuple(damaged))
+    raise ConfigError(
+        "\n".join(
+            [
+                "no checkpoint can be gone on with; nothing was deleted:",
+                *(f"  {problem}" for _, problem in damaged),
+                "put back a copy, or begin another run: run.resume=null, or another run.dir",
+            ]
+        )
+    )
+
+
+def check_config(config: Config, start: Beginning) -> list[str]:
     """Compare with the configuration that saved a checkpoint.
 
     Returns:
         The keys that changed the run's course: what it goes on with is neither the old run nor the new one.
 
     Raises:
-        ConfigError: the checkpoint cannot be read, or is one of another model.
+        ConfigError: the checkpoint is one of another model.
     """
-    try:
-        about = json.loads((start / checkpoint.STATE).read_text(encoding="utf-8"))
-        saved = _flat(about["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the checkpoint {start} cannot be read ({type(error).__name__}: {error}): delete it to go on from the one "
-            "before it"
-        ) from None
+    saved = _flat(start.verified.state["config"])
     differ = {
         key: (saved[key], value)
         for key, value in _flat(config.model_dump()).items()
@@ -88,7 +114,7 @@ def check_config(config: Config, start: Path) -> list[str]:
         raise ConfigError(
             "\n".join(
                 [
-                    f"{start} is a checkpoint of another model:",
+                    f"{start.path} is a checkpoint of another model:",
                     *(f"  {line}" for line in another),
                     "set them as they were, or begin another run: run.resume=null, or another run.dir",
                 ]
@@ -106,15 +132,26 @@ def _difference(key: str, was: object, now: object) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, inner in values.items() for key, value in inner.items()}
+    return {
+        f"{section}.{key}": value
+        for section, inner in values.items()
+        if isinstance(inner, dict)
+        for key, value in inner.items()
+    }
 
 
 def restore(
-    start: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, base: str | None = None
+    start: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    base: str | None = None,
+    seal: str | None = None,
 ) -> dict[str, Any]:
     """Fill all of them from a checkpoint; on every rank, which all read it.
 
     base: a digest of what parameters that are not trained come from, which no checkpoint holds.
+    seal: of the checkpoint that the first rank has verified.
 
     Returns:
         What its `state.json` holds.
@@ -122,14 +159,15 @@ def restore(
     Raises:
         OSError, ValueError: as `checkpoint.load`; or the parameters that are not trained were others.
     """
-    about = checkpoint.load(start, model, optimizer, frozen=False)
-    if about.get("base") != base:
+    about = checkpoint.load(start, model, optimizer, frozen=False, seal=seal)
+    run_state.check(start, about)
+    if about["base"] != base:
         raise ValueError(
             f"{start} holds what was trained beside another model.pretrained: its files have changed since "
             f"({about.get('base')}, and {base} now). Put them back, or begin another run"
         )
     history.restore(about["history"])
-    _set_random(about["random"])
+    run_state.set_random(about["random"])
     return about
 
 
@@ -173,31 +211,8 @@ class Keeper:
     def _save(self, history: History) -> None:
         self._metrics.to_disk()
         where = folder.checkpoint(self._run, history.step)
-        state = {
-            "step": history.step,
-            "history": history.state(),
-            "random": _random(),
-            "text": self._digest,
-            "config": self._config.model_dump(),
-            "base": self._base,
-        }
+        refuse_link(where.parent)
+        state = run_state.gather(history, self._digest, self._config, self._base)
         checkpoint.save(where, self._model, self._optimizer, mesh=self._mesh, state=state, frozen=False)
         if self._metrics.writes:
             folder.prune(self._run, self._config.train.keep)
-
-
-def _random() -> dict[str, str]:
-    """torch's random state, alike on all ranks (they are seeded alike and draw alike): the first rank's is saved."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
-
-
-def _set_random(states: Mapping[str, str]) -> None:
-    for device, text in states.items():
-        state = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(state)

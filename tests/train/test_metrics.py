@@ -47,6 +47,13 @@ def test_going_on_cuts_off_what_comes_again(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
+@pytest.mark.parametrize("line", ["\0\0", "{", "[]", '{"kind": "train"}', '{"kind": "train", "step": null}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{{"kind": "train", "step": 1}}\n\n{line}\n')
+    with pytest.raises(OSError, match=r"m.jsonl, line 3 is not what a run writes: delete the line"):
+        Metrics(tmp_path / "m.jsonl", 1)
+
+
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

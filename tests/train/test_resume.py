@@ -14,7 +14,8 @@ from launched import launched
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardgrad import checkpoint
+from shardgrad import files
+from shardgrad.checkpoint import saving
 from shardgrad.testing import distributed
 from shardgrad.train import data, folder
 from shardgrad.train.config import Config, Data, Model, Run, Sample, Train, check_ranks
@@ -22,6 +23,7 @@ from shardgrad.train.history import History
 from shardgrad.train.loop import held_out_loss
 from shardgrad.train.metrics import read
 from shardgrad.train.page import write_page
+from shardgrad.train.report import Report
 from shardgrad.train.resume import Keeper
 from shardgrad.train.signals import Stop
 
@@ -123,7 +125,7 @@ def test_a_signal_to_one_rank_and_going_on(
 
 @distributed(world_size=[2], timeout=120, backend="shm")
 def test_a_crash_goes_on_from_the_last_checkpoint(
-    world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world_size: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it, metrics were written that will be written again."""
     whole, parted = own(tmp_path, "whole"), own(tmp_path, "parted")
@@ -155,6 +157,24 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert folder.checkpoint(parted / "run", STEPS).stat().st_mtime_ns == before
     assert (parted / "run" / "sample.txt").read_text() == sample
     assert losses(parted / "run") == losses(whole / "run")
+    # Its last checkpoint is damaged: it goes on from the one before, saves that step again, and keeps what there was.
+    torch.distributed.barrier()
+    flipped = folder.checkpoint(parted / "run", STEPS) / "optimizer.safetensors"
+    if rank == 0:
+        raw = flipped.read_bytes()
+        flipped.write_bytes(raw[:-1] + bytes([raw[-1] ^ 64]))
+    torch.distributed.barrier()
+    told: list[str] = []
+    monkeypatch.setattr(Report, "say", lambda _, text: told.append(text))
+    go(config, world_size)
+    same_bits(folder.checkpoint(whole / "run", STEPS), folder.checkpoint(parted / "run", STEPS))
+    aside = flipped.parent.with_name("step-00000007.damaged") / flipped.name
+    assert aside.read_bytes()[:-1] == raw[:-1] if rank == 0 else aside.exists()
+    assert any(line.startswith("going on after step 6") for line in told)
+    about = [line for line in told if "a damaged checkpoint was passed over" in line]
+    assert [line.endswith("(kept as step-00000007.damaged; nothing was deleted)") for line in about] == [True] * (
+        not rank
+    )
 
 
 @distributed(world_size=[4], timeout=120, backend="shm")
@@ -204,17 +224,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = own(tmp_path, "full")
-    write = checkpoint._write
+    write = saving._write
 
     def full(path: Path, *rest: Any) -> None:
         if path.name == "step-00000004":
-            monkeypatch.setattr(checkpoint, "to_disk", out_of_space)
+            monkeypatch.setattr(files, "to_disk", out_of_space)
         write(path, *rest)
 
     def out_of_space(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(saving, "_write", full)
     with pytest.raises(OSError, match=r"cannot write the checkpoint .*step-00000004: .*No space left on device"):
         go(configured(where), world_size)
     torch.distributed.barrier()

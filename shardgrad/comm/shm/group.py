@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +25,7 @@ from shardgrad.comm.shm.arguments import (
     parts_of,
 )
 from shardgrad.comm.shm.errors import ShmError
+from shardgrad.comm.shm.fork import guard
 from shardgrad.comm.shm.mailbox import Mailbox
 from shardgrad.comm.shm.pairs import ANY
 from shardgrad.comm.shm.platform import unsupported
@@ -74,12 +73,13 @@ class ShmGroup(dist.ProcessGroup):
         self._store = store
         segment, peers = rendezvous(store, rank, size, timeout, names)
         label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
-        self._queue: Queue | None = Queue(Mailbox(segment, rank), peers, label, timeout)
+        queue = Queue(Mailbox(segment, rank), peers, label, timeout)
+        self._queue: Queue | None = queue
         self._label = label
         self._reducers: dict[Any, AllReducer] = {}
         self._together: list[Ticket] | None = None
         self._results_together: list[Tensor] = []
-        _groups.add(self)
+        guard(queue)
 
     # What torch reads of a group
 
@@ -437,15 +437,3 @@ class ShmGroup(dist.ProcessGroup):
         if (opts is None or opts.asyncOp) and tickets and not tickets[-1].given:
             progress.watch(queue, now=opts is None)
         return ShmWork(queue, tickets, results)
-
-
-_groups: weakref.WeakSet[ShmGroup] = weakref.WeakSet()
-
-
-def _refuse_after_fork() -> None:
-    for group in tuple(_groups):
-        if group._queue is not None:
-            group._queue.refuse_after_fork()
-
-
-os.register_at_fork(after_in_child=_refuse_after_fork)
