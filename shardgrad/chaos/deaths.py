@@ -111,8 +111,7 @@ def _attacked(attack: Attack, folder: Path, started: list[subprocess.Popen[bytes
         time.sleep(0.1)
     texts = {path.stem: path.read_text(errors="replace") for path in sorted(folder.glob("*.out"))}
     text = "\n".join(f"[{name}]\n{said}" for name, said in texts.items())
-    named = _named(attack.rank, text)
-    return Outcome(attack, seconds, named, text)
+    return Outcome(attack, seconds, named(attack.rank, text), text)
 
 
 def _start(attack: Attack, folder: Path) -> list[subprocess.Popen[bytes]]:
@@ -138,7 +137,8 @@ def _start(attack: Attack, folder: Path) -> list[subprocess.Popen[bytes]]:
     return started
 
 
-def _named(rank: int, text: str) -> bool:
+def named(rank: int, text: str) -> bool:
+    """Whether what ranks wrote says of this one that it died, is stopped, or has not come."""
     own = rf"rank {rank} \(process \d+\) (died|has been stopped|came, and does not answer)"
     store = rf"which rank {rank} \(.*\) keeps, (is gone|has not answered|within)"
     missing = (

@@ -8,8 +8,10 @@ answered to it, and what follows happens under keys that are unused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -142,19 +144,34 @@ def _open_store(seconds: float) -> tuple[Store, int, int]:
     rank, ranks, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     kept = keeper().startswith("torchrun")
+    first = rank == 0 and not kept
+
+    def connect(_: object) -> Store:
+        # As torch's "env://" does, but that this does not wait there for all ranks, and so can say which are missing;
+        # torch's own attempts to connect last longer than they are told to.
+        while not first and time.monotonic() < until and not _listens(address, port):
+            time.sleep(5 * _POLL_S)
+        return dist.TCPStore(address, port, ranks, first, limit, wait_for_workers=False, multi_tenant=True)  # type: ignore[attr-defined]
+
+    until = time.monotonic() + seconds
+    question = Question(connect)
     try:
-        # As torch's "env://" does, but that this does not wait there for all ranks, and so can say which are missing.
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address, port, ranks, rank == 0 and not kept, limit, wait_for_workers=False, multi_tenant=True
-        )
-    except (dist.DistError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if not question.wait(seconds):
+            raise StoreError("it does not answer")
+        store = question.answer
+    except StoreError as error:
         raise CollectiveError(
             f"rank {rank} cannot reach the store of the job, which {keeper()} keeps, within {seconds:g} s: its keeper "
-            f"was not started, died, or is stopped ({reason})"
+            f"was not started, died, or is stopped ({error})"
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return (PrefixStore(f"/worker/attempt_{attempt}", store) if kept else store), rank, ranks
+
+
+def _listens(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
+        return True
+    return False
 
 
 def _read(store: Store, key: str) -> str | None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
+from shardgrad.comm import collectives, comparison
+from shardgrad.comm.shm import queue
 from shardgrad.testing import distributed
 
 COLUMN, ROW = "X[n,d] W[d,m/tp] -> Y[n,m/tp]", "X[n,d/tp] W[d/tp,m] -> Y[n,m]"
@@ -145,3 +147,38 @@ def test_an_output_that_one_rank_does_not_use_is_no_disagreement(world_size: int
         (y.sum() if mesh.get_local_rank("tp") else y.sum() + z.sum()).backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[9.0] * 3] * 3  # three terms of 3 columns each
+
+
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+@pytest.mark.parametrize("difference", ["frozen", "no_grad", "shape"])
+def test_ranks_that_come_to_differ_are_told_of_it_on_every_rank(
+    world_size: int, backend: str, difference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "_SLICE", timedelta(seconds=0.2))
+    monkeypatch.setattr(comparison, "SLICE_S", 0.2)
+    monkeypatch.setattr(queue, "_LOOK_FURTHER_S", 0.2)
+    group = dist.new_group(timeout=timedelta(seconds=15), backend=backend)
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    sequence = None if difference == "shape" else 0
+    up = sg.ColumnParallelLinear(4, 6, mesh=mesh, sequence_dim=sequence)
+    down = sg.RowParallelLinear(6, 4, mesh=mesh, sequence_dim=sequence)
+    odd = mesh.get_local_rank("tp") == world_size - 1
+
+    def step(rows: int, graph: bool) -> None:
+        with torch.set_grad_enabled(graph):
+            y = down(up(torch.ones(rows, 4, requires_grad=True))).sum()
+        if graph:
+            y.backward()
+
+    for _ in range(2):
+        step(3, True)
+    if difference == "frozen":
+        up.weight.requires_grad_(not odd)
+    start = time.monotonic()
+    with pytest.raises(sg.DisagreementError) as caught:
+        step(5 if difference == "shape" and odd else 3, not (difference == "no_grad" and odd))
+    assert time.monotonic() - start < 10
+    assert f"rank {world_size - 1} compares what it has not seen before:" in str(caught.value)
+    assert "has seen what it does before, and has begun: " in str(caught.value)

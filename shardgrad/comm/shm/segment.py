@@ -108,4 +108,4 @@ def create(plan: Plan) -> int:
 def no_descriptors() -> str:
     """What to say where the kernel opens no more files for this process."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"this process may have {most} files open, and has them (a group needs one while it begins): raise ulimit -n"
+    return f"this process may have {most} files open, and has them (a group needs one): raise ulimit -n"
