@@ -149,14 +149,16 @@ def _open_store(seconds: float) -> tuple[Store, int, int]:
     def connect(_: object) -> Store:
         # As torch's "env://" does, but that this does not wait there for all ranks, and so can say which are missing;
         # torch's own attempts to connect last longer than they are told to.
-        while not first and time.monotonic() < until and not _listens(address, port):
+        while not (first or _listens(address, port)):
+            if time.monotonic() > until:
+                raise StoreError("nobody listens there")
             time.sleep(5 * _POLL_S)
         return dist.TCPStore(address, port, ranks, first, limit, wait_for_workers=False, multi_tenant=True)  # type: ignore[attr-defined]
 
     until = time.monotonic() + seconds
     question = Question(connect)
     try:
-        if not question.wait(seconds):
+        if not question.wait(seconds + 1):
             raise StoreError("it does not answer")
         store = question.answer
     except StoreError as error:

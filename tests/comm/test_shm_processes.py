@@ -42,7 +42,9 @@ def test_a_group_keeps_one_file_open_and_says_when_none_can_be_opened(world_size
     assert len(os.listdir("/proc/self/fd")) == before + len(groups)  # the memory's, and none for each other rank
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if rank == 0:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1]))
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
             with pytest.raises(ShmError, match=r"no shm group of 2 ranks: this process may have .* raise ulimit -n"):
                 create(Plan(2))
