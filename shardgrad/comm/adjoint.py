@@ -109,6 +109,7 @@ _PAIRS: dict[str, tuple[_Local, _Local]] = {
 }
 
 
+@shim.untraced
 class _Pair(torch.autograd.Function):
     """One half of a pair; its backward is the other half, and so on: linear, it has all derivatives."""
 
@@ -122,6 +123,7 @@ class _Pair(torch.autograd.Function):
         return None, _pair(ctx.name, grad, ctx.at, not ctx.back), None, None
 
 
+@shim.untraced
 @entry_by_entry
 class _TransformedPair(torch.autograd.Function):
     """The same for torch.func and forward mode. (torch takes longer to call it.)"""

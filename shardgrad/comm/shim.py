@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,26 @@ reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dis
 AllgatherOptions: Any = dist.distributed_c10d.AllgatherOptions  # type: ignore[attr-defined]
 
 
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
     """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
     return cast(F, torch.compiler.assume_constant_result(function))
+
+
+def untraced(target: T) -> T:
+    """Mark a function, or those of an autograd Function, which torch.compile is not to look into where it comes upon
+    their calls outside of its graphs, nor into what they call. Unlike with `eager`, calling them costs nothing more."""
+    from torch._dynamo import eval_frame
+
+    skip = eval_frame.FrameExecStrategy(eval_frame.FrameAction.SKIP, eval_frame.FrameAction.SKIP)
+    for each in vars(target).values() if isinstance(target, type) else [target]:
+        function = getattr(each, "__func__", each)
+        if isinstance(function, types.FunctionType):
+            eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return target
 
 
 def eager(why: str) -> Callable[[F], F]:

@@ -177,6 +177,7 @@ def _check_ids(target: Tensor, vocab_size: int, ignore_index: int) -> None:
             raise IndexError(f"target {int(target[wrong][0])} is outside the vocabulary of {vocab_size}")
 
 
+@shim.untraced
 class _CrossEntropy(torch.autograd.Function):
     """Per-token losses. With p = softmax over the whole vocabulary and q the smoothed target: loss = -Σ q log p,
     d logits = dloss (p - q)."""

@@ -77,6 +77,7 @@ class BoundMatmul:
     def __deepcopy__(self, memo: object) -> BoundMatmul:
         return self  # bound to process groups, and never changed by a call
 
+    @shim.untraced
     def __call__(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """Every Y (a tensor if there is one), differentiably, outside of compiled graphs.
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardgrad.comm import shim
 from shardgrad.comm.first_derivatives import entry_by_entry
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _call(executable: Executable, tensors: tuple[Any, ...]) -> tuple[Tensor, ...
     return made if isinstance(made, tuple) else (made,)
 
 
+@shim.untraced
 @entry_by_entry
 class _Product(torch.autograd.Function):
     @staticmethod
@@ -98,6 +100,7 @@ class _Product(torch.autograd.Function):
         return _along(ctx.executable, ctx.saved_tensors, changes)
 
 
+@shim.untraced
 @entry_by_entry
 class _Gradients(torch.autograd.Function):
     """The gradients that are needed, of every dY, the input and the weights."""

@@ -96,6 +96,7 @@ class Executable:
         usual = self._backward_function((True,) * self.products.count)
         unusual, several = self._run_backward, self.products.count > 1
 
+        @shim.untraced
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():
                 return self._run_differentiable_backward(ctx, *dys)
