@@ -35,7 +35,9 @@ def constant(function: F) -> F:
 def untraced(target: T) -> T:
     """Mark a function, or those of an autograd Function, which torch.compile is not to look into where it comes upon
     their calls outside of its graphs, nor into what they call. Unlike with `eager`, calling them costs nothing more."""
-    from torch._dynamo import eval_frame
+    from torch._dynamo import eval_frame as frames
+
+    eval_frame: Any = frames
 
     skip = eval_frame.FrameExecStrategy(eval_frame.FrameAction.SKIP, eval_frame.FrameAction.SKIP)
     for each in vars(target).values() if isinstance(target, type) else [target]:

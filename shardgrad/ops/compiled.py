@@ -20,7 +20,6 @@ from shardgrad.ops.deferred import deferring
 
 if TYPE_CHECKING:
     from shardgrad.layout.lower import Products
-    from shardgrad.ops.bound import BoundMatmul
     from shardgrad.ops.executable import Executable
 
 
@@ -75,8 +74,8 @@ class _GraphFunctions:
         return [grad for grad in self.executable.gradients(dys, saved) if grad is not None]
 
 
-def _bound(handle: str) -> BoundMatmul:
-    bound: BoundMatmul | None = handles.named(handle)
+def _bound(handle: str) -> Any:
+    bound = handles.named(handle)
     if bound is None:
         raise MeshError(
             f"this graph was compiled for a product of a mesh that is gone ({handle}): torch.compiler.reset()"
@@ -204,13 +203,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dys = grads[: ctx.count]
     shapes, needs, letters, sizes = ctx.rest
+    nothing: list[Tensor] | None = None if sizes else []  # torch takes an empty list for one of tensors
     if all(dy is None for dy in dys):
-        return None, [None] * len(needs), None, None, None
+        return None, [None] * len(needs), None, None, nothing
     like = _like(dys, shapes, needs)
     traced = _traced(ctx.handle, like, needs, letters, sizes)
     made = iter(torch.ops.shardgrad.product_backward(ctx.handle, list(ctx.saved_tensors), dys, *ctx.rest))
     has_grad = traced.has_gradients([dy is not None for dy in dys])
-    return None, [next(made) if has else None for has in has_grad], None, None, None
+    return None, [next(made) if has else None for has in has_grad], None, None, nothing
 
 
 product_forward.register_autograd(_backward, setup_context=_setup)

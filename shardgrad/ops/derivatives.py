@@ -15,7 +15,7 @@ runs once for each entry.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ from torch import Tensor
 from shardgrad.comm import shim
 from shardgrad.comm.first_derivatives import entry_by_entry
 
-if TYPE_CHECKING:
-    from shardgrad.ops.executable import Executable
-
+Executable = Any
+"""`ops.executable`'s, which asks this file for its differentiable backward."""
 Some = Sequence[Tensor | None]
 
 

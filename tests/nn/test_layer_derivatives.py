@@ -194,20 +194,20 @@ def ways(call: Call, x: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
 
     return {
         "hvp": lambda: hvp(loss, x, v)[1],
-        "vhp": lambda: vhp(loss, x, v)[1],
-        "jvp": lambda: jvp(call, x, v)[1],
         "twice": of_weights,
         "grad": lambda: func.grad(loss)(x),
-        "grad of grad": lambda: func.grad(lambda x: func.grad(loss)(x).square().sum())(x),
         "vmap": lambda: func.vmap(func.grad(loss), randomness="same")(torch.stack([x, v])),
     }
 
 
-def forward_ways(call: Call, x: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+def more_ways(call: Call, x: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
     def loss(x: Tensor) -> Tensor:
         return call(x).sin().sum()
 
     return {
+        "vhp": lambda: vhp(loss, x, v)[1],
+        "jvp": lambda: jvp(call, x, v)[1],
+        "grad of grad": lambda: func.grad(lambda x: func.grad(loss)(x).square().sum())(x),
         "func.jvp": lambda: func.jvp(call, (x,), (v,))[1],
         "forward over reverse": lambda: func.jvp(func.grad(loss), (x,), (v,))[1],
     }
@@ -251,5 +251,5 @@ def test_second_derivatives_and_torch_func(world_size: int, name: str) -> None:
 @pytest.mark.slow
 @distributed(world_size=2)
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_forward_mode(world_size: int, name: str) -> None:
-    _compare(name, forward_ways)
+def test_more_of_them_and_forward_mode(world_size: int, name: str) -> None:
+    _compare(name, more_ways)
