@@ -109,7 +109,7 @@ class _Gradients(torch.autograd.Function):
         dys, operands = tensors[: executable.products.count], tensors[executable.products.count :]
         saved = [operands[0 if role == "lhs" else 1 + at] for role, at in executable.products.saved(executable.needs)]
         with torch.autocast(next(dy for dy in dys if dy is not None).device.type, enabled=False):
-            made = executable.gradients(dys, saved)  # type: ignore[arg-type]
+            made = executable.gradients(dys, saved)
         return tuple([one for one in made if one is not None])
 
     @staticmethod

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shardgrad as sg
+from shardgrad.comm.collectives import AllReduce
+from shardgrad.comm.mesh import axis_on
 from shardgrad.layout.sizes import chunk
 from shardgrad.testing import distributed
 
@@ -213,7 +215,7 @@ def more_ways(call: Call, x: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor
     }
 
 
-def _compare(name: str, which: Any) -> None:
+def _compare(name: str, which: Any) -> Call:
     two = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     one = init_device_mesh("cpu", (2, 1), mesh_dim_names=("other", "tp"))["tp"]
     x, v = (torch.randn(4, 6, generator=torch.Generator().manual_seed(n), dtype=D) for n in (1, 2))
@@ -230,6 +232,22 @@ def _compare(name: str, which: Any) -> None:
             else:
                 torch.testing.assert_close(found[way](), right[way](), rtol=1e-10, atol=1e-12, msg=f"{name}: {way}")
                 assert bool(right[way]().abs().max() > 0), way
+    return made[1]
+
+
+def _check_weights(call: nn.Module, x: Tensor) -> None:
+    """Each rank's gradients by torch.func are those of backward."""
+    weights = {name: p.detach() for name, p in call.named_parameters()}
+    found = func.grad(lambda weights: func.functional_call(call, weights, (x,)).sin().sum())(weights)
+    right = torch.autograd.grad(call(x).sin().sum(), list(call.parameters()))
+    torch.testing.assert_close(list(found.values()), list(right), rtol=1e-10, atol=1e-12)
+
+
+@distributed(world_size=2)
+def test_a_bare_collective_is_refused(world_size: int) -> None:
+    over = axis_on(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), "tp")
+    with pytest.raises(RuntimeError, match=r"all-reduce over tp was reached inside torch\.func"):
+        func.grad(lambda x: AllReduce(over)(x.clone()).sum())(torch.ones(3))
 
 
 def test_everything_is_here() -> None:
@@ -245,7 +263,9 @@ def test_everything_is_here() -> None:
 @distributed(world_size=2)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_second_derivatives_and_torch_func(world_size: int, name: str) -> None:
-    _compare(name, ways)
+    call = _compare(name, ways)
+    if isinstance(call, nn.Module):
+        _check_weights(call, torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=D))
 
 
 @pytest.mark.slow
