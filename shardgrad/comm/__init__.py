@@ -14,7 +14,7 @@
 | `all_to_all`     | the all-to-all that moves shards from one dim to another                  |
 | `timer`          | the time that a process spends in communication                           |
 | `adjoint`        | differentiable collectives, each with its adjoint                         |
-| `first_derivatives` | backwards that have no derivative themselves: a second one is refused |
+| `first_derivatives` | what has a backward only: all other derivatives are refused, with its name |
 | `agree`          | whether the ranks of an axis mean the same                                |
 | `trace`          | every collective in a block, as torch.distributed was called for it       |
 | `backend`        | which backend a program's ranks use                                       |

@@ -38,6 +38,7 @@ from shardgrad.comm.collectives import (
     keep_chunk,
     whole_size,
 )
+from shardgrad.comm.first_derivatives import entry_by_entry
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.comm.trace import traced_op
@@ -108,6 +109,7 @@ _PAIRS: dict[str, tuple[_Local, _Local]] = {
 }
 
 
+@shim.untraced
 class _Pair(torch.autograd.Function):
     """One half of a pair; its backward is the other half, and so on: linear, it has all derivatives."""
 
@@ -118,7 +120,33 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        return None, _Pair.apply(ctx.name, grad, ctx.at, not ctx.back), None, None
+        return None, _pair(ctx.name, grad, ctx.at, not ctx.back), None, None
+
+
+@shim.untraced
+@entry_by_entry
+class _TransformedPair(torch.autograd.Function):
+    """The same for torch.func and forward mode. (torch takes longer to call it.)"""
+
+    @staticmethod
+    def forward(name: str, x: Tensor, at: _Where, back: bool) -> Tensor:
+        return _PAIRS[name][back](x, at)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name, _, ctx.at, ctx.back = inputs
+
+    backward = _Pair.backward
+
+    @staticmethod
+    def jvp(ctx: Any, _name: None, tangent: Tensor, _at: None, _back: None) -> Tensor:
+        return _pair(ctx.name, tangent, ctx.at, ctx.back)
+
+
+def _pair(name: str, x: Tensor, at: _Where, back: bool) -> Tensor:
+    function = _TransformedPair if shim.beyond_backward() else _Pair
+    made: Tensor = function.apply(name, x, at, back)
+    return made
 
 
 @torch.library.custom_op(
@@ -218,10 +246,19 @@ def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
     if at.axis.size == 1:
         return x
     if torch.compiler.is_compiling():
+        shim.leave_checkpoint()
         numbers = (at.dim, at.global_size, at.other, at.other_global_size)
         place = at.axis.size, at.axis.index
         return _CompiledPair.apply(name, x, at.axis.mesh, at.axis.name, place, numbers, at.send, at.receive)
-    return _Pair.apply(name, x, at, False)
+    return _pair(name, x, at, False)
+
+
+def along(name: str, x: Tensor, axis: Axis, dim: int = 0, global_size: int = 0) -> Tensor:
+    """One of the pairs, for those that hold the axis and not its mesh. Exact mode is theirs to refuse.
+
+    global_size: of `dim`, where it is gathered.
+    """
+    return _apply(name, x, _Where(axis, dim, global_size))
 
 
 def _dim(x: Tensor, dim: int) -> int:

@@ -22,8 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardgrad.comm import shim
+<<<<<<< HEAD
 from shardgrad.comm.comparison import SLICE_S
 from shardgrad.comm.failure_report import failure, hopeless
+=======
+from shardgrad.comm.first_derivatives import refuse_transforms
+>>>>>>> h_deriv
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.process_end import end_at_exit, pause_at_exit
 from shardgrad.comm.shim import dispatch_mode_active
@@ -80,6 +84,8 @@ class Collective:
         x: one of the tensors. The dispatcher costs more than all the rest: it is for modes that listen there, and for
         tensors whose memory does not hold their values as they are.
         """
+        if shim.beyond_backward() and shim.is_transformed(x):
+            refuse_transforms(f"{self.what} over {self.axis.name}")
         odd = type(x) is not Tensor or x.is_neg() or x.is_conj()
         call = self._via_dispatcher if odd or dispatch_mode_active() else self._direct
         self._standing.begun += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # torch 2.13 renamed these two; the old names warn there and are the only ones before.
@@ -19,6 +21,35 @@ reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dis
 
 
 AllgatherOptions: Any = dist.distributed_c10d.AllgatherOptions  # type: ignore[attr-defined]
+
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
+    return cast(F, torch.compiler.assume_constant_result(function))
+
+
+def untraced(target: T) -> T:
+    """Mark a function, or those of an autograd Function, which torch.compile is not to look into where it comes upon
+    their calls outside of its graphs, nor into what they call. Unlike with `eager`, calling them costs nothing more."""
+    from torch._dynamo import eval_frame as frames
+
+    eval_frame: Any = frames
+
+    skip = eval_frame.FrameExecStrategy(eval_frame.FrameAction.SKIP, eval_frame.FrameAction.SKIP)
+    for each in vars(target).values() if isinstance(target, type) else [target]:
+        function = getattr(each, "__func__", each)
+        if isinstance(function, types.FunctionType):
+            eval_frame.set_code_exec_strategy(function.__code__, skip)
+    return target
+
+
+def eager(why: str) -> Callable[[F], F]:
+    """Decorate a function that torch.compile is to leave outside of its graphs."""
+    return cast(Callable[[F], F], torch.compiler.disable(reason=why))
 
 
 def all_gather_of(group: Any) -> Any:
@@ -92,6 +123,29 @@ def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 # Whether functorch's transforms (vmap, grad, jvp) are at work in this thread.
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def beyond_backward() -> bool:
+    """Whether torch.func's transforms are at work in this thread, or tensors may have tangents: inside
+    `torch.autograd.forward_ad.dual_level()`."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether a tensor has a tangent, or is one of torch.func's: then its memory is not all that it stands for."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether a tensor stands for one entry of several, inside `torch.vmap`, at any level of torch.func."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def no_dispatch() -> Any:
@@ -185,12 +239,23 @@ def data_parallel_group() -> tuple[str, list[int]] | None:
     return None if ranks is None else ("DistributedDataParallel", ranks)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+def leave_checkpoint() -> None:
+    """Where torch.compile takes a `torch.utils.checkpoint` into its graph, have it run the checkpoint outside, and make
+    graphs of what it holds: torch cannot compute ordered operators again in a graph (AssertionError in 2.13)."""
+    if _in_compiled_checkpoint():
+        torch._dynamo.graph_break(msg="shardgrad: a checkpoint runs outside of graphs; what it holds, in its own")
 
 
-def constant(function: F) -> F:
-    """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
-    return cast(F, torch.compiler.assume_constant_result(function))
+@constant
+def _in_compiled_checkpoint() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None:
+        if getattr(tracer.source_target, "__name__", "") == "tag_activation_checkpoint":
+            return True
+        tracer = tracer.parent
+    return False
 
 
 def is_fake(x: torch.Tensor) -> bool:
@@ -201,12 +266,15 @@ def is_fake(x: torch.Tensor) -> bool:
 
 @contextmanager
 def real_tensors() -> Iterator[None]:
-    """A block whose new tensors have values, also inside `without_memory`."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    if module is None:
-        yield
-        return
-    with module.unset_fake_temporarily():
+    """A block whose new tensors have values and are no transform's, also inside `without_memory` and torch.func."""
+    with contextlib.ExitStack() as stack:
+        module = sys.modules.get("torch._subclasses.fake_tensor")
+        if module is not None:
+            stack.enter_context(module.unset_fake_temporarily())
+        if transforming():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
         yield
 
 

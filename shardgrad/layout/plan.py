@@ -102,7 +102,7 @@ def derive(layout: Notation, reading: Reading) -> Plan:
     missing = [axis for dim in product.dims if dim.letter not in bias.letters for axis in dim.axes]
     missing_gathered = [a for d in reading.compute_layout(product).dims if d.letter not in bias.letters for a in d.axes]
     return Plan(
-        stored={role: spec.dims for role, spec in tensors.items()},
+        stored={**{role: spec.dims for role, spec in tensors.items()}, "bias": bias.dims},
         names={**{role: spec.name for role, spec in tensors.items()}, "bias": bias.name},
         letters={**{role: spec.letters for role, spec in tensors.items()}, "bias": bias.letters},
         splitting=splitting,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from shardgrad.layout.notation import Dim
 
@@ -17,8 +18,15 @@ Level = tuple[str, tuple[str, ...]]
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     """Start and length of one of `parts` chunks, as torch.chunk shards: ceil(size / parts) each, the last ones less."""
     most = -(-size // parts)
-    start = min(index * most, size)
-    return start, min(most, size - start)
+    start = _least(index * most, size)
+    return start, _least(most, size - start)
+
+
+def _least(a: Any, b: Any) -> Any:
+    """The smaller one; of sizes that torch.compile leaves open, not decided."""
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return b.__sym_min__(a) if isinstance(a, int) else a.__sym_min__(b)
 
 
 def slab(size: int, axes: Iterable[str], shape: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:

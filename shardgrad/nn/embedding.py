@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, reduce_scatter
 from shardgrad.comm.mesh import view
-from shardgrad.comm.shim import is_fake
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
@@ -153,8 +153,8 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
     def _lookup(self, ids: Tensor, weight: Tensor) -> Tensor:
         local = ids - self.first_id
         elsewhere = (local < 0) | (local >= self.rows)
-        # In a compiled graph the lookup itself refuses such ids.
-        looks = not self.compiling() and not is_fake(ids)
+        # In a compiled graph, and under torch.func, the lookup itself refuses such ids.
+        looks = not self.compiling() and not shim.transforming() and not shim.is_fake(ids)
         if looks and ids.device.type == "cpu" and ids.numel():
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.agree import agree
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.comm.mesh import Axis, view, view_of
 from shardgrad.comm.pieces import level_of, pieces_here, reduce_pieces
 from shardgrad.errors import LayoutError
@@ -69,7 +69,9 @@ def sum_of_tokens(losses: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tens
     return total
 
 
-class _Total(torch.autograd.Function):
+class _Total(FirstDerivativeOnly):
+    what = "vocab_parallel_cross_entropy"
+
     @staticmethod
     def forward(ctx: Any, losses: Tensor, mesh: DeviceMesh, axes: tuple[str, ...], blocks: int) -> Tensor:
         ctx.shape = losses.shape
@@ -80,6 +82,5 @@ class _Total(torch.autograd.Function):
         return reduce_pieces(sums, levels, mesh_view, "all-reduce of the sum of losses")
 
     @staticmethod
-    @first_derivative_only("vocab_parallel_cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.expand(ctx.shape), None, None, None

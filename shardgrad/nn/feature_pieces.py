@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.collectives import AllGather
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.comm.pieces import level_of, reduce_pieces, reduce_pieces_collectives
 from shardgrad.layout.cost import Collective, itemsize
@@ -122,11 +122,13 @@ def norm_of_features_collectives(kind: str, rows: int, dtype: Any, mesh: DeviceM
         yield from reduce_pieces_collectives("dX", "norm: d moments", every, width, [level], mesh_view, scatter=True)
 
 
-class _Total(torch.autograd.Function):
+class _Total(FirstDerivativeOnly):
     """The sums over all pieces of the features, for each piece; it is its own adjoint.
 
     Of the pieces, those of the features are the fastest.
     """
+
+    what = "a norm over pieces of the features"
 
     @staticmethod
     def forward(ctx: Any, level: Level, mesh_view: MeshView, *terms: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +136,6 @@ class _Total(torch.autograd.Function):
         return _total(terms, level, mesh_view)
 
     @staticmethod
-    @first_derivative_only("a norm over pieces of the features")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_total(grads, *ctx.where)
 
@@ -146,8 +147,10 @@ def _total(terms: Sequence[Tensor], level: Level, mesh_view: MeshView) -> tuple[
     return tuple([total[row] for row in range(rows) for _ in range(level.count)])
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(FirstDerivativeOnly):
     """What all pieces of the features have, [V, ...], for each piece. The gradients of each are summed in the tree."""
+
+    what = "a norm over pieces of the features"
 
     @staticmethod
     def forward(ctx: Any, level: Level, mesh_view: MeshView, *own: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +162,6 @@ class _Gathered(torch.autograd.Function):
         return tuple([compact(every[:, row]) for row in range(rows) for _ in range(level.count)])
 
     @staticmethod
-    @first_derivative_only("a norm over pieces of the features")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         level, mesh_view = ctx.where
         rows = len(grads) // level.count

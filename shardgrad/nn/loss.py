@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
-from shardgrad.comm.adjoint import all_reduce
+from shardgrad.comm.adjoint import all_reduce, along
 from shardgrad.comm.collectives import AllReduce
-from shardgrad.comm.first_derivatives import first_derivative_only
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view, view_of
-from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces_collectives
-from shardgrad.comm.shim import is_fake
+from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces_collectives, refuse_exact
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
@@ -70,8 +68,11 @@ def vocab_parallel_cross_entropy(
         )
     _check(logits, target, vocab_size, over, ignore_index, label_smoothing, reduction)
     if torch.compiler.is_compiling():
+        shim.leave_checkpoint()
         arguments = vocab_size, over.mesh, axis, ignore_index, float(label_smoothing)
         losses = torch.ops.shardgrad.vocab_cross_entropy(logits, target, *arguments)[0]
+    elif shim.beyond_backward():
+        losses = _composed(logits, target, vocab_size, over, ignore_index, label_smoothing)
     else:
         blocks = prod(pieces_here(view(mesh), name) for name in token_axes)
         losses = _CrossEntropy.apply(logits, target, vocab_size, over, ignore_index, label_smoothing, blocks)
@@ -87,7 +88,7 @@ def vocab_parallel_cross_entropy(
         return total
     count = (target != ignore_index).sum().to(losses.dtype)
     for name, token_axis in zip(token_axes, tokens_over):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or shim.beyond_backward():
             count = all_reduce(count, mesh, name)
         elif token_axis.size > 1:
             count = AllReduce(token_axis, "all-reduce of the number of tokens")(count)
@@ -164,17 +165,19 @@ def _check(
         )
     if target.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"target must hold integer ids, got {target.dtype}")
-    if not torch.compiler.is_compiling():  # the compiled graph's operator looks at each call's
+    # A compiled graph's operator looks at each call's, and under torch.func the lookup does.
+    if not torch.compiler.is_compiling() and not shim.transforming():
         _check_ids(target, vocab_size, ignore_index)
 
 
 def _check_ids(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    if target.device.type == "cpu" and not is_fake(target):
+    if target.device.type == "cpu" and not shim.is_fake(target):
         wrong = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
         if bool(wrong.any()):
             raise IndexError(f"target {int(target[wrong][0])} is outside the vocabulary of {vocab_size}")
 
 
+@shim.untraced
 class _CrossEntropy(torch.autograd.Function):
     """Per-token losses. With p = softmax over the whole vocabulary and q the smoothed target: loss = -Σ q log p,
     d logits = dloss (p - q)."""
@@ -191,15 +194,48 @@ class _CrossEntropy(torch.autograd.Function):
         blocks: int,
     ) -> Tensor:
         losses, *rest = _losses(logits, target, vocab_size, over, ignore_index, smoothing, blocks)
-        ctx.save_for_backward(logits, *rest)
-        ctx.vocab_size, ctx.smoothing = vocab_size, smoothing
+        ctx.save_for_backward(logits, *rest, target)
+        ctx.settings = vocab_size, over, ignore_index, smoothing
         return losses
 
     @staticmethod
-    @first_derivative_only("vocab_parallel_cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _gradient(grad, ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
-        return grads, *(None,) * 6
+        return _backward(ctx, grad), *(None,) * 6
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    """The logits' gradient; differentiable where a graph of it is wanted."""
+    vocab_size, over, ignore_index, smoothing = ctx.settings
+    logits, *rest, target = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return _gradient(grad, (logits, *rest), vocab_size, smoothing)
+    losses = _composed(logits, target, vocab_size, over, ignore_index, smoothing)
+    return torch.autograd.grad(losses, logits, grad, create_graph=True)[0]
+
+
+def _composed(
+    logits: Tensor, target: Tensor, vocab_size: int, over: Axis, ignore_index: int, smoothing: float
+) -> Tensor:
+    """Per-token losses of operations that have all derivatives."""
+    refuse_exact(view_of(over), [over.name], "a second derivative of a loss", "use backward() without a graph")
+    start, here = chunk(vocab_size, over.size, over.index)
+    ignored = target == ignore_index
+    wide = (logits.float() if logits.element_size() < 4 else logits).masked_fill(ignored.unsqueeze(-1), 0)
+    local = target.long() - start
+    elsewhere = (local < 0) | (local >= here)
+    outside = (target < 0) | (target >= vocab_size)  # stays outside: the lookup refuses it
+    local = local.masked_fill(elsewhere & ~outside, 0).masked_fill(outside, here).masked_fill(ignored, 0)
+    if here:
+        picked = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere | ignored, 0)
+    else:
+        picked = wide.sum(-1)
+    every = along("gather_replicated", wide.logsumexp(-1).unsqueeze(0), over, 0, over.size)
+    log_sum = every.logsumexp(0)
+    losses = log_sum - along("all_reduce", picked, over)
+    if smoothing:
+        mean = along("all_reduce", wide.sum(-1), over) / vocab_size
+        losses = (1 - smoothing) * losses + smoothing * (log_sum - mean)
+    return losses.masked_fill(ignored, 0)
 
 
 def _losses(
@@ -276,14 +312,14 @@ def _(
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    logits, _, ctx.vocab_size, *_, ctx.smoothing = inputs
+    logits, target, vocab_size, mesh, axis, ignore_index, smoothing = inputs
+    ctx.settings = vocab_size, axis_of(mesh, axis), ignore_index, smoothing
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, *output[1:])
+    ctx.save_for_backward(logits, *output[1:], target)
 
 
 def _compiled_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    made = None if grads[0] is None else _gradient(grads[0], ctx.saved_tensors, ctx.vocab_size, ctx.smoothing)
-    return made, *(None,) * 6
+    return None if grads[0] is None else _backward(ctx, grads[0]), *(None,) * 6
 
 
 _compiled_losses.register_autograd(_compiled_gradient, setup_context=_set_up)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm import shim
 from shardgrad.errors import ShapeError
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.layout.cost import Collective
@@ -85,9 +85,11 @@ class _Gated(torch.autograd.Function):
         return F.silu(g).mul_(u)
 
     @staticmethod
-    @first_derivative_only("SwiGLU")
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         g, u = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted
+            dg, du = torch.autograd.grad(F.silu(g) * u, (g, u), dh, create_graph=True)
+            return dg, du
         return torch.ops.aten.silu_backward(dh * u, g), F.silu(g).mul_(dh)
 
 
@@ -130,7 +132,7 @@ class SwiGLU(
     def forward(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """The local shard of Y. sequence_size: as of `ColumnParallelLinear`."""
         g, u = self.multiply("X", x, sequence_size)
-        if self.compiling():
+        if self.compiling() or shim.beyond_backward():
             h = F.silu(g) * u
         else:
             h = in_pieces(_Gated.apply, self.mesh, _hidden(self, g), g, u)

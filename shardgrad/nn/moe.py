@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
 from shardgrad.comm.collectives import gather_ints
+from shardgrad.comm.first_derivatives import refuse_transforms
 from shardgrad.comm.mesh import view
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.errors import ShapeError
@@ -96,6 +98,12 @@ class MoE(Layer):
         """
         if x.dim() < 1 or x.shape[-1] != self.embed_dim:
             raise ShapeError(f"MoE: x is [..., {self.embed_dim}], not {tuple(x.shape)}")
+        return self._run(x)
+
+    @shim.eager("MoE: its shapes depend on which experts the tokens choose")
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if shim.is_batched(x):
+            refuse_transforms("MoE, whose shapes depend on which experts the tokens choose,")
         instead = "its tokens are sorted anew on every number of ranks; write the experts' products by sg.matmul"
         refuse_exact_on(self.mesh, [self.axis], "MoE", instead)
         tokens = x.reshape(-1, self.embed_dim)

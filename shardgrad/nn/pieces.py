@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import AllGather
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import (
     exact,
@@ -169,8 +169,10 @@ class _Uses:
         return [found[at] for at in range(len(self.shardings))]
 
 
-class _Fan(torch.autograd.Function):
+class _Fan(FirstDerivativeOnly):
     """Each parameter, once for each piece; its gradient is the tree over them."""
+
+    what = "a parameter's gradient summed over pieces"
 
     @staticmethod
     def forward(ctx: Any, uses: _Uses, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +183,6 @@ class _Fan(torch.autograd.Function):
         return tuple([one.view_as(one) for _ in range(uses.count) for one in used])
 
     @staticmethod
-    @first_derivative_only("a parameter's gradient summed over pieces")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):  # of a micro-batch that is not the last
             return None, *(None for _ in ctx.like)

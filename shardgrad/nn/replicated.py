@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.comm.adjoint import all_gather, replicate
-from shardgrad.comm.collectives import AllReduce
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm import shim
+from shardgrad.comm.adjoint import all_gather, along, replicate
 from shardgrad.comm.mesh import Axis, axis_on, view
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.layout.cost import Collective, itemsize, sent
@@ -89,6 +88,8 @@ def _replicate(parameters: Sequence[Tensor], mesh: DeviceMesh, axis: str) -> lis
 
     Tensors that need no gradient pass as they are, and are not reduced.
     """
+    if shim.beyond_backward():
+        return [replicate(p, mesh, axis) for p in parameters]
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if len(trained) < 2:
         return [replicate(p, mesh, axis) if trained and p is trained[0] else p for p in parameters]
@@ -112,9 +113,8 @@ class _Together(torch.autograd.Function):
         return tuple([tensor.view_as(tensor) for tensor in tensors])
 
     @staticmethod
-    @first_derivative_only("a parameter's gradient summed over ranks")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat = AllReduce(ctx.over)(torch.cat([grad.reshape(-1) for grad in grads]))
+        flat = along("all_reduce", torch.cat([grad.reshape(-1) for grad in grads]), ctx.over)
         return None, *(part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in grads]), grads))
 
 

@@ -11,6 +11,7 @@
 | `modes`      | what makes a backward unusual while it is in force                      |
 | `namespace`  | what the names in a printed program stand for                           |
 | `executable` | what calls of one set of shapes run, in one autograd Function           |
+| `derivatives` | second derivatives of products, forward mode, torch.func |
 | `bound`      | products that share an operand, bound to a mesh                         |
 | `exact`      | exact mode: set on a mesh, and what it refuses                          |
 | `exact_optimizers` | optimizers whose step depends on how parameters are sharded, refused |

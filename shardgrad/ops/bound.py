@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import adding_in_tree, exact
+from shardgrad.comm.pieces import adding_in_tree, exact, refuse_exact
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower import Key, Products, backward, forward
@@ -70,7 +70,6 @@ class BoundMatmul:
         self._by_pieces: dict[object, dict[object, Executable]] = {}  # exact mode may be set, and set otherwise
         self._executables: dict[object, Executable] = {}
         self.use_settings()
-        self._traced: dict[object, Executable] = {}  # of which nothing has been compared between ranks
         self.handle = handles.name(
             self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
         )
@@ -78,12 +77,13 @@ class BoundMatmul:
     def __deepcopy__(self, memo: object) -> BoundMatmul:
         return self  # bound to process groups, and never changed by a call
 
+    @shim.untraced
     def __call__(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
         """Every Y (a tensor if there is one), differentiably, outside of compiled graphs.
 
         tensors: the input, the weights, the biases that are there. given: global sizes of letters.
         """
-        if torch.is_autocast_enabled(self.device_type) or shim.transforming():
+        if torch.is_autocast_enabled(self.device_type) or shim.beyond_backward():
             return self._call_under(tensors, given)
         grad = torch.is_grad_enabled()
         if len(tensors) == 2:  # as `_key`, without a call and a loop
@@ -103,19 +103,16 @@ class BoundMatmul:
         return found.call(*tensors)
 
     def _call_under(self, tensors: tuple[Tensor, ...], given: Given) -> Any:
-        """The same under autocast or functorch's transforms."""
+        """The same under autocast, torch.func's transforms or forward-mode differentiation."""
         if torch.is_autocast_enabled(self.device_type):
-            tensors = self.cast(tensors)
+            tensors = cast(self.device_type, tensors)
             with torch.autocast(self.device_type, enabled=False):
                 return self(tensors, given)
-        found = self.executable(tensors, given)
-        # functorch raises for what it cannot do, from `apply`.
-        return (found.function.apply if found.function is not None else found.call)(*tensors)
+        from shardgrad.ops import derivatives
 
-    def cast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As autocast treats torch's own products: the operands are cast, and nothing inside is cast again."""
-        dtype = torch.get_autocast_dtype(self.device_type)
-        return tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
+        refuse_exact(self.view, self.axes, f"torch.func or forward mode through {self.name}", "use backward()")
+        made = derivatives.product(self.executable(tensors, given), tensors)
+        return made if self.count > 1 else made[0]
 
     def executable(self, tensors: Sequence[Tensor], given: Given) -> Executable:
         """What to run for the shapes, dtypes and flags of a call; remembered.
@@ -130,39 +127,38 @@ class BoundMatmul:
         return self._resolve(key, tensors, dict(given), tuple([grad and t.requires_grad for t in tensors]))
 
     def executable_for_graph(
-        self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...], *, traced: bool
+        self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
     ) -> Executable:
-        """`executable` for a call in a compiled graph, which says itself what needs a gradient.
+        """`executable` for a call in a compiled graph, which says itself what needs a gradient."""
+        self._refuse_graph()
+        key = (
+            *[part for t, need in zip(tensors, needs) for part in (tuple(t.shape), t.dtype, need)],
+            tuple(given.items()) if given else (),
+        )
+        found = self._executables.get(key)
+        return found if found and not checking_every_call() else self._resolve(key, tensors, given, needs)
 
-        traced: only to learn shapes from: nothing is compared between ranks.
+    def traced(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None) -> Products:
+        """What a compiled graph must know of a call as it is traced; sizes that may change stay open.
 
         Raises:
             ShapeError: a size would have to be exchanged; a graph must know it.
         """
+        self._refuse_graph()
+        sizes, missing = self._learn(tensors, given)
+        if missing:
+            letters = sorted({letter for letter, _ in missing})
+            raise ShapeError(
+                f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
+                f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
+            )
+        return self._products(sizes, tensors[0].dtype)
+
+    def _refuse_graph(self) -> None:
         if exact(self.view) is not None:
             from shardgrad.ops.exact import refuse_graph
 
             refuse_graph(self.view, self.name)
-        key = (
-            *[part for t, need in zip(tensors, needs) for part in (tuple(map(int, t.shape)), t.dtype, need)],
-            tuple(given.items()) if given else (),
-        )
-        if not traced:
-            found = self._executables.get(key)
-            return found if found and not checking_every_call() else self._resolve(key, tensors, given, needs)
-        found = self._traced.get(key)
-        if found is None:
-            sizes, missing = self._learn(tensors, given)
-            if missing:
-                letters = sorted({letter for letter, _ in missing})
-                raise ShapeError(
-                    f"the ranks would have to exchange the size of {', '.join(letters)}, which a compiled graph must "
-                    f"know: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {self.name})"
-                )
-            if len(self._traced) >= _MOST_SHAPES:
-                self._traced.clear()
-            found = self._traced[key] = self._build(tensors, sizes, needs, traced=True)
-        return found
 
     def _resolve(
         self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
@@ -177,9 +173,7 @@ class BoundMatmul:
             found = self._executables[where] = self._build(tensors, sizes, needs)
         return found
 
-    def _build(
-        self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...], *, traced: bool = False
-    ) -> Executable:
+    def _build(self, tensors: Sequence[Tensor], sizes: Sizes, needs: tuple[bool, ...]) -> Executable:
         products = self._products(sizes, tensors[0].dtype)
         of_local = sizes
         if products.pieces is not None:
@@ -191,8 +185,10 @@ class BoundMatmul:
         if self.view.settings and products.pieces is None:
             from shardgrad.ops.chunking import chunking_pass  # what `set_overlap` sets
 
-            chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype, traced=traced)
-        made = Executable(products, self.name, namespace, needs, self._check_backward, chunked)
+            chunked = chunking_pass(self.view, self.layouts, namespace, tensors[0].dtype)
+        given = tuple((letter, size) for (letter, axes), size in sizes.known.items() if not axes)
+        again = partial(self.__call__, given=given)
+        made = Executable(products, self.name, namespace, needs, self._check_backward, chunked, again)
         if products.pieces is not None:
             from shardgrad.ops.exact import checked
 
@@ -207,7 +203,6 @@ class BoundMatmul:
     def forget_executables(self) -> None:
         """Decide anew, because what the decisions rest on has changed."""
         self._by_pieces.clear()
-        self._traced.clear()
         self.use_settings()
 
     def use_settings(self) -> None:
@@ -397,13 +392,18 @@ def run(
     if torch.compiler.is_compiling():
         from shardgrad.ops import compiled  # of no use elsewhere
 
-        if not torch.is_autocast_enabled(bound.device_type):
-            return compiled.run(bound, tensors, sizes)
-        tensors = bound.cast(tensors)
-        with torch.autocast(bound.device_type, enabled=False):
-            return compiled.run(bound, tensors, sizes)
+        shim.leave_checkpoint()
+        if torch.is_autocast_enabled(bound.device_type):
+            tensors = cast(bound.device_type, tensors)
+        return compiled.run(bound, tensors, sizes)
     made = bound(tensors, tuple(sizes.items()) if sizes else ())
     return made if bound.count > 1 else (made,)
+
+
+def cast(device_type: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As autocast treats torch's own products: the operands are cast, and nothing inside is cast again."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple([t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors])
 
 
 def _check_layouts(layouts: Sequence[Layout], biased: Sequence[bool]) -> None:

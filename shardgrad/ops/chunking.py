@@ -37,22 +37,15 @@ from shardgrad.ops.namespace import Namespace
 from shardgrad.ops.overlap import WHOLE, Chunking, choose, choose_together, is_set
 
 
-def chunking_pass(
-    view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype, *, traced: bool
-) -> Pass | None:
-    """The pass for products of one set of shapes; None where `set_overlap` did not set one.
-
-    traced: only to learn shapes from: ranks exchange nothing.
-    """
-    return _Chunker(view, layouts, namespace, dtype, traced) if is_set(view) else None
+def chunking_pass(view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype) -> Pass | None:
+    """The pass for products of one set of shapes; None where `set_overlap` did not set one."""
+    return _Chunker(view, layouts, namespace, dtype) if is_set(view) else None
 
 
 class _Chunker:
-    def __init__(
-        self, view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype, traced: bool
-    ) -> None:
+    def __init__(self, view: MeshView, layouts: Sequence[Layout], namespace: Namespace, dtype: torch.dtype) -> None:
         self._view, self._layouts, self._namespace = view, layouts, namespace
-        self._sizes, self._dtype, self._traced = namespace.sizes, dtype, traced
+        self._sizes, self._dtype = namespace.sizes, dtype
 
     def __call__(self, instructions: Instructions) -> Instructions:
         first = next((one for one in instructions if isinstance(one, Matmul | SumBias | Accumulate)), None)
@@ -281,7 +274,7 @@ class _Chunker:
 
         if same:
             return choice() if flops else WHOLE
-        if self._traced or not prod(moved):
+        if not prod(moved):
             return WHOLE
         what = f"{transfer.what} {moved} beside products of {self._layouts[at]}, {self._dtype}"
         return choose_together(self._view, transfer.axis, what, choice)

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import grad as transpose
 
+from shardgrad.comm import shim
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import parse
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.bilinear import Local
-from shardgrad.ops.bound import bind, run
+from shardgrad.ops.bound import BoundMatmul, bind, run
 
 # By the number of spatial dims: Y of (X, W), and its transposes: dX of (X's shape, W, dY), dW of (X, W's shape, dY).
 _TORCH: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -68,17 +69,34 @@ def convolve(
         And what `matmul` raises.
     Source: the derivation, section 6: a convolution is a contraction over in-channels and kernel of X's windows.
     """
-    if not isinstance(layout, Layout):
-        layout = _layout(layout)
-    product = bind(
-        (layout,),
-        (bias is not None,),
-        mesh,
-        save_gathered,
-        reduce_dtype,
-        Convolution.of(layout, stride, padding, dilation),
-    )
+    if torch.compiler.is_compiling():
+        text, spatial = (layout.text, layout.spatial) if isinstance(layout, Layout) else (layout, None)
+        of_product = bias is not None, mesh, tuple(save_gathered), reduce_dtype
+        product = _bind_text(text, spatial, *of_product, stride, padding, dilation)
+    else:
+        layout = layout if isinstance(layout, Layout) else _layout(layout)
+        operation = Convolution.of(layout, stride, padding, dilation)
+        product = bind((layout,), (bias is not None,), mesh, save_gathered, reduce_dtype, operation)
     return run(product, x, [w], [] if bias is None else [bias], sizes)[0]
+
+
+@shim.constant
+def _bind_text(
+    text: str,
+    spatial: int | None,
+    biased: bool,
+    mesh: DeviceMesh,
+    save_gathered: Collection[str],
+    reduce_dtype: torch.dtype | None,
+    stride: Numbers,
+    padding: Numbers,
+    dilation: Numbers,
+) -> BoundMatmul:
+    """`bind`, which torch.compile does not look into. spatial: None: as the text says."""
+    layout = _layout(text) if spatial is None else Layout(text, spatial=spatial)
+    return bind(
+        (layout,), (biased,), mesh, save_gathered, reduce_dtype, Convolution.of(layout, stride, padding, dilation)
+    )
 
 
 @lru_cache(maxsize=512)

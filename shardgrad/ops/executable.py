@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Executable:
     products: what is computed. needs: whether X, each weight and each bias that is there needs a gradient.
     check: called with what came to backward, before anything else, while ranks compare every call.
     also: one more pass over the instructions; None for none.
+    again: the product of other tensors of these shapes, found anew.
 
     call: Y of every product (a tensor if there is one), differentiably, of X, the weights and the biases there are.
     function: the autograd Function behind it; None where nothing needs a gradient.
@@ -39,13 +41,15 @@ class Executable:
         needs: tuple[bool, ...],
         check: Check,
         also: Pass | None,
+        again: Callable[[tuple[Tensor, ...]], Any],
     ) -> None:
-        self.products, self.needs, self.check = products, needs, check
+        self.products, self.needs, self.check, self.again = products, needs, check, again
         self._title, self._namespace, self._also = title, namespace, also
         # Backward, by which dYs there are, whether the weights' gradients are deferred, and which go to a main_grad.
         self._backwards: dict[tuple[tuple[bool, ...], bool, tuple[int, ...], str | None], Callable[..., Any]] = {}
         self._forward = self.forward_function()
         self.graph_functions: Any = None
+        self._needing = {} if products.saved_gathered else {needs: self}
         self.function: type[torch.autograd.Function] | None = None
         self.call: Callable[..., Any] = self._differentiable() if any(needs) else self._forward
 
@@ -59,6 +63,16 @@ class Executable:
     def functions(self) -> list[Callable[..., Any]]:
         """Forward, and the backwards that have been called for."""
         return [self._forward, *self._backwards.values()]
+
+    def needing(self, needs: tuple[bool, ...]) -> Executable:
+        """The same where other tensors need a gradient, and nothing is saved as gathered."""
+        found = self._needing.get(needs)
+        if found is None:
+            products = replace(self.products, save_gathered=frozenset())
+            found = Executable(products, self._title, self._namespace, needs, self.check, self._also, self.again)
+            found._needing = self._needing
+            self._needing[needs] = found
+        return found
 
     def forward_function(self, *, returns_saved: bool = False) -> Callable[..., Any]:
         """Forward; see `forward_program`."""
@@ -81,11 +95,11 @@ class Executable:
     def _differentiable(self) -> Callable[..., Any]:
         usual = self._backward_function((True,) * self.products.count)
         unusual, several = self._run_backward, self.products.count > 1
-        refusing = first_derivative_only(self._title)(unusual)
 
+        @shim.untraced
         def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():  # a graph of the gradients is wanted: refused if it is used
-                return refusing(ctx, *dys)
+            if torch.is_grad_enabled():
+                return self._run_differentiable_backward(ctx, *dys)
             if (
                 every_call
                 or deferrals
@@ -116,6 +130,27 @@ class Executable:
         if len(grads) > len(self.needs):
             defer(ctx, grads[-1])
         return grads[: len(self.needs)]
+
+    def _run_differentiable_backward(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The same where a graph of the gradients is wanted; refused if it is used where gradients go another way."""
+        from shardgrad.ops import derivatives
+        from shardgrad.ops.main_grad import buffers_of
+
+        unusual = {
+            "save_gathered=": self.products.saved_gathered,
+            "sg.defer_weight_grads": deferrals,
+            "sg.use_main_grads": main_grads and buffers_of(ctx),
+            "sg.micro_batches": accumulating,
+        }
+        names = [name for name, is_used in unusual.items() if is_used]
+        if names:
+            return first_derivative_only(f"{self._title} with {', '.join(names)}")(self._run_backward)(ctx, *dys)
+        if every_call:
+            self.check(dys)
+        saved: list[Tensor | None] = [None] * (1 + self.products.count)
+        for (role, at), tensor in zip(self.products.saved(self.needs), ctx.saved_tensors):
+            saved[0 if role == "lhs" else 1 + at] = tensor
+        return derivatives.gradients(self, dys, saved)
 
     def gradients(
         self,

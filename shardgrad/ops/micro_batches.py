@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import KEY, exact
 from shardgrad.errors import LayoutError
@@ -125,7 +126,9 @@ def held(mesh_view: MeshView, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return [_Use.apply(now, one) if one.requires_grad else one for one in parameters]
 
 
-class _Use(torch.autograd.Function):
+class _Use(FirstDerivativeOnly):
+    what = "sg.micro_batches"
+
     @staticmethod
     def forward(ctx: Any, now: _Accumulating, parameter: Tensor) -> Tensor:
         ctx.now = now

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardgrad.comm.first_derivatives import first_derivative_only
+from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.errors import LayoutError
 from shardgrad.ops.in_pieces import compact, piece
 
@@ -68,26 +68,28 @@ def _along(counts: Mapping[int, int], dims: int) -> tuple[int, ...]:
     return tuple([counts.get(dim, 1) * counts.get(dim - dims, 1) for dim in range(dims)])
 
 
-class _Cut(torch.autograd.Function):
+class _Cut(FirstDerivativeOnly):
+    what = "a tensor cut into pieces"
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.counts = counts
         return tuple([compact(one) for one in _pieces(x, counts)])
 
     @staticmethod
-    @first_derivative_only("a tensor cut into pieces")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _whole(grads, ctx.counts), None
 
 
-class _Join(torch.autograd.Function):
+class _Join(FirstDerivativeOnly):
+    what = "a tensor joined from pieces"
+
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *pieces: Tensor) -> Tensor:
         ctx.counts = counts
         return _whole(pieces, counts)
 
     @staticmethod
-    @first_derivative_only("a tensor joined from pieces")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(compact(one) for one in _pieces(grad, ctx.counts))
 
@@ -141,8 +143,10 @@ def per_piece(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return apply
 
 
-class _Padded(torch.autograd.Function):
+class _Padded(FirstDerivativeOnly):
     """One dim, of ones behind what there is."""
+
+    what = "per_piece"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: int) -> Tensor:
@@ -150,19 +154,19 @@ class _Padded(torch.autograd.Function):
         return F.pad(x.reshape(-1), (0, more), value=1.0)
 
     @staticmethod
-    @first_derivative_only("per_piece")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[: ctx.shape.numel()].view(ctx.shape), None
 
 
-class _Unpadded(torch.autograd.Function):
+class _Unpadded(FirstDerivativeOnly):
+    what = "per_piece"
+
     @staticmethod
     def forward(ctx: Any, flat: Tensor, shape: torch.Size) -> Tensor:
         ctx.size = flat.numel()
         return flat[: shape.numel()].clone().view(shape)
 
     @staticmethod
-    @first_derivative_only("per_piece")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return F.pad(grad.reshape(-1), (0, ctx.size - grad.numel())), None
 

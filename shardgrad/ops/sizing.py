@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
@@ -21,7 +21,8 @@ def learn(
     view: MeshView,
     user: object,
 ) -> Sizes:
-    """The sizes that follow from the local shapes and the `given` global sizes.
+    """The sizes that follow from the local shapes and the `given` global sizes. Those that torch.compile leaves open
+    are compared when its graph runs.
 
     Raises:
         ShapeError: they contradict the layout, each other, or torch.chunk's arithmetic.
@@ -31,7 +32,7 @@ def learn(
     for letter, size in (given or {}).items():
         if not any(letter in spec.letters for spec in specs):
             raise ShapeError(f"sizes names {letter!r}, which is no letter of {user}")
-        if not isinstance(size, Integral) or size < 0:
+        if not isinstance(size, Integral | SymInt) or size < 0:
             raise ShapeError(f"sizes says {letter} = {size!r}, which is not a number of elements (in {user})")
         sizes.known[letter, ()] = size
         source[letter, ()] = f"sizes says {letter} = {size}"
@@ -43,14 +44,14 @@ def learn(
                 f"shape {tuple(tensor.shape)} (in {user})"
             )
         for dim, size in zip(spec.dims, tensor.shape):
-            found.append((sizes.level(dim.letter, dim.axes), int(size), spec, tuple(tensor.shape)))
+            found.append((sizes.level(dim.letter, dim.axes), size, spec, tuple(tensor.shape)))
     for level, size, spec, shape in sorted(found, key=lambda entry: len(entry[0][1])):
         letter, axes = level
         expected = sizes.get(letter, axes)
         if expected is None:
             sizes.known[level] = size
             source[level] = f"{spec} has local shape {shape}, so {'/'.join((letter, *axes))} = {size}"
-        elif expected != size:
+        elif not isinstance(size, SymInt) and not isinstance(expected, SymInt) and expected != size:
             from shardgrad.ops.size_exchange import contradiction
 
             raise ShapeError(contradiction(level, size, expected, spec, shape, sizes, source, view, user))

@@ -349,46 +349,6 @@ def test_nan_reaches_the_result_and_every_gradient_it_touches(world_size: int) -
     assert bool(w.grad.isnan().any()) == (mesh.get_local_rank("tp") == 1)
 
 
-@distributed(world_size=[1, 2, 3])
-@pytest.mark.parametrize("what", ["matmul", "layer", "SwiGLU", "loss", "norm"])
-def test_second_derivatives_are_refused_however_they_are_asked_for(world_size: int, what: str) -> None:
-    """None is zero in silence, nor None."""
-    from torch.autograd.functional import hessian, hvp
-
-    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    w, target = torch.randn(6, 6), torch.tensor([0, 5])
-    made = {
-        "matmul": lambda x: sg.matmul(x, w, "X[n,d] W[d,m/tp] -> Y[n,m/tp]", mesh, sizes={"m": 6 * world_size}),
-        "layer": sg.RowParallelLinear(6, 5, mesh=mesh, input_is_parallel=False),
-        "SwiGLU": sg.SwiGLU(6, 7, mesh=mesh),
-        "loss": lambda x: sg.vocab_parallel_cross_entropy(x, target, vocab_size=6 * world_size, mesh=mesh),
-        "norm": sg.LayerNorm(6, mesh=mesh, sequence_dim=0),
-    }[what]
-
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        return (made(x) ** 2).sum()
-
-    x = torch.randn(2, 6)
-    y = x.clone().requires_grad_()
-    leaf = next(made.parameters()) if what == "norm" else y  # of a norm, only the parameters' sum is ours
-    (grad,) = torch.autograd.grad(loss(y), leaf, create_graph=True)
-    asked = {
-        "backward": lambda: grad.sum().backward(retain_graph=True),
-        "grad": lambda: torch.autograd.grad(grad.sum(), leaf, retain_graph=True),
-        "unused": lambda: torch.autograd.grad(grad.sum(), leaf, retain_graph=True, allow_unused=True),
-        "inputs": lambda: grad.sum().backward(inputs=[leaf], retain_graph=True),
-        "hessian": lambda: hessian(loss, x),
-        "hvp": lambda: hvp(loss, x, torch.ones_like(x)),
-    }
-    for ask in list(asked.values())[: 4 if what == "norm" else None]:
-        if what == "norm" and world_size == 1:
-            continue  # nothing is summed: torch's own norm
-        with pytest.raises(RuntimeError, match=r"second derivative through .* once_differentiable"):
-            ask()
-    (plain,) = torch.autograd.grad(loss(y), leaf)
-    assert torch.equal(grad, plain)  # the first derivative is right all the same
-
-
 @distributed(world_size=2)
 def test_no_grad_and_frozen_inputs_save_nothing_and_send_nothing_back(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
