@@ -28,9 +28,9 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
     """
     config = check_ranks(load(path, overrides), ranks)
     decoder_sizes(config)
-    check_memory(config, ranks, ranks)
     if config.mesh.device != "cpu":
         raise ConfigError(f"mesh.device = {config.mesh.device}: a step is looked at on the CPU; add mesh.device=cpu")
+    check_memory(config, ranks, ranks)
     return config
 
 
