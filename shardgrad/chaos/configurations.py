@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from shardgrad import settings
+from shardgrad.errors import shorten
 from shardgrad.scale import config as experiments
+from shardgrad.scale.cell import Cell
 from shardgrad.settings import ConfigError
 from shardgrad.train import config as training
 from shardgrad.train import corpus
@@ -74,7 +76,7 @@ def run(seed: int, count: int) -> list[Row]:
 def _note(found: dict[str, Row], kind: str, failure: str | None, path: Path, overrides: list[str]) -> None:
     _, tried, held, failures = found[kind]
     if failure is not None:
-        failures.append(f"{settings.shorten(f'{path.name} {overrides}')}: {failure}")
+        failures.append(f"{shorten(f'{path.name} {overrides}')}: {failure}")
     found[kind] = (kind, tried + 1, held + (failure is None), failures)
 
 
@@ -87,7 +89,7 @@ def _failure(path: Path, overrides: list[str], load: Callable[[Path, list[str]],
     except (ConfigError, DataError) as error:
         told = str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {settings.shorten(str(error))}"
+        return f"{type(error).__name__}: {shorten(str(error))}"
     took = time.process_time() - began
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     if took > MOST_SECONDS or grown > MOST_MEMORY:
@@ -113,7 +115,7 @@ def _text(path: Path) -> str:
 def _failure_of_command(command: list[str]) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
     if done.returncode != 2 or "Traceback" in done.stderr:
-        return f"status {done.returncode}: {settings.shorten(done.stderr)}"
+        return f"status {done.returncode}: {shorten(done.stderr)}"
     return None
 
 
@@ -143,7 +145,7 @@ def _values(rng: random.Random, folder: Path) -> _Input:
     text, model, load = _which(rng)
     keys = [key for key, _ in settings.keys(model)]
     if model is experiments.Config:
-        keys += [f"matrix.{key}" for key in experiments.Cell.model_fields] + ["matrix.sizes.n", "matrix.mesh.tp"]
+        keys += [f"matrix.{key}" for key in Cell.model_fields] + ["matrix.sizes.n", "matrix.mesh.tp"]
     keys += [key.partition(".")[0] for key in keys] + ["a", "a.b", "." * 50, "k" * 5000, "\udcff", ""]
     overrides = [f"{rng.choice(keys)}={rng.choice(_SCALARS)}" for _ in range(rng.randint(1, 3))]
     return _written(folder, text), overrides, load

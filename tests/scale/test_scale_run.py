@@ -68,7 +68,7 @@ def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
     assert "rank 0: RuntimeError" in failed["reason"] or "rank 1: RuntimeError" in failed["reason"], failed
     assert failed["stderr"]
     assert "no backend 'nosuch'" in skipped["reason"]
-    assert "at least 1.6 PB of memory are needed, " in large["reason"]
+    assert "at least 1.60 PB of memory are needed, " in large["reason"]
     # Y is scattered and dY gathered: each rank sends its half (padded to 16 rows of 9), 4 bytes an element; the bias's
     # gradient comes from the gathered dY.
     assert first_line["bytes_traced"] == [2 * 16 * 9 * 4] * 2 == first_line["bytes_predicted"]
