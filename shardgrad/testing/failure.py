@@ -33,8 +33,8 @@ def describe(error: BaseException) -> tuple[str, str, str]:
     error = error.with_traceback(start or error.__traceback__)
     try:
         with _time_limit(_TEXT_SECONDS):
-            lines = traceback.format_exception_only(error)  # also if str(error) raises
-            text = "".join(traceback.format_exception(error))
+            told = traceback.TracebackException.from_exception(error)  # asks for str(error) once, which may raise
+            lines, text = list(told.format_exception_only()), "".join(told.format())
     except _TooSlowError:
         lines = [f"{type(error).__name__}, whose text took more than {_TEXT_SECONDS:g} s"]
         text = "".join([*traceback.format_tb(error.__traceback__), *lines])
