@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import view
 from shardgrad.models.weights_file import to_disk
@@ -38,6 +39,7 @@ STATE = "state.json"
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
+@told
 def save(
     path: str | Path,
     model: nn.Module,
@@ -88,6 +90,7 @@ def save(
         raise OSError(done)
 
 
+@told
 def load(
     path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, frozen: bool = True
 ) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def load(
     return about
 
 
+@told
 def digest(path: str | Path) -> str:
     """A name for the bits of a checkpoint's tensors, which do not depend on the mesh that saved them."""
     made = hashlib.sha256()

@@ -3,4 +3,5 @@
 | file             | concept                                             |
 | ---------------- | --------------------------------------------------- |
 | `configurations` | hostile configurations of training and experiments  |
+| `calls`          | public names called with arguments of wrong kinds   |
 """

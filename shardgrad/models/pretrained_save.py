@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import MeshView, mesh_of_all, view
 from shardgrad.models.adapter_files import FILE, has_adapters, names_in_files, write_config
@@ -30,6 +31,7 @@ OfFile = Callable[[str, Tensor], dict[str, Tensor]]
 Piece = tuple[str, torch.dtype, tuple[int, ...]]
 
 
+@told
 @torch.no_grad()
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, max_shard_size: int | str = "50GB", mesh: DeviceMesh | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import agree
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, MeshView, view
@@ -22,6 +23,7 @@ from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
 
 
+@told
 def num_parameters(model: nn.Module) -> int:
     """The number of a model's parameters as one device would hold them: shards added up, replicas and shared ones
     counted once. No communication.
@@ -35,6 +37,7 @@ def num_parameters(model: nn.Module) -> int:
     )
 
 
+@told
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: nn.Module | Tensor | Iterable[Tensor],
