@@ -94,7 +94,8 @@ def explain(
             raise TypeError(
                 f"{name}: {argument} must be {_words(hint)}, not {_kind(value)}{_remedy(*misfit)}"
             ) from error
-    refused = kernels and type(error) in (RuntimeError, NotImplementedError, ValueError) and "memory" not in str(error)
+    plain = type(error) in (RuntimeError, NotImplementedError) or isinstance(error, ValueError)
+    refused = kernels and plain and "memory" not in str(error)
     if (isinstance(error, _WRONG_VALUES) or refused) and name not in _OF_USERS:
         listed = ", ".join(_listed(given)) or "the call"
         raise ShapeError(f"{name}: {shorten(str(error))}: look at {listed}") from error

@@ -84,7 +84,7 @@ def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
     for picture in ("time.png", "bytes.png"):
         assert (out / picture).stat().st_size > 5000
     text = (out / "table.txt").read_text()
-    assert "too large, tp=2: failed: rank" in text
+    assert "no network, tp=2: failed: rank" in text
     compared = run("--compare", str(out), str(out), "--json")
     assert [cell["ratio"] for cell in json.loads(compared.stdout)["cells"]] == [1.0, 1.0]
 
@@ -125,7 +125,7 @@ def test_a_wrong_configuration_ends_with_status_2_before_anything_starts(tmp_pat
 
 def test_nothing_that_could_run_here_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.yaml"
-    path.write_text(CONFIG.partition("cells:")[0].replace("backend: gloo", "backend: nosuch, ranks: 2"))
+    path.write_text(CONFIG.partition("cells:")[0].replace("backend: shm", "backend: nosuch, ranks: 2"))
     done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={tmp_path / 'out'}"])
     assert done.exit_code == 1, done.stderr
     assert "no backend 'nosuch'" in done.stdout
