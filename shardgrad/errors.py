@@ -23,3 +23,16 @@ class CollectiveError(RuntimeError):
 
 class VerificationError(RuntimeError):
     """What was checked is wrong: an element outside of its bound, replicas that differ, a number that is not finite."""
+
+
+def shorten(value: object, most: int = 200) -> str:
+    """Somebody's text, or the repr of another value, as a message repeats it: at most `most` characters, and how many
+    there were.
+
+    A repr that fails is told as such: no message is lost for what it is about.
+    """
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
+    return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"

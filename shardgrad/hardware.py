@@ -30,3 +30,14 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def memory() -> int:
+    """The bytes of memory that processes may use together: the machine's, or its container's if that has fewer."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return min(found)

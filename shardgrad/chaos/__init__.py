@@ -1,8 +1,10 @@
 """What breaks in practice, done on purpose, with a seed: each attack is refused by name, or changes nothing.
 
-| file          | concept                                                    |
-| ------------- | ---------------------------------------------------------- |
-| `checkpoints` | a run's checkpoints, flipped, cut, exchanged, lost, edited |
-| `deaths`      | ranks killed and stopped at random moments                 |
-| `program`     | what such a rank runs                                      |
+| file             | concept                                                    |
+| ---------------- | ---------------------------------------------------------- |
+| `checkpoints`    | a run's checkpoints, flipped, cut, exchanged, lost, edited |
+| `configurations` | hostile configurations of training and experiments         |
+| `calls`          | public names called with arguments of wrong kinds          |
+| `deaths`         | ranks killed and stopped at random moments                 |
+| `program`        | what such a rank runs                                      |
 """

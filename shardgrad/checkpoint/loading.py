@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.checkpoint.contents import Contents
 from shardgrad.checkpoint.seal import MODEL, OPTIMIZER, DamagedError, verify
 from shardgrad.models.lazy_tensor import LazyTensor
@@ -19,6 +20,7 @@ from shardgrad.nn.sharding import ParamSharding
 _Tensors = Mapping[str, LazyTensor]
 
 
+@told
 def load(
     path: str | Path,
     model: nn.Module,

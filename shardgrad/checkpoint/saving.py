@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.checkpoint.contents import Contents, misfit
 from shardgrad.checkpoint.seal import FORMAT, MODEL, OPTIMIZER, STATE, write_sums
 from shardgrad.comm.agree import text_of_first, texts_of_all
@@ -22,6 +23,7 @@ from shardgrad.nn.dtensors import whole
 from shardgrad.nn.sharding import ParamSharding
 
 
+@told
 def save(
     path: str | Path,
     model: nn.Module,

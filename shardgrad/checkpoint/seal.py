@@ -12,6 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shardgrad.arguments import told
+
 FORMAT = 2
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 FILES = (MODEL, OPTIMIZER, STATE, SUMS)
@@ -75,6 +77,7 @@ def verify(path: str | Path, seal: str | None = None) -> Verified:
     return Verified(found, _state(folder / STATE, raw[STATE]))
 
 
+@told
 def digest(path: str | Path) -> str:
     """A name for the bits of a checkpoint's tensors, which do not depend on the mesh that saved them.
 

@@ -87,10 +87,13 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
     """What torch.profiler recorded of one step, on every rank: on the first rank; None on the others."""
     import gc
 
+    import torch
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
     from shardgrad.cli import training_step
+    from shardgrad.comm.agree import gather_texts
+    from shardgrad.comm.mesh import mesh_of_all, view
     from shardgrad.comm.timer import comm_timer
 
     config = training_step.read(config_path, overrides, ranks)
@@ -110,13 +113,14 @@ def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[s
         path = Path(folder) / "profile.json"
         recorded.export_chrome_trace(str(path))
         mine = path.read_text(encoding="utf-8")
-    everyones: list[Any] | None = [None] * ranks if rank == 0 else None
-    dist.gather_object(mine, everyones)
+    everyone = mesh_of_all("cpu")
+    assert everyone is not None
+    texts = gather_texts(mine, view(everyone).axis("all"), torch.device("cpu"))  # JSON: no pickle passes between ranks
     watch.leave()
     del step
     dist.destroy_process_group()
     gc.collect()
-    return [json_text.loads(text) for text in everyones] if everyones is not None else None
+    return [json_text.loads(text) for text in texts] if rank == 0 else None
 
 
 _COLUMNS = {

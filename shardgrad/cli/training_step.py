@@ -17,6 +17,7 @@ from shardgrad.nn.partial_grads import all_reduce_partial_grads_
 from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, ConfigError, check_ranks, decoder_sizes, load
 from shardgrad.train.data import BYTES
+from shardgrad.train.memory import check_memory
 from shardgrad.train.step import micro_batches
 
 
@@ -30,6 +31,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
     decoder_sizes(config)
     if config.mesh.device != "cpu":
         raise ConfigError(f"mesh.device = {config.mesh.device}: a step is looked at on the CPU; add mesh.device=cpu")
+    check_memory(config, ranks, ranks)
     return config
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.all_to_all import AllToAll
 from shardgrad.comm.collectives import (
@@ -42,7 +43,7 @@ from shardgrad.comm.first_derivatives import entry_by_entry
 from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.comm.trace import traced_op
-from shardgrad.errors import ShapeError
+from shardgrad.errors import ShapeError, shorten
 from shardgrad.layout.sizes import chunk
 
 
@@ -290,6 +291,7 @@ def _refuse_exact(mesh: DeviceMesh, axis: str, name: str) -> None:
     refuse_exact_on(mesh, [axis], f"the sum in sg.{name} or its gradient", instead)
 
 
+@told
 def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     """Identity; the gradient is summed over the axis.
 
@@ -301,6 +303,7 @@ def replicate(x: Tensor, mesh: DeviceMesh, axis: str = "tp") -> Tensor:
     return _apply("replicate", x, _Where(axis_on(mesh, axis)))
 
 
+@told
 def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, one_term: bool = False) -> Tensor:
     """Sum over the axis; the gradient passes unchanged.
 
@@ -314,6 +317,7 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, one_term: bool 
     return _apply("all_reduce", x, _Where(axis_on(mesh, axis)))
 
 
+@told
 def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None) -> Tensor:
     """Concatenate the shards of `dim`; the gradient is summed over the axis and sharded (reduce-scatter).
 
@@ -331,6 +335,7 @@ def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, s
     return _gathered("all_gather", x, mesh, axis, dim, size)
 
 
+@told
 def gather_replicated(
     x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, size: int | None = None
 ) -> Tensor:
@@ -348,6 +353,7 @@ def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, 
     return _apply(name, x, _Where(axis, dim, global_size))
 
 
+@told
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, one_term: bool = False) -> Tensor:
     """Sum over the axis, and keep this rank's chunk of `dim`; the gradient is all-gathered.
 
@@ -361,6 +367,7 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, 
     return _apply("reduce_scatter", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
+@told
 def slice_replicated(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0) -> Tensor:
     """Keep this rank's chunk of `dim` of a tensor that all ranks hold alike; the gradient is all-gathered.
 
@@ -371,6 +378,7 @@ def slice_replicated(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0
     return _apply("slice_replicated", x, _Where(axis_on(mesh, axis), dim, x.shape[dim]))
 
 
+@told
 def all_to_all(
     x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, split_dim: int, concat_dim: int, size: int | None = None
 ) -> Tensor:
@@ -393,6 +401,7 @@ def all_to_all(
     return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, global_size))
 
 
+@told
 def all_to_all_rows(
     x: Tensor, mesh: DeviceMesh, axis: str = "tp", *, send: Sequence[int], receive: Sequence[int]
 ) -> Tensor:
@@ -413,10 +422,12 @@ def all_to_all_rows(
     for name, counts in (("send", send), ("receive", receive)):
         if len(counts) != over.size or any(count < 0 for count in counts):
             raise ShapeError(
-                f"{name} says how many rows for each of the {over.size} ranks of {over}, not {list(counts)}"
+                f"{name} says how many rows for each of the {over.size} ranks of {over}, not {shorten(list(counts))}"
             )
     if x.dim() == 0 or x.shape[0] != sum(send):
-        raise ShapeError(f"x of shape {tuple(x.shape)} does not have the {sum(send)} rows that are sent: {list(send)}")
+        raise ShapeError(
+            f"x of shape {tuple(x.shape)} does not have the {sum(send)} rows that are sent: {shorten(list(send))}"
+        )
     if send[over.index] != receive[over.index]:
         raise ShapeError(f"rank {over.index} sends itself {send[over.index]} rows, but receives {receive[over.index]}")
     return _apply("all_to_all_rows", x, _Where(over, send=tuple(send), receive=tuple(receive)))

@@ -22,12 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardgrad.comm import shim
-<<<<<<< HEAD
 from shardgrad.comm.comparison import SLICE_S
 from shardgrad.comm.failure_report import failure, hopeless
-=======
 from shardgrad.comm.first_derivatives import refuse_transforms
->>>>>>> h_deriv
 from shardgrad.comm.mesh import Axis
 from shardgrad.comm.process_end import end_at_exit, pause_at_exit
 from shardgrad.comm.shim import dispatch_mode_active

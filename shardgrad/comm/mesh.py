@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import shim
 from shardgrad.comm.standing import Standing, standing_in
-from shardgrad.errors import MeshError
+from shardgrad.errors import MeshError, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class MeshView:
         try:
             return self.axes[name]
         except KeyError:
-            of = f" of {user}" if user is not None else ""
+            of = f" of {shorten(str(user))}" if user is not None else ""
             have = ", ".join(f"{axis}={size}" for axis, size in self.shape.items())
             raise MeshError(
-                f"the mesh has no axis {name!r}{of}: it has {have}. Use one of these, or "
-                f"init_device_mesh(…, mesh_dim_names=(…, {name!r}, …))"
+                f"the mesh has no axis {shorten(repr(name))}{of}: it has {have}. Use one of these, or "
+                f"init_device_mesh(…, mesh_dim_names=(…, {shorten(repr(name))}, …))"
             ) from None
 
     def require(self, names: Iterable[str], user: object) -> None:

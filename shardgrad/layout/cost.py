@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from shardgrad.arguments import told
 from shardgrad.layout.plan import Move
 from shardgrad.layout.schedule import Instruction, communication
 from shardgrad.layout.sizes import Sizes, chunk
@@ -32,6 +33,7 @@ class Collective:
     bytes: int
 
 
+@told
 def sent(operation: str, elements: int, ranks: int, index: int = 0) -> int:
     """Elements that rank `index` of `ranks` sends, for an operation whose *input* on this rank has `elements`."""
     if operation == "all-gather":
@@ -58,6 +60,7 @@ def input_elements(move: Move, sizes: Sizes) -> int:
     return prod(before)
 
 
+@told
 def itemsize(dtype: Any) -> int:
     """Bytes of one element of a torch or NumPy dtype, or of its name."""
     size = getattr(dtype, "itemsize", None) or _ITEMSIZE.get(str(dtype).removeprefix("torch."))

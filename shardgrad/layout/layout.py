@@ -7,6 +7,7 @@ from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from shardgrad.arguments import TellingType, told
 from shardgrad.errors import LayoutError
 from shardgrad.layout.notation import TensorSpec, parse
 from shardgrad.layout.plan import Plan, derive
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from shardgrad.layout.schedule import Instructions
 
 
-class Layout:
+class Layout(metaclass=TellingType):
     """How two operands and their product are stored, and with that how Y, dX, dW and db are computed.
 
         Layout("X[n,d] W[d,m/tp] -> Y[n,m/tp]")
@@ -106,6 +107,7 @@ class Layout:
         """Both operands, the product, and the bias (as written, or the default one)."""
         return self.lhs, self.rhs, self.out, self.bias
 
+    @told
     def __getitem__(self, name: str) -> TensorSpec:
         for tensor in self.tensors:
             if tensor.name == name:
@@ -119,6 +121,7 @@ class Layout:
         notation = parse(self.text)._replace(spatial=self.spatial)
         return explain(notation, self.reading, self.plan)
 
+    @told
     def collectives(
         self,
         sizes: Mapping[str, int],
@@ -155,6 +158,7 @@ class Layout:
             self, self.resolve(sizes, mesh_shape, coordinate), dtype, bias, frozen, save_gathered, reduce_dtype
         )
 
+    @told
     def instructions(
         self,
         mesh_shape: Mapping[str, int],
@@ -172,6 +176,7 @@ class Layout:
         sizes = self.resolve(dict.fromkeys(self.letters, 1), mesh_shape)
         return predict.instructions(self, sizes, bias, frozen, save_gathered)
 
+    @told
     def program(
         self,
         mesh_shape: Mapping[str, int] | None = None,
@@ -205,6 +210,7 @@ class Layout:
         sizes = self.resolve(dict.fromkeys(self.letters, 1), shape, coordinate)
         return predict.program(self, sizes, bias, frozen, save_gathered, dtype, reduce_dtype)
 
+    @told
     def resolve(
         self, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], coordinate: Mapping[str, int] | None = None
     ) -> Sizes:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import sqrt
 
+from shardgrad.arguments import told
 
+
+@told
 def least_words(rows: int, contracted: int, columns: int, ranks: int) -> float:
     """The least number of elements that some rank sends for Y[n,m] = Σ_d X[n,d] W[d,m], each tensor stored once.
 
@@ -36,6 +39,7 @@ def least_words(rows: int, contracted: int, columns: int, ranks: int) -> float:
     return at_hand - (m * n + m * k + n * k) / ranks
 
 
+@told
 def grid_words(rows: int, contracted: int, columns: int, grid: tuple[int, int, int]) -> float:
     """Elements that a rank sends on a grid whose axes split rows, contracted and columns, with each tensor gathered or
     reduced along the one axis that it lacks."""
@@ -44,6 +48,7 @@ def grid_words(rows: int, contracted: int, columns: int, grid: tuple[int, int, i
     return x * (1 - 1 / r) + w * (1 - 1 / p) + y * (1 - 1 / q)
 
 
+@told
 def best_grid(rows: int, contracted: int, columns: int, ranks: int) -> tuple[int, int, int]:
     """The grid of so many ranks that sends least; of equals, the one with most ranks along rows, then contracted."""
     return min(_grids(ranks), key=lambda grid: (grid_words(rows, contracted, columns, grid), -grid[0], -grid[1]))

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from shardgrad.errors import LayoutError
+from shardgrad.errors import LayoutError, shorten
+
+MOST_TEXT = 500  # characters of a layout, which messages repeat
 
 _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][A-Za-z0-9_]*)|(?P<arrow>->|→)|(?P<mark>[\[\]{},/+])|(?P<end>$))")
 
@@ -112,6 +114,8 @@ def parse(text: str) -> Notation:
     """
     if not isinstance(text, str):
         raise LayoutError(f"a layout is a string such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', not {type(text).__name__}")
+    if len(text) > MOST_TEXT:
+        raise LayoutError(f"a layout of {len(text):,} characters, more than {MOST_TEXT}: {shorten(text)}")
     return _Reader(text).layout()
 
 
@@ -121,6 +125,10 @@ def parse_tensor(text: str) -> TensorSpec:
     Raises:
         LayoutError: as `parse`.
     """
+    if not isinstance(text, str) or len(text) > MOST_TEXT:
+        raise LayoutError(
+            f"a tensor is a string such as 'W[m/tp,d]' of at most {MOST_TEXT} characters: {shorten(text)}"
+        )
     reader = _Reader(text)
     name, dims, marks = reader.tensor("a tensor")
     reader.end()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
@@ -34,6 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 NONE = Features("", (), ())
 
 
+@told
 def parallelize(
     model: M,
     mesh: DeviceMesh,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.models.adapter_files import CONFIG, FILE, has_adapters, names_in_files, reset_adapters, unwrapped
 from shardgrad.models.buffers import rebuild_buffers
@@ -22,6 +23,7 @@ from shardgrad.nn.shardings import named_shardings
 Shardings = dict[int, ParamSharding]
 
 
+@told
 @torch.no_grad()
 def load_pretrained(
     model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, strict: bool = True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import text_of_first
 from shardgrad.comm.mesh import MeshView, mesh_of_all, view
 from shardgrad.files import NewFolder
@@ -29,6 +30,7 @@ OfFile = Callable[[str, Tensor], dict[str, Tensor]]
 Piece = tuple[str, torch.dtype, tuple[int, ...]]
 
 
+@told
 @torch.no_grad()
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, max_shard_size: int | str = "50GB", mesh: DeviceMesh | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.comm.adjoint import replicate
 from shardgrad.comm.mesh import view
 from shardgrad.comm.pieces import level_of
@@ -110,6 +111,7 @@ class Attention(
         whole = product in ("key", "value") and not self.heads.aligned
         return spec.with_axes({"g": ()}) if whole else spec
 
+    @told
     def forward(
         self,
         x: Tensor,

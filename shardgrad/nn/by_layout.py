@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.errors import LayoutError
 from shardgrad.layout.cost import Collective
 from shardgrad.layout.layout import Layout
@@ -81,6 +82,7 @@ class Linear(Layer):
             said = ", ".join(f"{x}={self.sizes.get(x, '?')}" for x in letters) or "no letter"
             raise LayoutError(f"Linear: {name}={features} is not what the letters of {self.layout} make: {said}")
 
+    @told
     def forward(self, x: Tensor, sizes: Mapping[str, int] | None = None) -> Tensor:
         """The local shard of Y.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import agree, checking_every_call
 from shardgrad.comm.mesh import view
 from shardgrad.errors import MeshError
@@ -66,6 +67,7 @@ class Dropout(ShardedModule):
         self.p, self.independent = p, tuple(independent)
         self._calls = 0
 
+    @told
     def forward(
         self,
         x: Tensor,

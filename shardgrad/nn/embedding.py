@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, reduce_scatter
 from shardgrad.comm.mesh import view
@@ -98,6 +99,7 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
             return None
         return self.padding_idx - self.first_id
 
+    @told
     def forward(self, ids: Tensor) -> Tensor:
         y = self._lookups(ids)
         if torch.is_autocast_enabled(y.device.type):
@@ -107,6 +109,7 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
         row = sequence_row(ids.dim(), self.sequence_dim, type(self).__name__)
         return reduce_scatter(y, self.mesh, self.axis, row, one_term=True)
 
+    @told
     def logits(self, x: Tensor, sequence_size: int | None = None) -> Tensor:
         """X Wᵀ with the table as W, as a `ColumnParallelLinear` that has this weight.
 

@@ -8,7 +8,7 @@ from itertools import product as every
 from math import gcd, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardgrad.comm.collectives import AllGather
 from shardgrad.comm.mesh import MeshView, view
@@ -19,7 +19,7 @@ from shardgrad.nn.dtensors import is_dtensor, pieces
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.ops.in_pieces import compact, piece
 
-Named = tuple[str, nn.Parameter, ParamSharding | None]
+Named = tuple[str, Tensor, ParamSharding | None]
 
 
 @dataclass(frozen=True)

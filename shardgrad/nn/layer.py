@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import explain
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
@@ -244,20 +245,24 @@ class Layer(ShardedModule):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        dims, biased = x.dim(), self._biased(name)
-        if torch.compiler.is_compiling():
-            bound = self._bound(name, dims, biased, self._recipes[name].key, self.mesh)
-        else:
-            bound = self._products.get((name, dims, biased)) or self._bind(name, dims, biased)
-        if operands is None:
-            weights, biases = zip(*(one.names for one in self._recipes[name].products))
-            operands = [self.operand(one) for one in weights], [self.operand(one) for one in biases if biased]
-        known = dict(bound.given)
-        if sequence_size is not None and bound.sequence is not None:
-            known[bound.sequence] = sequence_size
-        if sizes:
-            known.update(sizes)
-        return run(bound.matmul, x, *operands, known)
+        try:
+            dims, biased = x.dim(), self._biased(name)
+            if torch.compiler.is_compiling():
+                bound = self._bound(name, dims, biased, self._recipes[name].key, self.mesh)
+            else:
+                bound = self._products.get((name, dims, biased)) or self._bind(name, dims, biased)
+            if operands is None:
+                weights, biases = zip(*(one.names for one in self._recipes[name].products))
+                operands = [self.operand(one) for one in weights], [self.operand(one) for one in biases if biased]
+            known = dict(bound.given)
+            if sequence_size is not None and bound.sequence is not None:
+                known[bound.sequence] = sequence_size
+            if sizes:
+                known.update(sizes)
+            return run(bound.matmul, x, *operands, known)
+        except Exception as error:
+            explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
+            raise
 
     @staticmethod
     def compiling() -> bool:
@@ -326,24 +331,28 @@ class OneProduct(Layer):
         Raises:
             ShapeError: x does not fit; see `matmul` for the rest.
         """
-        if self.wraps:
-            x = self.enter(x)
-        if torch.compiler.is_compiling():
-            y = self.multiply(self._input, x, sequence_size)[0]
-        else:  # the same, in the fewest steps
-            parameters = self._parameters
-            plain = "weight" in parameters and "bias" in parameters  # not parametrized: found at once
-            weight: Any = parameters["weight"] if plain else self.weight
-            bias: Any = parameters["bias"] if plain else self.bias
-            if self._in_letters:
-                weight, bias = self.operand("weight"), None if bias is None else self.operand("bias")
-            key = self._input, x.dim(), bias is not None
-            bound = self._products.get(key) or self._bind(*key)
-            given = bound.given
-            if sequence_size is not None and bound.sequence is not None:
-                given = (*given, (bound.sequence, sequence_size))
-            y = bound.matmul((x, weight) if bias is None else (x, weight, bias), given)
-        return self.leave(y) if self.wraps else y
+        try:
+            if self.wraps:
+                x = self.enter(x)
+            if torch.compiler.is_compiling():
+                y = self.multiply(self._input, x, sequence_size)[0]
+            else:  # the same, in the fewest steps
+                parameters = self._parameters
+                plain = "weight" in parameters and "bias" in parameters  # not parametrized: found at once
+                weight: Any = parameters["weight"] if plain else self.weight
+                bias: Any = parameters["bias"] if plain else self.bias
+                if self._in_letters:
+                    weight, bias = self.operand("weight"), None if bias is None else self.operand("bias")
+                key = self._input, x.dim(), bias is not None
+                bound = self._products.get(key) or self._bind(*key)
+                given = bound.given
+                if sequence_size is not None and bound.sequence is not None:
+                    given = (*given, (bound.sequence, sequence_size))
+                y = bound.matmul((x, weight) if bias is None else (x, weight, bias), given)
+            return self.leave(y) if self.wraps else y
+        except Exception as error:
+            explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
+            raise
 
     def enter(self, x: Tensor) -> Tensor:
         """What becomes of x before a layer's one product."""

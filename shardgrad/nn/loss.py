@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, along
 from shardgrad.comm.collectives import AllReduce
@@ -25,6 +26,7 @@ from shardgrad.nn.exact_loss import sum_of_tokens, sums_of_pieces
 from shardgrad.nn.pieces import is_exact
 
 
+@told
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import TellingType
 from shardgrad.comm import shim
 from shardgrad.errors import ShapeError
 from shardgrad.layout.batch_axis import BatchAxis
@@ -20,7 +21,7 @@ from shardgrad.nn.parallel import Parallel, Where
 from shardgrad.nn.pieces import Cut, in_pieces, rows_of
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, metaclass=TellingType):
     """Y = GELU(X W_upᵀ + b_up) W_downᵀ + b_down: a `ColumnParallelLinear`, GELU, a `RowParallelLinear`.
 
     The hidden features are sharded over an axis, and never assembled.

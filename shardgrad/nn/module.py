@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import TellingType
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
@@ -20,7 +21,7 @@ from shardgrad.nn.sharding import ParamSharding
 Fill = Callable[[int, Sequence[int], Sequence[int], Sequence[int]], Tensor]
 
 
-class ShardedModule(nn.Module):
+class ShardedModule(nn.Module, metaclass=TellingType):
     """Base of the layers. Subclasses declare parameters with `declare` and give them values with `fill`."""
 
     def __init__(self, mesh: DeviceMesh, axes: Sequence[str]) -> None:

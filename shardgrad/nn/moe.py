@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
 from shardgrad.comm.collectives import gather_ints
@@ -88,6 +89,7 @@ class MoE(Layer):
     def parameter_name(self, product: str, kind: str) -> str:
         return product if kind == "weight" else f"{product}_bias"
 
+    @told
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The local tokens' outputs, and the balance: e · Σ_e f_e p_e, where f_e is the part of all choices that fell
         on an expert, and p_e its mean probability, both over the tokens of all ranks (1 if balanced; Switch, eq. 4).

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.cost import Collective, itemsize
@@ -191,6 +192,7 @@ class LayerNorm(_Norm):
         super().__init__(normalized_shape, elementwise_affine, bias, stored, sizes, where)
         self.eps = eps
 
+    @told
     def forward(self, x: Tensor) -> Tensor:
         if self._features is not None:
             return self._normed_over_features(x, MomentsNorm(self._features.of_ranks, self.eps))
@@ -223,6 +225,7 @@ class RMSNorm(_Norm):
         super().__init__(normalized_shape, elementwise_affine, False, stored, sizes, where)
         self.eps = eps
 
+    @told
     def forward(self, x: Tensor) -> Tensor:
         if self._features is not None:
             return self._normed_over_features(x, SquaresNorm(self.normalized_shape[0], self.eps))

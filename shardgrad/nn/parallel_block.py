@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardgrad.arguments import TellingType, told
 from shardgrad.comm.adjoint import all_gather, all_reduce, reduce_scatter, replicate
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, ShapeError
@@ -19,7 +20,7 @@ from shardgrad.nn.template import Rows
 from shardgrad.nn.transfer import transfer
 
 
-class ParallelBlock(nn.Module):
+class ParallelBlock(nn.Module, metaclass=TellingType):
     """Y = X + Attention(N) + MLP(N), N = norm(X), as in GPT-J and PaLM.
 
         N[b,s,d]{tp} W… -> …                 each layer leaves its dN unreduced,
@@ -54,6 +55,7 @@ class ParallelBlock(nn.Module):
             )
         self.norm, self.attention, self.mlp = norm, attention, mlp
 
+    @told
     def forward(
         self, x: Tensor, sequence_size: int | None = None, *, mask: Tensor | None = None, positions: Tensor | int = 0
     ) -> Tensor:

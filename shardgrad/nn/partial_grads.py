@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from shardgrad.arguments import told
 from shardgrad.comm.collectives import AllReduce
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.errors import LayoutError
@@ -19,6 +20,7 @@ BUCKET = 1 << 24
 """Elements reduced together: enough that latency does not count, and a copy of them is small beside a model."""
 
 
+@told
 @torch.no_grad()
 def all_reduce_partial_grads_(model: nn.Module) -> None:
     """Sum, in place, the gradients that are partial: those of parameters that their layers store with a mark.

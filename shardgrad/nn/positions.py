@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.comm.adjoint import slice_replicated
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.errors import ShapeError
@@ -57,6 +58,7 @@ class LearnedPositions(Layer):
         """nn.Embedding's initial values: normal with standard deviation 1."""
         self.fill("weight", partial(init.normal, 1.0), generator)
 
+    @told
     def forward(self, sequence: int, first: int = 0) -> Tensor:
         """The rows to add to x: of this rank's part of `sequence` positions, the first of which is `first`.
 

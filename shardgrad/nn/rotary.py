@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shardgrad.arguments import TellingType, told
 from shardgrad.errors import ShapeError
 
 
-class Rotary(nn.Module):
+class Rotary(nn.Module, metaclass=TellingType):
     """Feature i of a head and feature i + k/2 are a pair, turned by the angle position · base^(-2i/k).
 
     Pairs are half a head apart ("rotate half"), as in Llama and Hugging Face's models, not neighbours as in the paper.
@@ -42,6 +43,7 @@ class Rotary(nn.Module):
         angle = torch.cat((angle, angle), -1).unsqueeze(-2)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
+    @told
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         if x.dim() < 3 or x.shape[-1] != self.head_dim:
             raise ShapeError(f"Rotary turns [..., s, h, {self.head_dim}], not {tuple(x.shape)}")

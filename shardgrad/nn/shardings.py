@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.nn.data_parallel import differing
@@ -12,6 +13,7 @@ from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.sharding import ParamSharding
 
 
+@told
 def named_shardings(model: nn.Module) -> list[tuple[str, nn.Parameter, ParamSharding | None]]:
     """Name, parameter and storage of every parameter; storage is None where no shardgrad layer has it (replicated).
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
 from shardgrad.nn.dtensors import is_dtensor, placed_like, reshard, whole
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _PART = ".part"
 
 
+@told
 @torch.no_grad()
 def state_dict(
     model: nn.Module, *, as_dtensor: bool = False, device: torch.device | str | None = None
@@ -65,6 +67,7 @@ def state_dict(
     return live
 
 
+@told
 @torch.no_grad()
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Fill a model, on any mesh, with a global state: `model.load_state_dict(state)` whose tensors are global.

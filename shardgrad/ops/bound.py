@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import unusual
 from shardgrad.comm import shim
 from shardgrad.comm.agree import agree, checking_every_call, every_call
 from shardgrad.comm.mesh import MeshView, view
@@ -266,6 +267,8 @@ class BoundMatmul:
                 )
             if hasattr(tensor, "to_local"):
                 raise ShapeError(f"{name} is a DTensor: pass its local shard, tensor.to_local() (in {self.name})")
+            if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+                raise ShapeError(f"{name} is {unusual(tensor)}: products take dense tensors (in {self.name})")
         if self.reduce_dtype is not None and self.reduce_dtype.itemsize < first.dtype.itemsize:
             raise ShapeError(
                 f"reduce_dtype {self.reduce_dtype} is narrower than {first.dtype} of {names[0]}: sums would lose "

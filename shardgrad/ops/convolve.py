@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import grad as transpose
 
+from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.errors import LayoutError, ShapeError
 from shardgrad.layout.layout import Layout
@@ -31,6 +32,7 @@ _TORCH: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[.
 Numbers = int | Sequence[int]
 
 
+@told
 def convolve(
     x: Tensor,
     w: Tensor,

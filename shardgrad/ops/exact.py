@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import KEY, exact, refuse_exact
@@ -27,6 +28,7 @@ from shardgrad.ops.pieces import check_origin
 _THREADS = "exact: threads"
 
 
+@told
 def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threads: int = 1) -> None:
     """From now on, what is computed on this mesh has the same bits on every number of ranks that divides `pieces`.
 

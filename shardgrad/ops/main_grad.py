@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardgrad.arguments import told
 from shardgrad.ops import modes
 
 
+@told
 def use_main_grads(parameters: Iterable[nn.Parameter], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Give each parameter a `main_grad` of zeros, to which backward adds its gradient from then on; `.grad` stays None.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import explain
 from shardgrad.comm import shim
 from shardgrad.layout.layout import Layout
 from shardgrad.ops.bound import BoundMatmul, bind, run
@@ -44,9 +45,9 @@ def matmul(
 ) -> tuple[Tensor, ...]: ...
 def matmul(
     x: Tensor,
-    w: Any,
-    layout: Any = None,
-    mesh: Any = None,
+    w: Annotated[Any, Tensor | Sequence[Weight]],
+    layout: Annotated[Any, Layout | str | DeviceMesh | None] = None,
+    mesh: Annotated[Any, DeviceMesh | None] = None,
     bias: Tensor | None = None,
     sizes: Mapping[str, int] | None = None,
     *,
@@ -84,10 +85,29 @@ def matmul(
             (compared when first seen; at every call under `check_every_call`).
         CollectiveError: a collective failed or timed out.
     """
-    if isinstance(w, Tensor):
-        if mesh is None:
-            raise TypeError("matmul needs a mesh: matmul(x, w, layout, mesh)")
-        return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, save_gathered, reduce_dtype)[0]
+    try:
+        if isinstance(w, Tensor):
+            if mesh is None:
+                raise TypeError("matmul needs a mesh: matmul(x, w, layout, mesh)")
+            return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, save_gathered, reduce_dtype)[0]
+        return _matmuls(x, w, layout, mesh, bias, sizes, save_gathered, reduce_dtype)
+    except Exception as error:
+        given = {"save_gathered": save_gathered, "reduce_dtype": reduce_dtype}
+        explain(error, matmul, (x, w, layout, mesh, bias, sizes), given)
+        raise
+
+
+def _matmuls(
+    x: Tensor,
+    w: Any,
+    layout: Any,
+    mesh: Any,
+    bias: Tensor | None,
+    sizes: Mapping[str, int] | None,
+    save_gathered: Collection[str],
+    reduce_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    """`matmul` of several weights, as it was called."""
     if not isinstance(w, list | tuple):
         raise TypeError(f"w must be a tensor, or a list of (w, layout) and (w, layout, bias), not {type(w).__name__}")
     if isinstance(layout, DeviceMesh) and mesh is None:
@@ -120,7 +140,7 @@ def multiply(
     save_gathered: Collection[str] = (),
     reduce_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """`matmul` of several weights, its arguments in one form."""
+    """`matmul` of one or several weights, its arguments in one form."""
     layouts = tuple([layout for _, layout, _ in weights])
     biases = [bias for _, _, bias in weights]
     biased = tuple([bias is not None for bias in biases])

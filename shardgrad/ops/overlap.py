@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
@@ -173,6 +174,7 @@ class Always:
         return Chunking(self.count) if self.count > 1 or local_fraction else WHOLE
 
 
+@told
 def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
     """From now on, products on this mesh hide communication behind themselves, in chunks. Call it alike on all ranks.
 
@@ -239,6 +241,7 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
     return decided[axis.name, what]
 
 
+@told
 def measure_costs(
     mesh: DeviceMesh, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), repeats: int = 9
 ) -> Costs:

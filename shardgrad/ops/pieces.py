@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.errors import LayoutError
 from shardgrad.ops.in_pieces import compact, piece
@@ -113,6 +114,7 @@ def _whole(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     return whole
 
 
+@told
 def per_piece(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An elementwise function whose bits do not depend on how many elements a rank has, for use in exact mode.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout.notation import Dim, TensorSpec
@@ -18,6 +19,7 @@ from shardgrad.ops.namespace import run_route
 from shardgrad.ops.size_exchange import exchange
 
 
+@told
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a global tensor, contiguous and of its own memory. No communication.
 
@@ -42,6 +44,7 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
+@told
 def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[str, int] | None = None) -> Tensor:
     """The global tensor, on every rank: all-gathered over its axes, summed over those it is partial on.
 

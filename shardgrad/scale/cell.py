@@ -32,7 +32,7 @@ def _off(value: object) -> object:
     return None if value is False else value
 
 
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, le=2**48)]
 
 
 class Cell(Section):
@@ -52,7 +52,7 @@ class Cell(Section):
         description="global sizes: of a layer's letters; of a block: batch, sequence, d, heads; of a step: any of "
         f"{', '.join(STEP)}",
     )
-    grow: dict[str, Number] = Field(
+    grow: dict[str, Annotated[Number, Field(ge=-8, le=8)]] = Field(
         default={},
         description="weak scaling: a size times the ranks to this power (1: in proportion; 0.5: of both sides of a "
         "square matrix)",
@@ -60,7 +60,7 @@ class Cell(Section):
     sequence_parallel: bool = Field(
         default=True, description="of a block: whether rows are sharded between its products"
     )
-    ranks: int | None = Field(default=None, ge=1, description="processes; null: what the mesh has")
+    ranks: _Count | None = Field(default=None, description="processes; null: what the mesh has")
     mesh: dict[str, _Count] | None = Field(
         default=None, description="ranks of each axis, major first; null: one axis with all ranks"
     )
@@ -74,7 +74,7 @@ class Cell(Section):
         default=None, min_length=1, description="of torch.distributed; null: gloo, nccl on cuda"
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
-    threads: int = Field(default=1, ge=1, description="threads of a rank's products, on the CPU")
+    threads: int = Field(default=1, ge=1, le=1024, description="threads of a rank's products, on the CPU")
     label: str | None = Field(default=None, min_length=1, description="name of the series in tables and pictures")
 
     @property
@@ -92,6 +92,16 @@ class Cell(Section):
     @property
     def world(self) -> int:
         return prod(self.on.values())
+
+    def elements(self) -> int:
+        """How many elements the operands and the product of a resolved layer have, or a block's weights and rows; 0 of
+        a step, whose configuration says its sizes."""
+        sizes = self.sizes
+        if self.kind == "layer":
+            return sum(prod(sizes[x] for x in t.letters) for t in self.product.tensors)
+        if self.kind == "block":
+            return 12 * sizes["d"] ** 2 + 4 * sizes["batch"] * sizes["sequence"] * sizes["d"]
+        return 0
 
     @property
     def product(self) -> Layout:

@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from shardgrad import settings
+from shardgrad.errors import shorten
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.resolve import resolve
 from shardgrad.settings import ConfigError, Number, Section
 
+MOST_CELLS = 500  # which take hours
 _WHOLE = ("sizes", "mesh", "grow")  # a value of these is a mapping
 
 
@@ -26,7 +29,7 @@ class Run(Section):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of parameters and inputs")
     warmup: int = Field(default=2, ge=1, description="steps of a cell before the first that is measured")
     repeats: int = Field(default=7, ge=1, description="steps of a cell that are measured")
-    timeout_s: Number = Field(default=120.0, gt=0, description="seconds after which a cell is given up")
+    timeout_s: Number = Field(default=120.0, ge=0.01, le=10**6, description="seconds after which a cell is given up")
     pictures: Literal["svg", "png", "pdf"] = Field(default="svg", description="format of the pictures")
 
 
@@ -76,6 +79,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     def check(config: Config) -> Iterator[str]:
         problems = list(_unknown(config))
         if not problems:
+            count = sum(prod(map(len, _choices(config, entry).values())) for entry in config.cells)
+            if count > MOST_CELLS:
+                yield f"matrix and cells make {count:.3g} cells, more than {MOST_CELLS}: leave some out"
+                return
             cells, problems = _cells(config)
             made.extend(_labelled(cells))
         yield from dict.fromkeys(problems)
@@ -101,7 +108,7 @@ def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
     seen: set[str] = set()
     for at, entry in enumerate(config.cells):
         values = {**config.matrix, **entry}
-        options = [_options(key, value) for key, value in values.items()]
+        options = list(_choices(config, entry).values())
         for key, found in zip(values, options):
             if not found:
                 problems.append(f"{_where(key, entry, at)} = [] has no value")
@@ -121,6 +128,11 @@ def _cells(config: Config) -> tuple[list[tuple[Cell, Cell]], list[str]]:
     return cells, problems
 
 
+def _choices(config: Config, entry: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of each key, of which every combination is a cell."""
+    return {key: _options(key, value) for key, value in {**config.matrix, **entry}.items()}
+
+
 def _options(key: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         return [value]
@@ -134,7 +146,9 @@ def _where(key: str, entry: Mapping[str, Any], at: int) -> str:
 
 
 def _cell(keys: Mapping[str, Any], chosen: Sequence[Any]) -> str:
-    return "the cell " + ", ".join(f"{key}={value}" for key, value in zip(keys, chosen) if key not in _WHOLE)
+    return "the cell " + ", ".join(
+        f"{key}={shorten(value, 100)}" for key, value in zip(keys, chosen) if key not in _WHOLE
+    )
 
 
 _LABELS = ("kind", "layout", "train", "sequence_parallel", "bias", "keep", "dtype", "overlap", "backend", "device")

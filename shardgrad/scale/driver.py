@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from shardgrad.hardware import memory
+from shardgrad.layout.units import format_si
 from shardgrad.scale import machine
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.config import Experiment, Planned
@@ -25,6 +27,7 @@ from shardgrad.scale.results import Line, Results, summed
 
 _REASON_LINES = 6
 _END_S = 10.0  # how long torchrun is given to end its ranks
+_RANK = 10**8  # bytes of a process that has imported torch
 _BUILTIN = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
@@ -95,12 +98,26 @@ def unavailable(cell: Cell) -> str | None:
     """Why this machine or this torch cannot run a cell at all; None if it can."""
     if cell.device == "cuda" and torch.cuda.device_count() < cell.world:
         return f"{cell.world} GPUs are needed, {torch.cuda.device_count()} are here"
+    if cell.device == "cpu" and (needed := _least_bytes(cell)) > (here := memory()):
+        return f"at least {format_si(needed, 'B')} of memory are needed, {format_si(here, 'B')} are here"
     name = str(cell.backend)
     if name not in dist.Backend.backend_list:
         return f"torch.distributed has no backend {name!r} here; it has {', '.join(dist.Backend.backend_list)}"
     if name in _BUILTIN and not getattr(dist, f"is_{name}_available", lambda: False)():
         return f"this torch was built without {name}"
     return None
+
+
+def _least_bytes(cell: Cell) -> int:
+    """What the ranks of a cell hold together at the least: tensors with their gradients, and torch once a rank."""
+    held = 2 * cell.elements() * getattr(torch, cell.dtype).itemsize
+    if cell.kind == "step":
+        from shardgrad.scale import training
+
+        assert cell.train is not None
+        config = training.read(cell.train, cell.set, cell.sizes, cell.mesh, cell.world, cell.dtype, cell.device)
+        held = training.least_bytes(config, cell.world)
+    return held + cell.world * _RANK
 
 
 def _start(cell: Cell, folder: Path, timeout: float) -> int | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from math import prod
 
-from shardgrad.errors import LayoutError
+from shardgrad.errors import LayoutError, shorten
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.presets import PRESETS
 from shardgrad.scale.cell import BLOCK, STEP, Cell
 from shardgrad.settings import ConfigError
+
+_MOST_RANKS = 2**16
+_MOST_ELEMENTS = 2**60
 
 
 def resolve(cell: Cell) -> Cell:
@@ -24,7 +27,10 @@ def resolve(cell: Cell) -> Cell:
         ranks = _ranks(cell)
         sizes = _grown(cell, ranks)
         assert cell.train is not None
-        mesh = training.shape(training.read(cell.train, cell.set, sizes, cell.mesh, ranks, cell.dtype, cell.device))
+        config = training.read(cell.train, cell.set, sizes, cell.mesh, ranks, cell.dtype, cell.device)
+        if (needed := training.least_bytes(config, ranks)) > _MOST_ELEMENTS:
+            raise ConfigError(f"sizes of {cell.train}: {needed:.1e} bytes at the least are more than can be counted")
+        mesh = training.shape(config)
     else:
         mesh = _mesh(cell, layout)
         ranks = prod(mesh.values())
@@ -38,6 +44,8 @@ def resolve(cell: Cell) -> Cell:
             made.product.collectives(sizes, mesh, cell.dtype, save_gathered=cell.keep, coordinate=first)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if made.elements() > _MOST_ELEMENTS:
+        raise ConfigError(f"sizes = {shorten(sizes)}: {made.elements():.1e} elements are more than can be counted")
     return made
 
 
@@ -86,10 +94,16 @@ def _ranks(cell: Cell) -> int:
     if cell.mesh is None:
         if cell.ranks is None:
             raise ConfigError("ranks is missing: say ranks, or a mesh")
-        return cell.ranks
+        return _counted(cell.ranks)
     ranks = prod(cell.mesh.values())
     if cell.ranks not in (None, ranks):
         raise ConfigError(f"mesh = {cell.mesh} has {ranks} ranks, not ranks = {cell.ranks}")
+    return _counted(ranks)
+
+
+def _counted(ranks: int) -> int:
+    if ranks > _MOST_RANKS:
+        raise ConfigError(f"{ranks:,} ranks are more than the {_MOST_RANKS:,} of a cell")
     return ranks
 
 
@@ -111,7 +125,7 @@ def _grown(cell: Cell, ranks: int) -> dict[str, int]:
     for name, power in cell.grow.items():
         if name not in sizes:
             raise ConfigError(f"grow.{name}: there is no sizes.{name} to grow from")
-        sizes[name] = max(1, round(sizes[name] * ranks**power))
+        sizes[name] = max(1, round(sizes[name] * ranks**power))  # below 2**48 * 2**128
     # A width must divide by the heads; the nearest that does.
     width = {"block": "d", "step": "d_model"}.get(cell.kind)
     if cell.grow and width in sizes and "heads" in sizes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from shardgrad.settings import ConfigError
+from shardgrad.settings import ConfigError, check_regular
 
 FILE = "results.jsonl"
 Line = dict[str, Any]
@@ -25,6 +25,7 @@ def read(path: Path) -> list[Line]:
     """
     path = path / FILE if path.is_dir() else path
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -53,6 +54,8 @@ def opened(folder: Path) -> Iterator[Results]:
     path = folder / FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_regular(path)
         file = path.open("a+b")
     except OSError as error:
         raise ConfigError(f"cannot write results to {path}: {error.strerror}") from None

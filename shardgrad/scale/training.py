@@ -16,6 +16,7 @@ from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, check_ranks, decoder_sizes, load
 from shardgrad.train.data import BYTES
 from shardgrad.train.grid import AXES as GRID
+from shardgrad.train.memory import least_bytes as least_bytes
 from shardgrad.train.optimizer import make_optimizer
 from shardgrad.train.predict import step_collectives
 from shardgrad.train.step import train_step

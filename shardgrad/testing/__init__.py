@@ -25,6 +25,7 @@ The processes are started at the first such test and serve the whole run of pyte
 | `loading`    | from the name of a function to the function  |
 | `failure`    | an exception as text                         |
 | `stack`      | where a test stands, from faulthandler       |
+| `excerpt`    | the ends of a long text, and where it is     |
 | `report`     | from the replies of all ranks to one verdict |
 """
 

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardgrad.errors import shorten
+
 from .messages import Call, Filter, Target
 
 
@@ -54,7 +56,8 @@ def _pickled(name: str, value: object) -> bytes:
     except Exception as error:  # pickle raises whatever the object's own hooks raise
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(
-            f"argument {name} (a {kind}) cannot be sent to the ranks: {type(error).__name__}: {error}\n"
+            f"argument {name} (a {kind}) cannot be sent to the ranks: {type(error).__name__}: "
+            f"{shorten(str(error), 500)}\n"
             "Every rank is a process of its own, so arguments and fixtures must be picklable. "
             "Make this one in the function itself, or pass what it is made from."
         ) from None

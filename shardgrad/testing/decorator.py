@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from shardgrad.errors import shorten
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 MARK = "shardgrad_ranks"
@@ -43,9 +45,9 @@ def distributed(world_size: int | Sequence[int], *, timeout: float = 60.0, backe
     """
     sizes = _checked_sizes(world_size)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        raise ValueError(f"timeout must be a positive number of seconds, got {shorten(repr(timeout))}")
     if not isinstance(backend, str) or not backend:
-        raise TypeError(f"backend must name a torch.distributed backend, such as 'gloo', got {backend!r}")
+        raise TypeError(f"backend must name a torch.distributed backend, such as 'gloo', got {shorten(repr(backend))}")
 
     def mark(function: F) -> F:
         import pytest  # here, so that shardgrad.testing can be imported where pytest is not installed
@@ -78,18 +80,18 @@ def _checked_sizes(world_size: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError("world_size is empty: the test would never run")
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"world_size must be an int or a list of ints, got {world_size!r}")
+            raise TypeError(f"world_size must be an int or a list of ints, got {shorten(repr(world_size))}")
         if size < 1:
             raise ValueError(f"world_size must be at least 1, got {size}")
     if len(set(sizes)) != len(sizes):
-        raise ValueError(f"world_size names a size twice: {list(sizes)}")
+        raise ValueError(f"world_size names a size twice: {shorten(list(sizes))}")
     return sizes
 
 
 def _check_function(function: object) -> None:
     if not inspect.isfunction(function):
         raise TypeError(
-            f"distributed decorates a test function, got {function!r}. "
+            f"distributed decorates a test function, got {shorten(repr(function))}. "
             "In a class, decorate each test; put staticmethod above distributed."
         )
     name = function.__name__

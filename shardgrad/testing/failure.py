@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
+import signal
 import sysconfig
+import threading
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 _MACHINERY = (str(Path(__file__).parent), "<frozen importlib")
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 _FRAMES_WITH_LOCALS = 3
+_VALUES_OF_A_FRAME = 40
+_TEXT_SECONDS, _REPR_SECONDS = 5.0, 0.5
 _DULL = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 
 _short = reprlib.Repr()
@@ -25,9 +31,38 @@ def describe(error: BaseException) -> tuple[str, str, str]:
         start = start.tb_next
     # With nothing of the user's left, the way the function was called is at fault: keep every frame.
     error = error.with_traceback(start or error.__traceback__)
-    lines = traceback.format_exception_only(error)  # also if str(error) raises
+    try:
+        with _time_limit(_TEXT_SECONDS):
+            told = traceback.TracebackException.from_exception(error)  # asks for str(error) once, which may raise
+            lines, text = list(told.format_exception_only()), "".join(told.format())
+    except _TooSlowError:
+        lines = [f"{type(error).__name__}, whose text took more than {_TEXT_SECONDS:g} s"]
+        text = "".join([*traceback.format_tb(error.__traceback__), *lines])
     summary = next((line for line in lines if not line.startswith(" ")), lines[0]).splitlines()[0]
-    return summary, "".join(traceback.format_exception(error)), _variables(start)
+    return summary, text, _variables(start)
+
+
+class _TooSlowError(BaseException):
+    """Raised in the middle of somebody's repr: one that catches every `Exception` lets it pass."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Ends what is inside after so long, on the thread that may have signals; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _variables(entry: types.TracebackType | None) -> str:
@@ -41,11 +76,13 @@ def _variables(entry: types.TracebackType | None) -> str:
         entry = entry.tb_next
     blocks = []
     for frame, line in frames[-_FRAMES_WITH_LOCALS:]:
-        values = [
-            f"    {name} = {_shortened(value)}"
+        named = [
+            (name, value)
             for name, value in frame.f_locals.items()
             if not name.startswith(("@", "__")) and not isinstance(value, _DULL)
         ]
+        values = [f"    {name} = {_shortened(value)}" for name, value in named[:_VALUES_OF_A_FRAME]]
+        values += [f"    and {len(named) - len(values)} more"] * (len(named) > len(values))
         if values:
             where = f"  {frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{line}"
             blocks.append("\n".join([where, *values]))
@@ -55,8 +92,13 @@ def _variables(entry: types.TracebackType | None) -> str:
 def _shortened(value: object) -> str:
     """A repr on one line; a tensor's begins with its shape and dtype, which explain most failures."""
     try:
-        text = " ".join(_short.repr(value).split())
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        return text if shape is None or dtype is None else f"{list(shape)} {dtype} {text}"
+        if isinstance(value, bytes | bytearray):  # whose repr is four times as long
+            value = value[: _short.maxother]
+        with _time_limit(_REPR_SECONDS):
+            text = " ".join(_short.repr(value).split())
+            shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+            return text if shape is None or dtype is None else f"{list(shape)} {dtype} {text}"
+    except _TooSlowError:
+        return f"<{type(value).__name__}, whose repr took more than {_REPR_SECONDS:g} s>"
     except Exception as error:
         return f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"

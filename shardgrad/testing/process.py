@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from .excerpt import excerpt_of_file
 from .messages import Task
 
 _BOOT = (
@@ -78,8 +79,8 @@ class RankProcess:
         return self._stacks.read_text(errors="replace")
 
     def take_output(self) -> tuple[str, str]:
-        """What the rank has written to stdout and stderr since the last call."""
-        texts = [path.read_text(errors="replace") for path in self._streams]
+        """What the rank has written to stdout and stderr since the last call; of very much, the ends."""
+        texts = [excerpt_of_file(path) for path in self._streams]
         for path in self._streams:
             os.truncate(path, 0)
         return texts[0], texts[1]

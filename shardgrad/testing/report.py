@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from shardgrad.errors import shorten
+
+from .excerpt import excerpt
 from .messages import Reply
 from .stack import read_stacks
 
@@ -20,7 +23,7 @@ def judge(replies: Sequence[Reply], timeout: float) -> tuple[Verdict, str]:
     """What became of the test, and why. Ranks must agree to skip or to xfail."""
     first = replies[0]
     if first.status in ("passed", "skipped", "xfailed") and all(r.status == first.status for r in replies):
-        return first.status, first.summary
+        return first.status, excerpt(first.summary)
     sections = itertools.chain(
         _died_sections(replies), _failed_sections(replies), _stuck_sections(replies), _other_lines(replies)
     )
@@ -57,7 +60,7 @@ def _headline(replies: Sequence[Reply], timeout: float) -> str:
         return f"{name_ranks(died)} of {size} died: {replies[died[0]].summary}"
     if failed := _having(replies, "failed"):
         first = min(failed, key=lambda rank: replies[rank].when)
-        cause = replies[first].summary
+        cause = shorten(replies[first].summary, 500)
         return f"{len(failed)} of {size} ranks failed, {'first ' * (len(failed) > 1)}rank {first}: {cause}"
     skipped = _having(replies, "skipped") + _having(replies, "xfailed")
     if skipped:
@@ -80,13 +83,13 @@ def _failed_sections(replies: Sequence[Reply]) -> Iterable[str]:
         alike.setdefault(_ADDRESS.sub("", replies[rank].traceback), []).append(rank)
     for ranks in alike.values():
         yield _rule(f"{name_ranks(sorted(ranks))} failed")
-        yield replies[ranks[0]].traceback.rstrip()
+        yield excerpt(replies[ranks[0]].traceback.rstrip())
         variables: dict[str, list[int]] = {}
         for rank in sorted(ranks):
             variables.setdefault(replies[rank].variables, []).append(rank)
         for values, same in variables.items():
             if values:
-                yield f"locals of {name_ranks(same)}:\n{values}"
+                yield f"locals of {name_ranks(same)}:\n{excerpt(values)}"
 
 
 def _stuck_sections(replies: Sequence[Reply]) -> Iterable[str]:
@@ -105,7 +108,7 @@ def _other_lines(replies: Sequence[Reply]) -> Iterable[str]:
     lines = [f"{name_ranks(passed)} finished: passed"] if passed else []
     for rank, reply in enumerate(replies):
         if reply.status in ("skipped", "xfailed"):
-            lines.append(f"rank {rank} finished: {reply.status} ({reply.summary})")
+            lines.append(f"rank {rank} finished: {reply.status} ({shorten(reply.summary, 500)})")
     if lines:
         yield _rule("the other ranks")
         yield from lines

@@ -25,6 +25,8 @@ def run_distributed(
         RankError: with every failing rank's traceback, and the stacks of those that did not finish.
         TypeError: for a function or an argument that cannot be sent.
     """
+    from shardgrad.errors import shorten
+
     from .call import build_call, find_target
     from .pool import Pool
     from .report import echo, judge
@@ -32,7 +34,7 @@ def run_distributed(
     module = sys.modules.get(getattr(function, "__module__", ""))
     qualname = getattr(function, "__qualname__", "<unnamed>")
     if module is None or "<" in qualname:
-        raise TypeError(f"the ranks cannot import {function!r}: it must stand at the top level of a file")
+        raise TypeError(f"the ranks cannot import {shorten(repr(function))}: it must stand at the top level of a file")
     call = build_call(find_target(module, qualname), args)
     with Pool() as pool:
         replies = pool.run(call, world_size, backend=backend, timeout=timeout)

@@ -25,6 +25,7 @@
 | `corpus`      | the text: bytes, a file of tokens, or encoded once                    |
 | `tokens`      | files of token ids, mapped into memory                                |
 | `tokenizer`   | from text to token ids and back                                       |
+| `memory`      | whether a run could fit into memory at all                            |
 | `prepare`     | what the first rank decides before the ranks meet                     |
 | `folder`      | the folder of a run                                                   |
 | `history`     | how far a run is, and what it measured                                |

@@ -49,7 +49,7 @@ class Mesh(_Section):
     fully_sharded: bool = Field(default=False, description="whether weights are sharded over dp as well")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
     timeout_s: Number = Field(
-        default=120.0, gt=0, description="seconds after which a collective that waits is an error"
+        default=120.0, ge=1, le=10**6, description="seconds after which a collective that waits is an error"
     )
     start_s: Number = Field(
         default=20.0, gt=0, description="seconds, from when the last rank came, that ranks wait for the next to start"
@@ -100,13 +100,13 @@ class Model(_Section):
         lt=1,
         description="part of the elements that training zeroes, of the embedded tokens and of what each layer adds",
     )
-    norm_eps: Number = Field(default=1e-5, gt=0, description="added to the variance in norms")
-    rope_theta: Number = Field(default=10000.0, gt=0, description="base of llama's rotary frequencies")
+    norm_eps: Number = Field(default=1e-5, gt=0, le=1, description="added to the variance in norms")
+    rope_theta: Number = Field(default=10000.0, ge=1, le=1e30, description="base of llama's rotary frequencies")
 
 
 class Lora(_Section):
     rank: int = Field(default=8, ge=1, description="features between an adapter's two matrices")
-    alpha: Number = Field(default=16.0, gt=0, description="what an adapter adds is multiplied by alpha / rank")
+    alpha: Number = Field(default=16.0, gt=0, le=1e6, description="what an adapter adds is multiplied by alpha / rank")
     targets: list[str] | None = Field(
         default=None, min_length=1, description="names of the linear layers with adapters; null: peft's choice"
     )
@@ -151,11 +151,13 @@ class Train(_Section):
     steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(ge=1, description="sequences of a step, over all ranks and micro-batches")
     accumulate: int = Field(default=1, ge=1, description="micro-batches of a step, whose gradients add up")
-    lr: Number = Field(gt=0, description="highest learning rate")
+    lr: Number = Field(gt=0, le=1000, description="highest learning rate")
     warmup: int = Field(default=0, ge=0, description="steps over which lr rises, before it falls by a cosine")
     min_lr: Number = Field(default=0.1, ge=0, le=1, description="what the cosine falls to, as a part of lr")
-    weight_decay: Number = Field(default=0.1, ge=0, description="AdamW's, on matrices alone")
-    clip: Number | None = Field(default=None, gt=0, description="largest norm of all gradients together; null: any")
+    weight_decay: Number = Field(default=0.1, ge=0, le=1000, description="AdamW's, on matrices alone")
+    clip: Number | None = Field(
+        default=None, gt=0, le=1e30, description="largest norm of all gradients together; null: any"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of products and activations; parameters and moments are float32"
     )
@@ -183,7 +185,9 @@ class Train(_Section):
 class Sample(_Section):
     prompt: str = Field(default="The ", min_length=1, description="what the sample of generated text begins with")
     tokens: int = Field(default=400, ge=0, description="tokens to generate; 0: none")
-    temperature: Number = Field(default=0.7, ge=0, description="of the sampling; 0: always the likeliest token")
+    temperature: Number = Field(
+        default=0.7, ge=0, le=1e30, description="of the sampling; 0: always the likeliest token"
+    )
     top_k: int | None = Field(default=None, ge=1, description="draw among so many likeliest tokens; null: among all")
 
 
@@ -280,7 +284,8 @@ def _exact_disagreements(config: Config) -> Iterator[str]:
 
 def _decoder_disagreements(model: Model, mesh: Mesh) -> Iterator[str]:
     if model.d_model % model.heads:
-        fits = [heads for heads in range(1, model.d_model + 1) if model.d_model % heads == 0]
+        around = range(max(2, model.heads - 999), min(model.d_model, model.heads + 999) + 1)
+        fits = [1, *(heads for heads in around if model.d_model % heads == 0)]
         near = sorted(sorted(fits, key=lambda heads: abs(heads - model.heads))[:3])
         yield (
             f"model.d_model = {model.d_model} does not divide by model.heads = {model.heads}; "

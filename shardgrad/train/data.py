@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from shardgrad.hardware import memory
+from shardgrad.layout.units import format_si
+from shardgrad.settings import check_regular
 
 BYTES = 256  # a vocabulary in which every byte is a token
 _WHOLE = 2**26  # bytes of a part up to which the digest reads all of it
@@ -65,9 +70,16 @@ def read(files: Sequence[str]) -> bytes:
         except ImportError:
             raise DataError("data.files: this Python carries no pydoc_data; name text files of your own") from None
         return "\n".join(topics[name] for name in sorted(topics)).encode()
-    parts = []
+    parts: list[bytes] = []
     for file in files:
         try:
+            check_regular(file)
+            size, room = os.stat(file).st_size + sum(map(len, parts)), memory()
+            if size > room:
+                raise DataError(
+                    f"data.files: with {file} the text has {format_si(size, 'B')}, more than the machine's memory of "
+                    f"{format_si(room, 'B')}: encode it once, and train on data.tokens"
+                )
             parts.append(Path(file).read_bytes())
         except OSError as error:
             raise DataError(f"data.files: cannot read {file}: {error.strerror}") from None

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from shardgrad.errors import shorten
 from shardgrad.models.architectures import KNOWN
 from shardgrad.models.root import is_dropout
+from shardgrad.settings import check_regular
 from shardgrad.train import lora
 from shardgrad.train.config import Config, ConfigError, TransformersModel
 
@@ -68,10 +70,11 @@ def describe(section: TransformersModel) -> Foreign:
         path = folder / CONFIG
         _check_folder(folder)
     try:
+        check_regular(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {path} is no JSON: {error}") from None
     config = _config(values, f"{key}: {path}")
     _check_sizes(config, section, f"{key}: {path}")
@@ -93,7 +96,7 @@ def check(section: TransformersModel) -> None:
         try:
             lora.wrap(about.make("meta"), section.lora)
         except ValueError as error:
-            raise ConfigError(f"model.lora: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"model.lora: {shorten(' '.join(str(error).split()), 500)}") from None
 
 
 def with_tokenizer(config: Config) -> Config:
@@ -154,7 +157,8 @@ def _config(values: Any, where: str) -> Any:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in KNOWN:
         raise ConfigError(
-            f"{where} has model_type = {kind!r}, of which no plan is known; known are {', '.join(sorted(KNOWN))}"
+            f"{where} has model_type = {shorten(repr(kind))}, of which no plan is known; known are "
+            f"{', '.join(sorted(KNOWN))}"
         )
     if "quantization_config" in values:
         raise ConfigError(
@@ -168,7 +172,9 @@ def _config(values: Any, where: str) -> Any:
     try:
         config = CONFIG_MAPPING[kind].from_dict({key: value for key, value in values.items() if key != "auto_map"})
     except Exception as error:  # whatever its own checks raise
-        raise ConfigError(f"{where} is not taken by transformers: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{where} is not taken by transformers: {shorten(' '.join(str(error).split()), 500)}"
+        ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or kind == "bert":
         raise ConfigError(f"{where} is of a {kind}, which is no causal language model")
     return config

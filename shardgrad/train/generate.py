@@ -40,5 +40,5 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     if top_k is not None and top_k < len(exact):
         kept = exact.sort(descending=True, stable=True).indices[:top_k]
         exact = torch.full_like(exact, -torch.inf).index_copy(0, kept, exact[kept])
-    likely = torch.softmax(exact / temperature, dim=0)
+    likely = torch.softmax((exact - exact.max()) / temperature, dim=0)  # at 1e-300 the largest stays finite
     return int(torch.multinomial(likely, 1, generator=generator))

@@ -43,6 +43,7 @@ from shardgrad.train.generate import generate
 from shardgrad.train.history import History
 from shardgrad.train.language_model import LanguageModel
 from shardgrad.train.loop import TrainingError, held_out_loss, train
+from shardgrad.train.memory import check_memory
 from shardgrad.train.metrics import Metrics, check_board
 from shardgrad.train.model_folder import write_model
 from shardgrad.train.optimizer import make_optimizer
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         config_path, overrides = _parse(arguments, rank)
         config = check_ranks(load(config_path, overrides), ranks)
         _check_device(config)
+        check_memory(config, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
         if config.run.tensorboard:
             check_board()
         first, *later = stages(config, ranks)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shardgrad.settings import check_regular
 from shardgrad.train.data import BYTES, DataError
 
 _CHUNK = 2**16  # characters, about, that are encoded together; ends with a line where lines are shorter
@@ -74,9 +75,12 @@ def load(path: str | Path) -> Vocabulary:
         DataError: it cannot be read, or is no such file.
     """
     try:
+        check_regular(path)
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"data.tokenizer: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.tokenizer: {path} is no text: {error}") from None
     try:
         return Vocabulary(_library().Tokenizer.from_str(text))
     except Exception as error:  # the library raises nothing more exact

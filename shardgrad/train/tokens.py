@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardgrad.settings import check_regular
 from shardgrad.train.data import DataError
 
 _CHUNK = 2**22  # ids looked at together
@@ -21,6 +22,7 @@ def open_tokens(path: str | Path, dtype: str) -> NDArray[Any]:
     """
     file = Path(path)
     try:
+        check_regular(file)
         size = file.stat().st_size
         if file.suffix == ".npy":
             ids = np.load(file, mmap_mode="r", allow_pickle=False)

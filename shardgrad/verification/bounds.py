@@ -9,6 +9,7 @@ from math import inf, isinf
 import torch
 from torch import Tensor
 
+from shardgrad.arguments import told
 from shardgrad.errors import ShapeError
 from shardgrad.layout.layout import Layout
 from shardgrad.verification import oracle
@@ -161,6 +162,7 @@ def bounded(
     return Bounded(value, torch.zeros_like(bound) if exact else bound, largest, limit)
 
 
+@told
 @torch.no_grad()
 def within_bound(
     observed: Tensor,

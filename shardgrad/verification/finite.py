@@ -9,12 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.errors import VerificationError
 from shardgrad.verification.together import gradient, held, spread
 
 _MOST = 10  # tensors that an error lists
 
 
+@told
 @torch.no_grad()
 def check_finite(model: nn.Module, *, step: int | None = None, mesh: DeviceMesh | None = None) -> None:
     """Whether every element of every parameter and gradient is a finite number, on every rank.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.adjoint import all_reduce
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import MeshView, view
@@ -64,6 +65,7 @@ class ProductCheck:
         return "\n".join((head, *(f"  {'  ' if worst.ok else '! '}{worst}" for worst in self.worst.values())))
 
 
+@told
 def check_product(
     layout: Layout | str,
     sizes: Mapping[str, int],

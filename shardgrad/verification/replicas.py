@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import Axis, MeshView
@@ -26,6 +27,7 @@ _CAUSES = {
 }
 
 
+@told
 @torch.no_grad()
 def check_replicas(
     model: nn.Module,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.pieces import exact
@@ -34,6 +35,7 @@ _DIMS = 8
 _ROW = 4 + _DIMS
 
 
+@told
 def verify_exact(
     build: Build,
     step: Step,

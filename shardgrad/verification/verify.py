@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.arguments import told
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
@@ -24,6 +25,7 @@ from shardgrad.verification.report import Report
 from shardgrad.verification.rounding import RUNS
 
 
+@told
 def verify(
     parallel: nn.Module,
     single: nn.Module,

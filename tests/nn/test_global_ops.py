@@ -10,7 +10,7 @@ import torch
 from plain import randn, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 
 import shardgrad as sg
@@ -77,7 +77,7 @@ def assert_clipped_as_one_device(model: nn.Module, max_norm: float, order: float
 
 
 @distributed(world_size=[1, 2, 3, 4])
-@pytest.mark.parametrize("order", [1.0, 2.0, 3.5, math.inf])
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.5, -2.0, math.inf, -math.inf])
 @pytest.mark.parametrize("max_norm", [0.37, 1e6])
 def test_clipped_as_one_device_does(world_size: int, order: float, max_norm: float) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
@@ -231,12 +231,20 @@ def test_a_parameter_shared_with_a_plain_module_is_still_a_shard(world_size: int
 def test_wrong_uses_are_refused(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     layer = sg.ColumnParallelLinear(3, 5, mesh=mesh)
-    with pytest.raises(TypeError, match=r"expected a module, not list: tensors alone .* Pass the model"):
-        clip_grad_norm_(list(layer.parameters()), 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"parameters.0 of shape \(3, 3\) does not say how .* pass the model|\(2, 3\)"):
+        clip_grad_norm_(layer.parameters(), 1.0)
+    for wrong, told in (
+        (None, "a module, a tensor or tensors, not NoneType None"),
+        ([3], "parameters.0 must be a tensor, not int 3"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            clip_grad_norm_(wrong, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"max_norm must be a number, not str x"):
+        clip_grad_norm_(layer, "x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a module, not generator"):
         num_parameters(layer.parameters())  # type: ignore[arg-type]
-    for order in (0, -1.0, -math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"norm_type must be positive .*, not"):
+    for order in (0, math.nan):
+        with pytest.raises(ValueError, match=r"norm_type must be a number but 0 .*, not"):
             clip_grad_norm_(layer, 1.0, order)
     with pytest.raises(sg.ShapeError, match=r"0.weight was a parameter of the layer and is a Tensor now"):
         num_parameters(nn.Sequential(parametrizations.weight_norm(sg.ColumnParallelLinear(3, 5, mesh=mesh))))
@@ -259,6 +267,21 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     row.weight = column.weight
     with pytest.raises(sg.LayoutError, match=r"0.weight and 1.weight are one parameter, but stored differently"):
         num_parameters(nn.Sequential(column, row))
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize("order", [2.0, -math.inf])
+def test_parameters_that_know_their_shards_as_torch_takes_them(world_size: int, order: float) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    full = randn(5, 3, seed=1)
+    plain = nn.Parameter(torch.zeros_like(full))
+    plain.grad = full.clone()
+    dtensor = nn.Parameter(distribute_tensor(torch.zeros_like(full), mesh, [Shard(0)]))
+    dtensor.grad = distribute_tensor(full, mesh, [Shard(0)])
+    expected = nn.utils.clip_grad_norm_([plain], 0.01, order, error_if_nonfinite=True, foreach=False)
+    found = clip_grad_norm_(iter([dtensor]), 0.01, order, True, False)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(dtensor.grad.full_tensor(), plain.grad, rtol=1e-12, atol=0)
 
 
 @distributed(world_size=2)

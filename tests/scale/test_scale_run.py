@@ -19,11 +19,12 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 title: tested
 run: {repeats: 2, warmup: 1, timeout_s: 100, pictures: png}
-matrix: {layout: row_sequence, bias: true, sizes: {n: 31, d: 17, m: 9}, backend: gloo}
+matrix: {layout: row_sequence, bias: true, sizes: {n: 31, d: 17, m: 9}, backend: shm}
 cells:
   - {ranks: 2, overlap: 2}
-  - {ranks: 2, sizes: {n: 20000000, d: 10000000, m: 3}, label: too large}
+  - {ranks: 2, backend: gloo, label: no network}
   - {ranks: 2, backend: nosuch}
+  - {ranks: 2, sizes: {n: 20000000, d: 10000000, m: 3}, label: too large}
   - {ranks: 1}
 """
 
@@ -37,7 +38,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch")  # of gloo's cells alone: they fail
     path, out = tmp_path / "tested.yaml", tmp_path / "out"
     path.write_text(CONFIG)
     mine = {**os.environ, "TMPDIR": str(tmp_path)}  # where the driver tells its ranks what to do
@@ -46,11 +50,11 @@ def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
     ) as began:
         assert began.stderr is not None
         first = began.stderr.readline()
-        assert "1/4  " in first, first
+        assert "1/5  " in first, first
         began.send_signal(signal.SIGTERM)  # the second cell is under way
         said = began.stderr.read()
         assert began.wait(60) == 130, said
-    assert "stopped by SIGTERM after 1 of 4 cells; the same command goes on" in said
+    assert "stopped by SIGTERM after 1 of 5 cells; the same command goes on" in said
     _nothing_is_left(tmp_path)
     before = (out / "results.jsonl").read_text()
 
@@ -58,12 +62,13 @@ def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
     assert done.returncode == 1, done.stderr  # a cell failed
     assert (out / "results.jsonl").read_text().startswith(before)
     lines = json.loads(done.stdout)
-    assert [line["status"] for line in lines] == ["ok", "failed", "skipped", "ok"]
+    assert [line["status"] for line in lines] == ["ok", "failed", "skipped", "skipped", "ok"]
     assert "there already" in done.stderr.splitlines()[0]
-    first_line, failed, skipped, alone = lines
+    first_line, failed, skipped, large, alone = lines
     assert "rank 0: RuntimeError" in failed["reason"] or "rank 1: RuntimeError" in failed["reason"], failed
     assert failed["stderr"]
     assert "no backend 'nosuch'" in skipped["reason"]
+    assert "at least 1.60 PB of memory are needed, " in large["reason"]
     # Y is scattered and dY gathered: each rank sends its half (padded to 16 rows of 9), 4 bytes an element; the bias's
     # gradient comes from the gathered dY.
     assert first_line["bytes_traced"] == [2 * 16 * 9 * 4] * 2 == first_line["bytes_predicted"]
@@ -79,7 +84,7 @@ def test_cells_run_fail_and_are_skipped_each_alone_and_the_same_command_goes_on(
     for picture in ("time.png", "bytes.png"):
         assert (out / picture).stat().st_size > 5000
     text = (out / "table.txt").read_text()
-    assert "too large, tp=2: failed: rank" in text
+    assert "no network, tp=2: failed: rank" in text
     compared = run("--compare", str(out), str(out), "--json")
     assert [cell["ratio"] for cell in json.loads(compared.stdout)["cells"]] == [1.0, 1.0]
 
@@ -120,7 +125,7 @@ def test_a_wrong_configuration_ends_with_status_2_before_anything_starts(tmp_pat
 
 def test_nothing_that_could_run_here_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "elsewhere.yaml"
-    path.write_text(CONFIG.partition("cells:")[0].replace("backend: gloo", "backend: nosuch, ranks: 2"))
+    path.write_text(CONFIG.partition("cells:")[0].replace("backend: shm", "backend: nosuch, ranks: 2"))
     done = CliRunner().invoke(app, ["scale", str(path), f"run.dir={tmp_path / 'out'}"])
     assert done.exit_code == 1, done.stderr
     assert "no backend 'nosuch'" in done.stdout

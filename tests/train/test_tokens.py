@@ -94,7 +94,7 @@ def test_files_that_are_no_tokens(tmp_path: Path) -> None:
     (tmp_path / "short.bin").write_bytes(bytes(18))
     for name, told in (
         ("none.bin", "cannot read .*: No such file or directory"),
-        ("", "cannot read .*: Is a directory"),
+        ("", "cannot read .*: it is a directory"),
         ("empty.bin", "is empty"),
         ("odd.bin", "has 3 bytes, no multiple of the 2 of data.tokens_dtype = uint16"),
         ("empty.npy", "cannot read .* as a .npy file: No data left in file"),

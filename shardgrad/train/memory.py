@@ -1,0 +1,66 @@
+"""Whether a run could fit into memory at all, told before anything is allocated."""
+
+from __future__ import annotations
+
+import torch
+
+from shardgrad.hardware import memory
+from shardgrad.layout.units import format_si
+from shardgrad.train.config import Config, ConfigError, Model
+from shardgrad.train.data import BYTES
+from shardgrad.train.llama import hidden_features
+from shardgrad.train.model import MLP_RATIO
+
+_STATE = 16  # bytes of a parameter in training: float32 itself, its gradient, AdamW's two moments
+_BLOCK = 20_000  # bytes of a block's modules, whatever its sizes
+
+
+def parameters(model: Model, vocab: int) -> int:
+    """The parameters of a decoder's matrices; vectors are left out."""
+    d, llama = model.d_model, model.kind == "llama"
+    kv = d * (model.kv_heads or model.heads) // model.heads
+    hidden = model.d_ff or (hidden_features(d) if llama else MLP_RATIO * d)
+    block = 2 * d * d + 2 * d * kv + (3 if llama else 2) * d * hidden
+    tables = vocab * (1 if model.tied else 2) + (0 if llama else model.seq_len)
+    return model.layers * block + tables * d
+
+
+def least_bytes(config: Config, ranks: int) -> int:
+    """What the ranks of a decoder's training hold together at the least: parameters, gradients and moments, and of
+    one micro-batch each block's input and the logits. 0 of a model of transformers, which says its sizes itself."""
+    model, train, mesh = config.model, config.train, config.mesh
+    if not isinstance(model, Model):
+        return 0
+    vocab = config.data.vocab or BYTES
+    copies = 1 if mesh.fully_sharded or mesh.grid is not None else mesh.dp or 1
+    rows = train.batch // train.accumulate * model.seq_len
+    kept = rows * (model.layers * model.d_model * (2 if train.dtype == "bfloat16" else 4) + 4 * vocab)
+    ids = 16 * train.batch * model.seq_len // max(train.accumulate, 1)
+    return copies * _STATE * parameters(model, vocab) + kept + ids + ranks * model.layers * _BLOCK
+
+
+def check_memory(config: Config, ranks: int, local_ranks: int) -> None:
+    """Refuse a decoder that could not be trained in this machine's memory.
+
+    Args:
+        config: its ranks resolved.
+        ranks, local_ranks: of the run, and those of them on this machine.
+
+    Raises:
+        ConfigError: it needs more, with the numbers and the keys that decide them.
+    """
+    if config.mesh.device == "cpu":
+        here = memory()
+    else:
+        here = local_ranks * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    needed = least_bytes(config, ranks) * local_ranks // ranks
+    if needed <= here or not isinstance(config.model, Model):
+        return
+    model = config.model
+    count = format_si(parameters(model, config.data.vocab or BYTES), "").strip()
+    raise ConfigError(
+        f"the model does not fit into memory: model.layers = {model.layers}, model.d_model = {model.d_model}, "
+        f"model.seq_len = {model.seq_len} and train.batch = {config.train.batch} are {count} parameters, and with "
+        f"gradients, moments and one micro-batch at least {format_si(needed, 'B')} for the {local_ranks} ranks of this "
+        f"machine, which has {format_si(here, 'B')}: make them smaller, or use more machines"
+    )
