@@ -241,12 +241,3 @@ def test_what_is_ready_for_a_shape_is_not_used_for_another_kind_of_tensor(rank: 
     with pytest.raises(RuntimeError, match="dense"):
         dist.all_reduce(torch.eye(2).to_sparse())
     dist.barrier()
-
-
-@distributed(world_size=1)
-def test_functorchs_transforms_are_refused_as_torch_refuses_them(world_size: int) -> None:
-    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    layer = sg.ColumnParallelLinear(3, 4, mesh=mesh)
-    x = torch.randn(5, 2, 3)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.vmap(layer)(x)
