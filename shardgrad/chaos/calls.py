@@ -6,6 +6,7 @@ import inspect
 import random
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad import arguments, checkpoint
-from shardgrad.chaos.configurations import Row
+from shardgrad.chaos.tally import Row, Tally
 from shardgrad.errors import shorten
 from shardgrad.layout import cost, lower_bound
 
@@ -131,19 +132,17 @@ def run(seed: int, count: int) -> list[Row]:
     One holds if it returns, or raises an error that shardgrad raises on purpose, of at most 4,000 characters.
     """
     rng = random.Random(seed)
-    found: dict[str, Row] = {kind: (kind, 0, 0, []) for kind in ("functions", "constructors", "forwards")}
-    with alone() as mesh:
+    tally = Tally(("functions", "constructors", "forwards"))
+    with alone() as mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's quantized and nested tensors
         targets, wrong = _targets(mesh), _wrong(mesh)
         for at in range(count):
             name = list(targets)[at % len(targets)]
             function, given = targets[name]
             kind = "forwards" if name.endswith("(…)") else "constructors" if isinstance(function, type) else "functions"
             failure = _failure(function, *_exchanged(rng, function, given, wrong))
-            _, tried, held, failures = found[kind]
-            if failure is not None:
-                failures.append(f"{name}: {failure}")
-            found[kind] = kind, tried + 1, held + (failure is None), failures
-    return list(found.values())
+            tally.note(kind, failure and f"{name}: {failure}")
+    return tally.rows
 
 
 def _exchanged(

@@ -10,7 +10,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad import checkpoint
+from shardgrad.chaos.tally import Row, Tally
 from shardgrad.checkpoint.seal import write_sums
 from shardgrad.nn.linear import ColumnParallelLinear
 from shardgrad.train import folder, resume, run_state
@@ -35,16 +35,6 @@ _TEXTS = [b"", b"{", b"[]", b"null", b"\xff", b"[" * 99999, b'{"format": 2}', b'
 _OURS = (ConfigError, checkpoint.DamagedError, ValueError, OSError)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A kind of attack: how many were tried, how many held, and what was wrong with the others."""
-
-    attack: str
-    tried: int = 0
-    held: int = 0
-    failures: tuple[str, ...] = ()
-
-
 def run(mesh: DeviceMesh, where: Path, seed: int, count: int) -> list[Row]:
     """Attack the newer of two checkpoints; called on one rank.
 
@@ -54,13 +44,11 @@ def run(mesh: DeviceMesh, where: Path, seed: int, count: int) -> list[Row]:
         count: of the attacks of each kind that are drawn; files are lost and exchanged in every way.
     """
     target = _Target(mesh, where)
-    rows: dict[str, Row] = {}
+    tally = Tally()
     for kind, what, attack, plausible in _attacks(random.Random(seed), target, count):
         problem = target.attacked(attack, plausible)
-        row = rows.setdefault(kind, Row(kind))
-        told = (*row.failures, f"{what}: {problem}") if problem else row.failures
-        rows[kind] = replace(row, tried=row.tried + 1, held=row.held + (not problem), failures=told)
-    return list(rows.values())
+        tally.note(kind, problem and f"{what}: {problem}")
+    return tally.rows
 
 
 class _Target:

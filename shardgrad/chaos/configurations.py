@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardgrad import settings
+from shardgrad.chaos.tally import Row, Tally
 from shardgrad.errors import shorten
 from shardgrad.scale import config as experiments
 from shardgrad.scale.cell import Cell
@@ -22,9 +23,6 @@ from shardgrad.train import config as training
 from shardgrad.train import corpus
 from shardgrad.train.data import DataError
 from shardgrad.train.memory import check_memory
-
-Row = tuple[str, int, int, list[str]]
-"""A kind of input, how many were tried, how many held, and what failed."""
 
 MOST_SECONDS, MOST_MEMORY, MOST_ECHO = 5.0, 200 * 2**20, 500
 _COMMANDS = 100  # of so many inputs one goes through the command as well
@@ -59,25 +57,21 @@ def run(seed: int, count: int) -> list[Row]:
     at most 500 characters of the input in a message; what is read must be written and read again to the same.
     """
     rng = random.Random(seed)
-    found: dict[str, Row] = {kind: (kind, 0, 0, []) for kind in (*_KINDS, "commands")}
+    tally = Tally((*_KINDS, "commands"))
     with tempfile.TemporaryDirectory(prefix="shardgrad-chaos-") as folder:
         for at in range(count):
             kind = list(_KINDS)[at % len(_KINDS)]
             path, overrides, load = _KINDS[kind](rng, Path(folder))
-            _note(found, kind, _failure(path, overrides, load), path, overrides)
+            given = shorten(f"{path.name} {overrides}")
+            failure = _failure(path, overrides, load)
+            tally.note(kind, failure and f"{given}: {failure}")
             if at % _COMMANDS == _COMMANDS - 1:
                 read, name = (experiments.load, "scale") if load is experiments.load else (training.load, "trace")
                 command = [sys.executable, "-m", "shardgrad.cli", name, str(path), *overrides]
                 if all("\0" not in one and len(one) < 10**5 for one in command) and _refuses(read, path, overrides):
-                    _note(found, "commands", _failure_of_command(command), path, overrides)
-    return [row for row in found.values() if row[1]]
-
-
-def _note(found: dict[str, Row], kind: str, failure: str | None, path: Path, overrides: list[str]) -> None:
-    _, tried, held, failures = found[kind]
-    if failure is not None:
-        failures.append(f"{shorten(f'{path.name} {overrides}')}: {failure}")
-    found[kind] = (kind, tried + 1, held + (failure is None), failures)
+                    failure = _failure_of_command(command)
+                    tally.note("commands", failure and f"{given}: {failure}")
+    return tally.rows
 
 
 def _failure(path: Path, overrides: list[str], load: Callable[[Path, list[str]], object]) -> str | None:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from shardgrad.chaos.tally import Row, Tally
+
 Backend = Literal["gloo", "shm"]
 How = Literal["killed", "stopped"]
 What = Literal["train", "layers"]
 
 WITHIN_S = 30.0
 _GIVEN_UP_S = 90.0
+_SHOWN = 2_000  # characters of what ranks wrote, of an attack that did not hold
 _CONFIG = """\
 run: {dir: FOLDER/run, seed: 0}
 model: {layers: 1, heads: 2, d_model: 16, seq_len: 16}
@@ -78,6 +81,18 @@ def attacks(seed: int, count: int, most_ranks: int = 3) -> Iterator[Attack]:
             chance.random() < 0.5,
             chance.choice([chance.uniform(1, 5), chance.uniform(5, 12)]),
         )
+
+
+def run(seed: int, count: int, most_ranks: int = 3) -> list[Row]:
+    """Carry out so many attacks, the same for a seed, one after another."""
+    tally = Tally()
+    for attack in attacks(seed, count, most_ranks):
+        outcome = carry_out(attack)
+        took = "had not ended after 90 s" if outcome.seconds is None else f"ended after {outcome.seconds:.1f} s"
+        said = "" if outcome.named else ", and did not name it"
+        kind = f"{attack.how}, {attack.backend}, {'with' if attack.agent else 'without'} torchrun"
+        tally.note(kind, None if outcome.held else f"{attack}: the others {took}{said}\n{outcome.text[-_SHOWN:]}")
+    return tally.rows
 
 
 def carry_out(attack: Attack) -> Outcome:

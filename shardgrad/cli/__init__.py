@@ -10,6 +10,7 @@
 | `explain`        | `explain`: what each phase of a layout computes and sends |
 | `verify`         | `verify`: a configuration's model against one device      |
 | `mutants`        | `mutants`: planted bugs, and which are found              |
+| `chaos`          | `chaos`: attacks, and what held                           |
 | `trace`          | `trace`: one training step in time                        |
 | `training_step`  | the step that `trace` looks at                            |
 | `scale`          | `scale`: scaling experiments                              |

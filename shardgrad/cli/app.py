@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench, explain, mutants, scale, trace, verify
+from shardgrad.cli import bench, chaos, explain, mutants, scale, trace, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -22,6 +22,7 @@ app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
 app.command(name="verify")(verify.verify)
 app.command(name="mutants")(mutants.mutants)
+app.command(name="chaos")(chaos.chaos)
 app.add_typer(bench.app, name="bench")
 
 

@@ -30,15 +30,15 @@ def file(tmp_path: Path) -> Path:
 
 def test_random_ones_end_in_words() -> None:
     rows = run(seed=1, count=80)
-    assert [(kind, tried, failures) for kind, tried, _, failures in rows] == [
+    assert [(row.attack, row.tried, row.failures) for row in rows] == [
         (kind, 20, []) for kind in ("values", "texts", "files", "matrices")
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2])
 def test_many_random_ones_end_in_words(seed: int) -> None:
-    assert [failures for *_, failures in run(seed, 400)] == [[]] * 5  # with commands
+    assert [row.failures for row in run(seed, 200)] == [[]] * 5  # with commands
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-import shardgrad as sg
 from shardgrad.comm import collectives, shim
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shm import queue
