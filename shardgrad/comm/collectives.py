@@ -97,8 +97,11 @@ class Collective:
         try:
             if timers:
                 in_vain = timed(lambda: self._wait(work), f"{self.what} over {self.axis.name}", starts=False)
-            else:
+            elif self._in_slices:
                 in_vain = self._wait(work)
+            else:
+                work.wait()
+                return
         except (RuntimeError, ValueError) as error:
             raise failure(self.what, self.axis, error) from error
         if in_vain is not None:

@@ -6,6 +6,7 @@ at a beat that each rank leaves in the store. The program has some seconds to fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -49,6 +50,10 @@ class Watch:
         if self._thread.is_alive():
             self._over.set()
             self._board.write("ended", json.dumps({"rank": self._rank, "why": why}))
+
+    def heard(self) -> str:
+        """What another rank has told of its end; empty if none has, or the store does not say."""
+        return self._board.ended() if self._thread.is_alive() else ""
 
     def leave(self) -> None:
         """This rank ends as it should: nobody is to miss it."""
@@ -108,6 +113,13 @@ class _Board:
         if self._question is None:
             self._question = Question(lambda _: self._read(suspects))
 
+    def ended(self) -> str:
+        """What a rank has told of its end; this waits for the answer, but not for long."""
+        question = Question(lambda _: self._read_ended())
+        with contextlib.suppress(RuntimeError):
+            return question.answer if question.wait(_ITSELF_S) else ""
+        return ""
+
     def trouble(self) -> str:
         """Why this rank cannot go on, as far as the store says; empty if it says nothing."""
         if self._question is not None and time.monotonic() - self._question.heard > SILENT_S:
@@ -125,15 +137,19 @@ class _Board:
         store = self._store
         self._beats += 1
         store.set(f"beat {self._rank}", str(self._beats))
-        if store.check(["ended"]):
-            ended = json.loads(store.get("ended"))
-            self._ended = f"rank {ended['rank']} has ended: {ended['why']}"
+        self._ended = self._read_ended()
         if self._watched is not None and store.check([f"beat {self._watched}"]):
             beat = store.get(f"beat {self._watched}").decode()
             if beat != self._beat:
                 self._beat, self._changed = beat, time.monotonic()
             suspects = [*suspects, self._watched]
         self.left |= {rank for rank in suspects if store.check([f"left {rank}"])}
+
+    def _read_ended(self) -> str:
+        if not self._store.check(["ended"]):
+            return ""
+        ended = json.loads(self._store.get("ended"))
+        return f"rank {ended['rank']} has ended: {ended['why']}"
 
 
 def _end_process(message: str) -> None:

@@ -139,6 +139,8 @@ def _tell_once(error: Exception, rank: int) -> None:
 def _end(error: Exception | None = None, watch: Watch | None = None, told: str = "", remedy: str = "") -> NoReturn:
     """End this rank alone. watch: tells the others why. told: in other words than the error's own."""
     if watch is not None:
+        if (heard := watch.heard()) and error is not None:
+            print(heard, file=sys.stderr)
         watch.tell(told or str(error))
     if error is not None:
         print(f"rank {os.environ.get('RANK', '0')}: {told}. {remedy}" if remedy else error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`check_replicas`: whether copies are still copies, by fingerprints, in two small exchanges for each axis."""
+"""`check_replicas`: whether copies are still copies, by fingerprints, in one small exchange for each axis."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ def test_the_command_prints_what_held_and_ends_with_status_1_if_something_did_no
     monkeypatch.setattr(layouts, "_failure", lambda *_: "foreign")
     bad = run(app, ["chaos", "layouts", "--count", "30"])
     assert bad.exit_code == 1
-    assert "0 of" in bad.stdout and "foreign" in bad.stdout
+    assert "0 of" in bad.stdout
+    assert "foreign" in bad.stdout
     wrong = run(app, ["chaos", "nothing"])
     assert wrong.exit_code == 2
     assert "is not one of layouts" in wrong.output
