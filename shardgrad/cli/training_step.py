@@ -37,7 +37,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
 
 def join(config: Config) -> tuple[int, Watch]:
     """Meet the other ranks that torchrun started, or be alone; returns this rank, and what to tell that it leaves."""
-    watch = start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s), config.mesh.start_s)
+    watch = start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s))
     return dist.get_rank(), watch
 
 

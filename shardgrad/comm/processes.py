@@ -66,6 +66,10 @@ class Processes:
         self._of = {rank: one for rank, one in of.items() if here is not None and one.place == here}
         self._stopped: dict[int, float] = {}
 
+    def sees(self, rank: int) -> bool:
+        """Whether a rank is of this host."""
+        return rank in self._of
+
     def gone(self, ranks: Iterable[int]) -> list[int]:
         return [rank for rank in ranks if rank in self._of and self._of[rank].state() == "gone"]
 

@@ -24,7 +24,7 @@ from shardgrad.comm.agree import agree, text_of_first
 from shardgrad.comm.ask import lost_store
 from shardgrad.comm.backend import choose
 from shardgrad.comm.mesh import view
-from shardgrad.comm.rendezvous import refuse, start_process_group
+from shardgrad.comm.rendezvous import Arrival, start_process_group
 from shardgrad.comm.watch import Watch
 from shardgrad.errors import CollectiveError, DisagreementError, VerificationError
 from shardgrad.files import replace_text
@@ -67,9 +67,11 @@ def main(arguments: Sequence[str]) -> int:
     wait for a rank that is gone, and would keep the interpreter from ending.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    arrival = Arrival()
     try:
         config_path, overrides = _parse(arguments, rank)
         config = check_ranks(load(config_path, overrides), ranks)
+        arrival.start = config.mesh.start_s
         _check_device(config)
         check_memory(config, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
         if config.run.tensorboard:
@@ -77,14 +79,12 @@ def main(arguments: Sequence[str]) -> int:
         first, *later = stages(config, ranks)
         first, start = _ready(first, rank)
     except (ConfigError, DataError, OSError) as error:
-        refuse(str(error))
+        arrival.refuse(str(error))
         _tell_once(error, rank)
         return 2
     watch: Watch | None = None
     try:
-        watch = start_process_group(
-            choose(config.mesh.device), timedelta(seconds=config.mesh.timeout_s), config.mesh.start_s
-        )
+        watch = start_process_group(choose(config.mesh.device), timedelta(seconds=config.mesh.timeout_s), arrival)
         finished = run(_mesh(config), first, start)
         for stage in later if finished else ():
             stage, start = _ready(stage, rank)
