@@ -36,6 +36,11 @@ LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
 
 
+RARE = 3
+"""Of a slow test of models or of exact mode, one set of parameters in so many is run with the slow tests, at each world
+size. The others are `rare`: run with `-m 'slow or rare'`."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole suite, none beside pytest's own where files or folders were asked for."""
@@ -74,6 +79,20 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
         if (models and size != 2) or at % (SAMPLE if models else EXACT if exact else SWEEP):
             item.add_marker(pytest.mark.slow)
+    _mark_what_is_rare(items)
+
+
+def _mark_what_is_rare(items: list[pytest.Item]) -> None:
+    """Marks as rare, and no longer as slow, what of the slow tests repeats others at most cost."""
+    seen: dict[tuple[str, int], int] = defaultdict(int)
+    for item in items:
+        exact = item.path.stem.startswith("test_exact") or item.path.stem == "test_same_bits"
+        if not item.get_closest_marker("slow") or not (exact or "models" in item.path.parts):
+            continue
+        key = _function(item), _world_size(item) or 0
+        seen[key] += 1
+        if (seen[key] - 1) % RARE:
+            item.add_marker(pytest.mark.rare)
 
 
 def _needs_much(item: pytest.Item) -> bool:

@@ -44,11 +44,11 @@ class Membership:
         """Destroys the default group, also one that a task made itself, and all groups made from it."""
         import torch.distributed as dist
 
-        from shardgrad.comm.shim import forget_meshes
-
         if dist.is_initialized():
+            from shardgrad.comm.shim import forget_meshes
+
             dist.destroy_process_group()
-        forget_meshes()
+            forget_meshes()
         # gloo takes some 10 ms a peer to close its sockets, without holding the GIL. Dropping the last
         # reference on another thread takes that time off the next task.
         threading.Thread(target=self._world.clear).start()

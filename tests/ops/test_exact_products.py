@@ -340,7 +340,7 @@ def test_more_random_layouts(world_size: int, seed: int) -> None:
 @distributed(world_size=8, timeout=300)
 @pytest.mark.parametrize("seed", [7])
 def test_random_layouts_on_eight_ranks(world_size: int, seed: int) -> None:
-    random_layouts({"p": 8, "q": 2, "r": 2} if seed % 2 else {"p": 2, "q": 4, "r": 2}, 60, seed)
+    random_layouts({"p": 8, "q": 2, "r": 2} if seed % 2 else {"p": 2, "q": 4, "r": 2}, 25, seed)
 
 
 def random_layouts(pieces: dict[str, int], count: int, seed: int) -> None:
