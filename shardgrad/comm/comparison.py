@@ -8,6 +8,9 @@ then it says so, and both know that they disagree.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import json
 import time
 from typing import Any
@@ -90,12 +93,45 @@ def _exchange(question: Question[Any], standing: Standing, text: str, value: int
                 store.compare_set(together, "", json.dumps({"said": texts, "value": value}))
                 if at > 1:  # all are here, so all have read the one before
                     store.delete_key(_result(standing, at - 1))
+                    store.delete_key(f"{_key(standing, at - 1)}/read")
                 continue
         question.heard = time.monotonic()
         time.sleep(pause)
         pause = min(2 * pause, _PAUSE_S[1])
     found: dict[str, Any] = json.loads(store.get(together))
+    if standing.ranks[0] == 0:
+        if standing.index:
+            store.add(f"{key}/read", 1)
+        else:
+            _keep_until_read(standing.name, store, f"{key}/read", size - 1)
     return found
+
+
+# By group: the last comparison that the first rank of all has begun, and how many others read its result.
+_unread: dict[str, tuple[Any, str, int]] = {}
+
+
+def _keep_until_read(group: str, store: Any, key: str, readers: int) -> None:
+    """Rank 0, which may keep the store in its own process, must not end before the others have read."""
+    _wait_at_exit()
+    _unread[group] = store, key, readers
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    atexit.register(_wait_until_read)
+
+
+def _wait_until_read() -> None:
+    for store, key, readers in _unread.values():
+        with contextlib.suppress(CollectiveError):
+            ask(lambda: _read_by(store, key, readers), 2 * _LAST_S)  # noqa: B023 - at once
+
+
+def _read_by(store: Any, key: str, readers: int) -> None:
+    until = time.monotonic() + 2 * _LAST_S
+    while time.monotonic() < until and store.add(key, 0) < readers:
+        time.sleep(_PAUSE_S[1])
 
 
 def _passed_by(standing: Standing, what: str) -> tuple[str, str] | None:

@@ -29,21 +29,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def constant(function: F) -> F:
     """Have torch.compile call a function while it traces, and take what it returns for a constant of the graph."""
-    return cast(F, torch.compiler.assume_constant_result(function))
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result
+    return function  # does, which imports torch._dynamo: a second
 
 
 def untraced(target: T) -> T:
     """Mark a function, or those of an autograd Function, which torch.compile is not to look into where it comes upon
     their calls outside of its graphs, nor into what they call. Unlike with `eager`, calling them costs nothing more."""
-    from torch._dynamo import eval_frame as frames
-
-    eval_frame: Any = frames
-
-    skip = eval_frame.FrameExecStrategy(eval_frame.FrameAction.SKIP, eval_frame.FrameAction.SKIP)
+    frames: Any = torch._C._dynamo.eval_frame  # what torch._dynamo calls, which takes a second to import
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     for each in vars(target).values() if isinstance(target, type) else [target]:
         function = getattr(each, "__func__", each)
         if isinstance(function, types.FunctionType):
-            eval_frame.set_code_exec_strategy(function.__code__, skip)
+            frames.set_code_exec_strategy(function.__code__, skip)
     return target
 
 
