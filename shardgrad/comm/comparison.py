@@ -8,9 +8,6 @@ then it says so, and both know that they disagree.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
 import json
 import time
 from typing import Any
@@ -99,39 +96,14 @@ def _exchange(question: Question[Any], standing: Standing, text: str, value: int
         time.sleep(pause)
         pause = min(2 * pause, _PAUSE_S[1])
     found: dict[str, Any] = json.loads(store.get(together))
-    if standing.ranks[0] == 0:
+    if standing.ranks[0] == 0 and "said" in found:
+        # Rank 0, which may keep the store in its own process, must not end before the others have read.
         if standing.index:
             store.add(f"{key}/read", 1)
-        else:
-            _keep_until_read(standing.name, store, f"{key}/read", size - 1)
+        while standing.index == 0 and store.add(f"{key}/read", 0) < size - 1 and not question.given_up:
+            question.heard = time.monotonic()
+            time.sleep(_PAUSE_S[0])
     return found
-
-
-# By group: the last comparison that the first rank of all has begun, and how many others read its result.
-_unread: dict[str, tuple[Any, str, int]] = {}
-
-
-def _keep_until_read(group: str, store: Any, key: str, readers: int) -> None:
-    """Rank 0, which may keep the store in its own process, must not end before the others have read."""
-    _wait_at_exit()
-    _unread[group] = store, key, readers
-
-
-@functools.cache
-def _wait_at_exit() -> None:
-    atexit.register(_wait_until_read)
-
-
-def _wait_until_read() -> None:
-    for store, key, readers in _unread.values():
-        with contextlib.suppress(CollectiveError):
-            ask(lambda: _read_by(store, key, readers), 2 * _LAST_S)  # noqa: B023 - at once
-
-
-def _read_by(store: Any, key: str, readers: int) -> None:
-    until = time.monotonic() + 2 * _LAST_S
-    while time.monotonic() < until and store.add(key, 0) < readers:
-        time.sleep(_PAUSE_S[1])
 
 
 def _passed_by(standing: Standing, what: str) -> tuple[str, str] | None:

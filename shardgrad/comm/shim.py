@@ -296,10 +296,9 @@ def join_imagined(rank: int, ranks: int) -> None:
 def forget_meshes() -> None:
     """Have DTensor forget the meshes that its cache of operations holds. It takes equal meshes for the same one, also
     where the process groups of the first have been destroyed and those names now mean others, or none."""
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-        _clear_sharding_prop_cache()
+    _clear_sharding_prop_cache()
 
 
 def is_imagined(group: dist.ProcessGroup) -> bool:

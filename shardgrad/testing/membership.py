@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from .messages import Group
@@ -45,9 +46,10 @@ class Membership:
         import torch.distributed as dist
 
         if dist.is_initialized():
+            dist.destroy_process_group()
+        if "torch.distributed.tensor" in sys.modules:
             from shardgrad.comm.shim import forget_meshes
 
-            dist.destroy_process_group()
             forget_meshes()
         # gloo takes some 10 ms a peer to close its sockets, without holding the GIL. Dropping the last
         # reference on another thread takes that time off the next task.

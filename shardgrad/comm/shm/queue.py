@@ -328,7 +328,7 @@ class Queue:
             self._tickets.clear()
             self._messages.clear()
             self.pairs.clear()
-            self.broken = why
+            self.broken, self.look_further = why, lambda _: ""  # which may hold the group
             for ticket in tickets:
                 ticket.error = ShmError(f"rank {self._me}: {ticket.what} over {self.label} was not finished: {why}")
         return tickets
