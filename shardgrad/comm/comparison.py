@@ -22,7 +22,8 @@ SLICE_S = 2.0
 """How long a rank waits for others before it looks whether they can still come, and again."""
 
 _LAST_S = 0.5  # for what a rank had written before it died
-_PAUSE_S = 0.0002, 0.02  # between questions: the first, the longest
+_SOON_S = 1.0
+_PAUSES_S = 0.0002, 0.001, 0.02  # between questions: the first, the longest of the first second, the longest
 
 
 def compare(axis: Axis, text: str, value: int, what: str) -> tuple[list[str], int]:
@@ -76,7 +77,7 @@ def _exchange(question: Question[Any], standing: Standing, text: str, value: int
     said = {standing.index: text}
     if standing.index:
         store.set(f"{key}/{standing.index}", text)
-    pause = _PAUSE_S[0]
+    pause, began = _PAUSES_S[0], time.monotonic()
     while not store.check([together]):
         if question.given_up:
             return {}
@@ -94,7 +95,7 @@ def _exchange(question: Question[Any], standing: Standing, text: str, value: int
                 continue
         question.heard = time.monotonic()
         time.sleep(pause)
-        pause = min(2 * pause, _PAUSE_S[1])
+        pause = min(2 * pause, _PAUSES_S[1] if question.heard - began < _SOON_S else _PAUSES_S[2])
     found: dict[str, Any] = json.loads(store.get(together))
     if standing.ranks[0] == 0 and "said" in found:
         # Rank 0, which may keep the store in its own process, must not end before the others have read.
@@ -102,7 +103,7 @@ def _exchange(question: Question[Any], standing: Standing, text: str, value: int
             store.add(f"{key}/read", 1)
         while standing.index == 0 and store.add(f"{key}/read", 0) < size - 1 and not question.given_up:
             question.heard = time.monotonic()
-            time.sleep(_PAUSE_S[0])
+            time.sleep(_PAUSES_S[0])
     return found
 
 
