@@ -25,7 +25,9 @@ ROW = exact.Row("row", "float32", (8, 4, 16), 4, 1, True, ONE, ONE, ONE, ONE, (6
 
 
 @distributed(world_size=2)
-@pytest.mark.parametrize("model", exact.MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow if at else ()) for at, name in enumerate(exact.MODELS)]
+)
 def test_every_case_is_measured(tmp_path: Path, rank: int, model: str) -> None:
     rows = exact.measure(
         [(8, 4, 16)], [torch.bfloat16], [2, 4], 1, backend="gloo", model=model, shape=SHAPE, turn=0.001

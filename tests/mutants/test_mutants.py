@@ -57,7 +57,9 @@ def test_every_bug_is_caught_and_named(world_size: int, program: str) -> None:
 
 
 @distributed(world_size=[3], timeout=120.0, backend="shm")
-@pytest.mark.parametrize("program", NAMES[:2])
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=pytest.mark.slow if at == 0 else ()) for at, name in enumerate(NAMES[:2])]
+)
 def test_some_of_the_long_lists(world_size: int, program: str) -> None:
     assert verified(programs(world_size)[program]()).ok
     assert problems(list(FEW), program, world_size) == []

@@ -116,6 +116,7 @@ def test_eight_ranks(world_size: int) -> None:
     assert differing(AXES, meshes, trained({"z": 4, "x": 4, "y": 4}, size=4)) == {}
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], timeout=120, backend="shm")
 def test_without_pieces_of_an_axis_bits_differ(world_size: int) -> None:
     """So each of them is needed, and these sizes would show it."""
