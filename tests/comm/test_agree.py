@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
-from shardgrad.comm import collectives, comparison
+from shardgrad.comm import collectives, comparison, shim
 from shardgrad.comm.shm import queue
 from shardgrad.testing import distributed
 
@@ -183,3 +185,17 @@ def test_ranks_that_come_to_differ_are_told_of_it_on_every_rank(
     assert time.monotonic() - start < 10
     assert f"rank {differs} compares what it has not seen before:" in str(caught.value)
     assert "has seen what it does before, and has begun: " in str(caught.value)
+
+
+def test_a_rank_that_is_behind_is_not_taken_for_one_that_has_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(shim, "store", lambda: store)
+    latest = {"at": 3, "begun": 7, "rank": 1, "what": "a product", "text": "n = 5"}
+    store.set("shardgrad/compare/13/latest", json.dumps(latest))
+    for begun, compared, passed in ((7, 2, False), (6, 2, False), (8, 3, False), (8, 2, True)):
+        standing = SimpleNamespace(name="13", rank=0, begun=begun, compared=compared)
+        found = comparison._passed_by(standing, "all-reduce of Y")  # type: ignore[arg-type]
+        assert (found is not None) == passed, (begun, compared)
+    assert found is not None
+    assert "rank 1 compares what it has not seen before:\n    n = 5" in found[1]
+    assert comparison._passed_by(standing, "another") == found  # type: ignore[arg-type]  # what was said first stands

@@ -87,9 +87,10 @@ def test_a_store_that_does_not_answer_is_left_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MASTER_PORT", "29")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     assert ask(lambda: 5) == 5
-    silent = threading.Event()
+    silent, began = threading.Event(), time.monotonic()
     with pytest.raises(SilentStore, match=r"which rank 0 \(at somewhere:29\) keeps, has not answered for 0.1 s"):
         ask(silent.wait, 0.1)
+    assert time.monotonic() - began < 5
     silent.set()
 
     def broken() -> None:
