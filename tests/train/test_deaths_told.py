@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,7 @@ def test_the_others_end_and_say_why(odd: str, said: str, tmp_path: Path) -> None
             sys.exit(main([config]))
         """)
     )
-    began = time.monotonic()
     status, text = run(program, 2, 60, [odd, tmp_path / "config.yaml"])
     first = text.partition("[rank 1]")[0]
     assert status in (1, 2), text
     assert said in first, text
-    assert time.monotonic() - began < 30, text
