@@ -8,7 +8,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def run(seed: int, count: int) -> list[Row]:
     """
     rng = random.Random(seed)
     tally = Tally(("functions", "constructors", "forwards"))
-    with alone() as mesh, warnings.catch_warnings():
+    # In a folder of its own, for some of the wrong arguments are names of folders that can be written.
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), alone() as mesh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's quantized and nested tensors
         targets, wrong = _targets(mesh), _wrong(mesh)
         for at in range(count):
