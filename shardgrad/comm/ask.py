@@ -84,8 +84,17 @@ def ask(put: Callable[[], T], seconds: float = SILENT_S) -> T:
 
 def lost_store(error: BaseException) -> str:
     """What to say of a store to which the connection broke."""
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return f"the store, which {keeper()} keeps, is gone: its keeper died, or was ended ({first})"
+    return f"the store, which {keeper()} keeps, is gone: its keeper died, or was ended ({first_line(error)})"
+
+
+def first_line(error: BaseException) -> str:
+    """What torch says of an error, without the frames behind it."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
+def read(store: Any, key: str) -> str | None:
+    """The text of a key; None if it has none."""
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def silent_store(seconds: float) -> str:
@@ -93,8 +102,13 @@ def silent_store(seconds: float) -> str:
     return f"the store, which {keeper()} keeps, has not answered for {seconds:g} s: its keeper is stopped, or cut off"
 
 
-def keeper(environment: dict[str, Any] | os._Environ[str] = os.environ) -> str:
+def kept_by_torchrun() -> bool:
+    """Whether torchrun's agent keeps the store of the default process group, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def keeper() -> str:
     """Who keeps the store of the default process group, in words."""
-    where = ":".join(environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment)
-    who = "torchrun" if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ)
+    who = "torchrun" if kept_by_torchrun() else "rank 0"
     return f"{who} (at {where})" if where else who

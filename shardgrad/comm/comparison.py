@@ -51,7 +51,7 @@ def compare(axis: Axis, text: str, value: int, what: str) -> tuple[list[str], in
     found = question.answer
     if "passed by" in found:
         raise DisagreementError(f"the ranks of {axis} disagree about {what}:\n{found['passed by']}")
-    standing.trouble()  # learns of the others' processes while the store can be asked
+    standing.learn()
     said = found["said"]
     return said if len(said) > 1 else said * len(standing.ranks), found["value"]
 

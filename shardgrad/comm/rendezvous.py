@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from shardgrad.comm.ask import SILENT_S, Question, StoreError, keeper, silent_store
+from shardgrad.comm.ask import SILENT_S, Question, StoreError, first_line, keeper, kept_by_torchrun, read, silent_store
 from shardgrad.comm.processes import Process, Processes, this_process
 from shardgrad.comm.watch import Watch
 from shardgrad.errors import CollectiveError
@@ -84,7 +84,7 @@ class Arrival:
         def put(_: object) -> None:
             store = PrefixStore(_PREFIX, opened.answer)
             store.compare_set(_REFUSED, "", json.dumps({"rank": self.rank, "why": why}))
-            until = time.monotonic() + (_REFUSED_S if self.rank == 0 and not _kept_by_torchrun() else 0.0)
+            until = time.monotonic() + (_REFUSED_S if self.rank == 0 and not kept_by_torchrun() else 0.0)
             heard = [f"heard {other}" for other in range(self.ranks) if other != self.rank]
             while time.monotonic() < until and not store.check(heard):
                 time.sleep(_POLL_S)
@@ -143,11 +143,11 @@ def rendezvous(
     known, coming = 0, _Coming()
     store.set(f"here {rank}", mine)
     while True:
-        seen = [_read(store, f"here {other}") for other in range(ranks)] if rank == 0 else []
+        seen = [read(store, f"here {other}") for other in range(ranks)] if rank == 0 else []
         if rank == 0:
             store.set("seen", json.dumps(seen))
         else:
-            seen = json.loads(_read(store, "seen") or "[]")
+            seen = json.loads(read(store, "seen") or "[]")
         # Only the present leader can have seen an identity that is new.
         if len(seen) == ranks and seen[rank] == mine:
             leader = json.loads(seen[0] or "{}").get("id")
@@ -157,7 +157,7 @@ def rendezvous(
             if store.check([f"{leader} begins"]):
                 processes = {other: Process.from_json(json.loads(one or "")) for other, one in enumerate(seen)}
                 return Meeting(PrefixStore(str(leader), store), processes)
-        if text := _read(store, _REFUSED):
+        if text := read(store, _REFUSED):
             store.set(f"heard {rank}", "")
             raise CollectiveError("rank {rank} does not take part: {why}".format(**json.loads(text)))
         now = time.monotonic()
@@ -190,7 +190,7 @@ class _Coming:
         """
         never, said = [], []
         for rank in missing:
-            text = _read(store, f"coming {rank}")
+            text = read(store, f"coming {rank}")
             if text is None:
                 never.append(str(rank))
                 continue
@@ -216,7 +216,7 @@ def _open_store(rank: int, ranks: int, limit: Callable[[], float]) -> Store:
         CollectiveError: it cannot be reached so soon.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    first = rank == 0 and not _kept_by_torchrun()
+    first = rank == 0 and not kept_by_torchrun()
     began = time.monotonic()
     # As torch's "env://" does, but that this does not wait there for all ranks, and so can say which are missing; and
     # torch's own attempts to connect last longer than they are told to.
@@ -230,10 +230,9 @@ def _open_store(rank: int, ranks: int, limit: Callable[[], float]) -> Store:
             address, port, ranks, first, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
         )
     except (dist.DistError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise CollectiveError(_out_of_reach(rank, seconds, reason)) from None
+        raise CollectiveError(_out_of_reach(rank, seconds, first_line(error))) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"/worker/attempt_{attempt}", store) if _kept_by_torchrun() else store
+    return PrefixStore(f"/worker/attempt_{attempt}", store) if kept_by_torchrun() else store
 
 
 def _out_of_reach(rank: int, seconds: float, why: str) -> str:
@@ -243,18 +242,10 @@ def _out_of_reach(rank: int, seconds: float, why: str) -> str:
     )
 
 
-def _kept_by_torchrun() -> bool:
-    return keeper().startswith("torchrun")
-
-
 def _listens(address: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
         return True
     return False
-
-
-def _read(store: Store, key: str) -> str | None:
-    return store.get(key).decode() if store.check([key]) else None
 
 
 def _missing(store: Store, seen: list[str | None], rank: int, mine: str) -> list[int]:

@@ -34,7 +34,8 @@ class Standing:
         self._processes: Processes | None = None
         self._silent: float | None = None
         mine = json.dumps(this_process().as_json())
-        Question(lambda _: shim.store().set(_card(self.rank), mine))  # nobody waits for it
+        if len(self.ranks) > 1:
+            Question(lambda _: shim.store().set(_card(self.rank), mine))  # nobody waits for it
 
     @property
     def others(self) -> list[int]:
@@ -42,10 +43,14 @@ class Standing:
 
     def trouble(self) -> str:
         """Which of the other ranks will not come, in words; empty if all may."""
+        self.learn()
+        return self._processes.trouble(self.others) if self._processes is not None else ""
+
+    def learn(self) -> None:
+        """Find out about the others' processes, while the store can be asked; once known, it is not asked again."""
         if self._processes is None:
             with contextlib.suppress(StoreError):  # which says more when what is wanted of it is more than this
                 self._processes = ask(self._read, BRIEFLY_S)
-        return self._processes.trouble(self.others) if self._processes is not None else ""
 
     def heard(self, answered: bool) -> bool:
         """Note whether the store has answered a question; False if it has not for `SILENT_S`."""

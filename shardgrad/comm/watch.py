@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardgrad.comm.ask import SILENT_S, Question, silent_store
-from shardgrad.comm.processes import Process, Processes, place
+from shardgrad.comm.processes import Process, Processes
 
 _LOOK_S = 1.0
 _ITSELF_S = 5.0  # how long the program is left to find out by itself
@@ -33,10 +33,9 @@ class Watch:
     def __init__(
         self, store: Any, rank: int, processes: Mapping[int, Process], end: Callable[[str], None] | None = None
     ) -> None:
-        here = place()
         self._rank, self._end = rank, end or _end_process
         self._processes = Processes(processes)
-        self._mates = [r for r, one in processes.items() if r != rank and here is not None and one.place == here]
+        self._mates = [other for other in processes if other != rank and self._processes.sees(other)]
         following = (rank + 1) % len(processes)  # of the ranks elsewhere, each is watched by the one before it
         watched = following if following != rank and following not in self._mates else None
         self._board = _Board(store.clone(), rank, watched)

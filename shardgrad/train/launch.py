@@ -66,8 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     What goes wrong after the ranks have met ends the process at once, with status 1: threads of the backend may still
     wait for a rank that is gone, and would keep the interpreter from ending.
     """
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     arrival = Arrival()
+    rank, ranks = arrival.rank, arrival.ranks
     try:
         config_path, overrides = _parse(arguments, rank)
         config = check_ranks(load(config_path, overrides), ranks)
