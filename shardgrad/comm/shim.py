@@ -334,3 +334,11 @@ def move_hooks(old: torch.nn.Module, new: torch.nn.Module) -> None:
 def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
     """Whether a buffer of a module is part of its state."""
     return buffer not in module._non_persistent_buffers_set
+
+
+def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor, or a DTensor, the data of another one of any dtype; its hooks stay."""
+    tensor.data = value
+    local = getattr(value, "_local_tensor", None)
+    if local is not None:  # a DTensor's data are those of a tensor that it holds
+        tensor._local_tensor, tensor._spec = local, value._spec  # type: ignore[attr-defined]

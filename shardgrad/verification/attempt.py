@@ -1,10 +1,11 @@
-"""One step of both models with the same values, and what every tensor of it is worth."""
+"""Steps of both models with the same values: what each computes, and what every tensor of it is worth."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,31 @@ from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.nn.module import ShardedModule
+from shardgrad.verification import exchange
 from shardgrad.verification.compare import Measured, measure
-from shardgrad.verification.exact import InFloat64
+from shardgrad.verification.exact import NARROW, InFloat64, floating_in_float64
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
-from shardgrad.verification.record import WHOLE, Batch, Key, Loss, Recording, Update, forward_backward
-from shardgrad.verification.rounding import RUNS, Reordered, Spread
+from shardgrad.verification.record import (
+    WHOLE,
+    Batch,
+    Key,
+    Loss,
+    Recording,
+    Update,
+    forward_backward,
+    gradient_of,
+    mapped,
+)
+from shardgrad.verification.rounding import InSingle, Reordered, Spread
 from shardgrad.verification.uses import gradients_by_use
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Clip = Callable[[nn.Module, float], Tensor]
+_OTHER_INPUTS = 0.875
+"""What floating inputs are multiplied with in a step with other values: what lies in [0, 1] stays there."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +53,36 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of both models.
+
+    values: the global value of each parameter. seed: of the gradient of a result that is no scalar.
+    nudged: whether parameters and inputs are not those that were given. double: whether parallel ran in float64.
+    exact, parallel: what single computed in float64, and parallel on this rank.
+    places: which tensor of one is which of the other.
+    """
+
+    values: Sequence[Tensor]
+    seed: int
+    nudged: bool
+    double: bool
+    update: Update
+    exact: Recording
+    parallel: Recording
+    places: Mapping[Key, Place]
+
+
+class NotInFloat64(RuntimeError):
+    """Parallel's gradients came back in another precision."""
+
+
+@dataclass(frozen=True)
 class Attempt:
-    """What does not change from one attempt to the next.
+    """What does not change from one step to the next.
 
     values: the global value of each parameter of the parallel model, in the order of `pairs`.
+    buffers: parallel's as they were. state: those of single's that a step changes, as they are before it.
+    asked: dtypes that single's program casts to by itself.
     """
 
     parallel: Side
@@ -53,53 +93,114 @@ class Attempt:
     placer: Placer
     clip: Clip | None
     optimizer: Optimizer | None
+    buffers: Mapping[str, Tensor]
+    perturb: bool = True
+    state: dict[str, Tensor] = field(default_factory=dict)
+    asked: set[torch.dtype] = field(default_factory=set)
 
-    def run(self, seed: int, *, constants: bool, nudge: bool) -> list[Measured]:
-        """Every tensor of one step, measured on this rank, in the order of execution; the same list on every rank.
-
-        Leaves the parallel model's parameters and gradients changed.
+    def step(self, seed: int, *, nudge: bool, double: bool) -> Step:
+        """One step of both, on every rank. Leaves the parallel model's parameters and gradients changed.
 
         Args:
             seed: of the random values.
-            constants: whether constant parameters get random values.
-            nudge: whether all others are moved as well, by a 64th.
+            nudge: whether parameters are moved, by a 64th, and inputs scaled.
+            double: whether parallel is given float64 values.
+
+        Raises:
+            ValueError: single draws random numbers.
+            NotInFloat64: asked to run in float64, it did not.
         """
-        values = self._perturbed(seed, constants, nudge)
-        exact_model = self._one_device(values, torch.float64)
+        values = self._perturbed(seed, nudge)
+        model = self._one_device(values, torch.float64)
         drawn = torch.get_rng_state()
-        exact = self._exact_step(exact_model, seed)
+        exact = self._exact_step(model, seed, nudge)
         if not torch.equal(drawn, torch.get_rng_state()):
             raise ValueError(
                 "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
                 "rounding cannot be measured: let it draw none, for this comparison"
             )
-        update = self._update(exact_model)
-        update.run(exact_model, dict(exact_model.named_parameters()), exact)
-        parallel = self._run_parallel(values, exact, update, seed)
-        places = self.placer.places(parallel, exact)
-        spreads = {key: Spread(exact.tensors[p.single]) for key, p in places.items() if p.single in exact.tensors}
-        for run in range(RUNS):
-            for key, tensor in self._one_run(values, update, seed, run, places).items():
-                spreads[key].add(tensor)
-        order = {key: 2 * at for at, key in enumerate(parallel.tensors)}
-        last = min((at for (kind, _), at in order.items() if kind in ("norm", "step")), default=2 * len(order))
-        found = [
-            measure(
-                key, place.split, place.shape, parallel.tensors.get(key), spreads.get(key), order.get(key, last - 1),
-                self.mesh,
-            )
-            for key, place in places.items()
-        ]  # fmt: skip
-        singles = [(place.single, exact.tensors.get(place.single)) for place in places.values()]
-        return [
-            replace(one, single=key, real=None if tensor is None else tuple(tensor.shape))
-            for one, (key, tensor) in zip(found, singles)
-        ]
+        if self._takes_over_state(model):
+            model = self._one_device(values, torch.float64)
+            exact = self._exact_step(model, seed, nudge)
+        self.asked.update(exact.asked)
+        update = self._update(model)
+        update.run(model, dict(model.named_parameters()), exact)
+        parallel = self._run_parallel(values, exact, update, seed, nudge, double)
+        if double and any(
+            kind == "gradient" and tensor.dtype != torch.float64 for (kind, _), tensor in parallel.tensors.items()
+        ):
+            raise NotInFloat64("gradients come back in the precision that parameters had before")
+        return Step(values, seed, nudge, double, update, exact, parallel, self.placer.places(parallel, exact))
 
-    def known(self, measured: Sequence[Measured], seed: int, *, constants: bool) -> Context:
-        """What explanations may use of an attempt, which was not nudged."""
-        values = self._perturbed(seed, constants, False)
-        by_key = {one.key: one for one in measured}
+    def repeated(self, step: Step) -> Recording:
+        """Parallel's part of a step once more."""
+        found = self._run_parallel(step.values, step.exact, step.update, step.seed, step.nudged, step.double)
+        self.placer.places(found, step.exact)
+        return found
+
+    def spreads(self, step: Step, before: Mapping[Key, Spread], runs: int) -> dict[Key, Spread]:
+        """The errors of one device in the working precision over so many runs; the ranks share the runs.
+
+        before: over fewer.
+        """
+        done = max((len(spread.norms) for spread in before.values()), default=0)
+        ranks, own = len(coordinates(self.mesh)), exchange.place(self.mesh)
+        keys = [key for key, place in step.places.items() if place.single in step.exact.tensors]
+        mine = {key: Spread(step.exact.tensors[step.places[key].single].double()) for key in keys}
+        norms = {key: [0.0] * (runs - done) for key in keys}
+        for run in range(done, runs):
+            if run % ranks == own:
+                found = self._one_run(step, run)
+                for key in keys:
+                    tensor = found.tensors.get(step.places[key].single)
+                    if tensor is not None:
+                        mine[key].add(tensor)
+                        norms[key][run - done] = mine[key].norms[-1]
+                self.asked.update(found.asked)
+        self.asked.update(exchange.any_of_all(self.asked, NARROW, self.mesh))
+        squares = exchange.sums_of_all([mine[key].squares for key in keys], self.mesh)
+        lengths = exchange.sums_of_all([torch.tensor(norms[key], dtype=torch.float64) for key in keys], self.mesh)
+        made = {}
+        for key, square, length in zip(keys, squares, lengths):
+            old = before.get(key)
+            made[key] = Spread(
+                mine[key].exact,
+                square if old is None else old.squares + square,
+                [*(old.norms if old else ()), *length.tolist()],
+            )
+        return made
+
+    def in_single(self, step: Step, spreads: Mapping[Key, Spread]) -> dict[Key, InSingle]:
+        """What may be left of a step in float64. `spreads`: of a step in the working precision."""
+        used = {value.dtype for value in self.values if value.is_floating_point()} | (self.asked & set(NARROW))
+        dtype = max(used, key=lambda one: torch.finfo(one).eps, default=torch.float32)
+        ranks = len(coordinates(self.mesh))
+        made = {}
+        for key, place in step.places.items():
+            exact = step.exact.tensors.get(place.single)
+            if exact is not None:
+                spread = spreads.get(key)
+                same = spread is not None and spread.exact.shape == exact.shape
+                made[key] = InSingle(exact.double(), spread if same else None, dtype, ranks)
+        return made
+
+    def measure(self, step: Step, yards: Mapping[Key, Spread] | Mapping[Key, InSingle]) -> list[Measured]:
+        """Every tensor of a step, measured on this rank, in the order of execution; the same list on every rank."""
+        order = {key: 2 * at for at, key in enumerate(step.parallel.tensors)}
+        last = min((at for (kind, _), at in order.items() if kind in ("norm", "step")), default=2 * len(order))
+        found = []
+        for key, place in step.places.items():
+            one = measure(
+                key, place.split, place.shape, step.parallel.tensors.get(key), yards.get(key),
+                order.get(key, last - 1), self.mesh,
+            )  # fmt: skip
+            tensor = step.exact.tensors.get(place.single)
+            found.append(replace(one, single=place.single, real=None if tensor is None else tuple(tensor.shape)))
+        return found
+
+    def known(self, step: Step, measured: Sequence[Measured]) -> Context:
+        """What explanations may use of a step."""
+        values, by_key = step.values, {one.key: one for one in measured}
 
         def again(key: Key, changes: Mapping[str, Tensor], backward: bool) -> Tensor | None:
             one = by_key[key]
@@ -110,7 +211,7 @@ class Attempt:
                 for pair in self.pairs:
                     if pair.name in changes:
                         _change_backward(model, pair.single_name, pair.to_single(changes[pair.name]))
-            recording = self._exact_step(model, seed)
+            recording = self._exact_step(model, step.seed, step.nudged)
             tensor = None if one.single is None else recording.tensors.get(one.single)
             return None if tensor is None else fit(tensor, one.shape)
 
@@ -119,10 +220,10 @@ class Attempt:
             model = self._one_device(values, torch.float64)
             parameter = model.get_parameter(own.single_name)
 
-            def step(loss: Loss) -> None:
-                self._exact_step(model, seed, loss)
+            def run(loss: Loss) -> None:
+                self._exact_step(model, step.seed, step.nudged, loss)
 
-            return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, step)]
+            return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, run)]
 
         return Context(
             exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
@@ -132,14 +233,17 @@ class Attempt:
             uses=uses,
         )
 
-    def _perturbed(self, seed: int, constants: bool, nudge: bool) -> list[Tensor]:
+    def _perturbed(self, seed: int, nudge: bool) -> list[Tensor]:
+        """The parameters; those that would hide a mistake (constant ones, shards that are alike) are moved."""
         generator = torch.Generator().manual_seed(seed)
         changed = []
         for one, value in zip(self.pairs, self.values):
             real = one.to_single(value)
             noise = torch.randn(real.shape, generator=generator, dtype=torch.float64).to(real.device)
-            if constants and real.numel() and bool((real == real.view(-1)[0]).all()):
+            if self.perturb and real.numel() and bool((real == real.view(-1)[0]).all()):
                 real = (real.double() + noise / 4).to(value.dtype)
+            elif self.perturb and _shards_alike(one, value, self.mesh):
+                real = (real.double() * (1 + noise / 4)).to(value.dtype)
             elif nudge:
                 real = (real.double() * (1 + noise / 64)).to(value.dtype)
             whole = fit(real, one.shape).clone()
@@ -154,38 +258,50 @@ class Attempt:
         """A copy of the single model with these values, in a precision or in those of the parallel model."""
         model = copy.deepcopy(self.single.model).to(self.mesh.device)
         targets = dict(model.named_parameters())
-        theirs = dict(self.parallel.model.named_buffers())
         with torch.no_grad():
             for one, value in zip(self.pairs, values):
                 target = targets[one.single_name]
                 target.data = one.to_single(value).to(dtype or value.dtype).clone()
                 target.grad = None
-                target.requires_grad_(one.parameter.requires_grad and target.requires_grad)
             for name, buffer in model.named_buffers():
+                buffer.data = self.state.get(name, buffer.data).clone()
                 if buffer.is_floating_point():
-                    like = theirs.get(name, buffer)
+                    like = self.buffers.get(self.placer.name_in_parallel(name), buffer)
                     buffer.data = buffer.data.to(dtype or like.dtype)
         return model
 
-    def _exact_step(self, model: nn.Module, seed: int, loss: Loss | None = None) -> Recording:
-        side = Side(model, _cast(self.single.batch), loss or self.single.loss)
-        with InFloat64():
-            return _step(side, _gradient(seed))
+    def _takes_over_state(self, model: nn.Module) -> bool:
+        """Note the buffers that a step of single has changed: they begin as parallel's. Whether one began otherwise."""
+        other = False
+        fresh = dict(self.single.model.named_buffers())
+        for name, buffer in model.named_buffers():
+            theirs, own = self.buffers.get(self.placer.name_in_parallel(name)), fresh[name].to(buffer.device)
+            began = self.state.get(name, own)
+            if theirs is None or theirs.shape != own.shape or torch.equal(buffer, began.to(buffer.dtype)):
+                continue
+            self.state[name] = theirs
+            other |= not torch.equal(theirs.to(began.dtype), began)
+        return other
 
-    def _one_run(
-        self, values: Sequence[Tensor], update: Update, seed: int, run: int, places: dict[Key, Place]
-    ) -> dict[Key, Tensor]:
+    def _exact_step(self, model: nn.Module, seed: int, nudged: bool, loss: Loss | None = None) -> Recording:
+        batch = mapped(_inputs(self.single.batch, nudged), lambda _, tensor: tensor.double())
+        with InFloat64() as mode:
+            found = _step(Side(model, batch, loss or self.single.loss), _gradient(seed))
+        found.asked = frozenset(mode.asked)
+        return found
+
+    def _one_run(self, step: Step, run: int) -> Recording:
         """What one device computes in the working precision; the first run as it is, the others in other orders."""
-        model = self._one_device(values, None)
-        side = Side(model, self.single.batch, self.single.loss)
-        if run == 0:
-            recording = _step(side, _gradient(seed))
-        else:
-            with Reordered(max(len(coordinates(self.mesh)), 2), 1000 * seed + run):
-                recording = _step(side, _gradient(seed))
-        update.run(model, dict(model.named_parameters()), recording)
-        found = recording.tensors
-        return {key: found[place.single] for key, place in places.items() if place.single in found}
+        model = self._one_device(step.values, None)
+        side = Side(model, _inputs(self.single.batch, step.nudged), self.single.loss)
+        with ExitStack() as stack:
+            order = None
+            if run:
+                order = stack.enter_context(Reordered(max(len(coordinates(self.mesh)), 2), 1000 * step.seed + run))
+            found = _step(side, _gradient(step.seed))
+        found.asked = frozenset(order.asked if order else ())
+        step.update.run(model, dict(model.named_parameters()), found)
+        return found
 
     def _update(self, exact: nn.Module) -> Update:
         """Clip to half the norm, so that clipping acts; by default, a step as long as half the parameters' norm."""
@@ -194,13 +310,33 @@ class Attempt:
         size = float(nn.utils.get_total_norm([p.detach() for p in exact.parameters()]))
         rate = size / norm if norm > 0 else 1.0
         optimizer = self.optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=rate, foreach=False))
-        return Update(None if self.clip is None else _clip_one_device, optimizer, norm / 2)
+        return Update(
+            None if self.clip is None else _clip_one_device, optimizer, norm / 2, again=self.optimizer is not None
+        )
 
-    def _run_parallel(self, values: Sequence[Tensor], exact: Recording, update: Update, seed: int) -> Recording:
+    def _run_parallel(
+        self, values: Sequence[Tensor], exact: Recording, update: Update, seed: int, nudged: bool, double: bool
+    ) -> Recording:
+        model = self.parallel.model
         with torch.no_grad():
             for one, value in zip(self.pairs, values):
                 mine = one.split.shard(value, self.mesh.shape, self.mesh.coordinate)
                 local_part(one.parameter.detach()).copy_(mine)
+            for name, buffer in model.named_buffers():
+                local_part(buffer.detach()).copy_(self.buffers[name])
+        batch = _inputs(self.parallel.batch, nudged)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=()))
+            torch.default_generator.manual_seed(seed)  # should it draw random numbers, they are the same in every run
+            if double:
+                stack.enter_context(floating_in_float64(model))
+                batch = mapped(batch, lambda _, tensor: tensor.double())
+                used = {value.dtype for value in self.values} | self.asked | {torch.float32}
+                stack.enter_context(InFloat64(keep=set(NARROW) - used))
+            side = Side(model, batch, self.parallel.loss)
+            return self._parallel_step(side, exact, update, seed)
+
+    def _parallel_step(self, side: Side, exact: Recording, update: Update, seed: int) -> Recording:
         assert exact.result is not None
         whole = exact.result
 
@@ -209,7 +345,8 @@ class Attempt:
             if place is None:
                 raise ShapeError(
                     f"parallel's result has local shape {tuple(result.shape)}, of which no split makes single's "
-                    f"{tuple(whole.shape)}: give splits={{{WHOLE!r}: 'Y[…]'}}, or a parallel_loss"
+                    f"{tuple(whole.shape)}{self.placer.turned(tuple(result.shape), tuple(whole.shape))}: give "
+                    f"splits={{{WHOLE!r}: 'Y[…]'}}, or a parallel_loss that returns the loss, or single's order of dims"
                 )
             full = fit(_gradient(seed)(whole), place.shape)
             mine = place.split.summed_over(()).shard(full, self.mesh.shape, self.mesh.coordinate).to(result.dtype)
@@ -221,10 +358,29 @@ class Attempt:
             )
 
         parameters = {one.name: one.parameter for one in self.pairs}
-        recording = forward_backward(self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient)
-        if not any(one.unsummed for one in self.pairs):  # else the caller must sum the gradients first
-            Update(self.clip, update.optimizer, update.max_norm).run(self.parallel.model, parameters, recording)
+        recording = forward_backward(side.model, side.batch, side.loss, parameters, gradient)
+        unsummed = [one for one in self.pairs if one.unsummed]
+        for one in unsummed:  # their program sums them after backward
+            grad = gradient_of(one.parameter)
+            term = torch.zeros_like(one.parameter.detach()) if grad is None else grad
+            total = exchange.sum_over(local_part(term), self.mesh, one.unsummed)
+            if grad is not None:
+                local_part(grad).copy_(total)
+        replace(update, clip=None if unsummed else self.clip).run(side.model, parameters, recording)
         return recording
+
+
+def _shards_alike(one: Pair, value: Tensor, mesh: MeshView) -> bool:
+    """Whether every rank's shard has the same values, so that another rank's would do as well."""
+    places = {tuple(at[axis] for axis in one.split.spec.axes): at for at in coordinates(mesh)}
+    if len(places) < 2:
+        return False
+    shards = [one.split.shard(value, mesh.shape, at) for at in places.values()]
+    return bool(shards[0].numel()) and all(torch.equal(shards[0], other) for other in shards[1:])
+
+
+def _inputs(batch: Batch, nudged: bool) -> Batch:
+    return mapped(batch, lambda _, tensor: (tensor * _OTHER_INPUTS).to(tensor.dtype)) if nudged else batch
 
 
 def _change_backward(model: nn.Module, name: str, value: Tensor) -> None:
@@ -281,14 +437,3 @@ def _gradient(seed: int) -> Callable[[Tensor], Tensor]:
         return drawn.to(result)
 
     return make
-
-
-def _cast(batch: Batch) -> Batch:
-    """The batch with its floating tensors in float64."""
-
-    def wide(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    if isinstance(batch, Mapping):
-        return {name: wide(value) for name, value in batch.items()}
-    return tuple(wide(value) for value in batch)

@@ -16,9 +16,10 @@ from shardgrad.verification.observed import Kind, Observed, Split
 from shardgrad.verification.pairing import fit, local_part
 from shardgrad.verification.record import Key
 from shardgrad.verification.report import Row, Verdict
-from shardgrad.verification.rounding import Bounds, Spread, floor
+from shardgrad.verification.rounding import Bounds, InSingle, Spread, floor
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+_MAY_BE_ZERO: tuple[Kind, ...] = ("output", "loss", "output gradient", "input gradient", "gradient", "norm")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Measured:
     """What this rank finds of one tensor.
 
     local, exact, scale: this rank's tensor; the global one and the size of rounding, float64; None where there is none.
+    wrong: which elements of the local tensor are beyond their bound.
     numbers: verdict, error, yardstick, ratio, allowed, worst element, allowed, where it is (flat), order.
     single, real: its key and its shape on one device.
     """
@@ -37,6 +39,7 @@ class Measured:
     exact: Tensor | None
     scale: Tensor | None
     numbers: tuple[float, ...]
+    wrong: Tensor | None = None
     single: Key | None = None
     real: tuple[int, ...] | None = None
 
@@ -46,7 +49,7 @@ def measure(
     split: Split,
     shape: tuple[int, ...],
     tensor: Tensor | None,
-    spread: Spread | None,
+    spread: Spread | InSingle | None,
     order: int,
     mesh: MeshView,
 ) -> Measured:
@@ -60,8 +63,9 @@ def measure(
 
     def found(verdict: Verdict, *numbers: float) -> Measured:
         measured = numbers or (inf, 0.0, inf, 1.0, inf, 1.0, 0.0)
-        return Measured(key, split, shape, local, exact, scale, (VERDICTS.index(verdict), *measured, order))
+        return Measured(key, split, shape, local, exact, scale, (VERDICTS.index(verdict), *measured, order), wrong)
 
+    wrong: Tensor | None = None
     local = None if tensor is None else local_part(tensor)
     exact = scale = None
     if spread is None:
@@ -103,6 +107,9 @@ def measure(
         verdict = "not finite"
     elif ratio > bounds.norm or element > bounds.element:
         verdict = "bug"
+    elif key[0] in _MAY_BE_ZERO and not bool(real.any()) and not bool(error.any()):
+        verdict = "not judged"
+    wrong = far > bounds.element
     where = _flat(at, error, split, shape, mesh)
     return found(verdict, length, rounding, ratio, bounds.norm, element, bounds.element, where)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from shardgrad.comm.mesh import MeshView
 
 _WHAT = "verification"
 _DIMS = 16
+_AT_ONCE = 1 << 22
+"""Elements that are added up in one exchange."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
@@ -70,3 +74,35 @@ def from_first(tensor: Tensor, mesh: MeshView) -> Tensor:
             mine = tensor.clone() if axis.index == 0 else torch.zeros_like(tensor)
             tensor = AllReduce(axis, _WHAT)(mine)
     return tensor
+
+
+def sum_over(tensor: Tensor, mesh: MeshView, axes: Iterable[str]) -> Tensor:
+    """The sum of the ranks' tensors over some axes."""
+    total = tensor.detach().clone()
+    for name in axes:
+        if mesh.shape[name] > 1:
+            total = AllReduce(mesh.axes[name], _WHAT)(total)
+    return total
+
+
+def sums_of_all(tensors: Sequence[Tensor], mesh: MeshView) -> list[Tensor]:
+    """Of each of these float64 tensors, which every rank has in these shapes, the sum over all ranks."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if prod(mesh.shape.values()) == 1 or not sum(sizes):
+        return list(tensors)
+    found: list[Tensor] = []
+    group: list[Tensor] = []
+    for at, tensor in enumerate(tensors):
+        group.append(tensor)
+        if at + 1 == len(tensors) or sum(one.numel() for one in group) > _AT_ONCE:
+            flat = sum_over(torch.cat([one.reshape(-1) for one in group]).to(mesh.device), mesh, mesh.axes)
+            parts = flat.split([one.numel() for one in group])
+            found += [part.view(one.shape) for part, one in zip(parts, group)]
+            group = []
+    return found
+
+
+def any_of_all(mine: Collection[Any], known: Sequence[Any], mesh: MeshView) -> set[Any]:
+    """Those of `known` that some rank has."""
+    rows = ints_of_all([int(one in mine) for one in known], mesh)
+    return {one for one, held in zip(known, zip(*rows)) if any(held)}

@@ -14,9 +14,12 @@ from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
 from shardgrad.nn.features import MergedDim
 
-Kind = Literal["output", "loss", "output gradient", "input gradient", "gradient", "norm", "step", "value"]
+Kind = Literal[
+    "output", "loss", "output gradient", "input gradient", "gradient", "norm", "step", "second step", "value", "buffer"
+]
 """What a tensor is: a module's output, the loss, the gradient of a module's output, of the model's input, of a
-parameter, the norm of all gradients before clipping, a parameter after an optimizer step, or before it."""
+parameter, the norm of all gradients before clipping, a parameter after an optimizer step, after a second one, or before
+them, a buffer after the step."""
 
 
 @dataclass(frozen=True)

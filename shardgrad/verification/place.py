@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import permutations
 from math import inf
 
 import torch
@@ -11,15 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardgrad.comm.mesh import MeshView
+from shardgrad.errors import LayoutError
 from shardgrad.nn.features import MergedDim, StoredOutput
 from shardgrad.verification import exchange
 from shardgrad.verification import splits as how
 from shardgrad.verification.fingerprint import fingerprint
-from shardgrad.verification.observed import Split
-from shardgrad.verification.pairing import Names, Pair, fit, local_part, translate
+from shardgrad.verification.observed import Kind, Split
+from shardgrad.verification.pairing import Names, Pair, fit, local_part, same_but_joined, translate
 from shardgrad.verification.record import WHOLE, Key, Recording
 
 _DIMS = 8
+_OF_PARAMETERS: tuple[Kind, ...] = ("gradient", "step", "second step")
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,10 @@ class Placer:
         mesh: MeshView,
         given: how.Splits,
         said: Mapping[str, StoredOutput] | None = None,
+        skip: Collection[str] = (),
     ) -> None:
         said = said or {}
+        self._skip, self._skips = skip, set[str]()
         self.pairs, self.modules, self.mesh, self.given = {one.name: one for one in pairs}, modules, mesh, given
         self.longer = {
             small: large
@@ -97,18 +103,20 @@ class Placer:
         found: dict[Key, Place] = {}
         for key, single in partners.items():
             kind, name = key
+            if self._left_out(kind, name):
+                continue
             tensor = _reduced(parallel, key)
             shapes = shapes_of[key]
-            if kind in ("gradient", "step"):
+            if kind in _OF_PARAMETERS:
                 held = [shape is not None for shape in shapes]
-                if any(held) if single not in exact.tensors or kind == "step" else True:
+                if any(held) if single not in exact.tensors or kind != "gradient" else True:
                     found[key] = self._of_parameter(self.pairs[name], key, single, tensor)
                 continue
             if any(shape is None for shape in shapes):
                 if kind == "input gradient" and name in parallel.inputs:  # then it should have one
                     whole = exact.tensors[single]
                     found[key] = Place(single, Split.of([()] * whole.dim()), tuple(whole.shape))
-                elif kind != "norm":
+                elif kind not in ("norm", "buffer"):
                     self.skipped[f"{kind} of {name}"] = "parallel has none, or not on every rank"
                 continue
             called = exact.calls.get(_path(single[1]), 0)
@@ -125,7 +133,8 @@ class Placer:
             if place is None:
                 local = ", ".join(str(shape) for shape in dict.fromkeys(shapes))
                 shape = tuple(exact.tensors[single].shape)
-                self.skipped[f"{kind} of {name}"] = f"no split of {shape} gives {local}; name it in splits"
+                turned = self.turned(next(s for s in shapes if s is not None), shape)
+                self.skipped[f"{kind} of {name}"] = f"no split of {shape} gives {local}{turned}; name it in splits"
             else:
                 found[key] = place
                 if self.said and kind in ("output", "output gradient") and not self._sure(key, place, same_on_all):
@@ -142,12 +151,55 @@ class Placer:
             return True
         return key in same_on_all and not place.split.spec.axes
 
+    def _left_out(self, kind: str, name: str) -> bool:
+        """Whether the user asked to skip all tensors of a name, or an output's gradient (`name.grad`)."""
+        names = (name, f"{name}.grad") if kind == "output gradient" else (name,)
+        for pattern in self._skip:
+            if any(one == pattern or fnmatchcase(one, pattern) for one in names):
+                self._skips.add(pattern)
+                self.skipped[f"{kind} of {name}"] = "as was asked"
+                return True
+        return False
+
+    def check_used(self) -> None:
+        """Refuse what fits nothing, in `splits` and in `skip`.
+
+        Raises:
+            LayoutError: with the nearest names.
+        """
+        self.given.check_used(self.names)
+        for pattern in self._skip:
+            if pattern not in self._skips:
+                raise LayoutError(f"skip: nothing is called {pattern!r}{how.nearest(pattern, self.names)}")
+
+    def name_in_parallel(self, name: str) -> str:
+        """What parallel calls a buffer of single's."""
+        path, _, leaf = name.rpartition(".")
+        own = self.modules.get(path, path)
+        return f"{own}.{leaf}" if own else leaf
+
+    def turned(self, local: Sequence[int], whole: Sequence[int]) -> str:
+        """`, but of …` if the dims of a local shape would fit single's in another order; else nothing."""
+        if len(local) != len(whole):
+            return ""
+        for order in permutations(range(len(whole))):
+            other = tuple(whole[at] for at in order)
+            if (
+                other != tuple(whole)
+                and all(a == b or a < b for a, b in zip(local, other))
+                and (sum(a != b for a, b in zip(local, other)) <= 1)
+            ):
+                return f", but one of {other} does: its dims stand in another order than single's"
+        return ""
+
     def _stored(self, name: str) -> StoredOutput | None:
         return None if "[" in name else self.said.get(_path(name))
 
     def of_result(self, result: Tensor, exact: Tensor) -> Place | None:
         """Where the model's own output lies, whose gradient is to be given."""
         if isinstance(result, DTensor):
+            if not same_but_joined(result.shape, exact.shape):
+                return None
             split = how.of_dtensor(result, self.mesh, WHOLE)
             return Place(("output", WHOLE), split.summed_over(()), tuple(result.shape))
         shapes = [tuple(row) for row in exchange.ints_of_all(list(result.shape), self.mesh)]
@@ -168,12 +220,14 @@ class Placer:
                 own = (self.modules[path] or WHOLE) + mark
                 self.names += [own, f"{own}.grad"] if kind == "output" else []
                 partners[kind, own] = (kind, name)
-            elif kind not in ("gradient", "step"):
+            elif kind == "buffer":
+                partners[kind, self.name_in_parallel(name)] = (kind, name)
+            elif kind not in _OF_PARAMETERS:
                 self.names.append(name)
                 partners[kind, name] = (kind, name)
-        for one in self.pairs.values():
-            partners["gradient", one.name] = ("gradient", one.single_name)
-            partners["step", one.name] = ("step", one.single_name)
+        for kind in _OF_PARAMETERS:
+            if kind != "second step" or any(found == kind for found, _ in exact.tensors):
+                partners |= {(kind, one.name): (kind, one.single_name) for one in self.pairs.values()}
         return partners
 
     def _shapes(
@@ -204,7 +258,7 @@ class Placer:
     def _of_parameter(self, one: Pair, key: Key, single: Key, tensor: Tensor | None) -> Place:
         if isinstance(tensor, DTensor):
             return Place(single, how.of_dtensor(tensor, self.mesh, one.name), one.shape)
-        if key[0] == "step":
+        if key[0] != "gradient":
             return Place(single, one.split, one.shape)
         return Place(single, one.split.summed_over(one.unsummed), one.shape)
 
@@ -222,6 +276,8 @@ class Placer:
         if kind == "norm":
             return Place(single, Split.of([]), ())
         if isinstance(tensor, DTensor):
+            if not same_but_joined(tensor.shape, whole.shape) and tensor.shape[:-1] != whole.shape[:-1]:
+                return None  # a padded vocabulary may be longer
             return Place(single, how.of_dtensor(tensor, self.mesh, name), tuple(tensor.shape))
         if of_output is not None:
             said = self.given.get(f"{name}.grad", whole.dim())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +21,8 @@ Loss = Callable[..., Any]
 WHOLE = "(model)"
 LOSS: Key = ("loss", "loss")
 NORM: Key = ("norm", "norm of all gradients")
+_SECOND = 0.625
+"""The second step's gradients, in those of the first."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Recording:
     calls: how often each module was called in forward, by its path.
     inputs: the floating tensors of the batch, which should get gradients.
     result: what was differentiated: the loss, or the output that a random gradient was given.
+    asked: the dtypes that the program has cast to, where they were watched.
     """
 
     tensors: dict[Key, Tensor] = field(default_factory=dict)
@@ -37,6 +42,7 @@ class Recording:
     calls: dict[str, int] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
     result: Tensor | None = None
+    asked: frozenset[torch.dtype] = frozenset()
 
     def put(self, key: Key, tensor: Tensor) -> None:
         self.tensors.pop(key, None)  # a gradient that comes in several parts is complete with the last
@@ -45,19 +51,30 @@ class Recording:
 
 @dataclass(frozen=True)
 class Update:
-    """What comes after backward: clipping the gradients' norm, if it is known how, and a step of the optimizer."""
+    """What comes after backward: clipping the gradients' norm, if it is known how, and a step of the optimizer.
+
+    again: whether the optimizer takes a second step, with gradients of another size: in the first one, Adam's β₂ and a
+        dampening show nothing.
+    """
 
     clip: Callable[[nn.Module, float], Tensor] | None
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     max_norm: float
+    again: bool = False
 
     def run(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], recording: Recording) -> None:
-        """Leaves the parameters changed."""
+        """Leaves the parameters and the gradients changed."""
         if self.clip is not None:
             recording.put(NORM, self.clip(model, self.max_norm))
-        self.optimizer(list(parameters.values())).step()
-        for name, parameter in parameters.items():
-            recording.put(("step", name), parameter)
+        optimizer = self.optimizer(list(parameters.values()))
+        kinds: tuple[Kind, ...] = ("step", "second step") if self.again else ("step",)
+        for kind in kinds:
+            optimizer.step()
+            for name, parameter in parameters.items():
+                recording.put((kind, name), parameter)
+                gradient = gradient_of(parameter)
+                if gradient is not None:
+                    gradient.mul_(_SECOND)
 
 
 def forward_backward(
@@ -97,8 +114,8 @@ def forward_backward(
 
     for path, module in model.named_modules():
         in_forward.append(module.register_forward_hook(partial(seen, path)))
-    inputs = differentiable(batch)
-    for name, leaf in _leaves(inputs):
+    inputs, leaves = differentiable(batch)
+    for name, leaf in leaves.items():
         recording.inputs.add(name)
         handles.append(leaf.register_hook(partial(_keep, recording, ("input gradient", name))))
     for name, parameter in parameters.items():
@@ -113,9 +130,7 @@ def forward_backward(
         found = loss(model, **inputs) if isinstance(inputs, Mapping) else loss(model, *inputs)
         while in_forward:  # what backward recomputes is no further call
             in_forward.pop().remove()
-        result = next(iter(tensors_in(getattr(found, "loss", None))), None)
-        if result is None:
-            result = next(iter(tensors_in(found)), None)
+        result = result_of(found)
         if result is None or not result.requires_grad:
             raise ValueError(
                 f"{type(model).__name__} gave nothing to differentiate: {type(found).__name__}. Let "
@@ -130,6 +145,8 @@ def forward_backward(
     finally:
         for handle in [*handles, *in_forward]:
             handle.remove()
+    for name, buffer in model.named_buffers():
+        recording.put(("buffer", name), buffer)
     for name, parameter in parameters.items():  # as the optimizer sees it: DDP reduces it after the hooks
         grad = gradient_of(parameter)
         if grad is not None:
@@ -151,8 +168,14 @@ def _keep_gradient(recording: Recording, key: Key, parameter: nn.Parameter) -> N
         recording.put(key, parameter.grad)
 
 
+def result_of(found: Any) -> Tensor | None:
+    """What a step differentiates of what its loss function returned: `.loss`, `["loss"]`, or the first tensor."""
+    said = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+    return next(tensors_in(said), None) if said is not None else next(tensors_in(found), None)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating tensors in nested tuples, lists and mappings, in order."""
+    """The floating tensors in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -162,21 +185,39 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors_in(part)
+    elif dataclasses.is_dataclass(value):
+        for one in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, one.name))
 
 
-def differentiable(batch: Batch) -> Batch:
-    """The batch with its floating tensors as leaves that get gradients."""
+def mapped(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
+    """A batch with its floating tensors changed, however they are nested; `change` gets each one's path (`0.mask`)."""
+    if isinstance(value, Tensor):
+        return change(path, value) if value.is_floating_point() else value
+    inner = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        parts = {name: mapped(part, change, f"{inner}{name}") for name, part in value.items()}
+        if type(value) is dict or not hasattr(value, "update"):
+            return parts
+        same = copy.copy(value)  # a UserDict, a BatchEncoding
+        same.update(parts)
+        return same
+    if isinstance(value, tuple | list):
+        found = [mapped(part, change, f"{inner}{at}") for at, part in enumerate(value)]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        same = copy.copy(value)
+        for one in dataclasses.fields(value):
+            object.__setattr__(same, one.name, mapped(getattr(value, one.name), change, f"{inner}{one.name}"))
+        return same
+    return value
 
-    def leaf(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().clone().requires_grad_() if is_float else value
 
-    if isinstance(batch, Mapping):
-        return {name: leaf(value) for name, value in batch.items()}
-    return tuple(leaf(value) for value in batch)
+def differentiable(batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """The batch with its floating tensors as leaves that get gradients; and those, by name."""
+    leaves: dict[str, Tensor] = {}
 
+    def leaf(path: str, tensor: Tensor) -> Tensor:
+        return leaves.setdefault(f"input {path}", tensor.detach().clone().requires_grad_())
 
-def _leaves(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    for name, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
-        if isinstance(value, Tensor) and value.requires_grad:
-            yield f"input {name}", value
+    return mapped(batch, leaf), leaves

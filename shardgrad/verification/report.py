@@ -14,7 +14,11 @@ from shardgrad.verification.observed import Kind, Observed
 if TYPE_CHECKING:
     from rich.console import Console
 
-Verdict = Literal["rounding", "bug", "missing", "unexpected", "wrong shape", "not finite", "replicas differ"]
+Verdict = Literal[
+    "rounding", "bug", "missing", "unexpected", "wrong shape", "not finite", "replicas differ", "frozen", "trainable",
+    "not the same twice", "cannot tell", "term of a sum", "not judged",
+]  # fmt: skip
+NOT_ACCUSED: tuple[Verdict, ...] = ("rounding", "cannot tell", "term of a sum", "not judged")
 BACKWARD: tuple[Kind, ...] = ("output gradient", "input gradient", "gradient")
 
 
@@ -30,7 +34,9 @@ class Row:
     allowed: how large the ratio may be.
     element: the largest error of one element, in units of what rounding does to that element; element_allowed likewise.
     index, rank: where that element is in the global tensor, and the rank (in the mesh's order) that holds it so.
-    verdict: "rounding", or what is wrong.
+    verdict: "rounding", or what is wrong; "cannot tell": beyond rounding in the working precision, and right in
+        float64; "term of a sum": the ranks' tensors add up to it, and what follows is right; "not judged": zero.
+    in_float64: whether the numbers are those of the step in float64, of which float32's rounding is the yardstick.
     """
 
     name: str
@@ -47,15 +53,17 @@ class Row:
     index: tuple[int, ...]
     rank: int
     verdict: Verdict
+    in_float64: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.verdict == "rounding"
+        """Whether it is not accused."""
+        return self.verdict in NOT_ACCUSED
 
     @property
     def score(self) -> float:
         """How much of what is allowed the tensor uses: above 1 it is wrong. Infinite if it is missing or not finite."""
-        if self.verdict not in ("rounding", "bug"):
+        if self.verdict not in ("rounding", "bug", "cannot tell", "term of a sum", "not judged", "not the same twice"):
             return float("inf")
         return max(self.ratio / self.allowed, self.element / self.element_allowed)
 
@@ -68,6 +76,7 @@ class Report:
     findings: all that is known of each tensor that is wrong, in the order of execution.
     diagnoses: explanations of the first of them, and of those after it until one is explained.
     skipped: modules' outputs that were not compared, with the reason.
+    notes: what else a reader should know: how the second step was run, and what this cannot see.
     mesh_shape, dtype, runs: the mesh, the working precision, how many runs of one device the yardstick is made of.
     """
 
@@ -78,11 +87,22 @@ class Report:
     dtype: str
     runs: int
     diagnoses: tuple[Diagnosis, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor's difference is rounding."""
-        return all(row.ok for row in self.rows)
+        """Whether nothing is accused, and something was judged."""
+        return all(row.ok for row in self.rows) and not self.idle
+
+    @property
+    def idle(self) -> bool:
+        """Whether every gradient is zero, so that nothing was judged."""
+        found = [row for row in self.rows if row.kind == "gradient"]
+        return bool(found) and all(row.verdict == "not judged" for row in found)
+
+    def with_verdict(self, verdict: Verdict) -> tuple[Row, ...]:
+        """The rows of a verdict, in the order of execution."""
+        return tuple(sorted((row for row in self.rows if row.verdict == verdict), key=lambda row: row.order))
 
     @property
     def first(self) -> Row | None:
@@ -111,26 +131,40 @@ class Report:
                     {**_plain(asdict(one)), "fits": [_plain(asdict(fit)) for fit in one.fits]} for one in self.diagnoses
                 ],
                 "skipped": dict(self.skipped),
+                "notes": list(self.notes),
             },
             indent=indent,
             allow_nan=False,
         )
 
     def summary(self) -> str:
-        """One or two lines."""
+        """A few lines: what is wrong, or that nothing is; what cannot be told, and what was not judged."""
         mesh = ", ".join(f"{axis}={ranks}" for axis, ranks in self.mesh_shape.items())
         wrong = sum(not row.ok for row in self.rows)
         where = f"({self.dtype}, mesh {mesh})"
-        first = self.first
-        if first is None:
-            worst = max((row.ratio for row in self.rows), default=0.0)
-            return (
-                f"all {len(self.rows)} tensors differ by rounding alone {where}: at most {worst:.2g} times one device's"
+        first, judged = self.first, self.with_verdict("rounding")
+        lines = []
+        if first is not None:
+            lines.append(f"{wrong} of {len(self.rows)} tensors are not what one device computes {where}")
+            lines.append(f"first in the order of execution: the {first.kind} of {first.name}, {_where(first)}")
+        elif self.idle:
+            lines.append(
+                f"cannot tell: every gradient is zero {where}, so that nothing was judged; give a batch, values or a "
+                "loss that move them"
             )
-        return (
-            f"{wrong} of {len(self.rows)} tensors are not what one device computes {where}\n"
-            f"first in the order of execution: the {first.kind} of {first.name}, {_where(first)}"
-        )
+        else:
+            all_ = "all" if len(judged) == len(self.rows) else f"{len(judged)} of"
+            worst = max((row.ratio for row in judged), default=0.0)
+            lines.append(
+                f"{all_} {len(self.rows)} tensors differ by rounding alone {where}: at most {worst:.2g} times one "
+                "device's"
+            )
+        for verdict, says in _NOT_ACCUSED.items():
+            rows = self.with_verdict(verdict)
+            if rows and not (verdict == "not judged" and self.idle):
+                lines.append(f"{len(rows)} {'is' if len(rows) == 1 else 'are'} {says.format(dtype=self.dtype)}: "
+                             f"{_names(rows)}")  # fmt: skip
+        return "\n".join((*lines, *self.notes))
 
     def table(self, most: int = 20, *, width: int | None = None) -> str:
         """The rows as a table for a terminal, worst first, and the summary.
@@ -160,7 +194,8 @@ class Report:
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for row in self.rows[:most]:
-            verdict = Text(row.verdict, style="green" if row.ok else "bold red")
+            colour = "green" if row.verdict == "rounding" else "yellow" if row.ok else "bold red"
+            verdict = Text(row.verdict, style=colour)
             norm, element = _times(row.ratio, row.allowed), _times(row.element, row.element_allowed)
             table.add_row(_shortened(row.name, 32), row.kind, f"{row.error:.1e}", norm, element, verdict)
         console.print(table)
@@ -173,6 +208,20 @@ class Report:
             console.print(Text(str(diagnosis)))
 
 
+_NOT_ACCUSED: dict[Verdict, str] = {
+    "cannot tell": "'cannot tell': right in float64, beyond rounding in {dtype}, and alike each time (a point on a "
+    "jump, as ReLU's at zero or a choice among equals; another formula; a lower precision by design). To know, compare "
+    "in float32 or float64, or with another seed",
+    "term of a sum": "a term of a sum on each rank, and what follows is right: say so in `splits`, as Y[n,m]{{axis}}",
+    "not judged": "zero everywhere, and so not judged",
+}
+
+
+def _names(rows: tuple[Row, ...], most: int = 4) -> str:
+    shown = ", ".join(f"{row.kind} of {row.name}" for row in rows[:most])
+    return f"{shown} and {len(rows) - most} more" if len(rows) > most else shown
+
+
 def _first_of(skipped: Mapping[str, str]) -> str:
     name, reason = next(iter(skipped.items()))
     return f"{name} ({reason})"
@@ -182,13 +231,17 @@ def _where(row: Row) -> str:
     at = f"worst on rank {row.rank}"
     if row.index:
         at += f" at [{', '.join(map(str, row.index))}]"
+    precision = ", in float64 beside float32's rounding" if row.in_float64 else ""
     return {
         "missing": f"which rank {row.rank} does not have",
         "unexpected": f"which rank {row.rank} has and one device has not",
         "wrong shape": f"which has another shape on rank {row.rank} than {row.split} of {row.shape} leaves it",
         "not finite": f"{at}: it is not finite, there or on one device in this precision",
+        "frozen": f"which takes no gradient on rank {row.rank} (requires_grad), where single's does",
+        "trainable": f"which takes a gradient on rank {row.rank} (requires_grad), where single's is frozen",
+        "not the same twice": f"{at}: the same step, done again, gives another result",
     }.get(row.verdict, f"{at}, stored as {row.split}: {row.ratio:.3g} times rounding (allowed {row.allowed:.3g}), "
-           f"an element {row.element:.3g} times (allowed {row.element_allowed:.3g})")  # fmt: skip
+           f"an element {row.element:.3g} times (allowed {row.element_allowed:.3g}){precision}")  # fmt: skip
 
 
 def _times(ratio: float, allowed: float) -> str:

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 
+FEW = 3
+"""Runs of one device in the working precision that are enough for a step in which all is rounding: one as it is, the
+others with their sums in other orders. Where a tensor differs by more than these allow, `RUNS` of them decide."""
 RUNS = 9
-"""Runs of one device in the working precision: one as it is, the others with their sums in other orders."""
 SLACK = 4.0
 """How many times as large as one device's the rounding errors of a correct program may be: it fuses other operations,
 and the spread is estimated from a few runs. Measured: see docs/verify.md."""
@@ -30,16 +32,22 @@ _aten = torch.ops.aten
 
 
 class Reordered(shim.TorchDispatchMode):
-    """Inside the block, products and sums over rows are done in `blocks` blocks, in an order drawn from `seed`."""
+    """Inside the block, products and sums over rows are done in `blocks` blocks, in an order drawn from `seed`.
+
+    asked: the dtypes that the program has cast to.
+    """
 
     def __init__(self, blocks: int, seed: int) -> None:
         super().__init__()
         self.blocks = blocks
         self.generator = torch.Generator().manual_seed(seed)
+        self.asked: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = _RULES.get(func)
-        return rule(self, func, *args, **(kwargs or {})) if rule else func(*args, **(kwargs or {}))
+        rule, kwargs = _RULES.get(func), kwargs or {}
+        if kwargs.get("dtype") is not None:
+            self.asked.add(kwargs["dtype"])
+        return rule(self, func, *args, **kwargs) if rule else func(*args, **kwargs)
 
     def cut(self, size: int, device: torch.device) -> list[Tensor]:
         """The indices of a dim, shuffled, in blocks."""
@@ -168,6 +176,39 @@ class Spread:
         if not variance > 0:
             return 1.0
         return min(max(float(norms.mean()) ** 2 / variance, 1.0), float(count))
+
+
+class InSingle:
+    """What may be left of a tensor that was computed in float64: what float32 would leave of it, and not more.
+
+    A program that computes something in float32 whatever it is given (a table, a kernel) is right; one that is wrong
+    by more is not, though bfloat16 would not show it.
+
+    exact: the tensor in float64. spread: the errors of one device in `dtype`, of a step with other values.
+    """
+
+    freedom = 1.0
+
+    def __init__(self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int) -> None:
+        self.exact, self._least = exact, floor(exact, torch.float32, ranks)
+        self._spread, self._dtype, self._ranks = spread, dtype, ranks
+        self._unit = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+    def _in_units(self, size: Tensor) -> Tensor:
+        return torch.maximum(size.nan_to_num(0.0, 0.0, 0.0) * self._unit, self._least)
+
+    @property
+    def own(self) -> Tensor:
+        return self._least if self._spread is None else self._in_units(self._spread.own)
+
+    def scale(self, floor_: Tensor) -> Tensor:
+        """The size of error of each element, as of `Spread`; an eighth of the tensor's float32 rounding at least."""
+        mean = self._least.square().mean().sqrt() / 8 if self._least.numel() else self._least
+        size = torch.maximum(self._least, mean)
+        if self._spread is None:
+            return size
+        seen = self._spread.scale(floor(self._spread.exact, self._dtype, self._ranks))
+        return torch.maximum(self._in_units(seen), size)
 
 
 def floor(exact: Tensor, dtype: torch.dtype, ranks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,15 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import Attempt, Clip, Optimizer, Side, clip_of
-from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
+from shardgrad.verification.compare import VERDICTS, Measured, observe
+from shardgrad.verification.decide import Judged
 from shardgrad.verification.diagnose import diagnose
-from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
 from shardgrad.verification.report import Report
-from shardgrad.verification.rounding import RUNS
+from shardgrad.verification.steps import Steps, by_requires_grad, judge
+from shardgrad.verification.terms import terms
 
 
 @told
@@ -40,15 +41,18 @@ def verify(
     padded: Collection[str] = (),
     clip: Clip | None = None,
     optimizer: Optimizer | None = None,
+    skip: Collection[str] = (),
     perturb: bool = True,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Hold one step of a sharded model against the same model on one device, and say what is rounding and what a bug.
 
     Compared are the outputs of modules, their gradients, the loss, the gradient of every parameter and of the input,
     the norm of all gradients before clipping, and the parameters after an optimizer step; each on every rank. The
-    yardstick of a tensor is how far one device in the working precision is from float64, over nine runs whose sums go
-    in different orders; docs/verify.md says how far beyond it a tensor may be.
+    yardstick of a tensor is how far one device in the working precision is from float64, over runs whose sums go in
+    different orders; docs/verify.md says how far beyond it a tensor may be. A second step, with other values, is made
+    in float64 on both sides: it tells a mistake from a point on a jump, and shows what the working precision hides.
 
     `single` is not changed: copies of it get the parallel model's values. `parallel` is changed while it runs, and its
     parameters, buffers and gradients restored. Call it on every rank of the mesh; each computes `single` itself.
@@ -71,9 +75,11 @@ def verify(
         clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
             or torch's for DTensors; of other models the norm is not compared.
         optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
-        perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
-            hide what is wrong.
+        skip: tensors to leave out, by name or pattern: a module's output, its gradient (`fc1.grad`), the loss.
+        perturb: whether parameters that are constant (zero biases, unit norms), or whose shards are alike on all ranks,
+            are moved first, as they would hide what is wrong.
         seed: of all that is random here.
+        progress: told what is being done, a few words at a time.
 
     Raises:
         LayoutError: names or splits that are missing, unknown or ambiguous, with the nearest ones.
@@ -82,11 +88,12 @@ def verify(
     """
     _refuse_dropout(parallel, single)
     mesh_view = view(mesh)
+    tell = progress or (lambda said: None)
     given = how.Splits(splits or {}, mesh_view)
     pairs, held = pair(parallel, single, mesh_view, given, names, list(padded))
     values = [how.assemble(parts, one.split, one.shape, mesh_view) for one, parts in zip(pairs, held)]
     said = how.outputs_by_layers(parallel)
-    placer = Placer(pairs, modules_of(parallel, single, pairs, names), list(padded), mesh_view, given, said)
+    placer = Placer(pairs, modules_of(parallel, single, pairs, names), list(padded), mesh_view, given, said, list(skip))
     attempt = Attempt(
         Side(parallel, _batch(batch if parallel_batch is None else parallel_batch), parallel_loss or loss or _call),
         Side(single, _batch(batch), loss or _call),
@@ -96,36 +103,42 @@ def verify(
         placer,
         clip or clip_of(parallel),
         optimizer,
+        {name: local_part(buffer.detach()).clone() for name, buffer in parallel.named_buffers()},
+        perturb,
     )
     replicas = [_replicas(one, value, parts, mesh_view) for one, value, parts in zip(pairs, values, held)]
+    drifted = [one for one in judge(replicas, mesh_view).values() if not one.row.ok]
     with _restored(parallel):
-        measured = replicas + attempt.run(seed, constants=perturb, nudge=False)
-        rows = dict(zip((one.key for one in measured), rows_of(measured, mesh_view)))
-        same = {one.key for one in replicas if rows[one.key].ok}  # what is the same is as it should be: no news
-        measured = [one for one in measured if one.key not in same]
-        rows = {one.key: rows[one.key] for one in measured}
-        if any(not row.ok for row in rows.values()):
-            # A derivative that jumps (of ReLU at zero, of a maximum of equals) may differ by chance at one point. What
-            # is wrong is wrong near that point as well.
-            again = rows_of(attempt.run(seed + 1, constants=perturb, nudge=True), mesh_view)
-            rows.update({(row.kind, row.name): row for row in again if row.ok and (row.kind, row.name) in rows})
-    for one in measured:
-        if one.key in placer.unsure and not rows[one.key].ok:
-            placer.skipped[f"{one.key[0]} of {one.key[1]}"] = _TERMS if one.key[1] in said else _BETWEEN
-    measured = [one for one in measured if one.key not in placer.unsure or rows[one.key].ok]
-    rows = {one.key: rows[one.key] for one in measured}
-    given.check_used(placer.names)
-    wrong = sorted((one for one in measured if not rows[one.key].ok), key=lambda one: rows[one.key].order)
-    findings = tuple(observe(one, mesh_view) for one in wrong)
-    known = attempt.known(measured, seed, constants=perturb) if findings else Context()
+        steps = Steps(attempt, seed, tell)
+        found = {one.measured.key: one for one in drifted} | steps.judged()
+    found = by_requires_grad(found, pairs, single, mesh_view)
+    for key, one in found.items():
+        if key in placer.unsure and one.row.verdict != "rounding":
+            placer.skipped[f"{key[0]} of {key[1]}"] = _TERMS if key[1] in said else _BETWEEN
+    found = {
+        key: one for key, one in found.items()
+        if (key not in placer.unsure or one.row.verdict == "rounding") and not _no_news(one, steps.changed_buffers)
+    }  # fmt: skip
+    placer.check_used()
+    wrong = sorted((key for key, one in found.items() if not one.row.ok), key=lambda key: found[key].row.order)
+    observed = {key: observe(found[key].measured, mesh_view) for key in wrong}
+    for key in terms({key: one.row for key, one in found.items()}, observed):
+        found[key] = found[key].called("term of a sum")
+        del observed[key]
+    unexplained = ("not the same twice", "frozen", "trainable")
+    findings = tuple(observed.values())
+    to_explain = [one for key, one in observed.items() if found[key].row.verdict not in unexplained]
+    tell("explanations") if to_explain else None
+    rows = [one.row for one in found.values()]
     return Report(
-        rows=tuple(sorted((rows[one.key] for one in measured), key=lambda row: (row.ok, -row.score, row.order))),
+        rows=tuple(sorted(rows, key=lambda row: (row.ok, -row.score, row.order))),
         findings=findings,
-        diagnoses=diagnose(findings, known),
+        diagnoses=diagnose(to_explain, steps.known()) if to_explain else (),
         skipped=placer.skipped,
         mesh_shape=dict(mesh_view.shape),
         dtype=", ".join(dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in values)),
-        runs=RUNS,
+        runs=steps.runs,
+        notes=steps.notes,
     )
 
 
@@ -148,6 +161,11 @@ def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) 
     numbers = (VERDICTS.index("rounding" if same else "replicas differ"), far, 0.0, far, 1.0, far, 1.0, 0.0, -1)
     full = value.double()
     return Measured(key, one.split, one.shape, local, full, torch.zeros_like(full), numbers)
+
+
+def _no_news(one: Judged, changed: Collection[str]) -> bool:
+    """Whether it is a buffer that no step changes, and which is right."""
+    return one.row.kind == "buffer" and one.row.ok and one.row.name not in changed
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -194,17 +194,21 @@ def test_constant_parameters_would_hide_what_is_wrong(world_size: int) -> None:
 
 
 @distributed(world_size=[2])
-def test_what_happens_at_one_point_alone_is_not_accused(world_size: int) -> None:
-    """As where ReLU's derivative jumps."""
+@pytest.mark.parametrize("wrong_when", ["first", "odd", "even"])
+def test_what_is_wrong_every_other_time_is_told(world_size: int, wrong_when: str) -> None:
     mesh = tp(world_size)
     calls = []
 
-    def at_first(model: nn.Module, x: Tensor) -> Tensor:
+    def sometimes(model: nn.Module, x: Tensor) -> Tensor:
         calls.append(1)
-        return model(x) * (2.0 if len(calls) == 1 else 1.0)
+        when = {"first": len(calls) == 1, "odd": len(calls) % 2 == 1, "even": len(calls) % 2 == 0}
+        return model(x) * (2.0 if when[wrong_when] else 1.0)
 
-    assert sg.verify(Hand(mesh), Single(), rows(), mesh, loss=lambda m, x: m(x), parallel_loss=at_first).ok
-    assert len(calls) == 2
+    report = sg.verify(Hand(mesh), Single(), rows(), mesh, loss=lambda m, x: m(x), parallel_loss=sometimes)
+    assert not report.ok
+    verdicts = {row.verdict for row in report.rows if not row.ok}
+    assert verdicts == ({"bug"} if wrong_when == "even" else {"not the same twice"}), report.table()
+    assert wrong_when == "even" or "the same step, done again, gives another result" in report.summary()
 
 
 @distributed(world_size=[4])
