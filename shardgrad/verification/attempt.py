@@ -21,6 +21,7 @@ from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exact import NARROW, InFloat64, floating_in_float64
 from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.hypothesis import Context
+from shardgrad.verification.observed import BACKWARD, Kind
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
 from shardgrad.verification.record import (
@@ -39,6 +40,7 @@ from shardgrad.verification.uses import gradients_by_use
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Clip = Callable[[nn.Module, float], Tensor]
+_FORWARD: tuple[Kind, ...] = ("output", "loss")
 _OTHER_INPUTS = 0.875
 """What floating inputs are multiplied with in a step with other values: what lies in [0, 1] stays there."""
 
@@ -175,13 +177,19 @@ class Attempt:
         used = {value.dtype for value in self.values if value.is_floating_point()} | (self.asked & set(NARROW))
         dtype = max(used, key=lambda one: torch.finfo(one).eps, default=torch.float32)
         ranks = len(coordinates(self.mesh))
+        exact = {key: step.exact.tensors.get(place.single) for key, place in step.places.items()}
+        largest: dict[bool, float] = {}
+        for (kind, _), tensor in exact.items():
+            if tensor is not None and tensor.numel() and kind in (*_FORWARD, *BACKWARD):
+                size = float(tensor.double().square().mean().sqrt())
+                largest[kind in BACKWARD] = max(largest.get(kind in BACKWARD, 0.0), size)
         made = {}
-        for key, place in step.places.items():
-            exact = step.exact.tensors.get(place.single)
-            if exact is not None:
+        for key, tensor in exact.items():
+            if tensor is not None:
                 spread = spreads.get(key)
-                same = spread is not None and spread.exact.shape == exact.shape
-                made[key] = InSingle(exact.double(), spread if same else None, dtype, ranks)
+                same = spread is not None and spread.exact.shape == tensor.shape
+                most = largest.get(key[0] in BACKWARD, 0.0) if key[0] in (*_FORWARD, *BACKWARD) else 0.0
+                made[key] = InSingle(tensor.double(), spread if same else None, dtype, ranks, most)
         return made
 
     def measure(self, step: Step, yards: Mapping[Key, Spread] | Mapping[Key, InSingle]) -> list[Measured]:

@@ -69,7 +69,7 @@ def measure(
     local = None if tensor is None else local_part(tensor)
     exact = scale = None
     if spread is None:
-        return found("rounding", *(0.0,) * 7) if local is None else found("unexpected")
+        return found("rounding", 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0) if local is None else found("unexpected")
     real = spread.exact
     held = split.indices(shape, mesh.shape, mesh.coordinate)
     part = [len(at) for at in held]
@@ -103,7 +103,9 @@ def measure(
     ratio, element = (inf if isnan(x) else x for x in (ratio, float(far.reshape(-1)[at])))
     finite = bool(error.isfinite().all() and yard[wanted.isfinite()].isfinite().all())
     verdict: Verdict = "rounding"
-    if not finite:
+    if spread.blind and not bool(real.any()):
+        verdict = "not judged"
+    elif not finite:
         verdict = "not finite"
     elif ratio > bounds.norm or element > bounds.element:
         verdict = "bug"

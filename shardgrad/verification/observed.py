@@ -22,6 +22,9 @@ parameter, the norm of all gradients before clipping, a parameter after an optim
 them, a buffer after the step."""
 
 
+BACKWARD: tuple[Kind, ...] = ("output gradient", "input gradient", "gradient")
+
+
 @dataclass(frozen=True)
 class Split:
     """How a global tensor lies on a mesh.
@@ -84,9 +87,10 @@ class Split:
 
     def __str__(self) -> str:
         merged = dict(self.merged)
-        dims = ",".join(str(merged.get(at, dim)) for at, dim in enumerate(self.spec.dims))
+        parts = [f"{self.stride}*" if self.stride > 1 and dim.axes else "" for dim in self.spec.dims]
+        dims = ",".join(f"{count}{merged.get(at, dim)}" for at, (count, dim) in enumerate(zip(parts, self.spec.dims)))
         marks = f"{{{','.join(self.partial)}}}" if self.partial else ""
-        return f"{self.spec.name}[{dims}]{marks}" + (f" in {self.stride} interleaved parts" if self.stride > 1 else "")
+        return f"{self.spec.name}[{dims}]{marks}"
 
 
 @dataclass(frozen=True)

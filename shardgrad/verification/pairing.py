@@ -104,7 +104,8 @@ def pair(
         held = [part for part in tensors_of_all(local_part(parameter), mesh) if part is not None]
         shapes = [tuple(part.shape) for part in held]
         split = _split(name, parameter, single_shape, shapes, shardings, mesh, given)
-        unsummed, split = split.partial, split.summed_over(())
+        unsummed = split.partial or how.unsummed_by_megatron(parameter, mesh, name)
+        split = split.summed_over(())
         shape = how.whole_shape(split, shapes, mesh, name)
         _check_shape(name, shape, single_name, single_shape, split, name in padded)
         pairs.append(Pair(name, single_name, parameter, split, shape, single_shape, unsummed))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import inf
 from pathlib import Path
 
-from shardgrad.verification.report import BACKWARD, Report, Row
+from shardgrad.verification.observed import BACKWARD
+from shardgrad.verification.report import Report, Row
 
 _GROUPS = (
     ("outputs and loss", ("output", "loss"), "o", "#1f6fb4"),

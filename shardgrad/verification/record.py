@@ -199,7 +199,7 @@ def mapped(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") 
         parts = {name: mapped(part, change, f"{inner}{name}") for name, part in value.items()}
         if type(value) is dict or not hasattr(value, "update"):
             return parts
-        same = copy.copy(value)  # a UserDict, a BatchEncoding
+        same: Any = copy.copy(value)  # a UserDict, a BatchEncoding
         same.update(parts)
         return same
     if isinstance(value, tuple | list):

@@ -19,7 +19,6 @@ Verdict = Literal[
     "not the same twice", "cannot tell", "term of a sum", "not judged",
 ]  # fmt: skip
 NOT_ACCUSED: tuple[Verdict, ...] = ("rounding", "cannot tell", "term of a sum", "not judged")
-BACKWARD: tuple[Kind, ...] = ("output gradient", "input gradient", "gradient")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,11 @@ class Spread:
         self.squares = torch.zeros_like(exact) if squares is None else squares
         self.norms = list(norms)
 
+    @property
+    def blind(self) -> bool:
+        """Whether it cannot say what is near zero, as one device in the working precision was not finite."""
+        return False
+
     def add(self, run: Tensor) -> None:
         square = (run.to(self.exact) - self.exact).square_()
         self.squares += square
@@ -178,6 +183,10 @@ class Spread:
         return min(max(float(norms.mean()) ** 2 / variance, 1.0), float(count))
 
 
+_NOTHING = 2.0**-30
+"""Beside the largest tensor of its kind, what float64 may leave by cancellation."""
+
+
 class InSingle:
     """What may be left of a tensor that was computed in float64: what float32 would leave of it, and not more.
 
@@ -185,17 +194,26 @@ class InSingle:
     by more is not, though bfloat16 would not show it.
 
     exact: the tensor in float64. spread: the errors of one device in `dtype`, of a step with other values.
+    largest: the root mean square of the largest tensor of its kind in the step. What is nothing beside it, as a
+        gradient that is zero but for cancellation, is float64's own rounding.
     """
 
     freedom = 1.0
 
-    def __init__(self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int) -> None:
-        self.exact, self._least = exact, floor(exact, torch.float32, ranks)
+    def __init__(
+        self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int, largest: float = 0.0
+    ) -> None:
+        self.exact = exact
+        self._least = floor(exact, torch.float32, ranks).clamp(min=_NOTHING * largest)
         self._spread, self._dtype, self._ranks = spread, dtype, ranks
         self._unit = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
     def _in_units(self, size: Tensor) -> Tensor:
         return torch.maximum(size.nan_to_num(0.0, 0.0, 0.0) * self._unit, self._least)
+
+    @property
+    def blind(self) -> bool:
+        return self._spread is not None and not bool(self._spread.squares.isfinite().all())
 
     @property
     def own(self) -> Tensor:

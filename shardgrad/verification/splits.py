@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,7 +22,9 @@ from shardgrad.verification.exchange import coordinates
 from shardgrad.verification.observed import Split
 
 Named = Mapping[str, "str | TensorSpec | Split"]
-"""A tensor's name, or a pattern such as `blocks.*.up.weight`, with `"W[m/tp,d]"`."""
+"""A tensor's name, or a pattern such as `blocks.*.up.weight`, with `"W[m/tp,d]"`; `"W[2*m/tp,d]"` where a dim consists
+of two parts (gate and up), each of them sharded: Megatron's `partition_stride`."""
+_PARTS = re.compile(r"(?<=[\[,])\s*(\d+)\s*\*\s*")
 
 
 class Splits:
@@ -74,9 +77,12 @@ def _read(name: str, how: Any, mesh: MeshView) -> Split:
     elif isinstance(how, TensorSpec):
         split = Split(how)
     elif isinstance(how, str):
-        spec = parse_tensor(how)
+        parts = {int(count) for count in _PARTS.findall(how)}
+        if len(parts) > 1:
+            raise LayoutError(f"splits: {name!r}: {how!r} has dims of {' and of '.join(map(str, sorted(parts)))} parts")
+        spec = parse_tensor(_PARTS.sub("", how))
         # A single tensor's braces are read as an operand's, whose gradient is partial; here its value is meant.
-        split = Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial))
+        split = Split(TensorSpec(spec.name, spec.dims, partial=spec.grad_partial), stride=max(parts, default=1))
     else:
         raise LayoutError(f"splits: {name!r} must be text such as 'W[m/tp,d]', instead), not {type(how).__name__}")
     mesh.require((*split.spec.axes, *split.partial), f"splits: {name!r}")
@@ -184,16 +190,30 @@ def of_megatron(parameter: Tensor, mesh: MeshView, name: str) -> Split | None:
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
+    axis = _megatrons_axis(mesh, name)
+    at = int(parameter.partition_dim) % parameter.dim()  # type: ignore[attr-defined]
+    axes_of = [(axis,) if dim == at else () for dim in range(parameter.dim())]
+    return Split.of(axes_of, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
+
+
+def unsummed_by_megatron(parameter: Tensor, mesh: MeshView, name: str) -> tuple[str, ...]:
+    """Axes over which Megatron-core sums a parameter's gradient after backward: its `sequence_parallel`, of norms and
+    biases that see a part of the sequence.
+
+    Raises:
+        LayoutError: as of `of_megatron`.
+    """
+    return (_megatrons_axis(mesh, name),) if getattr(parameter, "sequence_parallel", False) else ()
+
+
+def _megatrons_axis(mesh: MeshView, name: str) -> str:
     axes = tuple(mesh.axes)
     if len(axes) > 1 and "tp" not in axes:
         raise LayoutError(
             f"{name} is tensor parallel by Megatron's attributes, but which of the mesh's axes {', '.join(axes)} that "
             f"is they do not say: call it tp, or give splits={{{name!r}: …}}"
         )
-    axis = "tp" if "tp" in axes else axes[0]
-    at = int(parameter.partition_dim) % parameter.dim()  # type: ignore[attr-defined]
-    axes_of = [(axis,) if dim == at else () for dim in range(parameter.dim())]
-    return Split.of(axes_of, stride=int(getattr(parameter, "partition_stride", 1)), name="W")
+    return "tp" if "tp" in axes else axes[0]
 
 
 def candidates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -143,5 +144,6 @@ def by_requires_grad(found: Found, pairs: Sequence[Pair], single: nn.Module, mes
         split = one.split.summed_over(one.unsummed)
         measured = Measured(key, split, one.shape, None, None, None, numbers)
         (row,) = rows_of([measured], mesh)
+        row = replace(row, rank=other[0])
         found[key] = Judged(row, found[key].measured if key in found else measured)
     return found
