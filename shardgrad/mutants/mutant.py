@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.verification.attempt import Clip, Optimizer
+from shardgrad.verification.attempt import Optimizer
+from shardgrad.verification.clipping import Clip
 from shardgrad.verification.record import Loss
 
 

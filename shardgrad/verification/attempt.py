@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
-from shardgrad.nn.global_ops import clip_grad_norm_
-from shardgrad.nn.module import ShardedModule
 from shardgrad.verification import exchange
+from shardgrad.verification.clipping import Clip, clip_one_device
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exact import NARROW, InFloat64, floating_in_float64
 from shardgrad.verification.exchange import coordinates
@@ -39,7 +38,6 @@ from shardgrad.verification.rounding import InSingle, Reordered, Spread
 from shardgrad.verification.uses import gradients_by_use
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Clip = Callable[[nn.Module, float], Tensor]
 _FORWARD: tuple[Kind, ...] = ("output", "loss")
 _OTHER_INPUTS = 0.875
 """What floating inputs are multiplied with in a step with other values: what lies in [0, 1] stays there."""
@@ -85,6 +83,8 @@ class Attempt:
     values: the global value of each parameter of the parallel model, in the order of `pairs`.
     buffers: parallel's as they were. state: those of single's that a step changes, as they are before it.
     asked: dtypes that single's program casts to by itself.
+    closed: inputs that a program does not take from its batch, but from elsewhere, on some rank: those of single that
+        get a gradient, where parallel's get none. Then inputs stay as they are in every step.
     """
 
     parallel: Side
@@ -99,6 +99,7 @@ class Attempt:
     perturb: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)
     asked: set[torch.dtype] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
 
     def step(self, seed: int, *, nudge: bool, double: bool) -> Step:
         """One step of both, on every rank. Leaves the parallel model's parameters and gradients changed.
@@ -128,6 +129,10 @@ class Attempt:
         update = self._update(model)
         update.run(model, dict(model.named_parameters()), exact)
         parallel = self._run_parallel(values, exact, update, seed, nudge, double)
+        if not nudge:
+            counts = [sum(kind == "input gradient" for kind, _ in one.tensors) for one in (exact, parallel)]
+            if any(theirs < counts[0] for (theirs,) in exchange.ints_of_all(counts[1:], self.mesh)):
+                self.closed.update(name for kind, name in exact.tensors if kind == "input gradient")
         if double and any(
             kind == "gradient" and tensor.dtype != torch.float64 for (kind, _), tensor in parallel.tensors.items()
         ):
@@ -292,7 +297,7 @@ class Attempt:
         return other
 
     def _exact_step(self, model: nn.Module, seed: int, nudged: bool, loss: Loss | None = None) -> Recording:
-        batch = mapped(_inputs(self.single.batch, nudged), lambda _, tensor: tensor.double())
+        batch = mapped(self._inputs(self.single, nudged), lambda _, tensor: tensor.double())
         with InFloat64() as mode:
             found = _step(Side(model, batch, loss or self.single.loss), _gradient(seed))
         found.asked = frozenset(mode.asked)
@@ -301,7 +306,7 @@ class Attempt:
     def _one_run(self, step: Step, run: int) -> Recording:
         """What one device computes in the working precision; the first run as it is, the others in other orders."""
         model = self._one_device(step.values, None)
-        side = Side(model, _inputs(self.single.batch, step.nudged), self.single.loss)
+        side = Side(model, self._inputs(self.single, step.nudged), self.single.loss)
         with ExitStack() as stack:
             order = None
             if run:
@@ -311,6 +316,11 @@ class Attempt:
         step.update.run(model, dict(model.named_parameters()), found)
         return found
 
+    def _inputs(self, side: Side, nudged: bool) -> Batch:
+        if not nudged or self.closed:
+            return side.batch
+        return mapped(side.batch, lambda _, tensor: (tensor * _OTHER_INPUTS).to(tensor.dtype))
+
     def _update(self, exact: nn.Module) -> Update:
         """Clip to half the norm, so that clipping acts; by default, a step as long as half the parameters' norm."""
         gradients = [p.grad for p in exact.parameters() if p.grad is not None]
@@ -319,7 +329,7 @@ class Attempt:
         rate = size / norm if norm > 0 else 1.0
         optimizer = self.optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=rate, foreach=False))
         return Update(
-            None if self.clip is None else _clip_one_device, optimizer, norm / 2, again=self.optimizer is not None
+            None if self.clip is None else clip_one_device, optimizer, norm / 2, again=self.optimizer is not None
         )
 
     def _run_parallel(
@@ -332,7 +342,7 @@ class Attempt:
                 local_part(one.parameter.detach()).copy_(mine)
             for name, buffer in model.named_buffers():
                 local_part(buffer.detach()).copy_(self.buffers[name])
-        batch = _inputs(self.parallel.batch, nudged)
+        batch = self._inputs(self.parallel, nudged)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=()))
             torch.default_generator.manual_seed(seed)  # should it draw random numbers, they are the same in every run
@@ -387,10 +397,6 @@ def _shards_alike(one: Pair, value: Tensor, mesh: MeshView) -> bool:
     return bool(shards[0].numel()) and all(torch.equal(shards[0], other) for other in shards[1:])
 
 
-def _inputs(batch: Batch, nudged: bool) -> Batch:
-    return mapped(batch, lambda _, tensor: (tensor * _OTHER_INPUTS).to(tensor.dtype)) if nudged else batch
-
-
 def _change_backward(model: nn.Module, name: str, value: Tensor) -> None:
     """Let the module that owns a parameter compute its output with it, and the gradients with another value."""
     path, _, leaf = name.rpartition(".")
@@ -408,27 +414,6 @@ def _change_backward(model: nn.Module, name: str, value: Tensor) -> None:
         return output.detach() + (made - made.detach())
 
     module.register_forward_hook(other, with_kwargs=True)
-
-
-def clip_of(model: nn.Module) -> Clip | None:
-    """What clips a model's gradients by their global norm: shardgrad's function, or torch's, which takes DTensors alone
-    (of DTensors mixed with tensors it is refused)."""
-    dtensors = [isinstance(parameter, DTensor) for parameter in model.parameters()]
-    layers = any(isinstance(module, ShardedModule) for module in model.modules())
-    if layers and not any(dtensors):
-        return clip_grad_norm_
-    if dtensors and all(dtensors):
-        return _clip_dtensors
-    return None
-
-
-def _clip_one_device(model: nn.Module, max_norm: float) -> Tensor:
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-
-
-def _clip_dtensors(model: nn.Module, max_norm: float) -> Tensor:
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _step(side: Side, gradient: Callable[[Tensor], Tensor]) -> Recording:

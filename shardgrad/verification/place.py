@@ -113,7 +113,9 @@ class Placer:
                     found[key] = self._of_parameter(self.pairs[name], key, single, tensor)
                 continue
             if any(shape is None for shape in shapes):
-                if kind == "input gradient" and name in parallel.inputs:  # then it should have one
+                if kind == "input gradient" and all(shape is None for shape in shapes):
+                    self.skipped[f"{kind} of {name}"] = "parallel detaches it, or takes its inputs from elsewhere"
+                elif kind == "input gradient" and name in parallel.inputs:  # then it should have one
                     whole = exact.tensors[single]
                     found[key] = Place(single, Split.of([()] * whole.dim()), tuple(whole.shape))
                 elif kind not in ("norm", "buffer"):

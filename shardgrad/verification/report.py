@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 Verdict = Literal[
     "rounding", "bug", "missing", "unexpected", "wrong shape", "not finite", "replicas differ", "frozen", "trainable",
-    "not the same twice", "cannot tell", "term of a sum", "not judged",
+    "not the same twice", "cannot tell", "term of a sum", "term of a mean", "not judged",
 ]  # fmt: skip
-NOT_ACCUSED: tuple[Verdict, ...] = ("rounding", "cannot tell", "term of a sum", "not judged")
+NOT_ACCUSED: tuple[Verdict, ...] = ("rounding", "cannot tell", "term of a sum", "term of a mean", "not judged")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Row:
     element: the largest error of one element, in units of what rounding does to that element; element_allowed likewise.
     index, rank: where that element is in the global tensor, and the rank (in the mesh's order) that holds it so.
     verdict: "rounding", or what is wrong; "cannot tell": beyond rounding in the working precision, and right in
-        float64; "term of a sum": the ranks' tensors add up to it, and what follows is right; "not judged": zero.
+        float64; "term of a sum", "of a mean": the ranks' tensors add up to it, and what follows is right; "not judged":
+        zero.
     in_float64: whether the numbers are those of the step in float64, of which float32's rounding is the yardstick.
     """
 
@@ -62,7 +63,7 @@ class Row:
     @property
     def score(self) -> float:
         """How much of what is allowed the tensor uses: above 1 it is wrong. Infinite if it is missing or not finite."""
-        if self.verdict not in ("rounding", "bug", "cannot tell", "term of a sum", "not judged", "not the same twice"):
+        if self.verdict not in (*NOT_ACCUSED, "bug", "not the same twice"):
             return float("inf")
         return max(self.ratio / self.allowed, self.element / self.element_allowed)
 
@@ -212,6 +213,7 @@ _NOT_ACCUSED: dict[Verdict, str] = {
     "jump, as ReLU's at zero or a choice among equals; another formula; a lower precision by design). To know, compare "
     "in float32 or float64, or with another seed",
     "term of a sum": "a term of a sum on each rank, and what follows is right: say so in `splits`, as Y[n,m]{{axis}}",
+    "term of a mean": "of each rank's own mean, and gradients of parameters are right: data parallelism that averages",
     "not judged": "zero everywhere, and so not judged",
 }
 

@@ -14,7 +14,8 @@ from shardgrad.arguments import told
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
-from shardgrad.verification.attempt import Attempt, Clip, Optimizer, Side, clip_of
+from shardgrad.verification.attempt import Attempt, Optimizer, Side
+from shardgrad.verification.clipping import Clip, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe
 from shardgrad.verification.decide import Judged
 from shardgrad.verification.diagnose import diagnose
@@ -122,8 +123,8 @@ def verify(
     placer.check_used()
     wrong = sorted((key for key, one in found.items() if not one.row.ok), key=lambda key: found[key].row.order)
     observed = {key: observe(found[key].measured, mesh_view) for key in wrong}
-    for key in terms({key: one.row for key, one in found.items()}, observed):
-        found[key] = found[key].called("term of a sum")
+    for key, verdict in terms({key: one.row for key, one in found.items()}, observed).items():
+        found[key] = found[key].called(verdict)
         del observed[key]
     unexplained = ("not the same twice", "frozen", "trainable")
     findings = tuple(observed.values())
