@@ -1,6 +1,6 @@
 """Whether a tensor is a term of a sum, or of a mean, on each rank: not wrong, if what follows has been made of it.
 
-A term of a mean is what data parallelism has that averages gradients: each rank differentiates the mean of its own rows,
+A term of a mean is what data parallelism has that averages gradients: each rank differentiates the mean of its rows,
 so that its loss is a term of a mean, and the gradients of its activations are p times those of the whole loss.
 """
 
