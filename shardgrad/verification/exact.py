@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,11 +38,38 @@ class InFloat64(shim.TorchDispatchMode):
             self.asked.add(dtype)
             if dtype not in self.keep:
                 kwargs["dtype"] = torch.float64
-        result = func(*args, **kwargs)
+        rule = _WITHOUT_FLOAT64.get(func)
+        wide = rule is not None and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        result = rule(*args, **kwargs) if rule is not None and wide else func(*args, **kwargs)
         made = isinstance(result, Tensor) and result.dtype in NARROW and result.dtype not in self.keep
         if made and not tensors_in((args, kwargs)):
             return result.double()  # of the default dtype
         return result
+
+
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Products of groups of rows (of a), columns (of b) or of what is summed over, which end at `offs`; as torch's."""
+    if offs is None:
+        return torch.bmm(a, b)
+    ends = offs.tolist()
+    spans = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
+    if a.dim() == 2 and b.dim() == 2:
+        return torch.stack([a[:, span] @ b[span] for span in spans])
+    if a.dim() == 2:
+        made = a.new_zeros(a.shape[0], b.shape[-1])
+        for span, weight in zip(spans, b):
+            made[span] = a[span] @ weight
+        return made
+    made = b.new_zeros(a.shape[1], b.shape[-1])
+    for span, rows in zip(spans, a):
+        made[:, span] = rows @ b[:, span]
+    return made
+
+
+_WITHOUT_FLOAT64: dict[Any, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+"""What torch computes in narrower precisions alone, and what computes the same in float64."""
 
 
 def why_not(model: nn.Module) -> str:

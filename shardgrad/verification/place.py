@@ -121,7 +121,7 @@ class Placer:
                 elif kind not in ("norm", "buffer"):
                     self.skipped[f"{kind} of {name}"] = "parallel has none, or not on every rank"
                 continue
-            called = exact.calls.get(_path(single[1]), 0)
+            called = exact.calls.get(path_of(single[1]), 0)
             if kind in ("output", "output gradient") and any(calls != called for calls in calls_of[key]):
                 times = ", ".join(map(str, dict.fromkeys(calls_of[key])))
                 self.skipped[f"{kind} of {name}"] = f"parallel calls it {times} times, single {called} times"
@@ -195,7 +195,7 @@ class Placer:
         return ""
 
     def _stored(self, name: str) -> StoredOutput | None:
-        return None if "[" in name else self.said.get(_path(name))
+        return None if "[" in name else self.said.get(path_of(name))
 
     def of_result(self, result: Tensor, exact: Tensor) -> Place | None:
         """Where the model's own output lies, whose gradient is to be given."""
@@ -215,7 +215,7 @@ class Placer:
             by_single.setdefault(one.single_name, []).append(one.name)
         for kind, name in exact.tensors:
             if kind in ("output", "output gradient"):
-                path, mark = _path(name), _base(name)[1]
+                path, mark = path_of(name), _base(name)[1]
                 if path not in self.modules:
                     self.skipped[f"{kind} of {name}"] = "parallel has no module of that name"
                     continue
@@ -240,7 +240,7 @@ class Placer:
         for key in keys:
             tensor = parallel.tensors.get(key)
             shape = [] if tensor is None else list(local_part(tensor).shape)
-            calls = parallel.calls.get(_path(key[1]), 0)
+            calls = parallel.calls.get(path_of(key[1]), 0)
             header += [calls, -1 if tensor is None else len(shape), *shape[:_DIMS], *[0] * (_DIMS - len(shape))]
         rows = exchange.ints_of_all(header, self.mesh)
         starts = dict(zip(keys, range(0, len(header), _DIMS + 2)))
@@ -336,7 +336,7 @@ def _base(name: str) -> tuple[str, str]:
     return name[:at], name[at:]
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
     """The module whose output a name is, as `named_modules` has it."""
     base = _base(name)[0]
     return "" if base == WHOLE else base

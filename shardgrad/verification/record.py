@@ -33,6 +33,7 @@ class Recording:
     same: outputs that are the very tensor of an earlier output (a container returns what its last layer does).
     calls: how often each module was called in forward, by its path.
     inputs: the floating tensors of the batch, which should get gradients.
+    ends: outputs that are what the model returns, or what is differentiated.
     result: what was differentiated: the loss, or the output that a random gradient was given.
     asked: the dtypes that the program has cast to, where they were watched.
     """
@@ -41,6 +42,7 @@ class Recording:
     same: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
+    ends: set[str] = field(default_factory=set)
     result: Tensor | None = None
     asked: frozenset[torch.dtype] = frozenset()
 
@@ -107,6 +109,8 @@ def forward_backward(
     def watch(kind: Kind, name: str, tensor: Tensor) -> None:
         if id(tensor) in held:
             recording.same[name] = held[id(tensor)][0]
+        if name.startswith(WHOLE):
+            recording.ends |= {name, recording.same.get(name, name)}
         held.setdefault(id(tensor), (name, tensor))
         recording.put((kind, name), tensor)
         if tensor.requires_grad:
@@ -137,6 +141,7 @@ def forward_backward(
                 "loss(model, *batch) return the loss, or the output"
             )
         recording.result = result.detach()
+        recording.ends |= {held[id(result)][0]} if id(result) in held else set()
         if result.dim() == 0:
             recording.put(LOSS, result)
             result.backward()

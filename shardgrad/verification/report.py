@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 
 Verdict = Literal[
     "rounding", "bug", "missing", "unexpected", "wrong shape", "not finite", "replicas differ", "frozen", "trainable",
-    "not the same twice", "cannot tell", "term of a sum", "term of a mean", "not judged",
+    "not the same twice", "cannot tell", "term of a sum", "term of a mean", "stored otherwise",
+    "not judged",
 ]  # fmt: skip
-NOT_ACCUSED: tuple[Verdict, ...] = ("rounding", "cannot tell", "term of a sum", "term of a mean", "not judged")
+NOT_ACCUSED: tuple[Verdict, ...] = (
+    "rounding",
+    "cannot tell",
+    "term of a sum",
+    "term of a mean",
+    "stored otherwise",
+    "not judged",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Row:
     index, rank: where that element is in the global tensor, and the rank (in the mesh's order) that holds it so.
     verdict: "rounding", or what is wrong; "cannot tell": beyond rounding in the working precision, and right in
         float64; "term of a sum", "of a mean": the ranks' tensors add up to it, and what follows is right; "not judged":
-        zero.
+        zero; "stored otherwise": an intermediate tensor, while all that a step leaves is right.
     in_float64: whether the numbers are those of the step in float64, of which float32's rounding is the yardstick.
     """
 
@@ -214,6 +222,8 @@ _NOT_ACCUSED: dict[Verdict, str] = {
     "in float32 or float64, or with another seed",
     "term of a sum": "a term of a sum on each rank, and what follows is right: say so in `splits`, as Y[n,m]{{axis}}",
     "term of a mean": "of each rank's own mean, and gradients of parameters are right: data parallelism that averages",
+    "stored otherwise": "not single's value where it was looked for, and all that is made of it is right (another "
+    "order of dims, a factor that comes later): say in `splits` how it is stored, or leave it out by `skip`",
     "not judged": "zero everywhere, and so not judged",
 }
 

@@ -68,6 +68,11 @@ class Steps:
         return self._attempt.known(step, [one.measured for one in found.values()])
 
     @property
+    def ends(self) -> set[str]:
+        """Outputs that are what parallel returns, or what is differentiated."""
+        return self._evidence[0].parallel.ends
+
+    @property
     def changed_buffers(self) -> set[str]:
         """Buffers that a step of single changes, as parallel calls them."""
         return {self._attempt.placer.name_in_parallel(name) for name in self._attempt.state}

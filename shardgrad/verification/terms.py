@@ -6,7 +6,7 @@ so that its loss is a term of a mean, and the gradients of its activations are p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from shardgrad.verification.record import Key
 from shardgrad.verification.report import Row, Verdict
 
 _FORWARD: tuple[Kind, ...] = ("output", "loss", "buffer")
+_BETWEEN: tuple[Kind, ...] = ("output", "output gradient")
 _MAY_BE: tuple[Kind, ...] = ("output", "output gradient", "input gradient", "loss")
 
 
@@ -45,9 +46,16 @@ def term_of(found: Observed) -> Verdict | None:
     return None
 
 
-def terms(rows: Mapping[Key, Row], findings: Mapping[Key, Observed]) -> dict[Key, Verdict]:
-    """Of the wrong outputs, losses and gradients of outputs, those that are terms of a sum or a mean by the program's
-    design: everything that is computed after them, in forward or in backward, is right, or such a term as well."""
+def terms(rows: Mapping[Key, Row], findings: Mapping[Key, Observed], results: Collection[str]) -> dict[Key, Verdict]:
+    """Of the wrong outputs, losses and gradients of outputs, those that are right by the program's design.
+
+    Terms of a sum or a mean: everything that is computed after them, in forward or in backward, is right, or such a
+    term as well. Stored otherwise: all that a step leaves is right (what the model returns, the loss, every gradient of
+    an input or a parameter, the norm, the step), so that what is between them has other values without being wrong.
+
+    Args:
+        results: outputs that the model returns, or that are differentiated.
+    """
     may_be = {key: term_of(one) for key, one in findings.items() if key[0] in _MAY_BE and rows[key].verdict == "bug"}
     found: dict[Key, Verdict] = {}
     for key in sorted((key for key, verdict in may_be.items() if verdict), key=lambda key: -rows[key].order):
@@ -60,4 +68,11 @@ def terms(rows: Mapping[Key, Row], findings: Mapping[Key, Observed]) -> dict[Key
     means = [key for key, verdict in found.items() if verdict == "term of a mean"]
     if not any(kind == "loss" for kind, _ in means):  # then p times a gradient is p times too much
         found = {key: verdict for key, verdict in found.items() if verdict != "term of a mean"}
+    between = [
+        key for key, row in rows.items()
+        if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN and key[1] not in results
+    ]  # fmt: skip
+    ends = [key for key in rows if key[0] not in _BETWEEN or key[1] in results]
+    if any(key[0] == "gradient" for key in ends) and all(rows[key].ok or key in found for key in ends):
+        found |= dict.fromkeys(between, "stored otherwise")
     return found

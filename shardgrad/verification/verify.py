@@ -123,7 +123,7 @@ def verify(
     placer.check_used()
     wrong = sorted((key for key, one in found.items() if not one.row.ok), key=lambda key: found[key].row.order)
     observed = {key: observe(found[key].measured, mesh_view) for key in wrong}
-    for key, verdict in terms({key: one.row for key, one in found.items()}, observed).items():
+    for key, verdict in terms({key: one.row for key, one in found.items()}, observed, steps.ends).items():
         found[key] = found[key].called(verdict)
         del observed[key]
     unexplained = ("not the same twice", "frozen", "trainable")
