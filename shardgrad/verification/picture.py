@@ -12,7 +12,7 @@ _GROUPS = (
     ("outputs and loss", ("output", "loss"), "o", "#1f6fb4"),
     ("gradients of outputs and inputs", ("output gradient", "input gradient"), "^", "#e08214"),
     ("gradients of parameters", ("gradient",), "s", "#4d9221"),
-    ("norm and step", ("norm", "step"), "D", "#7a5195"),
+    ("norm, steps, buffers", ("norm", "step", "second step", "buffer"), "D", "#7a5195"),
 )
 _LABELS = 14  # names along the bottom
 _LOWEST = 1e-3  # what is exactly right is drawn here
@@ -38,7 +38,13 @@ def draw(report: Report, path: str | Path) -> None:
     if wrong:
         axes.scatter(
             [at[id(row)] for row in wrong], [_height(row, top) for row in wrong], s=70, facecolors="none",
-            edgecolors="#c51b1b", linewidths=1.1, label="not rounding", zorder=4,
+            edgecolors="#c51b1b", linewidths=1.1, label="accused", zorder=4,
+        )  # fmt: skip
+    unsure = [row for row in rows if row.ok and row.score > 1]
+    if unsure:
+        axes.scatter(
+            [at[id(row)] for row in unsure], [_height(row, top) for row in unsure], s=70, facecolors="none",
+            edgecolors="#e0a800", linewidths=1.1, label="not accused: see the table", zorder=4,
         )  # fmt: skip
     axes.axhline(1.0, color="#c51b1b", linewidth=1.2, zorder=2)
     axes.text(len(rows) - 0.5, 0.8, "rounding", fontsize=8.5, color="#4d9221", ha="right", va="top")
