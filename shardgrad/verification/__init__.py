@@ -5,9 +5,13 @@ module in the function's place.
 
 | file             | concept                                                                          |
 | ---------------- | -------------------------------------------------------------------------------- |
-| `verify`         | `sg.verify`: one step of a sharded model against one device                      |
+| `verify`         | `sg.verify`: two steps of a sharded model against one device                     |
 | `gradients`      | `verify_gradients`: loss and gradients of a step that a program has just done    |
+| `steps`          | the two steps of a verification, and the verdicts of both                        |
+| `decide`         | what two steps say of a tensor together                                          |
+| `terms`          | terms of a sum, and what is stored otherwise: no mistakes                        |
 | `attempt`        | one step of both models with the same values                                     |
+| `clipping`       | what clips a model's gradients by their norm                                     |
 | `record`         | what a step computes, in the order of execution                                  |
 | `pairing`        | which parameter of the sharded model is which of the single one                  |
 | `place`          | which recorded tensor is which, and how it lies on the mesh                      |
@@ -17,7 +21,7 @@ module in the function's place.
 | `same_bits`      | `verify_exact`: in exact mode, a step on all ranks against one rank, bit for bit |
 | `exact_report`   | its result: which bits differ, on which ranks                                    |
 | `bits`           | whether two tensors are the same bits, and how far apart                         |
-| `exact`          | one device in float64 throughout                                                 |
+| `exact`          | a step in float64 throughout                                                     |
 | `compare`        | one tensor on one rank, in units of rounding; the worst over all ranks           |
 | `exchange`       | tensors and numbers of every rank                                                |
 | `observed`       | a wrong tensor as every rank has it                                              |
