@@ -27,6 +27,7 @@ module in the function's place.
 | `observed`       | a wrong tensor as every rank has it                                              |
 | `report`         | the result: a row for each tensor, and how it is printed                         |
 | `picture`        | the result drawn                                                                 |
+| `stated`         | verdicts that are their own explanation                                          |
 | `diagnose`       | which explanation reproduces a wrong tensor                                      |
 | `hypothesis`     | what explanations are made from                                                  |
 | `explanations`   | the table of explanations                                                        |

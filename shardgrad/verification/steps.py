@@ -143,8 +143,7 @@ def by_requires_grad(found: Found, pairs: Sequence[Pair], single: nn.Module, mes
             continue
         key: Key = ("gradient", one.name)
         verdict: Verdict = "frozen" if wanted else "trainable"
-        order = found[key].row.order if key in found else max((j.row.order for j in found.values()), default=0)
-        inf = float("inf")
+        inf, order = float("inf"), -1  # it was so before anything ran
         numbers = (VERDICTS.index(verdict), inf, 0.0, inf, 1.0, inf, 1.0, 0.0, order)
         split = one.split.summed_over(one.unsummed)
         measured = Measured(key, split, one.shape, None, None, None, numbers)

@@ -18,11 +18,12 @@ from shardgrad.verification.attempt import Attempt, Optimizer, Side
 from shardgrad.verification.clipping import Clip, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe
 from shardgrad.verification.decide import Judged
-from shardgrad.verification.diagnose import diagnose
+from shardgrad.verification.diagnose import Diagnosis, diagnose
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
 from shardgrad.verification.report import Report
+from shardgrad.verification.stated import stated
 from shardgrad.verification.steps import Steps, by_requires_grad, judge
 from shardgrad.verification.terms import terms
 
@@ -126,15 +127,16 @@ def verify(
     for key, verdict in terms({key: one.row for key, one in found.items()}, observed, steps.ends).items():
         found[key] = found[key].called(verdict)
         del observed[key]
-    unexplained = ("not the same twice", "frozen", "trainable")
-    findings = tuple(observed.values())
-    to_explain = [one for key, one in observed.items() if found[key].row.verdict not in unexplained]
-    tell("explanations") if to_explain else None
-    rows = [one.row for one in found.values()]
+    findings, rows = tuple(observed.values()), [one.row for one in found.values()]
+    diagnoses: tuple[Diagnosis, ...] = ()
+    if findings:
+        tell("explanations")
+        said_already = stated(found[next(iter(observed))].row)
+        diagnoses = (said_already,) if said_already else diagnose(findings, steps.known())
     return Report(
         rows=tuple(sorted(rows, key=lambda row: (row.ok, -row.score, row.order))),
         findings=findings,
-        diagnoses=diagnose(to_explain, steps.known()) if to_explain else (),
+        diagnoses=diagnoses,
         skipped=placer.skipped,
         mesh_shape=dict(mesh_view.shape),
         dtype=", ".join(dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in values)),
