@@ -16,7 +16,7 @@ _SAYS: dict[Verdict, tuple[str, str]] = {
     ),
     "not the same twice": (
         "the same step, with the same values, gives another result when it is done again",
-        "look for what is done every other time, kept from one step to the next, read before it is written or before its "
+        "look for what is done every other time, kept from one step to the next, read before it is written or its "
         "collective has ended, or drawn at random",
     ),
 }
