@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isnan
+from math import inf, isfinite, isnan
 from typing import get_args
 
 import torch
@@ -26,7 +26,8 @@ _MAY_BE_ZERO: tuple[Kind, ...] = ("output", "loss", "output gradient", "input gr
 class Measured:
     """What this rank finds of one tensor.
 
-    local, exact, scale: this rank's tensor; the global one and the size of rounding, float64; None where there is none.
+    local, exact: this rank's tensor; the global one, float64; None where there is none.
+    spread: what rounding does to it.
     wrong: which elements of the local tensor are beyond their bound.
     numbers: verdict, error, yardstick, ratio, allowed, worst element, allowed, where it is (flat), order.
     single, real: its key and its shape on one device.
@@ -37,7 +38,7 @@ class Measured:
     shape: tuple[int, ...]
     local: Tensor | None
     exact: Tensor | None
-    scale: Tensor | None
+    spread: Spread | InSingle | None
     numbers: tuple[float, ...]
     wrong: Tensor | None = None
     single: Key | None = None
@@ -63,11 +64,11 @@ def measure(
 
     def found(verdict: Verdict, *numbers: float) -> Measured:
         measured = numbers or (inf, 0.0, inf, 1.0, inf, 1.0, 0.0)
-        return Measured(key, split, shape, local, exact, scale, (VERDICTS.index(verdict), *measured, order), wrong)
+        return Measured(key, split, shape, local, exact, spread, (VERDICTS.index(verdict), *measured, order), wrong)
 
     wrong: Tensor | None = None
     local = None if tensor is None else local_part(tensor)
-    exact = scale = None
+    exact = None
     if spread is None:
         return found("rounding", 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0) if local is None else found("unexpected")
     real = spread.exact
@@ -75,16 +76,22 @@ def measure(
     part = [len(at) for at in held]
     exact = fit(real, shape)
     got = _summed(local, split, exact, mesh) if split.partial else local
-    least = floor(real, torch.float64 if local is None else local.dtype, len(exchange.coordinates(mesh)))
-    scale = fit(spread.scale(least), shape)
     if got is None:
         return found("rounding", 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0) if 0 in part else found("missing")
     if list(got.shape) != part:
         return found("wrong shape")
-    own = fit(torch.maximum(spread.own, least), shape)
-    wanted, unit, yard = (split.shard(t, mesh.shape, mesh.coordinate) for t in (exact, scale, own))
+    wanted = split.shard(exact, mesh.shape, mesh.coordinate)
     got = got.detach().to(wanted)
-    error = torch.where(got == wanted, torch.zeros_like(got), got - wanted).abs()
+    error = (got - wanted).abs_()
+    largest = float(error.max()) if error.numel() else 0.0
+    if largest <= spread.surely and bool(real.any()):  # by far the most tensors of a step in float64
+        most = largest / spread.surely if largest else 0.0
+        return found("rounding", largest, spread.surely, most, 1.0, most, 1.0, 0.0)
+    if isnan(largest):  # infinite in both is no error
+        error = torch.where(got == wanted, 0.0, error)
+    least = floor(real, torch.float64 if local is None else local.dtype, len(exchange.coordinates(mesh)))
+    own, scale = (fit(size, shape) for size in spread.sizes(least))
+    unit, yard = (split.shard(size, mesh.shape, mesh.coordinate) for size in (scale, own))
     if tuple(real.shape) != shape and key[0] != "gradient" and real.dim() == len(shape):
         inside = torch.zeros(shape, dtype=torch.bool, device=exact.device)
         inside[tuple(slice(size) for size in real.shape)] = True
@@ -96,12 +103,12 @@ def measure(
     bounds = Bounds.of(spread.freedom * error.numel() / max(exact.numel(), 1), exact.numel())
     if not error.numel():
         return found("rounding", 0.0, 0.0, 0.0, bounds.norm, 0.0, bounds.element, 0.0)
-    far = torch.where(error == 0, torch.zeros_like(error), error / unit).nan_to_num(inf, inf)
+    far = (error / unit).masked_fill_(error == 0, 0.0)
     at = int(far.argmax())
-    length, rounding = float(error.norm()), float(yard.norm())
+    length, rounding = (float(torch.linalg.vector_norm(one)) for one in (error, yard))
     ratio = 0.0 if length == 0 else length / rounding if rounding > 0 else inf
     ratio, element = (inf if isnan(x) else x for x in (ratio, float(far.reshape(-1)[at])))
-    finite = bool(error.isfinite().all() and yard[wanted.isfinite()].isfinite().all())
+    finite = isfinite(length) and (isfinite(rounding) or bool(yard[wanted.isfinite()].isfinite().all()))
     verdict: Verdict = "rounding"
     if spread.blind and not bool(real.any()):
         verdict = "not judged"
@@ -173,10 +180,20 @@ def _row(one: Measured, numbers: Sequence[float], rank: int) -> Row:
     )
 
 
+def size_of_rounding(one: Measured, mesh: MeshView) -> Tensor | None:
+    """Of each element of the whole tensor, as it is stored."""
+    if one.spread is None:
+        return None
+    dtype = torch.float64 if one.local is None else one.local.dtype
+    least = floor(one.spread.exact, dtype, len(exchange.coordinates(mesh)))
+    return fit(one.spread.sizes(least)[1], one.shape)
+
+
 def observe(one: Measured, mesh: MeshView) -> Observed:
     """Everything about one tensor, from every rank."""
     kind: Kind = one.key[0]
     locals = tuple(exchange.tensors_of_all(one.local, mesh))
     exact = one.exact if one.exact is not None else torch.zeros(one.shape, dtype=torch.float64)
-    scale = one.scale if one.scale is not None else torch.zeros(one.shape, dtype=torch.float64)
+    found = size_of_rounding(one, mesh)
+    scale = torch.zeros(one.shape, dtype=torch.float64) if found is None else found
     return Observed(one.key[1], kind, locals, exact, one.split, dict(mesh.shape), exchange.coordinates(mesh), scale)

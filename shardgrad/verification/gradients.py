@@ -105,7 +105,7 @@ def verify_gradients(
 
 def _rows(measured: Iterable[Measured], mesh: MeshView) -> list[Row]:
     """The rows of tensors that are not kept."""
-    return rows_of([replace(one, local=None, exact=None, scale=None) for one in measured], mesh)
+    return rows_of([replace(one, local=None, exact=None, spread=None) for one in measured], mesh)
 
 
 class _OneDevice:

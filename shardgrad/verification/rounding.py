@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from math import log, sqrt
+from functools import cached_property, reduce
+from math import isfinite, log, sqrt
 from typing import Any
 
 import torch
@@ -136,37 +136,34 @@ class Spread:
         self.squares = torch.zeros_like(exact) if squares is None else squares
         self.norms = list(norms)
 
-    @property
-    def blind(self) -> bool:
-        """Whether it cannot say what is near zero, as one device in the working precision was not finite."""
-        return False
+    surely = 0.0
+    """An error of one element that is rounding whatever the element."""
+    blind = False
+    """Whether it cannot say what is near zero, as one device in the working precision was not finite."""
 
     def add(self, run: Tensor) -> None:
         square = (run.to(self.exact) - self.exact).square_()
         self.squares += square
         self.norms.append(float(square.sum()))
 
-    @property
-    def own(self) -> Tensor:
-        """The root mean square of each element's own errors."""
-        return (self.squares / max(len(self.norms), 1)).sqrt()
+    def sizes(self, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The size of each element's own errors, and the size that rounding gives to it; neither is below the floor.
 
-    def scale(self, floor: Tensor) -> Tensor:
-        """The size of error that rounding gives to each element.
-
-        The largest of: its own root mean square; what its row and its column have together (Rᵢ Cⱼ / S of the mean
-        squares: an element's own few errors may all be small by chance); an eighth of the tensor's; the floor.
+        Its own is their root mean square. The other is the largest of it; of what its row and its column have together
+        (Rᵢ Cⱼ / S of the mean squares: an element's own few errors may all be small by chance); and an eighth of the
+        tensor's.
         """
         mean = self.squares / max(len(self.norms), 1)
-        found = torch.maximum(mean, floor.square())
+        own = torch.maximum(mean, floor.square())
+        scale = own
         if mean.numel():
             every = mean.mean()
             if mean.dim() > 1 and every > 0:
                 rows = mean.flatten(0, -2)
-                together = rows.mean(1, keepdim=True) * rows.mean(0, keepdim=True) / every
-                found = torch.maximum(found, together.view_as(found))
-            found = found.clamp(min=float(every) / 64)
-        return found.sqrt()
+                together = (rows.mean(1, keepdim=True) / every) * rows.mean(0, keepdim=True)
+                scale = torch.maximum(scale, together.view_as(scale))
+            scale = scale.clamp(min=float(every) / 64).sqrt_()
+        return own.sqrt(), scale
 
     @property
     def freedom(self) -> float:
@@ -203,30 +200,30 @@ class InSingle:
     def __init__(
         self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int, largest: float = 0.0
     ) -> None:
-        self.exact = exact
-        self._least = floor(exact, torch.float32, ranks).clamp(min=_NOTHING * largest)
-        self._spread, self._dtype, self._ranks = spread, dtype, ranks
+        self.exact, self._spread, self._dtype, self._ranks = exact, spread, dtype, ranks
+        self._nothing = _NOTHING * largest
         self._unit = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-    def _in_units(self, size: Tensor) -> Tensor:
-        return torch.maximum(size.nan_to_num(0.0, 0.0, 0.0) * self._unit, self._least)
 
     @property
     def blind(self) -> bool:
         return self._spread is not None and not bool(self._spread.squares.isfinite().all())
 
-    @property
-    def own(self) -> Tensor:
-        return self._least if self._spread is None else self._in_units(self._spread.own)
+    @cached_property
+    def surely(self) -> float:
+        """An error of one element that is rounding whatever the element: what `sizes` gives to the smallest."""
+        if not self.exact.numel():
+            return 0.0
+        mean = float(torch.linalg.vector_norm(self.exact)) / self.exact.numel() ** 0.5
+        return max(self._nothing, mean * torch.finfo(torch.float32).eps / 16 if isfinite(mean) else 0.0)
 
-    def scale(self, floor_: Tensor) -> Tensor:
-        """The size of error of each element, as of `Spread`; an eighth of the tensor's float32 rounding at least."""
-        mean = self._least.square().mean().sqrt() / 8 if self._least.numel() else self._least
-        size = torch.maximum(self._least, mean)
+    def sizes(self, floor_: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Spread`; an eighth of the tensor's float32 rounding at least."""
+        least = floor(self.exact, torch.float32, self._ranks).clamp(min=self._nothing)
         if self._spread is None:
-            return size
-        seen = self._spread.scale(floor(self._spread.exact, self._dtype, self._ranks))
-        return torch.maximum(self._in_units(seen), size)
+            return least, least.clamp(min=self.surely)
+        seen = self._spread.sizes(floor(self._spread.exact, self._dtype, self._ranks))
+        own, scale = (torch.maximum(size.nan_to_num(0.0, 0.0, 0.0) * self._unit, least) for size in seen)
+        return own, scale.clamp(min=self.surely)
 
 
 def floor(exact: Tensor, dtype: torch.dtype, ranks: int) -> Tensor:

@@ -163,7 +163,7 @@ def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) 
     far = 0.0 if same else float((local.double() - wanted.double()).norm())
     numbers = (VERDICTS.index("rounding" if same else "replicas differ"), far, 0.0, far, 1.0, far, 1.0, 0.0, -1)
     full = value.double()
-    return Measured(key, one.split, one.shape, local, full, torch.zeros_like(full), numbers)
+    return Measured(key, one.split, one.shape, local, full, None, numbers)
 
 
 def _no_news(one: Judged, changed: Collection[str]) -> bool:
