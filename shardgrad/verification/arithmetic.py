@@ -45,9 +45,8 @@ class Local:
         """How far a sum may be from its exact value before its last rounding; float64, of the value's shape.
 
         Additions are in any order: each is off by at most u times its result, a sum of some of the terms, and no such
-        sum exceeds what all positive terms have together, or all negative ones: (Σ|t| + |Σt|) / 2. The last rounding, of
-        the last addition or of an only product, is left to who knows where its result goes. (Where additions are not to
-        nearest all are counted here.)
+        sum exceeds what all positive terms have together, or all negative ones: (Σ|t| + |Σt|) / 2. The last rounding,
+        of the last addition or of an only product, is `reach`'s. (Where additions are not to nearest all are counted.)
 
         Args:
             terms: how many; magnitude: Σ|t|; top: no |t| is larger.

@@ -93,4 +93,5 @@ def _bounded_sum(terms: Sequence[Tensor], inner: Sequence[torch.dtype]) -> Tenso
     if times * u < 1:
         error = torch.minimum(error, times * u / (1 - times * u) * one_sign)
     flushed = times * max(torch.finfo(dtype).smallest_normal for dtype in inner if dtype != torch.float16)
-    return reduce(torch.add, terms) - error * (1 + 2.0**-48) - flushed
+    own = len(terms) * 2.0**-53 * magnitude  # of the float64 additions here
+    return reduce(torch.add, terms) - error * (1 + 2.0**-48) - own - flushed
