@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import expm1, inf, log1p
+from math import expm1, inf, log1p, sqrt
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Local:
     spill: float = 0.0
     spilled: int = 0
 
-    def error(self, terms: int, value: Tensor, magnitude: Tensor, top: float, lam: float | None = None) -> Tensor:
-        """How far a sum may be from its exact value before its last rounding; float64, of the value's shape.
+    def errors(self, terms: int, value: Tensor, magnitude: Tensor, top: float, lam: float) -> list[Tensor]:
+        """How far a sum may be from its exact value before its last rounding: for certain and, where less, likely.
 
         Additions are in any order: each is off by at most u times its result, a sum of some of the terms, and no such
         sum exceeds what all positive terms have together, or all negative ones: (Σ|t| + |Σt|) / 2. The last rounding,
@@ -50,25 +50,35 @@ class Local:
 
         Args:
             terms: how many; magnitude: Σ|t|; top: no |t| is larger.
-            lam: instead, where it is less, what is exceeded with a probability of at most 2 exp(-lam² / 2) if each
-                rounding error has mean zero whatever those before were (Azuma's inequality; Higham and Mary 2020).
+            lam: of the likely bound, which is exceeded with a probability of at most 2 exp(-lam² / 2) if each rounding
+                error has mean zero whatever those before were (Azuma's inequality; Higham and Mary 2020).
+
+        Returns:
+            Float64 tensors of the value's shape, one or two.
         """
         if not terms:
-            return torch.zeros_like(value)
+            return [torch.zeros_like(value)]
         u, times = self.accumulate, self.each_term * terms or max(terms - 2, 0)
         spills = -(-terms // self.spilled) if self.spilled else 0
         product = 0.0 if terms == 1 and not self.each_term else self.product
         each = expm1(2 * log1p(self.operand) + log1p(product))  # the relative error of one term
-        error = _expm1(times * log1p(u) + spills * log1p(self.spill) + log1p(each)) * magnitude
-        sums = (magnitude + value.abs()) / 2 * (1 + each)
         once = times * u + spills * self.spill
-        if once < 1:
-            error = torch.minimum(error, each * magnitude + once / (1 - once) * sums)
-        if lam is None or self.each_term:  # what is truncated has no mean of zero
-            return error
-        variance = (times * u**2 + spills * self.spill**2) * (sums + error) ** 2
-        variance = variance + each**2 * magnitude * magnitude.clamp(max=top)
-        return torch.minimum(error, lam * variance.sqrt())
+        if once > 0.5:
+            grown = times * log1p(u) + spills * log1p(self.spill) + log1p(each)
+            return [_expm1(grown) * _UP * magnitude]
+        sums = (magnitude + value.abs()) * ((1 + each) * _UP / 2)
+        certain = once / (1 - once) * sums
+        certain = certain + each * _UP * magnitude if each else certain
+        variance = times * u**2 + spills * self.spill**2
+        if self.each_term or lam**2 * variance >= once**2:  # what is truncated has no mean of zero
+            return [certain]
+        likely = lam * sqrt(variance) * _UP * (sums + certain)
+        if each:
+            likely = (likely.square() + (lam * each * _UP) ** 2 * magnitude * magnitude.clamp(max=top)).sqrt()
+        return [certain, torch.minimum(certain, likely)]
+
+
+_UP = 1 + 2.0**-40  # more than the roundings of the float64 in which bounds are computed
 
 
 def _expm1(x: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isinf, log, sqrt
+from math import inf, isinf, isnan, log, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class Power:
 class Bounded:
     """What a tensor must be, element by element. All global, float64.
 
-    lower, upper: what a right computation may reach, [2, …]: for certain, and likely.
+    lower, upper: what a right computation may reach, [1 or 2, …]: for certain and, where that is less, likely.
     lam: of the likely ones. dtype: of the tensor.
     largest: the magnitude that a partial sum or the result may reach.
     limit: the largest finite number of the narrowest dtype on the way.
@@ -210,55 +210,66 @@ def bounded(
     every = [oracle.parts(left, other, letters, what.blocks) for what in ways]
     whole = oracle.total(every[0])
     added = None if bias is None or made != "Y" else _like(bias.double(), layout.bias.letters, y.letters)
-    errors = _Errors(how, dtype, left, other, whole.value.numel() * len(every[0]))
+    value = whole.value if added is None else _with(whole, added).value
+    # Where all that follows is rounded to float32 or less, float32 is enough, and faster.
+    narrow = all_rounded and torch.float64 not in (dtype, wire) and not any(any(what.left) for what in ways)
+    held = torch.float32 if narrow else torch.float64
+    errors = _Errors(how, left, right, None if added is None else bias, value.numel() * len(every[0]), held)
+    rounds = 1 + 2.0 ** -DIGITS[dtype] * (1 + len(every[0]))
+    largest = errors.largest(whole if added is None else _with(whole, added)) * rounds
+    limit = min(torch.finfo(d).max for d in (dtype, wire))
+    if exact:
+        return Bounded(value, value[None], value[None], errors.lam, dtype, largest, limit)
     reached = []
     for what, parts in zip(ways, every):
-        biased = None
-        if bias is not None and added is not None:
-            step = oracle.quantum(bias)
-            biased = Bias(added.expand_as(whole.value), [errors.interval(_with(part, added), step) for part in parts])
         reduced, rest = any(what.reduced), any(what.left)
+        biased = None
+        if added is not None:  # it may be one more term of a partial sum that nothing reduces
+            terms = parts if rest or not reduced else []
+            inside = [errors.interval(_with(part, added), with_bias=True) for part in terms]
+            biased = Bias(added.expand_as(value).to(held), inside)
         partial = [errors.interval(part) for part in parts]
         reached.append(reach(partial, biased, dtype, wire if reduced else None, rest, all_rounded))
-    ends = hull(reached).nan_to_num(-inf, inf, -inf)  # where sums overflow, nothing is known
-    whole = whole if added is None else _with(whole, added)
-    lower, upper = ends[:, 0], -ends[:, 1]
-    if exact:
-        lower, upper = whole.value.expand_as(lower), whole.value.expand_as(upper)
-    limit = min(torch.finfo(d).max for d in (dtype, wire))
-    rounds = 1 + 2.0 ** -DIGITS[dtype] * (1 + len(every[0]))
-    return Bounded(whole.value, lower, upper, errors.lam, dtype, errors.largest(whole) * rounds, limit)
+    ends = hull(reached).double()
+    if isnan(float(ends.sum())):  # where sums overflow, nothing is known
+        ends = torch.where(ends.isnan(), -inf, ends)
+    return Bounded(value, ends[:, 0], -ends[:, 1], errors.lam, dtype, largest, limit)
 
 
 class _Errors:
     """How far partial sums may be from their exact values in the accumulator of one device.
 
-    lam: of the likely errors.
+    right: None for a sum of `left`'s elements. lam: of the likely errors. held: the dtype that holds what follows.
     """
 
-    def __init__(self, how: Local, dtype: torch.dtype, left: Tensor, right: Tensor, count: int) -> None:
-        self.how, self.wide = how, dtype if DIGITS[dtype] > DIGITS[torch.float32] else torch.float32
+    def __init__(
+        self, how: Local, left: Tensor, right: Tensor | None, bias: Tensor | None, count: int, held: torch.dtype
+    ) -> None:
+        self.how, self.held = how, held
+        self.wide = torch.float64 if left.dtype == torch.float64 else torch.float32
         self.lam = sqrt(2 * log(2 * max(count, 1) / CHANCE))
-        tops = [float(t.abs().max()) if t.numel() else 0.0 for t in (left, right)]
-        self.top, self.tops = tops[0] * tops[1], sum(tops)
-        self.step = oracle.quantum(left) * oracle.quantum(right)  # every term is a multiple of it
+        tops = [float(t.abs().max()) if t.numel() else 0.0 for t in (left, right) if t is not None]
+        self.top, self.tops = prod(tops), sum(tops)
+        steps = [oracle.step(t) for t in (left, right) if t is not None]
+        # Every term is a multiple of the step, and the accumulator holds all multiples of it up to this.
+        self.exact = 0.0 if how.operand or how.spilled else prod(steps) / how.accumulate
+        self.exact_with_bias = 0.0 if bias is None else min(self.exact, oracle.step(bias) / how.accumulate)
 
-    def interval(self, part: Right, step: float = inf) -> Tensor:
-        """What a partial sum may be; step: what every further term is a multiple of."""
+    def interval(self, part: Right, *, with_bias: bool = False) -> Tensor:
+        """What a partial sum may be before its last rounding."""
         value, magnitude = part.value, self._magnitude(part)
-        errors = [self.how.error(part.terms, value, magnitude, self.top, lam) for lam in (None, self.lam)]
-        error = torch.stack(errors)
-        error = error * (1 + 2.0**-48) + part.error + value.abs() * 2.0**-53
-        # Where the accumulator holds all multiples of the step up to Σ|t|, no sum of any of the terms is rounded.
-        if not (self.how.operand or self.how.spilled):
-            held = magnitude * self.how.accumulate <= min(self.step, step)
-            error = torch.where(held, 0.0, error)
-        return interval(value, error + self._underflow(part.terms))
+        own = part.error + value.abs() * 2.0**-53 + self._underflow(part.terms)
+        errors = [error.add_(own) for error in self.how.errors(part.terms, value, magnitude, self.top, self.lam)]
+        exact = self.exact_with_bias if with_bias else self.exact
+        if magnitude.numel() and float(magnitude.min()) <= exact:  # then no sum of any of the terms is rounded
+            errors = [torch.where(magnitude <= exact, self._underflow(part.terms), error) for error in errors]
+        return interval(value, errors, self.held)
 
     def largest(self, whole: Right) -> Tensor:
         """The magnitude that a partial sum may reach."""
-        magnitude = self._magnitude(whole)
-        return magnitude + self.how.error(whole.terms, whole.value, magnitude, self.top) + self._underflow(whole.terms)
+        one = whole.magnitude.new_ones(())
+        grown = 1 + float(self.how.errors(whole.terms, one, one, 1.0, self.lam)[0])
+        return self._magnitude(whole) * grown + self._underflow(whole.terms)
 
     def _magnitude(self, part: Right) -> Tensor:
         """With the errors of the float64 in which it, and bounds, are computed."""
@@ -321,7 +332,8 @@ def compare(
     if observed.numel() == 0:
         return Worst(name, 0.0, rank=rank)
     found = observed.detach().double()
-    certain, likely = (_ratio(found, right, at) for at in range(2))
+    certain = _ratio(found, right, 0)
+    likely = certain if len(right.lower) == 1 else _ratio(found, right, 1)
     at, suspect = int(certain.argmax()), int(likely.argmax())
     over = int((~found.isfinite() & (right.largest > right.limit)).sum()) if isinf(float(certain.flatten()[at])) else 0
 
@@ -342,10 +354,9 @@ def _ratio(found: Tensor, right: Bounded, which: int) -> Tensor:
     outside = torch.maximum(lower - found, found - upper).clamp(min=0)
     error = torch.where(outside > 0, bound + outside, (found - right.exact).abs())
     ratio = torch.where(error == 0, 0.0, error / bound)
-    # An infinite bound allows any number; rounding of the division itself makes nothing right, and nothing wrong.
+    # The rounding of the division itself makes nothing right, and nothing wrong.
     ratio = torch.where(outside > 0, ratio.clamp(min=1 + 2.0**-40), ratio.clamp(max=1))
-    ratio = torch.where(found.isfinite() & ~ratio.isnan(), ratio, inf)
-    return torch.where(found.isfinite() & bound.isinf() & (outside == 0), 0.0, ratio)
+    return torch.where(found.isfinite() & ~ratio.isnan(), ratio, inf)
 
 
 def _farther(exact: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from math import inf, prod
+from math import frexp, inf, ldexp, prod
 from typing import NamedTuple
 
 import torch
@@ -79,12 +79,10 @@ def total(terms: Sequence[Right]) -> Right:
     return Right(value, magnitude, error, sum(term.terms for term in terms))
 
 
-def quantum(x: Tensor) -> float:
-    """The largest power of two of which every element is a multiple; inf if all are zero."""
-    mantissa, exponent = torch.frexp(x.double())
-    digits = (mantissa * 2.0**53).long()
-    lowest = torch.ldexp((digits & -digits).double(), exponent - 53)
-    return float(lowest[digits != 0].amin()) if bool(digits.any()) else inf
+def step(x: Tensor) -> float:
+    """What every element is a multiple of: the spacing of the dtype's numbers at the smallest that is not zero."""
+    least = float(torch.where(x == 0, inf, x.abs()).amin()) if x.numel() else inf
+    return ldexp(torch.finfo(x.dtype).eps, frexp(least)[1] - 1) if 0 < least < inf else least
 
 
 def _gamma(n: int) -> float:

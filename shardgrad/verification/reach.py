@@ -51,7 +51,7 @@ def reach(
         terms = sent if all_rounded and not left else [hull(pair) for pair in zip(once, sent)]
     if left and bias is not None:  # one rank adds it, perhaps inside of its product
         terms = [hull(both) for both in zip(terms, partial, _without(bias))]
-        terms.append(_ends(bias.value).expand_as(terms[0]))
+        terms.append(_ends(bias.value))
     elif not all_rounded:
         terms = [hull(both) for both in zip(terms, partial)]
     ways = {dtype if wire is None else wire}
