@@ -35,7 +35,9 @@ module in the function's place.
 | `rearranged`     | explanations in which right numbers are in wrong places                          |
 | `product`        | `check_product`: one product, every element within its bound                     |
 | `bounds`         | every element of a product against float64                                       |
-| `arithmetic`     | how much one result of a product may be rounded                                  |
+| `reach`          | what a sharded sum may come out as                                               |
+| `intervals`      | the least and the greatest value of a number after its roundings                 |
+| `arithmetic`     | how much a sum on one device may be rounded, and what is summed where            |
 | `oracle`         | the right result of a product, and its magnitude                                 |
 | `finite`         | `check_finite`: no NaN and no inf                                                |
 | `replicas`       | `check_replicas`: whether copies are still copies                                |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from math import frexp, inf, ldexp, prod
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,15 @@ _U = 2.0**-53
 
 
 class Right(NamedTuple):
-    """value: the sum; magnitude: the sum of absolute values; error: of the value, at most. All float64, one shape."""
+    """value: the sum; magnitude: the sum of absolute values; error: of the value, at most. All float64, one shape.
+
+    terms: how many are summed.
+    """
 
     value: Tensor
     magnitude: Tensor
     error: Tensor
+    terms: int = 0
 
 
 def contract(left: Tensor, right: Tensor, letters: tuple[Letters, Letters, Letters], terms: int) -> Right:
@@ -33,9 +38,9 @@ def contract(left: Tensor, right: Tensor, letters: tuple[Letters, Letters, Lette
     a, b = left.double(), right.double()
     magnitude = Contraction(ls, rs, out)(a.abs(), b.abs())
     if torch.float64 not in (left.dtype, right.dtype):
-        return Right(Contraction(ls, rs, out)(a, b), magnitude, _gamma(terms) * magnitude)
+        return Right(Contraction(ls, rs, out)(a, b), magnitude, _gamma(terms) * magnitude, terms)
     value = _twice(_aligned(a, ls, out, rs), _aligned(b, rs, out, ls), terms)
-    return Right(value, magnitude, _U * value.abs() + _gamma(terms) ** 2 * magnitude)
+    return Right(value, magnitude, _U * value.abs() + _gamma(terms) ** 2 * magnitude, terms)
 
 
 def ones(dy: Tensor, letters: Letters, out: Letters) -> tuple[Tensor, Letters]:
@@ -49,20 +54,35 @@ def parts(
     right: Tensor,
     letters: tuple[Letters, Letters, Letters],
     blocks: Mapping[str, Sequence[tuple[int, int]]],
-) -> Tensor:
-    """Σ |partial sum|, over the parts into which ranks shard the letters that are summed over; not rounded down."""
-    ls, rs, out = letters
-    a, b, product = left.double(), right.double(), Contraction(ls, rs, out)
-    total: Tensor | None = None
+) -> list[Right]:
+    """The partial sums of the parts into which ranks shard the letters that are summed over."""
+    ls, rs, _ = letters
+    found = []
     for parts in itertools.product(*blocks.values()):
-        x, y = a, b
+        x, y = left, right
         for letter, (start, length) in zip(blocks, parts):
             x = x.narrow(ls.index(letter), start, length) if letter in ls else x
             y = y.narrow(rs.index(letter), start, length) if letter in rs else y
-        part = product(x, y).abs()
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+        found.append(contract(x, y, letters, prod(length for _, length in parts)))
+    return found
+
+
+def total(terms: Sequence[Right]) -> Right:
+    """Their sum, in twice the precision."""
+    value, magnitude, error = terms[0].value, terms[0].magnitude, terms[0].error
+    low = torch.zeros_like(value)
+    for term in terms[1:]:
+        value, carried = two_sum(value, term.value)
+        low, magnitude, error = low + carried, magnitude + term.magnitude, error + term.error
+    if len(terms) > 1:
+        value, error = value + low, error + _U * (value.abs() + 2 * len(terms) * low.abs())
+    return Right(value, magnitude, error, sum(term.terms for term in terms))
+
+
+def step(x: Tensor) -> float:
+    """What every element is a multiple of: the spacing of the dtype's numbers at the smallest that is not zero."""
+    least = float(torch.where(x == 0, inf, x.abs()).amin()) if x.numel() else inf
+    return ldexp(torch.finfo(x.dtype).eps, frexp(least)[1] - 1) if 0 < least < inf else least
 
 
 def _gamma(n: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,23 +20,29 @@ from shardgrad.errors import VerificationError
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import slab
+from shardgrad.ops.contract import Contraction
 from shardgrad.ops.matmul import matmul
 from shardgrad.ops.shard import shard
-from shardgrad.verification.arithmetic import DIGITS
-from shardgrad.verification.bounds import Bounded, Worst, bounded, compare
+from shardgrad.verification import oracle
+from shardgrad.verification.bounds import Bounded, Power, Worst, bounded, compare
+from shardgrad.verification.intervals import DIGITS
 
 Data = Literal["normal", "positive", "wide"]
 
 
 @dataclass(frozen=True, slots=True)
 class ProductCheck:
-    """What `check_product` found, alike on every rank of the mesh: the worst element of each tensor."""
+    """What `check_product` found, alike on every rank of the mesh.
+
+    worst: the worst element of each tensor; power: the smallest errors that would have been seen in it.
+    """
 
     layout: str
     sizes: Mapping[str, int]
     dtype: torch.dtype
     exact: bool
     worst: Mapping[str, Worst]
+    power: Mapping[str, Power]
 
     @property
     def ok(self) -> bool:
@@ -46,6 +52,11 @@ class ProductCheck:
     def ratio(self) -> float:
         """The largest |error| / bound of all elements; at most 1 if all is right."""
         return max(worst.ratio for worst in self.worst.values())
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether all is within the proved bounds, but something outside of a likely one."""
+        return self.ok and any(worst.suspicious for worst in self.worst.values())
 
     def require(self) -> ProductCheck:
         """Itself, if all is right.
@@ -62,7 +73,11 @@ class ProductCheck:
         sizes = ", ".join(f"{letter}={size}" for letter, size in self.sizes.items())
         said = "every element right" if self.ok else "WRONG"
         head = f"{self.layout} in {str(self.dtype).removeprefix('torch.')} ({sizes}): {said}, {how}"
-        return "\n".join((head, *(f"  {'  ' if worst.ok else '! '}{worst}" for worst in self.worst.values())))
+        lines = [head]
+        for name, worst in self.worst.items():
+            lines.append(f"  {'?' if worst.suspicious else ' ' if worst.ok else '!'} {worst}")
+            lines.append(f"      {self.power[name]}")
+        return "\n".join(lines)
 
 
 @told
@@ -77,7 +92,6 @@ def check_product(
     save_gathered: Collection[str] = (),
     exact: bool = False,
     data: Data = "normal",
-    lam: float | None = None,
     seed: int = 0,
 ) -> ProductCheck:
     """Run `matmul` forward and backward on random operands, and compare every element of every rank with one device.
@@ -99,7 +113,6 @@ def check_product(
         data: what operands are else: normal numbers; "positive" ones, uniform in [0, 1], where nothing cancels and
             rounding errors are largest beside the bound; or "wide", normal numbers times 2^-30 to 2^0, which reach
             below what fp16 holds.
-        lam: see `within_bound`.
         seed: of the operands.
 
     Raises:
@@ -139,7 +152,7 @@ def check_product(
             bias=added,
             reduce_dtype=reduce_dtype,
             exact=exact,
-            lam=lam,
+            all_rounded=True,
         )
 
     observed["Y"] = y, layout.out, right("Y", x, w, b if biased else None)
@@ -148,7 +161,8 @@ def check_product(
     if biased:
         observed["db"] = local[2].grad, layout.bias.grad, right("db", dy, None)
     worst = {name: compare_shards(name, *parts, dtype, mesh) for name, parts in observed.items()}
-    return ProductCheck(str(layout), dict(sizes), dtype, exact, worst)
+    power = {name: right.power() for name, (_, _, right) in observed.items()}
+    return ProductCheck(str(layout), dict(sizes), dtype, exact, worst, power)
 
 
 def compare_shards(
@@ -163,8 +177,7 @@ def compare_shards(
     for at, (size, dim) in enumerate(zip(right.exact.shape, spec.dims)):
         start, length = slab(size, dim.axes, mesh_view.shape, mesh_view.coordinate)
         starts.append(start)
-        exact, bound, largest = (t.narrow(at, start, length) for t in (here.exact, here.bound, here.largest))
-        here = Bounded(exact, bound, largest, right.limit)
+        here = here.narrow(at, start, length)
     worst = compare(name, local, here, dtype, tuple(starts), mesh.get_rank())
     if spec.partial:
         # Every rank takes part, also one whose tensor does not fit.
@@ -223,9 +236,19 @@ def _integers(shape: list[int], largest: int, share: float, generator: torch.Gen
 def _top(layout: Layout, made: str, drawn: list[Tensor], biased: bool) -> float:
     """The largest |X||W|, which no partial sum exceeds."""
     x, w, b, dy = drawn
-    left, other = {"Y": (x, w), "dX": (dy, w), "dW": (dy, x), "db": (dy, None)}[made]
-    right = bounded(left, other, layout, made, bias=b if biased and made == "Y" else None)
-    return float(right.largest.max()) if right.largest.numel() else 0.0
+    first, second, out = layout.lhs.letters, layout.rhs.letters, layout.out.letters
+    if made == "db":
+        ones, summed = oracle.ones(dy, out, layout.bias.letters)
+        left, other, letters = dy, ones, (out, summed, layout.bias.letters)
+    else:
+        left, other, letters = {
+            "Y": (x, w, (first, second, out)),
+            "dX": (dy, w, (out, second, first)),
+            "dW": (dy, x, (out, first, second)),
+        }[made]
+    largest = Contraction(*letters)(left.abs(), other.abs())
+    top = float(largest.max()) if largest.numel() else 0.0
+    return top + float(b.abs().max()) if biased and made == "Y" and b.numel() else top
 
 
 def _worst_of_all(worst: Worst, dims: int, mesh_view: MeshView) -> Worst:
@@ -233,20 +256,25 @@ def _worst_of_all(worst: Worst, dims: int, mesh_view: MeshView) -> Worst:
     for axis in mesh_view.axes.values():
         if axis.size > 1:
             rows = gather_ints(_encode(worst, dims), axis, mesh_view.device, "comparison of errors between ranks")
-            worst = max((_decode(row, worst) for row in rows), key=lambda one: (one.ratio, bool(one.problem)))
+            found = [_decode(row, worst) for row in rows]
+            odd = max(found, key=lambda one: one.likely)
+            worst = max(found, key=lambda one: (one.ratio, bool(one.problem)))
+            worst = replace(worst, likely=odd.likely, suspect=odd.suspect)
     return worst
 
 
 def _encode(worst: Worst, dims: int) -> list[int]:
-    numbers = (worst.ratio, worst.observed, worst.exact, worst.bound)
+    numbers = (worst.ratio, worst.observed, worst.exact, worst.lower, worst.upper, worst.likely, worst.lam)
     bits = [struct.unpack("<q", struct.pack("<d", number))[0] for number in numbers]
-    index = worst.index or (-1,) * dims
-    return [*bits, -1 if worst.rank is None else worst.rank, worst.overflow, int(bool(worst.problem)), *index]
+    places = [*(worst.index or (-1,) * dims), *(worst.suspect or (-1,) * dims)]
+    return [*bits, -1 if worst.rank is None else worst.rank, worst.overflow, int(bool(worst.problem)), *places]
 
 
 def _decode(row: list[int], mine: Worst) -> Worst:
-    ratio, observed, exact, bound = (struct.unpack("<d", struct.pack("<q", bits))[0] for bits in row[:4])
-    rank, overflow, problem = row[4:7]
-    index = tuple(i for i in row[7:] if i >= 0)
+    numbers = [struct.unpack("<d", struct.pack("<q", bits))[0] for bits in row[:7]]
+    rank, overflow, problem, *places = row[7:]
+    dims = len(places) // 2
+    index, suspect = (tuple(i for i in place if i >= 0) for place in (places[:dims], places[dims:]))
+    ratio, observed, exact, lower, upper, likely, lam = numbers
     said = (mine.problem or "does not fit its layout, or is not there") if problem else ""
-    return Worst(mine.tensor, ratio, index, rank, observed, exact, bound, overflow, said)
+    return Worst(mine.tensor, ratio, index, rank, observed, exact, lower, upper, likely, suspect, lam, overflow, said)
