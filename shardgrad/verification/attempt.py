@@ -53,6 +53,7 @@ class Attempt:
     placer: Placer
     clip: Clip | None
     optimizer: Optimizer | None
+    complete: Callable[[nn.Module], object] | None = None
 
     def run(self, seed: int, *, constants: bool, nudge: bool) -> list[Measured]:
         """Every tensor of one step, measured on this rank, in the order of execution; the same list on every rank.
@@ -221,7 +222,9 @@ class Attempt:
             )
 
         parameters = {one.name: one.parameter for one in self.pairs}
-        recording = forward_backward(self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient)
+        recording = forward_backward(
+            self.parallel.model, self.parallel.batch, self.parallel.loss, parameters, gradient, self.complete
+        )
         if not any(one.unsummed for one in self.pairs):  # else the caller must sum the gradients first
             Update(self.clip, update.optimizer, update.max_norm).run(self.parallel.model, parameters, recording)
         return recording

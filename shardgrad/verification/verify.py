@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def verify(
     padded: Collection[str] = (),
     clip: Clip | None = None,
     optimizer: Optimizer | None = None,
+    complete: Callable[[nn.Module], object] | None = None,
     perturb: bool = True,
     seed: int = 0,
 ) -> Report:
@@ -71,6 +73,8 @@ def verify(
         clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
             or torch's for DTensors; of other models the norm is not compared.
         optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
+        complete: `complete(parallel)` is called after backward, where gradients are complete only then: of gradients that
+            layers leave partial, `sg.all_reduce_partial_grads_`.
         perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
             hide what is wrong.
         seed: of all that is random here.
@@ -84,6 +88,8 @@ def verify(
     mesh_view = view(mesh)
     given = how.Splits(splits or {}, mesh_view)
     pairs, held = pair(parallel, single, mesh_view, given, names, list(padded))
+    if complete is not None:
+        pairs = [replace(one, unsummed=()) for one in pairs]
     values = [how.assemble(parts, one.split, one.shape, mesh_view) for one, parts in zip(pairs, held)]
     said = how.outputs_by_layers(parallel)
     placer = Placer(pairs, modules_of(parallel, single, pairs, names), list(padded), mesh_view, given, said)
@@ -96,6 +102,7 @@ def verify(
         placer,
         clip or clip_of(parallel),
         optimizer,
+        complete,
     )
     replicas = [_replicas(one, value, parts, mesh_view) for one, value, parts in zip(pairs, values, held)]
     with _restored(parallel):
