@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +53,10 @@ def verify(
     with style.exit_on(ConfigError, DataError):
         read = load(config, overrides or [])
         ranks = processes.count() or ranks or default_ranks(read.mesh)
-        read = check(check_ranks(read, ranks, by_option=True))
+        read = check(check_ranks(read, ranks, by_option=True), ranks)
     processes.start(ranks)
 
+    import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -64,6 +66,8 @@ def verify(
     from shardgrad.train.verify import verify_run
     from shardgrad.verification.picture import draw
 
+    if read.mesh.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     watch = start_process_group(choose(read.mesh.device), _PATIENCE)
     first = dist.get_rank() == 0
     shape = mesh_shape(read)
@@ -73,15 +77,19 @@ def verify(
         if first:
             typer.echo(text, err=True)
 
-    with style.exit_on(ConfigError, LayoutError):
+    try:
         report = verify_run(read, mesh, progress)
-    if first:
-        if json:
+    except (ConfigError, LayoutError) as error:  # the model cannot be sharded so: alike on every rank
+        progress(str(error))
+        status = 2
+    else:
+        status = 0 if report.ok else 1
+        if first and json:
             typer.echo(report.to_json())
-        else:
+        elif first:
             report.show(style.console(), rows)
-        if picture is not None:
+        if first and picture is not None:
             draw(report, picture)
     watch.leave()
     dist.destroy_process_group()
-    processes.end(0 if report.ok else 1)
+    processes.end(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod, sqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from shardgrad.ops.exact import set_exact
 from shardgrad.train import tokenizer
 from shardgrad.train.build import build_model, build_one_device, one_device_name
 from shardgrad.train.causal_lm import OneDevice
-from shardgrad.train.config import Config, ConfigError, Mesh, Model, Train, pieces
+from shardgrad.train.config import Config, ConfigError, Mesh, Model, Train, TransformersModel, pieces
 from shardgrad.train.data import BYTES
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.foreign import check_vocab, with_tokenizer
 from shardgrad.train.language_model import LanguageModel
+from shardgrad.train.memory import check_verification
 from shardgrad.train.optimizer import adamw, make_optimizer
 from shardgrad.train.reference import Reference
 from shardgrad.train.step import losses, micro_batches
@@ -36,11 +38,11 @@ def default_ranks(mesh: Mesh) -> int:
     return 2 if mesh.dp is None and mesh.tp is None else (mesh.dp or 2) * (mesh.tp or 2)
 
 
-def check(config: Config) -> Config:
-    """The configuration as it is verified: nothing dropped, a model's own tokenizer; ranks resolved or not.
+def check(config: Config, ranks: int) -> Config:
+    """The configuration as it is verified on so many ranks of this machine: nothing dropped, a model's own tokenizer.
 
     Raises:
-        ConfigError: the model cannot be used, or its step not be compared.
+        ConfigError: the model cannot be used, or its step not be compared, or not in this machine's memory.
         DataError: the tokenizer cannot be read.
     """
     if config.train.exact is not None and config.train.accumulate > 1:
@@ -48,10 +50,22 @@ def check(config: Config) -> Config:
             f"train.exact makes the same bits of train.accumulate = {config.train.accumulate} micro-batches and of one: "
             "verify it with train.accumulate=1"
         )
-    if isinstance(config.model, Model):
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
+    section = config.model
+    if isinstance(section, TransformersModel) and section.made_by and not Path(section.pretrained or "").exists():
+        raise ConfigError(
+            f"model.pretrained = {section.pretrained} is not there before model.made_by = {section.made_by} has been run: "
+            "train first, or verify that one"
+        )
+    if isinstance(section, Model):
+        config = config.model_copy(update={"model": section.model_copy(update={"dropout": 0.0})})
+    if config.mesh.device == "cuda" and torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            f"mesh.device = cuda, but there are {torch.cuda.device_count()} GPUs for {ranks} ranks: add mesh.device=cpu"
+        )
     config = with_tokenizer(config)
-    check_vocab(config, vocabulary(config))
+    vocab = vocabulary(config)
+    check_vocab(config, vocab)
+    check_verification(config, ranks, vocab)
     return config
 
 
@@ -128,18 +142,12 @@ def _in_words(config: Config, single: nn.Module, vocab: int, mesh: dict[str, int
 
 
 def _loss(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int) -> Tensor:
-    """The mean loss over the whole batch, as `step.backward` takes it; in float64 where the parameters are."""
+    """The mean loss over the whole batch, as `step.backward` adds it up."""
     if is_exact(model.mesh):
         assert isinstance(model, Decoder)
         (mine,) = micro_batches(model, ids, targets, 1)
         return model.loss_sum(*mine, (0, len(ids))) / targets.numel()
-    compute_dtype = model.compute_dtype
-    if next(model.parameters()).dtype == torch.float64:
-        model.compute_dtype = None
-    try:
-        return torch.stack(list(losses(model, ids, targets, accumulate))).sum()
-    finally:
-        model.compute_dtype = compute_dtype
+    return torch.stack(list(losses(model, ids, targets, accumulate))).sum()
 
 
 def _terms(model: LanguageModel) -> dict[str, str]:
