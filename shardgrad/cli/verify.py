@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +55,6 @@ def verify(
         read = check(check_ranks(read, ranks, by_option=True), ranks)
     processes.start(ranks)
 
-    import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -66,8 +64,6 @@ def verify(
     from shardgrad.train.verify import verify_run
     from shardgrad.verification.picture import draw
 
-    if read.mesh.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     watch = start_process_group(choose(read.mesh.device), _PATIENCE)
     first = dist.get_rank() == 0
     shape = mesh_shape(read)

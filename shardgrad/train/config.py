@@ -363,9 +363,7 @@ def check_ranks(config: Config, ranks: int, *, by_option: bool = False) -> Confi
         started, start = f"--ranks is {ranks}", "give --ranks"
     if grid is not None:
         if prod(grid) != ranks:
-            raise ConfigError(
-                f"mesh.grid = {grid} has {prod(grid)} ranks, but {started}: {start} {prod(grid)}"
-            )
+            raise ConfigError(f"mesh.grid = {grid} has {prod(grid)} ranks, but {started}: {start} {prod(grid)}")
         _check_batch(config, grid[0], "mesh.grid's z")
         return config
     if dp is None and tp is None:
@@ -383,9 +381,7 @@ def check_ranks(config: Config, ranks: int, *, by_option: bool = False) -> Confi
     assert tp is not None
     if dp * tp != ranks:
         which = f"mesh.tp = {tp}" if dp == 1 else f"mesh.dp * mesh.tp = {dp} * {tp}"
-        raise ConfigError(
-            f"{which}, but {started}: {start} {dp * tp}, or set mesh.tp=null for all there are"
-        )
+        raise ConfigError(f"{which}, but {started}: {start} {dp * tp}, or set mesh.tp=null for all there are")
     _check_batch(config, dp, "mesh.dp")
     if config.mesh.fully_sharded and dp == 1 and config.train.exact is None:
         raise ConfigError("mesh.fully_sharded shards weights over dp, but mesh.dp = 1: set mesh.dp, or leave it out")

@@ -71,8 +71,10 @@ def check_memory(config: Config, ranks: int, local_ranks: int) -> None:
 
 
 def verification_bytes(config: Config, ranks: int, vocab: int) -> float:
-    """What the ranks hold together, about, to compare a step with one device, each with the whole of it in float64. Of a
-    model of transformers no more is counted than parameters and logits."""
+    """What the ranks hold together, about, to compare a step with one device, each with the whole of it in float64.
+
+    Of a model of transformers no more is counted than parameters and logits.
+    """
     model, tokens = config.model, config.train.batch * config.model.seq_len
     if isinstance(model, Model):
         count = parameters(model, vocab)

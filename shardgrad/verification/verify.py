@@ -73,8 +73,8 @@ def verify(
         clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
             or torch's for DTensors; of other models the norm is not compared.
         optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
-        complete: `complete(parallel)` is called after backward, where gradients are complete only then: of gradients that
-            layers leave partial, `sg.all_reduce_partial_grads_`.
+        complete: `complete(parallel)` is called after backward, where gradients are complete only then: of gradients
+            that layers leave partial, `sg.all_reduce_partial_grads_`.
         perturb: whether parameters that are constant (zero biases, unit norms) get random values first, as they would
             hide what is wrong.
         seed: of all that is random here.
