@@ -44,7 +44,7 @@ def verify(
     large configuration small by overrides. Ends with status 0 if every tensor differs by rounding alone, 1 if not, 2 if
     the configuration cannot be used.
     """
-    from shardgrad.errors import LayoutError
+    from shardgrad.errors import LayoutError, ShapeError
     from shardgrad.train.config import ConfigError, check_ranks, load
     from shardgrad.train.data import DataError
     from shardgrad.train.verify import check, default_ranks
@@ -75,10 +75,12 @@ def verify(
 
     try:
         report = verify_run(read, mesh, progress)
-    except (ConfigError, LayoutError) as error:  # the model cannot be sharded so: alike on every rank
+    except (ConfigError, LayoutError, ShapeError) as error:  # the model cannot be sharded so: alike on every rank
+        watch.tell(str(error))
         progress(str(error))
         status = 2
     else:
+        watch.leave()
         status = 0 if report.ok else 1
         if first and json:
             typer.echo(report.to_json())
@@ -86,6 +88,5 @@ def verify(
             report.show(style.console(), rows)
         if first and picture is not None:
             draw(report, picture)
-    watch.leave()
     dist.destroy_process_group()
     processes.end(status)

@@ -104,8 +104,8 @@ def check_verification(config: Config, ranks: int, vocab: int) -> None:
         sizes |= {"model.d_ff": (model.d_ff, 3 * small)} if model.d_ff is not None else {}
     said = ", ".join(f"{key} = {size:,}" for key, (size, _) in sizes.items())
     raise ConfigError(
-        f"with {said} and {vocab:,} tokens known it takes about {format_si(needed, 'B')} to verify a step on {ranks} "
-        f"ranks, each of which also computes the whole of it on one device, in float64; this machine has "
+        f"with {said} and a vocabulary of {vocab:,} it takes about {format_si(needed, 'B')} to verify a step "
+        f"on {ranks} ranks, each of which also computes the whole of it on one device, in float64; this machine has "
         f"{format_si(here, 'B')}. Verify the same code at a smaller size, such as "
         f"{' '.join(f'{key}={small}' for key, (_, small) in sizes.items())}"
     )

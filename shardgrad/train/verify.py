@@ -30,6 +30,8 @@ from shardgrad.train.step import losses, micro_batches
 from shardgrad.verification.report import Report
 from shardgrad.verification.verify import verify
 
+_EPSILON = 1e-8  # AdamW's own
+
 
 def default_ranks(mesh: Mesh) -> int:
     """The ranks that a mesh needs: an axis that takes all there are has two, so that something is sharded over it."""
@@ -96,13 +98,13 @@ def verify_run(config: Config, mesh: DeviceMesh, progress: Callable[[str], None]
         ConfigError, LayoutError, ValueError, OSError: as `build_model`.
     """
     settings, seed = config.train, config.run.seed % 2**32
-    device, vocab = view(mesh).device, vocabulary(config)
+    vocab = vocabulary(config)
     torch.manual_seed(config.run.seed)
     model = build_model(config, vocab, mesh)
     set_exact(mesh, pieces(config))
     torch.manual_seed(config.run.seed)
-    single = build_one_device(config, vocab).to(device)
-    ids, targets = torch.randint(vocab, (2, settings.batch, config.model.seq_len)).to(device).unbind()
+    single = build_one_device(config, vocab)
+    ids, targets = torch.randint(vocab, (2, settings.batch, config.model.seq_len)).unbind()
     progress(_in_words(config, single, vocab, view(mesh).shape))
 
     def single_loss(one: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
@@ -134,8 +136,9 @@ def _in_words(config: Config, single: nn.Module, vocab: int, mesh: dict[str, int
     where = ", ".join(f"{axis}={ranks}" for axis, ranks in mesh.items())
     train = config.train
     return (
-        f"one step of {count:,} parameters, {vocab:,} tokens known, {train.batch} sequences of {config.model.seq_len} "
-        f"in {train.accumulate} micro-batch{'es' if train.accumulate > 1 else ''}, {train.dtype}, on the mesh {where}"
+        f"one step of {count:,} parameters, a vocabulary of {vocab:,}, {train.batch} sequences of "
+        f"{config.model.seq_len} in {train.accumulate} micro-batch{'es' if train.accumulate > 1 else ''}, "
+        f"{train.dtype}, on the mesh {where}"
     )
 
 
@@ -162,7 +165,7 @@ def _size_of_gradients(
     loss(single, ids, targets).backward()
     found = [parameter.grad for parameter in single.parameters() if parameter.grad is not None]
     single.zero_grad()
-    return float(nn.utils.get_total_norm(found)) / sqrt(sum(gradient.numel() for gradient in found))
+    return max(float(nn.utils.get_total_norm(found)) / sqrt(sum(gradient.numel() for gradient in found)), _EPSILON)
 
 
 def _optimizer(

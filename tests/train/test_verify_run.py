@@ -30,7 +30,8 @@ TINY = {"layers": 1, "heads": 2, "d_model": 6, "seq_len": 4}
 
 def config_of(mesh: dict[str, Any], model: dict[str, Any], **train: Any) -> Config:
     settings = {"steps": 3, "batch": 12, "lr": 0.01, **train}
-    return Config.model_validate({"mesh": mesh, "model": {**TINY, **model}, "train": settings})
+    data = {"tokens": "nowhere.bin", "vocab": 38}  # which nothing reads
+    return Config.model_validate({"mesh": mesh, "data": data, "model": {**TINY, **model}, "train": settings})
 
 
 def verified(config: Config) -> Report:
@@ -79,12 +80,13 @@ def test_biases_that_decay(world_size: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @distributed(world_size=[2, 3], backend="shm")
 def test_bfloat16_on_sharded_parameters(world_size: int) -> None:
-    model = {"kind": "llama", "heads": 3, "kv_heads": 1, "tied": True}
+    model = {"kind": "llama", "heads": 3, "kv_heads": 1, "tied": True, "dropout": 0.3}
     more = {"dtype": "bfloat16", "reduce_dtype": "float32", "recompute": "full"}
     found = verified(config_of({"dp": world_size, "fully_sharded": True}, model, **more))
     assert found.ok, found.table()
     assert found.dtype == "bfloat16, parameters float32"
     assert found["blocks.0.mlp.up_weight"].split == "Wu[f/tp,d/dp]"
+    assert found["head"].shape == (12, 4, 38)
     assert found["head"].yardstick > 1e-4  # that of bfloat16
 
 
@@ -93,9 +95,12 @@ def test_bfloat16_on_sharded_parameters(world_size: int) -> None:
 def test_adapters_of_a_pretrained_model(world_size: int, tmp_path: Path) -> None:
     if torch.distributed.get_rank() == 0:
         make(tmp_path / "model", LLAMA)
+        (tmp_path / "model" / "tokenizer.json").write_text(whole.tokenizer.train("abcabc " * 50, 258).json)
     torch.distributed.barrier()
     given = {"pretrained": str(tmp_path / "model"), "lora": {"rank": 2, "targets": ["q_proj", "down_proj"]}}
-    found = verified(configured(tmp_path, given))
+    config = configured(tmp_path, given)
+    assert whole.vocabulary(whole.check(config, 2)) == 258  # of the model's own tokenizer
+    found = verified(config)
     assert found.ok, found.table()
     gradients = {row.name.rpartition("proj.")[2] for row in found.rows if row.kind == "gradient"}
     assert gradients == {"lora_A.default.weight", "lora_B.default.weight"}
@@ -150,7 +155,7 @@ def test_the_vocabulary_is_the_runs(tmp_path: Path) -> None:
         ("fully-sharded", ["--ranks", "3"], "mesh.dp * mesh.tp = 2 * 2, but --ranks is 3: give --ranks 4"),
         ("3d", ["--ranks", "4"], "mesh.grid = [2, 2, 2] has 8 ranks, but --ranks is 4: give --ranks 8"),
         ("gpt2-124M", [], "mesh.device = cuda: a step is verified on the CPU; add mesh.device=cpu"),
-        ("llama-1b", ["mesh.device=cpu"], "such as train.batch=16 model.seq_len=16 model.layers=1 model.d_model=256 model."),
+        ("llama-1b", ["mesh.device=cpu"], "train.batch=16 model.seq_len=16 model.layers=1 model.d_model=256 model."),
         pytest.param(
             "tiny-llama", ["train.batch=99999"], "it takes about 787 GB to verify a step on 2 ranks",
             marks=pytest.mark.slow,
