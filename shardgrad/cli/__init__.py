@@ -8,7 +8,7 @@
 | `style`          | one style for every command: tables, JSON, errors         |
 | `ranks`          | start the ranks of a command                              |
 | `explain`        | `explain`: what each phase of a layout computes and sends |
-| `verify`         | `verify`: a configuration's model against one device      |
+| `verify`         | `verify`: a step of a configuration against one device    |
 | `mutants`        | `mutants`: planted bugs, and which are found              |
 | `chaos`          | `chaos`: attacks, and what held                           |
 | `trace`          | `trace`: one training step in time                        |

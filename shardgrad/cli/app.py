@@ -20,7 +20,7 @@ app = typer.Typer(
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
-app.command(name="verify")(verify.verify)
+app.command(name="verify", epilog=verify.EPILOG)(verify.verify)
 app.command(name="mutants")(mutants.mutants)
 app.command(name="chaos")(chaos.chaos)
 app.add_typer(bench.app, name="bench")

@@ -27,7 +27,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
     Raises:
         ConfigError: it cannot be used, here or on so many.
     """
-    config = check_ranks(load(path, overrides), ranks)
+    config = check_ranks(load(path, overrides), ranks, by_option=True)
     decoder_sizes(config)
     if config.mesh.device != "cpu":
         raise ConfigError(f"mesh.device = {config.mesh.device}: a step is looked at on the CPU; add mesh.device=cpu")

@@ -1,76 +1,92 @@
-"""`shardgrad verify`: a training configuration's model, sharded, against one device."""
+"""`shardgrad verify`: one step of a training configuration's run against one device."""
 
 from __future__ import annotations
 
-import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from shardgrad.cli import ranks as started
+from shardgrad.cli import ranks as processes
+from shardgrad.cli import style
+
+EPILOG = style.examples(
+    "shardgrad verify configs/quickstart.yaml train.batch=2 --ranks 3",
+    "shardgrad verify configs/gpt2-124M.yaml mesh.device=cpu model.layers=1 model.d_model=48 model.seq_len=16 "
+    "train.batch=16",
+)
+_PATIENCE = timedelta(minutes=30)  # for a rank that still computes its runs of one device, which others wait for
 
 
 def verify(
-    config: Annotated[Path, typer.Argument(help="a training configuration, such as configs/quickstart.yaml")],
+    config: Annotated[Path, typer.Argument(help="a configuration of launch/train.py, such as configs/quickstart.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="values instead of the file's: section.key=value")
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="processes to shard over")] = 2,
-    dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(help="the working precision")] = "float32",
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
+            "has two",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     picture: Annotated[Path | None, typer.Option(help="write a picture of the errors (.png, .svg or .pdf)")] = None,
     rows: Annotated[int, typer.Option(min=1, help="tensors to list, worst first")] = 20,
-    seed: Annotated[int, typer.Option(help="of the values and the tokens")] = 0,
 ) -> None:
-    """Hold one step of a configuration's model, sharded over ranks, against one device.
+    """Hold one step of a configuration's run against one device, tensor by tensor.
 
-    Ends with status 0 if every tensor differs by rounding alone, 1 if not, 2 if the configuration cannot be used.
-
-    Example: `shardgrad verify configs/quickstart.yaml train.batch=2 --ranks 3`
+    The model is the run's: its mesh, its storage, its vocabulary, its dtypes, its micro-batches, its AdamW. Nothing is
+    dropped, and tokens are random. Each rank also computes the whole step on one device, in float64 as well: make a
+    large configuration small by overrides. Ends with status 0 if every tensor differs by rounding alone, 1 if not, 2 if
+    the configuration cannot be used.
     """
-    from shardgrad.train.config import ConfigError, decoder_sizes, load
+    from shardgrad.errors import LayoutError, ShapeError
+    from shardgrad.train.config import ConfigError, check_ranks, load
+    from shardgrad.train.data import DataError
+    from shardgrad.train.verify import check, default_ranks
 
-    try:
+    with style.exit_on(ConfigError, DataError):
         read = load(config, overrides or [])
-        sizes = decoder_sizes(read)
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    started.start(ranks)
+        ranks = processes.count() or ranks or default_ranks(read.mesh)
+        read = check(check_ranks(read, ranks, by_option=True), ranks)
+    processes.start(ranks)
 
-    import torch
     import torch.distributed as dist
-    from rich.console import Console
     from torch.distributed.device_mesh import init_device_mesh
 
-    import shardgrad as sg
-    from shardgrad.train.build import build, build_reference
-    from shardgrad.train.config import Mesh
-    from shardgrad.train.data import BYTES
-    from shardgrad.train.reference import name_here
+    from shardgrad.comm.backend import choose
+    from shardgrad.comm.rendezvous import start_process_group
+    from shardgrad.train.build import mesh_shape
+    from shardgrad.train.verify import verify_run
     from shardgrad.verification.picture import draw
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    torch.manual_seed(seed)
-    # Tensor parallel over all ranks, whatever the run's mesh; nothing dropped, as in the reference.
-    read = read.model_copy(update={"mesh": Mesh(), "model": sizes.model_copy(update={"dropout": 0.0})})
-    report = sg.verify(
-        build(read, BYTES, mesh, getattr(torch, dtype)),
-        build_reference(sizes, BYTES),
-        [torch.randint(0, BYTES, (read.train.batch, read.model.seq_len)) for _ in range(2)],
-        mesh,
-        loss=lambda model, ids, targets: model.loss(ids, targets),
-        names=name_here,
-        seed=seed,
-    )
-    if dist.get_rank() == 0:
-        if json:
+    watch = start_process_group(choose(read.mesh.device), _PATIENCE)
+    first = dist.get_rank() == 0
+    shape = mesh_shape(read)
+    mesh = init_device_mesh(read.mesh.device, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+    def progress(text: str) -> None:
+        if first:
+            typer.echo(text, err=True)
+
+    try:
+        report = verify_run(read, mesh, progress)
+    except (ConfigError, LayoutError, ShapeError) as error:  # the model cannot be sharded so: alike on every rank
+        watch.tell(str(error))
+        progress(str(error))
+        status = 2
+    else:
+        watch.leave()
+        status = 0 if report.ok else 1
+        if first and json:
             typer.echo(report.to_json())
-        else:
-            report.show(Console(highlight=False, width=None if sys.stdout.isatty() else 100), rows)
-        if picture is not None:
+        elif first:
+            report.show(style.console(), rows)
+        if first and picture is not None:
             draw(report, picture)
     dist.destroy_process_group()
-    started.end(0 if report.ok else 1)
+    processes.end(status)

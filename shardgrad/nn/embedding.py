@@ -102,7 +102,7 @@ class VocabParallelEmbedding(Layer, lookup=_LOOKUP, layout="X[n/sp,m] W[v/tp,m] 
     @told
     def forward(self, ids: Tensor) -> Tensor:
         y = self._lookups(ids)
-        if torch.is_autocast_enabled(y.device.type):
+        if torch.is_autocast_enabled(y.device.type) and y.dtype != torch.float64:  # which autocast leaves alone
             y = y.to(torch.get_autocast_dtype(y.device.type))
         if self.sequence_dim is None:
             return all_reduce(y, self.mesh, self.axis, one_term=True)

@@ -31,7 +31,7 @@ class Parallel:
         data: the axis that shards the batch, the first dim, and how parameters are stored over it; None without data
             parallelism.
         reduce_dtype: in which partial sums of products are reduced, e.g. torch.float32 for 16-bit operands; None: in
-            that of the products.
+            that of the products, as sums of float64 always are.
         device, dtype: of the parameters; None: the mesh's device, torch's default dtype.
 
     Raises:

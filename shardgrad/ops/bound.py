@@ -269,7 +269,8 @@ class BoundMatmul:
                 raise ShapeError(f"{name} is a DTensor: pass its local shard, tensor.to_local() (in {self.name})")
             if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
                 raise ShapeError(f"{name} is {unusual(tensor)}: products take dense tensors (in {self.name})")
-        if self.reduce_dtype is not None and self.reduce_dtype.itemsize < first.dtype.itemsize:
+        wide = self._reduced_in(first.dtype)
+        if wide is not None and wide.itemsize < first.dtype.itemsize:
             raise ShapeError(
                 f"reduce_dtype {self.reduce_dtype} is narrower than {first.dtype} of {names[0]}: sums would lose "
                 f"what is there (in {self.name})"
@@ -277,9 +278,14 @@ class BoundMatmul:
         if first.dtype.is_complex:
             raise ShapeError(f"{names[0]} is {first.dtype}: complex products are not supported (in {self.name})")
 
+    def _reduced_in(self, dtype: Any) -> torch.dtype | None:
+        """`reduce_dtype` for operands of a dtype; float64 is left alone, as autocast leaves it."""
+        return None if str(dtype).endswith("float64") else self.reduce_dtype
+
     def _products(self, sizes: Sizes, dtype: Any) -> Products:
         """What lowering needs to know."""
-        reduce_dtype = None if self.reduce_dtype in (None, dtype) else str(self.reduce_dtype).removeprefix("torch.")
+        wide = self._reduced_in(dtype)
+        reduce_dtype = None if wide in (None, dtype) else str(wide).removeprefix("torch.")
         return Products(
             self.plans,
             self.biased,
@@ -308,7 +314,7 @@ class BoundMatmul:
         """
         from shardgrad.layout import cost, predict
 
-        wire, reduce_wire = predict.widths(dtype, self.reduce_dtype)
+        wire, reduce_wire = predict.widths(dtype, self._reduced_in(dtype))
         products = self._products(sizes, dtype)
         made = self._instructions(products, gradients=True)
         if products.pieces is not None:

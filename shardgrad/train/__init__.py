@@ -12,6 +12,7 @@
 | `grid`        | a Llama style decoder in a 3D layout                                  |
 | `reference`   | the same decoders on one device, in nothing but torch                 |
 | `first_step`  | the first step against one device and against the prediction of bytes |
+| `verify`      | one step of a configuration's run by `sg.verify`                      |
 | `predict`     | every collective of a step, predicted                                 |
 | `foreign`     | a model of transformers before it is built                            |
 | `lora`        | adapters of peft around a model                                       |

@@ -64,10 +64,8 @@ def _dtypes(config: Config) -> dict[str, torch.dtype | None]:
     }
 
 
-def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> Decoder:
+def build(config: Config, vocab: int, mesh: DeviceMesh) -> Decoder:
     """The built-in decoder on a mesh of `mesh_shape`; values by torch.manual_seed.
-
-    dtype: of the parameters, float32 if None.
 
     Raises:
         ConfigError: as `decoder_sizes`.
@@ -80,7 +78,6 @@ def build(config: Config, vocab: int, mesh: DeviceMesh, dtype: torch.dtype | Non
         "data": batch_axis(config, view(mesh).shape.get("dp", 1)),
         **_dtypes(config),
         "recompute": config.train.recompute,
-        "dtype": dtype,
     }
     if config.mesh.grid is not None:
         for key in ("kv_heads", "tied"):

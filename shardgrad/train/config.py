@@ -348,20 +348,22 @@ def decoder_sizes(config: Config) -> Model:
     )
 
 
-def check_ranks(config: Config, ranks: int) -> Config:
+def check_ranks(config: Config, ranks: int, *, by_option: bool = False) -> Config:
     """The configuration with `mesh.dp` and `mesh.tp` resolved to the number of ranks.
+
+    by_option: whether a command starts the ranks, as many as its --ranks says, and not torchrun.
 
     Raises:
         ConfigError: they say another number, or the batch does not divide by the ranks of dp.
     """
     dp, tp, grid = config.mesh.dp, config.mesh.tp, config.mesh.grid
     started = f"{ranks} {'process was' if ranks == 1 else 'processes were'} started"
+    start = "start torchrun with --nproc-per-node"
+    if by_option:
+        started, start = f"--ranks is {ranks}", "give --ranks"
     if grid is not None:
         if prod(grid) != ranks:
-            raise ConfigError(
-                f"mesh.grid = {grid} has {prod(grid)} ranks, but {started}: start torchrun with --nproc-per-node "
-                f"{prod(grid)}"
-            )
+            raise ConfigError(f"mesh.grid = {grid} has {prod(grid)} ranks, but {started}: {start} {prod(grid)}")
         _check_batch(config, grid[0], "mesh.grid's z")
         return config
     if dp is None and tp is None:
@@ -371,7 +373,7 @@ def check_ranks(config: Config, ranks: int) -> Config:
             other = "dp" if name == "tp" else "tp"
             raise ConfigError(
                 f"mesh.{other} = {given} does not divide the ranks: {started}, so mesh.{name} = null leaves no whole "
-                f"number of them; start torchrun with --nproc-per-node {given} or a multiple of it"
+                f"number of them; {start} {given} or a multiple of it"
             )
     dp = ranks // tp if dp is None and tp is not None else dp
     tp = ranks // dp if tp is None and dp is not None else tp
@@ -379,10 +381,7 @@ def check_ranks(config: Config, ranks: int) -> Config:
     assert tp is not None
     if dp * tp != ranks:
         which = f"mesh.tp = {tp}" if dp == 1 else f"mesh.dp * mesh.tp = {dp} * {tp}"
-        raise ConfigError(
-            f"{which}, but {started}: start torchrun with --nproc-per-node {dp * tp}, or set mesh.tp=null for all "
-            "there are"
-        )
+        raise ConfigError(f"{which}, but {started}: {start} {dp * tp}, or set mesh.tp=null for all there are")
     _check_batch(config, dp, "mesh.dp")
     if config.mesh.fully_sharded and dp == 1 and config.train.exact is None:
         raise ConfigError("mesh.fully_sharded shards weights over dp, but mesh.dp = 1: set mesh.dp, or leave it out")

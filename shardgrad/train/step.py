@@ -41,6 +41,12 @@ def micro_batches(
         yield some, following, batch
 
 
+def losses(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int) -> Iterator[Tensor]:
+    """Each micro-batch's term of the mean loss over a batch, alike on every rank. ids, targets: as of `backward`."""
+    for mine in micro_batches(model, ids, targets, accumulate):
+        yield model.loss(*mine) / accumulate
+
+
 def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int = 1) -> Tensor:
     """Add the gradients of the mean loss over a batch, complete on every rank; returns this loss, alike on every rank.
 
@@ -50,8 +56,7 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, accumulate: int
     if is_exact(model.mesh):
         return _exact_backward(model, ids, targets, accumulate)
     total = torch.zeros((), device=ids.device)
-    for mine in micro_batches(model, ids, targets, accumulate):
-        loss = model.loss(*mine) / accumulate
+    for loss in losses(model, ids, targets, accumulate):
         loss.backward()
         total = total + loss.detach()
     all_reduce_partial_grads_(model)

@@ -97,6 +97,7 @@ class Attempt:
     optimizer: Optimizer | None
     buffers: Mapping[str, Tensor]
     perturb: bool = True
+    complete: Callable[[nn.Module], object] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     asked: set[torch.dtype] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)
@@ -376,7 +377,7 @@ class Attempt:
             )
 
         parameters = {one.name: one.parameter for one in self.pairs}
-        recording = forward_backward(side.model, side.batch, side.loss, parameters, gradient)
+        recording = forward_backward(side.model, side.batch, side.loss, parameters, gradient, self.complete)
         unsummed = [one for one in self.pairs if one.unsummed]
         for one in unsummed:  # their program sums them after backward
             grad = gradient_of(one.parameter)

@@ -85,11 +85,13 @@ def forward_backward(
     loss: Loss,
     parameters: Mapping[str, nn.Parameter],
     gradient: Callable[[Tensor], Tensor],
+    complete: Callable[[nn.Module], object] | None = None,
 ) -> Recording:
     """Forward and backward of one step. Gradients are left in the parameters.
 
     Args:
         gradient: the gradient to give to a result that is no scalar.
+        complete: called after backward, before gradients are taken.
 
     Raises:
         ValueError: the result holds no tensor to differentiate.
@@ -147,6 +149,8 @@ def forward_backward(
             result.backward()
         else:
             result.backward(gradient(result.detach()))
+        if complete is not None:
+            complete(model)
     finally:
         for handle in [*handles, *in_forward]:
             handle.remove()

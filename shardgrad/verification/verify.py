@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def verify(
     clip: Clip | None = None,
     optimizer: Optimizer | None = None,
     skip: Collection[str] = (),
+    complete: Callable[[nn.Module], object] | None = None,
     perturb: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -77,6 +79,8 @@ def verify(
         clip: `clip(model, max_norm)` scales the gradients and returns their norm before. By default that of shardgrad,
             or torch's for DTensors; of other models the norm is not compared.
         optimizer: `optimizer(parameters)`; by default plain gradient descent. It must have no state yet.
+        complete: `complete(parallel)` is called after backward, where gradients are complete only then: of gradients
+            that layers leave partial, `sg.all_reduce_partial_grads_`.
         skip: tensors to leave out, by name or pattern: a module's output, its gradient (`fc1.grad`), the loss.
         perturb: whether parameters that are constant (zero biases, unit norms), or whose shards are alike on all ranks,
             are moved first, as they would hide what is wrong.
@@ -93,6 +97,8 @@ def verify(
     tell = progress or (lambda said: None)
     given = how.Splits(splits or {}, mesh_view)
     pairs, held = pair(parallel, single, mesh_view, given, names, list(padded))
+    if complete is not None:
+        pairs = [replace(one, unsummed=()) for one in pairs]
     values = [how.assemble(parts, one.split, one.shape, mesh_view) for one, parts in zip(pairs, held)]
     said = how.outputs_by_layers(parallel)
     placer = Placer(pairs, modules_of(parallel, single, pairs, names), list(padded), mesh_view, given, said, list(skip))
@@ -107,6 +113,7 @@ def verify(
         optimizer,
         {name: local_part(buffer.detach()).clone() for name, buffer in parallel.named_buffers()},
         perturb,
+        complete,
     )
     replicas = [_replicas(one, value, parts, mesh_view) for one, value, parts in zip(pairs, values, held)]
     drifted = [one for one in judge(replicas, mesh_view).values() if not one.row.ok]

@@ -35,7 +35,7 @@ def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
     assert status == 0, told
     found = json.loads(told[0])
     assert found["ok"] is True
-    assert found["mesh"] == {"tp": 2}
+    assert found["mesh"] == {"dp": 1, "tp": 2}
     assert {row["kind"] for row in found["rows"]} == {
         "output", "output gradient", "gradient", "loss", "norm", "step"
     }  # fmt: skip
@@ -62,6 +62,8 @@ def test_a_mistake_ends_the_command_with_status_1_and_nothing_of_torchruns(tmp_p
     assert "first in the order of execution: the gradient of norm." in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert "ChildFailedError" not in done.stderr
+    assert "one step of 3,618 parameters" in done.stderr
+    assert done.stderr.count("one step") == 1
 
 
 def row(name: str, kind: str, order: int, ratio: float, verdict: str) -> Row:
