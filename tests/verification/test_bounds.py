@@ -37,7 +37,7 @@ def test_right_code_stays_within_its_bounds(world_size: int) -> None:
     """Random legal layouts, grids, dtypes, reduction dtypes, uneven and empty shards; many.py runs thousands."""
     rng = random.Random(world_size)
     for _ in range(40):
-        case(rng, world_size).require()
+        assert not case(rng, world_size).require().suspicious
 
 
 @pytest.mark.parametrize("k", [16, 256])
@@ -337,6 +337,10 @@ def test_one_ulp_is_seen_where_one_number_alone_is_right(dtype: torch.dtype) -> 
     assert not compare("Y", y, both, dtype).ok
     assert sg.within_bound(y, x, w, layout, "Y", {"tp": 2}).ok
     assert sg.within_bound(halves[0] + halves[1], x, w, layout, "Y", {"tp": 2}).ok
+    thirds = [(a @ b) for a, b in zip(x.chunk(3, 1), w.chunk(3, 0))]
+    three = bounded(x, w, layout, "Y", {"tp": 3}, all_rounded=True)
+    assert compare("Y", thirds[0] + thirds[1] + thirds[2], three, dtype).ok
+    assert compare("Y", torch.stack(thirds).float().sum(0).to(dtype), three, dtype).ok  # as shared memory adds
     wide = bounded(x, w, layout, "Y", {"tp": 2}, reduce_dtype=torch.float32, all_rounded=True)
     assert compare("Y", (halves[0].float() + halves[1].float()).to(dtype), wide, dtype).ok
     assert torch.equal(wide.lower, both.lower)  # one addition, rounded to 16 bits at once or after float32
@@ -349,7 +353,7 @@ def test_a_product_of_two_numbers_is_rounded_once(dtype: torch.dtype) -> None:
     right = bounded(x, w, "X[n,d] W[d,m] -> Y[n,m]")
     assert compare("Y", x @ w, right, dtype).ok
     ulps = (right.upper - right.lower)[0] / right.exact.abs() * 2.0 ** (DIGITS[dtype] - 1)
-    assert float(ulps.max()) <= (2 if dtype == torch.float64 else 0)
+    assert float(ulps.max()) <= (3 if dtype == torch.float64 else 0)  # float64's oracle is rounded too
 
 
 def test_sums_that_the_accumulator_holds_are_not_rounded() -> None:
