@@ -37,7 +37,7 @@ def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
     assert found["ok"] is True
     assert found["mesh"] == {"dp": 1, "tp": 2}
     assert {row["kind"] for row in found["rows"]} == {
-        "output", "output gradient", "gradient", "loss", "norm", "step"
+        "output", "output gradient", "gradient", "loss", "norm", "step", "second step"
     }  # fmt: skip
     assert imread(tmp_path / "errors.png").shape[:2] == (750, 1500)
 
