@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +18,12 @@ from shardgrad.nn.module import ShardedModule
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exact import InFloat64
 from shardgrad.verification.exchange import coordinates
+from shardgrad.verification.functions import Change
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
 from shardgrad.verification.record import WHOLE, Batch, Key, Loss, Recording, Update, forward_backward
+from shardgrad.verification.reruns import Reruns, forward
 from shardgrad.verification.rounding import RUNS, Reordered, Spread
 from shardgrad.verification.uses import gradients_by_use
 
@@ -96,23 +98,27 @@ class Attempt:
             for one, (key, tensor) in zip(found, singles)
         ]
 
-    def known(self, measured: Sequence[Measured], seed: int, *, constants: bool) -> Context:
+    def known(
+        self, measured: Sequence[Measured], seed: int, *, constants: bool, wrong: Collection[Key] = ()
+    ) -> Context:
         """What explanations may use of an attempt, which was not nudged."""
         values = self._perturbed(seed, constants, False)
-        by_key = {one.key: one for one in measured}
 
-        def again(key: Key, changes: Mapping[str, Tensor], backward: bool) -> Tensor | None:
-            one = by_key[key]
-            in_forward = {} if backward else changes
+        def step(
+            change: Change, parameters: Mapping[str, Tensor], in_backward: bool, whole: bool
+        ) -> Mapping[Key, Tensor]:
+            in_forward = {} if in_backward else parameters
             changed = [in_forward.get(pair.name, value) for pair, value in zip(self.pairs, values)]
             model = self._one_device(changed, torch.float64)
-            if backward:
+            if in_backward:
                 for pair in self.pairs:
-                    if pair.name in changes:
-                        _change_backward(model, pair.single_name, pair.to_single(changes[pair.name]))
-            recording = self._exact_step(model, seed)
-            tensor = None if one.single is None else recording.tensors.get(one.single)
-            return None if tensor is None else fit(tensor, one.shape)
+                    if pair.name in parameters:
+                        _change_backward(model, pair.single_name, pair.to_single(parameters[pair.name]))
+            with change.around(model):
+                if whole:
+                    return self._exact_step(model, seed).tensors
+                with InFloat64():
+                    return forward(model, _cast(self.single.batch), self.single.loss)
 
         def uses(name: str) -> list[tuple[str, Tensor]]:
             own = next(pair for pair in self.pairs if pair.name == name)
@@ -124,12 +130,18 @@ class Attempt:
 
             return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, step)]
 
+        singles = {one.key: one.single for one in measured if one.single is not None}
+        places = {one.key: (singles[one.key], one.shape) for one in measured if one.key in singles}
+        reruns = Reruns(step, places, set(wrong))
         return Context(
             exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
             before={one.name: (value.double(), one.split) for one, value in zip(self.pairs, values)},
             real={one.key: one.real for one in measured if one.real is not None},
-            again=again,
+            again=reruns.again,
             uses=uses,
+            under=reruns.under,
+            watch=reruns.watch,
+            single=singles,
         )
 
     def _perturbed(self, seed: int, constants: bool, nudge: bool) -> list[Tensor]:

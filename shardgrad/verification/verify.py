@@ -16,7 +16,7 @@ from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import Attempt, Clip, Optimizer, Side, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe, rows_of
-from shardgrad.verification.diagnose import diagnose
+from shardgrad.verification.diagnose import MOST, diagnose
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
@@ -117,7 +117,8 @@ def verify(
     given.check_used(placer.names)
     wrong = sorted((one for one in measured if not rows[one.key].ok), key=lambda one: rows[one.key].order)
     findings = tuple(observe(one, mesh_view) for one in wrong)
-    known = attempt.known(measured, seed, constants=perturb) if findings else Context()
+    first = [one.key for one in wrong[:MOST]]
+    known = attempt.known(measured, seed, constants=perturb, wrong=first) if findings else Context()
     return Report(
         rows=tuple(sorted((rows[one.key] for one in measured), key=lambda row: (row.ok, -row.score, row.order))),
         findings=findings,

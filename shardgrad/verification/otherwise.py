@@ -1,0 +1,221 @@
+"""Explanations by one device that does something otherwise: another function, another constant, other positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardgrad.verification.functions import TIMES, Call, Change, Noted, Slot, calling
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
+from shardgrad.verification.reruns import earlier
+from shardgrad.verification.variants import VARIANTS, Variant
+
+_CONSTANTS = 10
+"""Constants to try at most; those next to the tensor."""
+_ALIKE = 0.25
+"""Cosine between what a constant changes and what is wrong, from which on the constant is fitted."""
+
+
+def _window(seen: Evidence, known: Context) -> tuple[list[Noted], list[Noted]]:
+    """The calls between the last right output and the wrong one, and those before."""
+    if seen.kind not in ("output", "loss") or not seen.fits:
+        return [], []
+    watch = known.watch()
+    name = known.single.get((seen.kind, seen.name), (seen.kind, seen.name))[1]
+    right = [
+        known.single.get(key, key)[1] for key in known.exact if key[0] == "output" and key not in known.wrong
+    ]  # fmt: skip
+    start, end = earlier(name, watch.outputs, right), watch.outputs.get(name, len(watch.calls))
+    return watch.calls[start:end], watch.calls[:start]
+
+
+def _parts(seen: Evidence, full: Tensor) -> list[Tensor]:
+    return [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+
+
+def other_functions(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """Another function of the table in the place of one that stands before the tensor."""
+    near, far = _window(seen, known)
+    for variant in VARIANTS:
+        here = [call for call in near if call.which[0] in variant.functions]
+        groups = [here] if here else []
+        if not here and variant.early:
+            groups = [[call] for call in far if call.which[0] in variant.functions][:2]
+        for group in groups:
+            for parts, where in _predictions(seen, known, variant, group):
+                says = f"it is what comes out with {variant.says}, where one device calls {group[0].which[0]}" + where
+                yield Hypothesis(variant.name, says, variant.remedy, parts, seen.size, cost=1)
+
+
+def _predictions(
+    seen: Evidence, known: Context, variant: Variant, group: Sequence[Noted]
+) -> Iterator[tuple[list[Tensor], str]]:
+    """What every rank would have, and over which axes the variant sees ranks."""
+
+    def under(rank: int, ranks: int) -> Tensor | None:
+        def instead(call: Call) -> Any:
+            return variant.make(call, rank, ranks)
+
+        return known.under((seen.kind, seen.name), calling({call.which: instead for call in group}))
+
+    if variant.kind == "alike" or variant.name.startswith("repeat"):
+        full = under(0, 1)
+        if full is not None:
+            yield _parts(seen, full), ""
+    if variant.kind == "alike":
+        return
+    tried = set()
+    for axes, ranks in seen.axes():
+        if variant.kind == "parts":
+            if ranks in tried:
+                continue
+            tried.add(ranks)
+            full = under(0, ranks)
+            if full is not None:
+                yield _parts(seen, full), f" (ranks of {list_of(axes)})"
+            continue
+        index = [_along(at, seen.mesh, axes) for at in seen.found.coordinates]
+        fulls = {rank: under(rank, ranks) for rank in sorted(set(index))}
+        made = [fulls[rank] for rank in index]
+        if all(full is not None for full in made):
+            places = zip(made, seen.found.coordinates)
+            own = [seen.split.shard(full, seen.mesh, at) for full, at in places if full is not None]
+            yield own, f" (ranks of {list_of(axes)})"
+
+
+def _along(at: Any, mesh: Any, axes: Sequence[str]) -> int:
+    rank = 0
+    for axis in axes:
+        rank = rank * mesh[axis] + at[axis]
+    return rank
+
+
+_TOLD: dict[Slot, tuple[str, str]] = {
+    "eps": ("another epsilon", "give it the epsilon of one device"),
+    "scale": ("scores scaled by another constant", "divide scores by √(features of one head)"),
+    TIMES: ("scores scaled by another constant", "divide scores by √(features of one head)"),
+}
+
+
+def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """Another number in one of the functions that stand before the tensor; it is fitted, and printed."""
+    near, _ = _window(seen, known)
+    slots = [(call, slot, value) for call in near for slot, value in call.numbers.items()]
+    for call, slot, value in slots[::-1][:_CONSTANTS]:
+        found = _fitted(seen, known, call, slot, value)
+        if found is None:
+            continue
+        number, parts = found
+        name, remedy = _TOLD.get(slot, ("another constant", "look for a scale, a power or an offset that differs"))
+        ratio = number / value if value else 0.0
+        root = Fraction(ratio * ratio).limit_denominator(64)
+        shown = f" (√{root} times as much)" if root and abs(float(root) - ratio * ratio) < 1e-4 * ratio * ratio else ""
+        says = f"it is what comes out with {number:.4g} in {call.which[0]}, where one device has {value:.4g}{shown}"
+        yield Hypothesis(name, says, remedy, parts, seen.size, cost=2, fitted=1)
+
+
+def _fitted(seen: Evidence, known: Context, call: Noted, slot: Slot, value: float) -> tuple[float, list[Tensor]] | None:
+    """The constant with which one device has nearly what the wrong ranks have: by secants, from its own."""
+    wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
+    if not all(bool(seen.held[rank].isfinite().all()) for rank in wrong):
+        return None
+
+    def computed(number: float) -> list[Tensor] | None:
+        def instead(made: Call) -> Any:
+            return made.with_number(slot, number)
+
+        full = known.under((seen.kind, seen.name), calling({call.which: instead}))
+        return None if full is None or not bool(full.isfinite().all()) else _parts(seen, full)
+
+    def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        return sum(float((a[rank] / seen.size[rank] * (b[rank] / seen.size[rank])).sum()) for rank in wrong)
+
+    def less(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+        return [x - y for x, y in zip(a, b)]
+
+    old, at = seen.right, value
+    number = value + (max(abs(value), 1e-6) if slot == "eps" else max(abs(value), 1e-3) / 64)
+    for attempt in range(8):
+        made = computed(number)
+        if made is None:
+            return None
+        slope, left = less(made, old), less(seen.held, made)
+        along, across, far = inner(slope, left), inner(slope, slope), inner(left, left)
+        if attempt and far <= sum(one.numel() for one in made):  # as near as rounding
+            return number, made
+        if across == 0 or (not attempt and along * along < _ALIKE**2 * across * far):
+            return None
+        old, at, number = made, number, number + along / across * (number - at)
+        if slot == "eps":
+            number = max(number, 0.0)
+        if number == at:
+            return (number, made) if attempt else None
+    return at, old
+
+
+_TABLES = ("cos", "sin", "rope", "rotary", "freqs_cis", "pos")
+
+
+def other_tables(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """Tables of positions (buffers for rotary embeddings, parameters) read at other rows."""
+    near, _ = _window(seen, known)
+    if not near or seen.exact.dim() < 2:
+        return
+    remedy = "a rank that has part of the sequence reads the table from the position of its first row"
+    lengths = [size for size in dict.fromkeys(seen.exact.shape[:-1]) if size > 1]
+    by_rank: list[tuple[str, str, int, int]] = []
+    for axes, p in seen.axes():
+        over = list_of(axes)
+        for n in lengths:
+            if n % p == 0 and n > p:
+                said = (f"at row 0 of the table on each rank of {over}", "positions of the rank's own rows")
+                by_rank.append((*said, n, n // p))
+    for says, name, length, step in by_rank:
+        full = known.under((seen.kind, seen.name), Change(partial(_read, "restart", length, step)))
+        if full is not None:
+            yield Hypothesis(name, f"it is what comes out {says}", remedy, _parts(seen, full), seen.size, cost=1)
+    for by in dict.fromkeys((1, -1, *(step for *_, step in by_rank))):
+        full = known.under((seen.kind, seen.name), Change(partial(_read, "shift", 0, by)))
+        if full is not None:
+            says = f"it is what comes out if tables of positions are read {by} rows later"
+            yield Hypothesis("positions shifted", says, remedy, _parts(seen, full), seen.size, cost=1)
+    for axes, p in seen.axes():
+        step = next((step for *_, step in by_rank), 1)
+        for by in dict.fromkeys((step, 1)):
+            index = [_along(at, seen.mesh, axes) for at in seen.found.coordinates]
+            made = [
+                known.under((seen.kind, seen.name), Change(partial(_read, "shift", 0, by * rank))) for rank in range(p)
+            ]
+            own = [
+                seen.split.shard(full, seen.mesh, at)
+                for full, at in zip((made[rank] for rank in index), seen.found.coordinates)
+                if full is not None
+            ]
+            if len(own) == len(index):
+                says = f"it is what comes out if rank r of {list_of(axes)} reads tables of positions {by}·r rows later"
+                yield Hypothesis("positions shifted", says, remedy, own, seen.size, cost=1)
+
+
+@contextmanager
+def _read(how: str, length: int, step: int, model: nn.Module) -> Iterator[None]:
+    """Tables with their rows at other places; the model is a copy, and is not used again."""
+    found = False
+    for name, table in (*model.named_buffers(), *model.named_parameters()):
+        numbers = table.is_floating_point() or table.is_complex()
+        rows = [d for d in range(table.dim()) if table.shape[d] > 1]
+        if not numbers or len(rows) < 2 or not any(mark in name.lower() for mark in _TABLES):
+            continue
+        dim = rows[-2]
+        index = torch.arange(table.shape[dim], device=table.device)
+        index[:length] = index[:length] % step if how == "restart" else index[:length]
+        table.data = table.data.index_select(dim, index) if how == "restart" else table.data.roll(-step, dim)
+        found = True
+    if not found:
+        raise ValueError("the model has no table of positions")
+    yield

@@ -1,0 +1,54 @@
+"""Explanations by a lower precision: of the tensor itself, or of the terms that were added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis
+from shardgrad.verification.rounding import floor
+
+_DIGITS = {torch.float32: (24, 5), torch.float64: (53, 20)}
+"""Binary digits of a dtype, and how many of the last ones a sum of a few 16-bit numbers leaves zero."""
+_FEW = 16
+"""Elements needed, so that zeros in their last digits are no chance."""
+
+
+def lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """The numbers have fewer digits than the working precision."""
+    for narrow in (torch.bfloat16, torch.float16):
+        narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
+        if narrower and all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
+            size = _size(seen, narrow)
+            says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
+            remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
+            yield Hypothesis("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
+
+
+def _size(seen: Evidence, narrow: torch.dtype) -> list[Tensor]:
+    eps, ranks = torch.finfo(narrow).eps, len(seen.ranks)
+    return [torch.maximum(floor(right, narrow, ranks), eps * right.square().mean().sqrt()) for right in seen.right]
+
+
+def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """Terms were rounded to 16 bits, added up, and the sum was not: its last digits are zeros."""
+    if not seen.fits or seen.dtype not in _DIGITS or sum(int(w.sum()) for w in seen.wrong) < _FEW:
+        return
+    digits, zeros = _DIGITS[seen.dtype]
+    ranks = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
+    held = torch.cat([seen.held[rank][seen.wrong[rank]] for rank in ranks])
+    right = torch.cat([seen.right[rank][seen.wrong[rank]] for rank in ranks])
+    if not bool(held.isfinite().all()) or not bool(held.all()) or not bool(right.any()):
+        return
+    numbers = (held.frexp().mantissa * 2.0**digits).to(torch.int64)
+    if float((numbers % 2**zeros == 0).double().mean()) < 0.95:
+        return
+    off = float((held - right).square().mean().sqrt() / right.square().mean().sqrt())
+    narrow = torch.bfloat16 if off > 2.0**-11.7 else torch.float16
+    what = str(narrow).removeprefix("torch.")
+    says = f"it is right to the digits of {what}, and a sum of numbers of that precision: the last digits are zeros"
+    remedy = f"look for a reduction whose terms are cast to {what}: sum in the precision of the tensor"
+    size = [torch.maximum(a, b) for a, b in zip(_size(seen, narrow), seen.size)]
+    yield Hypothesis(f"rounded to {what} in a reduction", says, remedy, seen.right, size, seen.held, cost=1)
