@@ -81,7 +81,8 @@ class Diagnosis:
 def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]:
     """Of wrong tensors in the order of execution: the first, and, where that has no explanation, the next that has one.
 
-    Later ones are wrong in consequence, mostly; of them only what needs no further step of one device is tried.
+    Later ones are wrong in consequence, mostly; of them only what needs no further step of one device is tried, unless
+    all before were single numbers, of which little can be told.
     """
     after = ("norm", "step")  # where a gradient is wrong, these are wrong in consequence alone
     looked_at = [one for one in found if one.kind not in after or found[0].kind in after][:MOST]
@@ -91,8 +92,10 @@ def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]
     first = explain(looked_at[0], known)
     if first.fits:
         return (first,)
+    told = looked_at[0].exact.numel() > 1
     for one in looked_at[1:]:
-        later = explain(one, known, reruns=False)
+        later = explain(one, known, reruns=not told)
+        told |= one.exact.numel() > 1
         if later.fits:
             return first, replace(later, later=True)
     return (first,)
@@ -151,7 +154,7 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
         before = _mean(seen.held, seen.right, seen.size, where) if seen.fits and guess.got is None else inf
         if before < _BETTER * left:
             continue
-        count = sum(int(w.sum()) for w in where)
+        count = min(sum(int(w.sum()) for w in where), max(seen.exact.numel(), 1))  # replicas are no further evidence
         bits = count * log2(min(before / max(left, 1.0), 1e30)) if before > 1 else 0.0
         if bits < _BITS * max(guess.fitted, int(level == 2)):
             continue

@@ -86,7 +86,7 @@ class Evidence:
         self.sample = [_some(wrong) for wrong in self.wrong]
 
     def may_be(self, wanted: Sequence[Tensor], size: Sequence[Tensor]) -> bool:
-        """Whether a prediction is right at some of the elements that are wrong: a quick look before the thorough one."""
+        """Whether a prediction is right at some of the elements that are wrong: a look before the thorough one."""
         for rank, at in enumerate(self.sample):
             if at is not None:
                 far = (self.held[rank][at] - wanted[rank][at]).abs()

@@ -18,6 +18,8 @@ from shardgrad.verification.variants import VARIANTS, Variant
 
 _CONSTANTS = 10
 """Constants to try at most; those next to the tensor."""
+_LEAST = 8
+"""Elements that a tensor needs so that a constant can be fitted to it."""
 _ALIKE = 0.25
 """Cosine between what a constant changes and what is wrong, from which on the constant is fitted."""
 
@@ -123,7 +125,7 @@ def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
 def _fitted(seen: Evidence, known: Context, call: Noted, slot: Slot, value: float) -> tuple[float, list[Tensor]] | None:
     """The constant with which one device has nearly what the wrong ranks have: by secants, from its own."""
     wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
-    if not all(bool(seen.held[rank].isfinite().all()) for rank in wrong):
+    if seen.exact.numel() < _LEAST or not all(bool(seen.held[rank].isfinite().all()) for rank in wrong):
         return None
 
     def computed(number: float) -> list[Tensor] | None:

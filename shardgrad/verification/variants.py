@@ -254,6 +254,8 @@ def _smoothed(how: str) -> Callable[[Call, int, int], Tensor]:
             rate = rate * classes / (classes - 1)
         if how == "all, own number":
             mean = -logs.sum(1) / classes
+        if how.startswith("softmax"):
+            mean = total - logits.mean(1)
         loss = (1 - rate) * nll + rate * mean if rate else nll
         return {"mean": lambda t: t.mean(), "sum": lambda t: t.sum(), "none": lambda t: t}[
             call.get(6, "reduction", "mean")
