@@ -45,12 +45,12 @@ def _narrow(model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 _SHIFTED, _OWN, _CONSTANT = "positions shifted", "positions of the rank's own rows", "another constant"
-sets("rotary positions begin at 1", TP, _SHIFTED, "attend.positions", lambda m: lambda n: torch.arange(n) + 1)
-sets("rotary positions begin at the rank", TP, _SHIFTED, "attend.positions",
+sets("queries' positions begin at 1", TP, _SHIFTED, "attend.positions", lambda m: lambda n: torch.arange(n) + 1)
+sets("queries' positions begin at the rank", TP, _SHIFTED, "attend.positions",
      lambda m: lambda n: torch.arange(n) + m.tp.index)  # fmt: skip
-sets("rotary positions begin at rank times part", TP, _SHIFTED, "attend.positions",
+sets("queries' positions begin at rank times part", TP, _SHIFTED, "attend.positions",
      lambda m: lambda n: torch.arange(n) + m.tp.index * (n // m.tp.size))  # fmt: skip
-sets("rotary positions begin again with each part", TP, _OWN, "attend.positions",
+sets("queries' positions begin again with each part", TP, _OWN, "attend.positions",
      lambda m: lambda n: torch.arange(n) % (n // m.tp.size))  # fmt: skip
 sets("another base of rotary positions", TP, _CONSTANT, "attend.base", lambda m: 140.0)
 sets("KV heads are repeated, not interleaved", TP, "repeat where repeat_interleave belongs", "attend.share",
@@ -71,11 +71,11 @@ sets("the quick GELU", TP, _ACTIVATION, "act.function", lambda m: lambda x: x * 
 sets("SiLU for GELU", TP, _ACTIVATION, "act.function", lambda m: F.silu)
 sets("ReLU for GELU", TP, _ACTIVATION, "act.function", lambda m: F.relu)
 _OUTSIDE = "epsilon outside the root"
-sets("epsilon outside the root, layer norm", TP, _OUTSIDE, "norm2.root", lambda m: lambda s: s.sqrt() + 1e-5)
-sets("epsilon outside the root, RMS norm", TP, _OUTSIDE, "norm3.root", lambda m: lambda s: s.sqrt() + 1e-5)
-sets("epsilon outside the root, written out", TP, _OUTSIDE, "norm1.root", lambda m: lambda s: s.sqrt() + 1e-5)
-sets("another epsilon in an RMS norm", TP, "another epsilon", "norm3.eps", lambda m: 1e-3)
-sets("another epsilon, written out", TP, _CONSTANT, "norm1.eps", lambda m: 1e-3)
+sets("epsilon outside the root, layer norm", TP, _OUTSIDE, "norm2.root", lambda m: lambda s: s.sqrt() + decoder.EPS)
+sets("epsilon outside the root, RMS norm", TP, _OUTSIDE, "norm3.root", lambda m: lambda s: s.sqrt() + decoder.EPS)
+sets("epsilon outside the root, written out", TP, _OUTSIDE, "norm1.root", lambda m: lambda s: s.sqrt() + decoder.EPS)
+sets("another epsilon in an RMS norm", TP, "another epsilon", "norm3.eps", lambda m: 1e-2)
+sets("another epsilon, written out", TP, _CONSTANT, "norm1.eps", lambda m: 1e-6)
 sets("a layer norm that subtracts no mean", TP, "another norm", "norm2.centre", lambda m: lambda x: x)
 sets("a norm's variance over n − 1", TP, "variance over n − 1", "norm2.square",
      lambda m: lambda x: x.square().sum(-1, keepdim=True) / (decoder.D - 1))  # fmt: skip
@@ -108,7 +108,7 @@ sets("the loss is summed", TP, "loss summed", "criterion.over", lambda m: lambda
 sets("learned positions begin at 0 on each rank", SP, "another rank's shard", "places.start", lambda m: 0)
 
 
-@bug("learned positions begin at 1", SP, "shifted")
+@bug("learned positions begin at 1", SP, "positions shifted")
 def _(model: Any) -> None:
     model.places.start += 1
 
@@ -124,7 +124,7 @@ def _(model: Any) -> None:
     model.down.leave = move(exchanged, tp.cat)
 
 
-_BF16, _FP16 = "rounded to bfloat16 in a reduction", "rounded to float16 in a reduction"
+_BF16 = "rounded to bfloat16 in a reduction"
 
 
 @bug("terms of an output are summed in bfloat16", TP, _BF16, "compare pytorch #144359")
@@ -147,7 +147,7 @@ def _(model: Any) -> None:
     model.norm1.share = move(model.tp.same, _narrow(model, torch.bfloat16))
 
 
-@bug("learned positions' gradient is summed in float16", SP, _FP16)
+@bug("learned positions' gradient is summed in float16", SP, "rounded to a lower precision")
 def _(model: Any) -> None:
     model.places.share = move(model.tp.same, _narrow(model, torch.float16))
 

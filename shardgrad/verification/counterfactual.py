@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
+from shardgrad.verification.precision import rounded_terms
 
 _RUNS = 64
 """Steps of one device at most."""
@@ -55,6 +56,13 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                     return
                 made.append(full)
         over = list_of(axes)
+        if not backward and seen.dtype.itemsize > 2:
+            rest = known.again((seen.kind, seen.name), {name: torch.zeros_like(value)}, False)
+            shards = {tuple(at[axis] for axis in axes): one for at, one in zip(seen.found.coordinates, alone)}
+            if rest is not None:
+                terms = [one - rest for one in shards.values()]
+                for narrow in (torch.bfloat16, torch.float16):
+                    yield from rounded_terms(seen, terms, rest, narrow)
         parts = [seen.split.shard(full, seen.mesh, at) for full, at in zip(alone, seen.found.coordinates)]
         remedy = f"add the terms of {name}'s shards over {over}: " + (
             "what it multiplies must pass sg.replicate (or sg.all_gather), whose backward sums"

@@ -143,7 +143,7 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
         return 0, None
     everywhere = [torch.ones_like(one, dtype=torch.bool) for one in got]
     levels = [everywhere]
-    if guess.got is None and seen.fits:
+    if guess.got is None and seen.fits and any(bool(wrong.any()) for wrong in seen.wrong):
         ranks = [one | bool(wrong.any()) for one, wrong in zip([torch.zeros_like(w) for w in everywhere], seen.wrong)]
         levels += [ranks, seen.wrong]
     for level, where in enumerate(levels):

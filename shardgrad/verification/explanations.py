@@ -15,7 +15,7 @@ from torch import Tensor
 from shardgrad.verification.counterfactual import looked_up, other_parameters, own_terms, some_uses
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
-from shardgrad.verification.otherwise import other_constants, other_functions, other_tables
+from shardgrad.verification.otherwise import epsilon_moved, other_constants, other_functions, other_tables
 from shardgrad.verification.precision import lower_precision, sums_of_lower_precision
 from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
 from shardgrad.verification.rounding import floor
@@ -339,6 +339,7 @@ RERUNS: tuple[Explanation, ...] = (
     rows_weighted,
     norm_of_rows,
     other_functions,
+    epsilon_moved,
     other_constants,
     other_tables,
     other_parameters,

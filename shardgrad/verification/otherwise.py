@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,14 +46,20 @@ def other_functions(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Another function of the table in the place of one that stands before the tensor."""
     near, far = _window(seen, known)
     for variant in VARIANTS:
-        here = [call for call in near if call.which[0] in variant.functions]
-        groups = [here] if here else []
+        here = [call for call in near if _meant(variant, call, seen)]
+        groups = [here, *([[call] for call in here] if 1 < len(here) <= 4 else [])] if here else []
         if not here and variant.early:
-            groups = [[call] for call in far if call.which[0] in variant.functions][:2]
+            groups = [[call] for call in far if _meant(variant, call, seen)][:2]
         for group in groups:
             for parts, where in _predictions(seen, known, variant, group):
                 says = f"it is what comes out with {variant.says}, where one device calls {group[0].which[0]}" + where
                 yield Hypothesis(variant.name, says, variant.remedy, parts, seen.size, cost=1)
+
+
+def _meant(variant: Variant, call: Noted, seen: Evidence) -> bool:
+    """Whether a variant stands for this call; of `arange`, only where it may be the positions of rows."""
+    of_rows = call.which[0] != "arange" or seen.exact.dim() < 2 or call.shape[0] in seen.exact.shape[:-1]
+    return call.which[0] in variant.functions and of_rows
 
 
 def _predictions(
@@ -108,9 +115,14 @@ _TOLD: dict[Slot, tuple[str, str]] = {
 def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Another number in one of the functions that stand before the tensor; it is fitted, and printed."""
     near, _ = _window(seen, known)
-    slots = [(call, slot, value) for call in near for slot, value in call.numbers.items()]
-    for call, slot, value in slots[::-1][:_CONSTANTS]:
-        found = _fitted(seen, known, call, slot, value)
+    slots: dict[tuple[str, Slot, float], list[Noted]] = {}
+    for call in reversed(near):
+        for slot, value in call.numbers.items():
+            slots.setdefault((call.which[0], slot, value), []).append(call)
+    for (function, slot, value), calls in list(slots.items())[:_CONSTANTS]:
+        found = _fitted(seen, known, calls, slot, value)
+        if found is None and 1 < len(calls) <= 3:
+            found = next((f for call in calls if (f := _fitted(seen, known, [call], slot, value))), None)
         if found is None:
             continue
         number, parts = found
@@ -118,13 +130,15 @@ def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         ratio = number / value if value else 0.0
         root = Fraction(ratio * ratio).limit_denominator(64)
         shown = f" (√{root} times as much)" if root and abs(float(root) - ratio * ratio) < 1e-4 * ratio * ratio else ""
-        says = f"it is what comes out with {number:.4g} in {call.which[0]}, where one device has {value:.4g}{shown}"
+        says = f"it is what comes out with {number:.4g} in {function}, where one device has {value:.4g}{shown}"
         yield Hypothesis(name, says, remedy, parts, seen.size, cost=2, fitted=1)
 
 
-def _fitted(seen: Evidence, known: Context, call: Noted, slot: Slot, value: float) -> tuple[float, list[Tensor]] | None:
+def _fitted(
+    seen: Evidence, known: Context, calls: Sequence[Noted], slot: Slot, value: float
+) -> tuple[float, list[Tensor]] | None:
     """The constant with which one device has nearly what the wrong ranks have: by secants, from its own."""
-    wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
+    wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())] or list(seen.ranks)
     if seen.exact.numel() < _LEAST or not all(bool(seen.held[rank].isfinite().all()) for rank in wrong):
         return None
 
@@ -132,7 +146,7 @@ def _fitted(seen: Evidence, known: Context, call: Noted, slot: Slot, value: floa
         def instead(made: Call) -> Any:
             return made.with_number(slot, number)
 
-        full = known.under((seen.kind, seen.name), calling({call.which: instead}))
+        full = known.under((seen.kind, seen.name), calling({call.which: instead for call in calls}))
         return None if full is None or not bool(full.isfinite().all()) else _parts(seen, full)
 
     def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -159,6 +173,45 @@ def _fitted(seen: Evidence, known: Context, call: Noted, slot: Slot, value: floa
         if number == at:
             return (number, made) if attempt else None
     return at, old
+
+
+_ROOTS = ("sqrt", "rsqrt")
+
+
+def epsilon_moved(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """An epsilon that is written out stands inside the root in place of outside, or the reverse."""
+    near, _ = _window(seen, known)
+    for first, then in pairwise(near):
+        added, root = (first, then) if first.which[0] == "add" else (then, first)
+        eps = next(iter(added.numbers.values()), 0.0)
+        if added.which[0] != "add" or root.which[0] not in _ROOTS or not 0 < eps < _SMALL:
+            continue
+        if added is first:
+            outside = {added.which: _tensor, root.which: partial(_outside, eps)}
+            full, where = known.under((seen.kind, seen.name), calling(outside)), "outside"
+        else:
+            inside = partial(_inside, eps)
+            full, where = known.under((seen.kind, seen.name), calling({added.which: inside})), "inside"
+        if full is not None:
+            says = f"it is what comes out with epsilon, {eps:.3g}, {where} the root"
+            remedy = "let epsilon stand where it does on one device"
+            yield Hypothesis(f"epsilon {where} the root", says, remedy, _parts(seen, full), seen.size, cost=1)
+
+
+_SMALL = 0.1
+
+
+def _tensor(call: Call) -> Any:
+    return next(value for value in call.args if isinstance(value, Tensor))
+
+
+def _outside(eps: float, call: Call) -> Tensor:
+    root = call.args[0].sqrt() + eps
+    return root.reciprocal() if call.name == "rsqrt" else root
+
+
+def _inside(eps: float, call: Call) -> Tensor:
+    return (_tensor(call).square() + eps).sqrt()
 
 
 _TABLES = ("cos", "sin", "rope", "rotary", "freqs_cis", "pos")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from shardgrad.verification.rounding import floor
 
 _DIGITS = {torch.float32: (24, 5), torch.float64: (53, 20)}
 """Binary digits of a dtype, and how many of the last ones a sum of a few 16-bit numbers leaves zero."""
+_MOSTLY = 0.9
+_REMEDY = "look for a reduction whose terms are cast to {}: sum in the precision of the tensor"
 _FEW = 16
 """Elements needed, so that zeros in their last digits are no chance."""
 
@@ -32,6 +34,28 @@ def _size(seen: Evidence, narrow: torch.dtype) -> list[Tensor]:
     return [torch.maximum(floor(right, narrow, ranks), eps * right.square().mean().sqrt()) for right in seen.right]
 
 
+def rounded_terms(seen: Evidence, terms: Sequence[Tensor], rest: Tensor, narrow: torch.dtype) -> Iterator[Hypothesis]:
+    """Terms that are known, rounded and added up; what is added to their sum afterwards is `rest`.
+
+    Of a term that is not exact either, one in many is rounded to the next number: most elements must be right.
+    """
+    rounded = [term.to(narrow).double() for term in terms]
+    total = rounded[0]
+    for term in rounded[1:]:
+        total = (total + term).to(narrow).double()
+    what = str(narrow).removeprefix("torch.")
+    for full in (sum(rounded[1:], rounded[0]), total):
+        wanted = [seen.split.shard(full + rest, seen.mesh, at) for at in seen.found.coordinates]
+        near = [((a - b).abs() <= seen.allowed * s) for a, b, s in zip(seen.held, wanted, seen.size)]
+        if sum(int(one.sum()) for one in near) < _MOSTLY * sum(one.numel() for one in near):
+            continue
+        size = [torch.maximum(a, b) for a, b in zip(_size(seen, narrow), seen.size)]
+        says = f"it is what comes out if each rank's term is rounded to {what} before they are added up"
+        yield Hypothesis(
+            f"rounded to {what} in a reduction", says, _REMEDY.format(what), wanted, size, seen.held, cost=1
+        )
+
+
 def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Terms were rounded to 16 bits, added up, and the sum was not: its last digits are zeros."""
     if not seen.fits or seen.dtype not in _DIGITS or sum(int(w.sum()) for w in seen.wrong) < _FEW:
@@ -46,9 +70,12 @@ def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothes
     if float((numbers % 2**zeros == 0).double().mean()) < 0.95:
         return
     off = float((held - right).square().mean().sqrt() / right.square().mean().sqrt())
+    if any(torch.equal(held.to(narrow).double(), held) for narrow in (torch.bfloat16, torch.float16)):
+        return  # no sum, or one that was rounded as well
     narrow = torch.bfloat16 if off > 2.0**-11.7 else torch.float16
     what = str(narrow).removeprefix("torch.")
     says = f"it is right to the digits of {what}, and a sum of numbers of that precision: the last digits are zeros"
-    remedy = f"look for a reduction whose terms are cast to {what}: sum in the precision of the tensor"
     size = [torch.maximum(a, b) for a, b in zip(_size(seen, narrow), seen.size)]
-    yield Hypothesis(f"rounded to {what} in a reduction", says, remedy, seen.right, size, seen.held, cost=1)
+    yield Hypothesis(
+        f"rounded to {what} in a reduction", says, _REMEDY.format(what), seen.right, size, seen.held, cost=1
+    )
