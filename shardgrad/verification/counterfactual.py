@@ -30,14 +30,25 @@ def _parameters(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split
     return own if len(own) <= 8 else []
 
 
+def _behind(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split]]:
+    """The matrices through which a gradient may have come, the nearest first: backward, their modules stand before."""
+    if not seen.fits:
+        return []
+    keys = list(known.exact)
+    at = keys.index((seen.kind, seen.name)) if (seen.kind, seen.name) in keys else len(keys)
+    modules = [name for kind, name in reversed(keys[:at]) if kind == "output gradient"]
+    place = {name: at for at, name in reversed(list(enumerate(modules)))}
+    found = [(name, *rest) for name, rest in known.before.items() if rest[0].dim() > 1]
+    return sorted(found, key=lambda one: place.get(one[0].rpartition(".")[0], len(modules)))
+
+
 def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Each rank has what its own shard of a parameter gives, or all have what one rank's shard is missing from.
 
     In backward too: there a gradient of what a sharded parameter is multiplied with is a sum over its shards.
     """
     backward = seen.kind in ("output gradient", "input gradient", "gradient")
-    parameters = list(known.before.items()) if backward and seen.fits else []
-    candidates = [(name, *rest) for name, rest in parameters] or _parameters(seen, known)
+    candidates = _behind(seen, known) if backward else _parameters(seen, known)
     runs = 0
     for name, value, split in candidates:
         axes = [axis for dim in split.spec.dims for axis in dim.axes if seen.mesh[axis] > 1]

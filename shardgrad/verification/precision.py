@@ -22,11 +22,27 @@ def lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The numbers have fewer digits than the working precision."""
     for narrow in (torch.bfloat16, torch.float16):
         narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
-        if narrower and all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
+        if (
+            narrower
+            and all(torch.equal(held.to(narrow).double(), held) for held in seen.held)
+            and (narrow is torch.bfloat16 or _off(seen) < _BETWEEN)
+        ):
             size = _size(seen, narrow)
             says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
             remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
             yield Hypothesis("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
+
+
+_BETWEEN = 2.0**-11.7
+"""Relative error, between those of numbers rounded to bfloat16 and to float16."""
+
+
+def _off(seen: Evidence) -> float:
+    """The error of the wrong elements, over their size."""
+    pairs = [(held[wrong], right[wrong]) for held, right, wrong in zip(seen.held, seen.right, seen.wrong)]
+    error = sum(float((held - right).square().sum()) for held, right in pairs)
+    whole = sum(float(right.square().sum()) for _, right in pairs)
+    return (error / whole) ** 0.5 if whole else 0.0
 
 
 def _size(seen: Evidence, narrow: torch.dtype) -> list[Tensor]:
@@ -69,10 +85,9 @@ def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothes
     numbers = (held.frexp().mantissa * 2.0**digits).to(torch.int64)
     if float((numbers % 2**zeros == 0).double().mean()) < 0.95:
         return
-    off = float((held - right).square().mean().sqrt() / right.square().mean().sqrt())
-    if any(torch.equal(held.to(narrow).double(), held) for narrow in (torch.bfloat16, torch.float16)):
+    narrow = torch.bfloat16 if _off(seen) > _BETWEEN else torch.float16
+    if torch.equal(held.to(narrow).double(), held):
         return  # no sum, or one that was rounded as well
-    narrow = torch.bfloat16 if off > 2.0**-11.7 else torch.float16
     what = str(narrow).removeprefix("torch.")
     says = f"it is right to the digits of {what}, and a sum of numbers of that precision: the last digits are zeros"
     size = [torch.maximum(a, b) for a, b in zip(_size(seen, narrow), seen.size)]
