@@ -35,9 +35,10 @@ def sets(name: str, program: str, expected: str, path: str, value: Callable[[Any
     """A bug that is another value of one attribute; `value` is given the model."""
     owner, _, attribute = path.rpartition(".")
 
-    @bug(name, program, expected, origin)
-    def _(model: Any) -> None:
+    def plant(model: Any) -> None:
         setattr(model.get_submodule(owner), attribute, value(model))
+
+    bug(name, program, expected, origin)(plant)
 
 
 def _narrow(model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -111,6 +111,33 @@ def calling(instead: Mapping[Which, Instead]) -> Change:
     return Change(lambda model: _Mode(instead))
 
 
+class NotThis(ValueError):
+    """What should be done otherwise is not done at all."""
+
+
+class Applied:
+    """Other functions in the place of those calls to which they apply; a step in which none does is none."""
+
+    def __init__(self, instead: Mapping[Which, Instead]) -> None:
+        self.instead, self.count = instead, 0
+        self.change = Change(self._around)
+
+    @contextmanager
+    def _around(self, model: nn.Module) -> Iterator[None]:
+        with _Mode({which: partial(self._tried, make) for which, make in self.instead.items()}):
+            yield
+        if not self.count:
+            raise NotThis
+
+    def _tried(self, make: Instead, call: Call) -> Any:
+        try:
+            made = make(call)
+        except NotThis:
+            return call.run()
+        self.count += 1
+        return made
+
+
 class Watch:
     """The calls of a step in order, and how many had been made when a module's output was there."""
 

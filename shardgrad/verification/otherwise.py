@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardgrad.verification.functions import TIMES, Call, Change, Noted, Slot, calling
+from shardgrad.verification.functions import TIMES, Applied, Call, Change, Instead, Noted, NotThis, Slot, Which, calling
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.reruns import earlier
 from shardgrad.verification.variants import VARIANTS, Variant
 
 _CONSTANTS = 10
 """Constants to try at most; those next to the tensor."""
+_NEAR, _ROUNDER = 1e-4, 0.02
+"""How near a number must be to one that is easier to read."""
 _LEAST = 8
 """Elements that a tensor needs so that a constant can be fitted to it."""
 _ALIKE = 0.25
@@ -58,7 +60,9 @@ def other_functions(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
 
 def _meant(variant: Variant, call: Noted, seen: Evidence) -> bool:
     """Whether a variant stands for this call; of `arange`, only where it may be the positions of rows."""
-    of_rows = call.which[0] != "arange" or seen.exact.dim() < 2 or call.shape[0] in seen.exact.shape[:-1]
+    of_rows = bool(
+        call.which[0] != "arange" or seen.exact.dim() < 2 or (call.shape and call.shape[0] in seen.exact.shape[:-1])
+    )
     return call.which[0] in variant.functions and of_rows
 
 
@@ -68,10 +72,11 @@ def _predictions(
     """What every rank would have, and over which axes the variant sees ranks."""
 
     def under(rank: int, ranks: int) -> Tensor | None:
-        def instead(call: Call) -> Any:
+        def make(call: Call) -> Any:
             return variant.make(call, rank, ranks)
 
-        return known.under((seen.kind, seen.name), calling({call.which: instead for call in group}))
+        applied = Applied({call.which: make for call in group})
+        return known.under((seen.kind, seen.name), applied.change)
 
     if variant.kind == "alike" or variant.name.startswith("repeat"):
         full = under(0, 1)
@@ -116,10 +121,13 @@ def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Another number in one of the functions that stand before the tensor; it is fitted, and printed."""
     near, _ = _window(seen, known)
     slots: dict[tuple[str, Slot, float], list[Noted]] = {}
+    alike: dict[tuple[str, Slot, float], list[Noted]] = {}  # one number in several functions
     for call in reversed(near):
         for slot, value in call.numbers.items():
             slots.setdefault((call.which[0], slot, value), []).append(call)
-    for (function, slot, value), calls in list(slots.items())[:_CONSTANTS]:
+            alike.setdefault(("several functions", slot, value), []).append(call)
+    several = {key: calls for key, calls in alike.items() if len({call.which[0] for call in calls}) > 1}
+    for (function, slot, value), calls in list((slots | several).items())[:_CONSTANTS]:
         found = _fitted(seen, known, calls, slot, value)
         if found is None and 1 < len(calls) <= 3:
             found = next((f for call in calls if (f := _fitted(seen, known, [call], slot, value))), None)
@@ -127,9 +135,10 @@ def other_constants(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             continue
         number, parts = found
         name, remedy = _TOLD.get(slot, ("another constant", "look for a scale, a power or an offset that differs"))
-        ratio = number / value if value else 0.0
-        root = Fraction(ratio * ratio).limit_denominator(64)
-        shown = f" (√{root} times as much)" if root and abs(float(root) - ratio * ratio) < 1e-4 * ratio * ratio else ""
+        square = (number / value) ** 2 if value else 0.0
+        root = Fraction(square).limit_denominator(16)
+        exactly = 0 < root < 65 and abs(float(root) / square - 1) < _NEAR
+        shown = f" (√({root}) times as much)" if exactly and slot != "eps" else ""
         says = f"it is what comes out with {number:.4g} in {function}, where one device has {value:.4g}{shown}"
         yield Hypothesis(name, says, remedy, parts, seen.size, cost=2, fitted=1)
 
@@ -164,7 +173,10 @@ def _fitted(
         slope, left = less(made, old), less(seen.held, made)
         along, across, far = inner(slope, left), inner(slope, slope), inner(left, left)
         if attempt and far <= sum(one.numel() for one in made):  # as near as rounding
-            return number, made
+            rounder = float(f"{number:.1e}")
+            other = computed(rounder) if 0 < abs(number - rounder) < _ROUNDER * abs(number) else None
+            fits = other is not None and inner(off := less(seen.held, other), off) <= 4 * max(far, 1.0)
+            return (rounder, other) if other is not None and fits else (number, made)
         if across == 0 or (not attempt and along * along < _ALIKE**2 * across * far):
             return None
         old, at, number = made, number, number + along / across * (number - at)
@@ -187,7 +199,7 @@ def epsilon_moved(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         if added.which[0] != "add" or root.which[0] not in _ROOTS or not 0 < eps < _SMALL:
             continue
         if added is first:
-            outside = {added.which: _tensor, root.which: partial(_outside, eps)}
+            outside: dict[Which, Instead] = {added.which: _tensor, root.which: partial(_outside, eps)}
             full, where = known.under((seen.kind, seen.name), calling(outside)), "outside"
         else:
             inside = partial(_inside, eps)
@@ -224,53 +236,59 @@ def other_tables(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         return
     remedy = "a rank that has part of the sequence reads the table from the position of its first row"
     lengths = [size for size in dict.fromkeys(seen.exact.shape[:-1]) if size > 1]
-    by_rank: list[tuple[str, str, int, int]] = []
+    by_rank: list[tuple[str, str, int, int]] = [("at position 0 everywhere", "positions left out", 0, 1)]
     for axes, p in seen.axes():
         over = list_of(axes)
         for n in lengths:
             if n % p == 0 and n > p:
                 said = (f"at row 0 of the table on each rank of {over}", "positions of the rank's own rows")
                 by_rank.append((*said, n, n // p))
-    for says, name, length, step in by_rank:
-        full = known.under((seen.kind, seen.name), Change(partial(_read, "restart", length, step)))
-        if full is not None:
-            yield Hypothesis(name, f"it is what comes out {says}", remedy, _parts(seen, full), seen.size, cost=1)
-    for by in dict.fromkeys((1, -1, *(step for *_, step in by_rank))):
-        full = known.under((seen.kind, seen.name), Change(partial(_read, "shift", 0, by)))
-        if full is not None:
-            says = f"it is what comes out if tables of positions are read {by} rows later"
-            yield Hypothesis("positions shifted", says, remedy, _parts(seen, full), seen.size, cost=1)
-    for axes, p in seen.axes():
-        step = next((step for *_, step in by_rank), 1)
-        for by in dict.fromkeys((step, 1)):
+    key = (seen.kind, seen.name)
+    for buffers in (True, False):
+        for says, name, length, step in by_rank:
+            full = known.under(key, Change(partial(_read, True, buffers, length, step)))
+            if full is not None:
+                yield Hypothesis(name, f"it is what comes out {says}", remedy, _parts(seen, full), seen.size, cost=1)
+        steps = dict.fromkeys(step for *_, step in by_rank[1:])
+        for by in dict.fromkeys((1, -1, *steps)):
+            full = known.under(key, Change(partial(_read, False, buffers, 0, by)))
+            if full is not None:
+                says = f"it is what comes out if tables of positions are read {by} rows later"
+                yield Hypothesis("positions shifted", says, remedy, _parts(seen, full), seen.size, cost=1)
+        for axes, p in seen.axes():
             index = [_along(at, seen.mesh, axes) for at in seen.found.coordinates]
-            made = [
-                known.under((seen.kind, seen.name), Change(partial(_read, "shift", 0, by * rank))) for rank in range(p)
-            ]
-            own = [
-                seen.split.shard(full, seen.mesh, at)
-                for full, at in zip((made[rank] for rank in index), seen.found.coordinates)
-                if full is not None
-            ]
-            if len(own) == len(index):
-                says = f"it is what comes out if rank r of {list_of(axes)} reads tables of positions {by}·r rows later"
-                yield Hypothesis("positions shifted", says, remedy, own, seen.size, cost=1)
+            for by in dict.fromkeys((*steps, 1)):
+                made = [known.under(key, Change(partial(_read, False, buffers, 0, by * rank))) for rank in range(p)]
+                own = [
+                    seen.split.shard(full, seen.mesh, at)
+                    for full, at in zip((made[rank] for rank in index), seen.found.coordinates)
+                    if full is not None
+                ]
+                if len(own) == len(index):
+                    over = list_of(axes)
+                    says = f"it is what comes out if rank r of {over} reads tables of positions {by}·r rows later"
+                    yield Hypothesis("positions shifted", says, remedy, own, seen.size, cost=1)
 
 
 @contextmanager
-def _read(how: str, length: int, step: int, model: nn.Module) -> Iterator[None]:
-    """Tables with their rows at other places; the model is a copy, and is not used again."""
+def _read(again: bool, buffers: bool, length: int, step: int, model: nn.Module) -> Iterator[None]:
+    """Tables, which are buffers or parameters, with their rows at other places: all later by a step, or, of the first
+    `length`, those of the first step again and again (of all, where it is 0 and the step 1). The model is a copy."""
     found = False
-    for name, table in (*model.named_buffers(), *model.named_parameters()):
-        numbers = table.is_floating_point() or table.is_complex()
+    for name, table in model.named_buffers() if buffers else model.named_parameters():
         rows = [d for d in range(table.dim()) if table.shape[d] > 1]
-        if not numbers or len(rows) < 2 or not any(mark in name.lower() for mark in _TABLES):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        layer = not buffers and not any(True for _ in owner.children())  # its weight is no table, unless it says so
+        if not (table.is_floating_point() or table.is_complex()) or len(rows) < 2:
+            continue
+        if layer and not any(mark in name.lower() for mark in _TABLES):
             continue
         dim = rows[-2]
         index = torch.arange(table.shape[dim], device=table.device)
-        index[:length] = index[:length] % step if how == "restart" else index[:length]
-        table.data = table.data.index_select(dim, index) if how == "restart" else table.data.roll(-step, dim)
+        if again:
+            index[: length or len(index)] %= step
+        table.data = table.data.index_select(dim, index) if again else table.data.roll(-step, dim)
         found = True
     if not found:
-        raise ValueError("the model has no table of positions")
+        raise NotThis
     yield

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardgrad.verification.functions import Change, Watch, named_outputs
+from shardgrad.verification.functions import Change, NotThis, Watch, named_outputs
 from shardgrad.verification.pairing import fit
 from shardgrad.verification.record import LOSS, WHOLE, Batch, Key, Loss, tensors_in
-from shardgrad.verification.variants import NotThis
 
 MOST = 96
 """What further steps may cost, where forward alone is 1: some thirty whole steps, or three times as many forwards."""

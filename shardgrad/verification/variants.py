@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardgrad.verification.functions import Call
+from shardgrad.verification.functions import Call, NotThis
 
 Kind = Literal["alike", "parts", "ranked"]
 _LEAST = -1e4
@@ -38,10 +38,6 @@ class Variant:
     early: bool = False
 
 
-class NotThis(ValueError):
-    """The variant does not apply to this call."""
-
-
 def _needs(condition: bool) -> None:
     if not condition:
         raise NotThis
@@ -56,6 +52,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "SiLU": F.silu,
     "ReLU": F.relu,
     "ReLU squared": lambda x: F.relu(x).square(),
+    "ELU": F.elu,
+    "Mish": F.mish,
+    "tanh": torch.tanh,
 }
 
 
@@ -232,6 +231,33 @@ def _restarted(call: Call, rank: int, ranks: int) -> Tensor:
 
 _AT = "a rank that has part of the sequence begins at the position of its first row, rank · length; others at 0"
 
+
+def _nowhere(call: Call, rank: int, ranks: int) -> Tensor:
+    made = call.run()
+    _needs(made.dim() == 1 and len(made) > 1)
+    return torch.zeros_like(made)
+
+
+def _alternate(call: Call, rank: int, ranks: int) -> Any:
+    """Halves of the last dim: every other element, in place of the first half and the second."""
+    x = call.args[0]
+    size, half = x.shape[-1], x.shape[-1] // 2
+    if call.name == "chunk":
+        _needs(call.get(1, "chunks") == 2 and call.get(2, "dim", 0) in (-1, x.dim() - 1) and size > 2)
+        return x[..., ::2], x[..., 1::2]
+    index = call.args[1]
+    last = index[-1] if isinstance(index, tuple) and index and index[0] is Ellipsis else None
+    if not isinstance(last, slice) or size <= 2 or size % 2:
+        raise NotThis
+    _needs((last.start or 0, last.stop or size) in ((0, half), (half, size)))
+    return x[..., (1 if last.start else 0) :: 2]
+
+
+def _exchanged(call: Call, rank: int, ranks: int) -> Any:
+    _needs(call.get(1, "chunks") == 2)
+    return tuple(reversed(call.run()))
+
+
 # The loss
 
 
@@ -333,6 +359,11 @@ VARIANTS: tuple[Variant, ...] = (
             _moved(lambda n, r, p: r * (n // p)), "ranked", True),
     Variant("positions shifted", ("arange",), "positions that begin at the rank", _AT, _moved(lambda n, r, p: r),
             "ranked", True),
+    Variant("positions left out", ("arange",), "position 0 everywhere", _AT, _nowhere, "alike", True),
+    Variant("halves interleaved", ("chunk", "getitem"), "every other feature in the place of each half",
+            "look at the layout of rotary pairs, or of a fused gate and up", _alternate),
+    Variant("halves exchanged", ("chunk",), "the halves exchanged", "look at the order of a fused gate and up",
+            _exchanged),
     Variant("label smoothing over the rank's own vocabulary", _CROSS, "the mean over the rank's own classes, and s·K/"
             "(K − 1) of their number K", _OWN, _smoothed("own mean, rescaled"), "ranked"),
     Variant("label smoothing over the rank's own vocabulary", _CROSS, "the mean over the rank's own classes", _OWN,
