@@ -26,7 +26,14 @@ module in the function's place.
 | `diagnose`       | which explanation reproduces a wrong tensor                                      |
 | `hypothesis`     | what explanations are made from                                                  |
 | `explanations`   | the table of explanations                                                        |
+| `terms`          | explanations of what ranks add up, or do not                                     |
+| `precision`      | explanations by fewer digits, of a tensor or of its terms                        |
+| `reruns`         | further steps of one device, each with a change, so many at most                 |
+| `functions`      | the functions that a step calls, and others in their place                       |
 | `counterfactual` | explanations by one device with another parameter                                |
+| `otherwise`      | explanations by one device with another function, constant or position           |
+| `variants`       | the table of other functions                                                     |
+| `rows`           | explanations by rows that do not count, or count otherwise                       |
 | `rearranged`     | explanations in which right numbers are in wrong places                          |
 | `product`        | `check_product`: one product, every element within its bound                     |
 | `bounds`         | every element of a product against float64                                       |

@@ -213,13 +213,15 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     own = _parameters(seen, known)
     if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
         return
-    name, table, _ = own[0]
+    name, table, split = own[0]
+    parts = {tuple(rows.tolist()): rows for at in seen.found.coordinates
+             for rows in split.indices(table.shape, seen.mesh, at)[:1]}  # fmt: skip
     choices = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: none
 
     def nearest(rows: Tensor) -> Tensor:
         return torch.cdist(rows, choices, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
-    wanted, shown = [], []
+    wanted, shown, unmasked = [], [], []
     for rank in seen.ranks:
         held, right = (t.reshape(-1, table.shape[1]) for t in (seen.held[rank], seen.right[rank]))
         if not bool(held.isfinite().all()) or len(held) * choices.numel() > _MOST:
@@ -227,6 +229,8 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         ids = nearest(right)
         if not torch.equal(choices[ids], right):  # no lookup
             return
+        others = [rows[(ids - 1 - rows[0]).clamp(0, len(rows) - 1)] for rows in parts.values() if len(rows)]
+        unmasked.append(torch.stack([table[rows] for rows in others]).sum(0).reshape(seen.right[rank].shape))
         instead, besides = nearest(held), nearest(held - right)
         other, more = choices[instead], right + choices[besides]
         replaced = (held - other).square().sum(1) <= (held - more).square().sum(1)
@@ -237,6 +241,10 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                 shown.append(f"id {a} gets {f'row {b}' if b >= 0 else 'zeros'}")
             elif not replaced[at] and c >= 0:
                 shown.append(f"id {a} gets its row and row {c}")
+    says = f"every rank adds a row of {name}, its first or its last where the id is another rank's"
+    remedy = "let a rank add zeros for ids that are not its own"
+    if len(parts) > 1:
+        yield Hypothesis("wrong rows looked up", says, remedy, unmasked, seen.size, cost=1)
     if shown:
         shown = list(dict.fromkeys(shown))
         says = f"of {name}, {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''}"
