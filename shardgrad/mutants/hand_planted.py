@@ -150,12 +150,12 @@ def _(model: Any) -> None:
     model.attend.arrange = lambda y: y.unflatten(1, (-1, by_hand.HEAD_DIM)).transpose(1, 2).flatten(1)
 
 
-@bug("scores are scaled by another dim", TP, "")
+@bug("scores are scaled by another dim", TP, "scores scaled by another constant")
 def _(model: Any) -> None:
     model.attend.scale = by_hand.D**-0.5
 
 
-@bug("another epsilon", TP, "")
+@bug("another epsilon", TP, "another epsilon")
 def _(model: Any) -> None:
     model.norm2.eps = 1e-3
 
@@ -175,7 +175,12 @@ def _(model: Any) -> None:
     model.criterion.sum = move(model.tp.sum, model.tp.sum)
 
 
-@bug("the softmax is over the rank's own vocabulary", TP, "", "compare Megatron-LM #737")
+@bug(
+    "the softmax is over the rank's own vocabulary",
+    TP,
+    "softmax over the rank's own vocabulary",
+    "compare Megatron-LM #737",
+)
 def _(model: Any) -> None:
     sums = iter(range(1 << 30))
     both = model.tp.reduce

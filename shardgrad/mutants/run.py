@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from shardgrad.mutants import by_hand, hand_planted, layers_planted
+from shardgrad.mutants import by_hand, decoder, decoder_planted, hand_planted, layers_planted, micro_batches
 from shardgrad.mutants.mutant import Mutant, Program
 from shardgrad.verification.report import Report
 from shardgrad.verification.verify import verify
@@ -30,14 +30,17 @@ def programs(ranks: int) -> dict[str, Callable[[], Program]]:
     return {
         hand_planted.TP: partial(by_hand.program, mesh),
         hand_planted.SP: partial(by_hand.program, mesh, sp=True),
+        decoder_planted.TP: partial(decoder.program, mesh),
+        decoder_planted.SP: partial(decoder.program, mesh, sp=True),
+        micro_batches.NAME: partial(micro_batches.program, mesh),
         **{name: partial(make, mesh) for name, make in layers_planted.PROGRAMS.items()},
     }
 
 
 def mutants() -> list[Mutant]:
     """Those whose program is installed."""
-    known = {hand_planted.TP, hand_planted.SP, *layers_planted.PROGRAMS}
-    return [one for one in (*hand_planted.MUTANTS, *layers_planted.MUTANTS) if one.program in known]
+    installed = [one for one in layers_planted.MUTANTS if one.program in layers_planted.PROGRAMS]
+    return [*hand_planted.MUTANTS, *decoder_planted.MUTANTS, *micro_batches.MUTANTS, *installed]
 
 
 def verified(program: Program, seed: int = 0) -> Report:

@@ -9,13 +9,14 @@ module in the function's place.
 | `gradients`      | `verify_gradients`: loss and gradients of a step that a program has just done    |
 | `steps`          | the two steps of a verification, and the verdicts of both                        |
 | `decide`         | what two steps say of a tensor together                                          |
-| `terms`          | terms of a sum, and what is stored otherwise: no mistakes                        |
+| `by_design`      | terms of a sum, and what is stored otherwise: no mistakes                        |
 | `attempt`        | one step of both models with the same values                                     |
 | `clipping`       | what clips a model's gradients by their norm                                     |
 | `record`         | what a step computes, in the order of execution                                  |
 | `pairing`        | which parameter of the sharded model is which of the single one                  |
 | `place`          | which recorded tensor is which, and how it lies on the mesh                      |
 | `splits`         | how tensors lie on the mesh: given, known to layers, or found from shapes        |
+| `context`        | what explanations may use of a step                                              |
 | `uses`           | the terms of a parameter's gradient, one for each use                            |
 | `rounding`       | the yardstick: what rounding alone does to a tensor, and the bounds that follow  |
 | `same_bits`      | `verify_exact`: in exact mode, a step on all ranks against one rank, bit for bit |
@@ -31,7 +32,14 @@ module in the function's place.
 | `diagnose`       | which explanation reproduces a wrong tensor                                      |
 | `hypothesis`     | what explanations are made from                                                  |
 | `explanations`   | the table of explanations                                                        |
+| `terms`          | explanations of what ranks add up, or do not                                     |
+| `precision`      | explanations by fewer digits, of a tensor or of its terms                        |
+| `reruns`         | further steps of one device, each with a change, so many at most                 |
+| `functions`      | the functions that a step calls, and others in their place                       |
 | `counterfactual` | explanations by one device with another parameter                                |
+| `otherwise`      | explanations by one device with another function, constant or position           |
+| `variants`       | the table of other functions                                                     |
+| `rows`           | explanations by rows that do not count, or count otherwise                       |
 | `rearranged`     | explanations in which right numbers are in wrong places                          |
 | `product`        | `check_product`: one product, every element within its bound                     |
 | `bounds`         | every element of a product against float64                                       |

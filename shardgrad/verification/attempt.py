@@ -19,7 +19,6 @@ from shardgrad.verification.clipping import Clip, clip_one_device
 from shardgrad.verification.compare import Measured, measure
 from shardgrad.verification.exact import NARROW, InFloat64, floating_in_float64
 from shardgrad.verification.exchange import coordinates
-from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.observed import BACKWARD, Kind
 from shardgrad.verification.pairing import Pair, fit, local_part
 from shardgrad.verification.place import Place, Placer
@@ -35,7 +34,6 @@ from shardgrad.verification.record import (
     mapped,
 )
 from shardgrad.verification.rounding import InSingle, Reordered, Spread
-from shardgrad.verification.uses import gradients_by_use
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 _FORWARD: tuple[Kind, ...] = ("output", "loss")
@@ -115,17 +113,16 @@ class Attempt:
             NotInFloat64: asked to run in float64, it did not.
         """
         values = self._perturbed(seed, nudge)
-        model = self._one_device(values, torch.float64)
-        drawn = torch.get_rng_state()
-        exact = self._exact_step(model, seed, nudge)
-        if not torch.equal(drawn, torch.get_rng_state()):
+        model = self.one_device(values, torch.float64)
+        exact = self.exact_step(model, seed, nudge)
+        if exact.draws:
             raise ValueError(
                 "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
                 "rounding cannot be measured: let it draw none, for this comparison"
             )
         if self._takes_over_state(model):
-            model = self._one_device(values, torch.float64)
-            exact = self._exact_step(model, seed, nudge)
+            model = self.one_device(values, torch.float64)
+            exact = self.exact_step(model, seed, nudge)
         self.asked.update(exact.asked)
         update = self._update(model)
         update.run(model, dict(model.named_parameters()), exact)
@@ -212,41 +209,6 @@ class Attempt:
             found.append(replace(one, single=place.single, real=None if tensor is None else tuple(tensor.shape)))
         return found
 
-    def known(self, step: Step, measured: Sequence[Measured]) -> Context:
-        """What explanations may use of a step."""
-        values, by_key = step.values, {one.key: one for one in measured}
-
-        def again(key: Key, changes: Mapping[str, Tensor], backward: bool) -> Tensor | None:
-            one = by_key[key]
-            in_forward = {} if backward else changes
-            changed = [in_forward.get(pair.name, value) for pair, value in zip(self.pairs, values)]
-            model = self._one_device(changed, torch.float64)
-            if backward:
-                for pair in self.pairs:
-                    if pair.name in changes:
-                        _change_backward(model, pair.single_name, pair.to_single(changes[pair.name]))
-            recording = self._exact_step(model, step.seed, step.nudged)
-            tensor = None if one.single is None else recording.tensors.get(one.single)
-            return None if tensor is None else fit(tensor, one.shape)
-
-        def uses(name: str) -> list[tuple[str, Tensor]]:
-            own = next(pair for pair in self.pairs if pair.name == name)
-            model = self._one_device(values, torch.float64)
-            parameter = model.get_parameter(own.single_name)
-
-            def run(loss: Loss) -> None:
-                self._exact_step(model, step.seed, step.nudged, loss)
-
-            return [(by, fit(term, own.shape)) for by, term in gradients_by_use(parameter, self.single.loss, run)]
-
-        return Context(
-            exact={one.key: (one.exact, one.split) for one in measured if one.exact is not None},
-            before={one.name: (value.double(), one.split) for one, value in zip(self.pairs, values)},
-            real={one.key: one.real for one in measured if one.real is not None},
-            again=again,
-            uses=uses,
-        )
-
     def _perturbed(self, seed: int, nudge: bool) -> list[Tensor]:
         """The parameters; those that would hide a mistake (constant ones, shards that are alike) are moved."""
         generator = torch.Generator().manual_seed(seed)
@@ -268,7 +230,7 @@ class Attempt:
             changed.append(whole)
         return changed
 
-    def _one_device(self, values: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
+    def one_device(self, values: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
         """A copy of the single model with these values, in a precision or in those of the parallel model."""
         model = copy.deepcopy(self.single.model).to(self.mesh.device)
         targets = dict(model.named_parameters())
@@ -297,17 +259,17 @@ class Attempt:
             other |= not torch.equal(theirs.to(began.dtype), began)
         return other
 
-    def _exact_step(self, model: nn.Module, seed: int, nudged: bool, loss: Loss | None = None) -> Recording:
-        batch = mapped(self._inputs(self.single, nudged), lambda _, tensor: tensor.double())
+    def exact_step(self, model: nn.Module, seed: int, nudged: bool, loss: Loss | None = None) -> Recording:
+        """A step of a copy of single in float64, without its update."""
         with InFloat64() as mode:
-            found = _step(Side(model, batch, loss or self.single.loss), _gradient(seed))
+            found = _step(Side(model, self.exact_inputs(nudged), loss or self.single.loss), _gradient(seed))
         found.asked = frozenset(mode.asked)
         return found
 
     def _one_run(self, step: Step, run: int) -> Recording:
         """What one device computes in the working precision; the first run as it is, the others in other orders."""
-        model = self._one_device(step.values, None)
-        side = Side(model, self._inputs(self.single, step.nudged), self.single.loss)
+        model = self.one_device(step.values, None)
+        side = Side(model, self.inputs(self.single, step.nudged), self.single.loss)
         with ExitStack() as stack:
             order = None
             if run:
@@ -317,7 +279,12 @@ class Attempt:
         step.update.run(model, dict(model.named_parameters()), found)
         return found
 
-    def _inputs(self, side: Side, nudged: bool) -> Batch:
+    def exact_inputs(self, nudged: bool) -> Batch:
+        """Single's batch in float64."""
+        return mapped(self.inputs(self.single, nudged), lambda _, tensor: tensor.double())
+
+    def inputs(self, side: Side, nudged: bool) -> Batch:
+        """A model's batch, scaled in a step with other values."""
         if not nudged or self.closed:
             return side.batch
         return mapped(side.batch, lambda _, tensor: (tensor * _OTHER_INPUTS).to(tensor.dtype))
@@ -343,7 +310,7 @@ class Attempt:
                 local_part(one.parameter.detach()).copy_(mine)
             for name, buffer in model.named_buffers():
                 local_part(buffer.detach()).copy_(self.buffers[name])
-        batch = self._inputs(self.parallel, nudged)
+        batch = self.inputs(self.parallel, nudged)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=()))
             torch.default_generator.manual_seed(seed)  # should it draw random numbers, they are the same in every run
@@ -396,25 +363,6 @@ def _shards_alike(one: Pair, value: Tensor, mesh: MeshView) -> bool:
         return False
     shards = [one.split.shard(value, mesh.shape, at) for at in places.values()]
     return bool(shards[0].numel()) and all(torch.equal(shards[0], other) for other in shards[1:])
-
-
-def _change_backward(model: nn.Module, name: str, value: Tensor) -> None:
-    """Let the module that owns a parameter compute its output with it, and the gradients with another value."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-
-    def other(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-        if not isinstance(output, Tensor):
-            return output
-        own = module._parameters[leaf]
-        module._parameters[leaf] = value.to(output)  # type: ignore[assignment]
-        try:
-            made = module.forward(*args, **kwargs)
-        finally:
-            module._parameters[leaf] = own
-        return output.detach() + (made - made.detach())
-
-    module.register_forward_hook(other, with_kwargs=True)
 
 
 def _step(side: Side, gradient: Callable[[Tensor], Tensor]) -> Recording:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
+from shardgrad.verification.precision import rounded_terms
 
 _RUNS = 64
 """Steps of one device at most."""
@@ -29,14 +30,25 @@ def _parameters(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split
     return own if len(own) <= 8 else []
 
 
+def _behind(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split]]:
+    """The matrices through which a gradient may have come, the nearest first: backward, their modules stand before."""
+    if not seen.fits:
+        return []
+    keys = list(known.exact)
+    at = keys.index((seen.kind, seen.name)) if (seen.kind, seen.name) in keys else len(keys)
+    modules = [name for kind, name in reversed(keys[:at]) if kind == "output gradient"]
+    place = {name: at for at, name in reversed(list(enumerate(modules)))}
+    found = [(name, *rest) for name, rest in known.before.items() if rest[0].dim() > 1]
+    return sorted(found, key=lambda one: place.get(one[0].rpartition(".")[0], len(modules)))
+
+
 def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """Each rank has what its own shard of a parameter gives, or all have what one rank's shard is missing from.
 
     In backward too: there a gradient of what a sharded parameter is multiplied with is a sum over its shards.
     """
     backward = seen.kind in ("output gradient", "input gradient", "gradient")
-    parameters = list(known.before.items()) if backward and seen.fits else []
-    candidates = [(name, *rest) for name, rest in parameters] or _parameters(seen, known)
+    candidates = _behind(seen, known) if backward else _parameters(seen, known)
     runs = 0
     for name, value, split in candidates:
         axes = [axis for dim in split.spec.dims for axis in dim.axes if seen.mesh[axis] > 1]
@@ -55,6 +67,13 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                     return
                 made.append(full)
         over = list_of(axes)
+        if not backward and seen.dtype.itemsize > 2:
+            rest = known.again((seen.kind, seen.name), {name: torch.zeros_like(value)}, False)
+            shards = {tuple(at[axis] for axis in axes): one for at, one in zip(seen.found.coordinates, alone)}
+            if rest is not None:
+                terms = [one - rest for one in shards.values()]
+                for narrow in (torch.bfloat16, torch.float16):
+                    yield from rounded_terms(seen, terms, rest, narrow)
         parts = [seen.split.shard(full, seen.mesh, at) for full, at in zip(alone, seen.found.coordinates)]
         remedy = f"add the terms of {name}'s shards over {over}: " + (
             "what it multiplies must pass sg.replicate (or sg.all_gather), whose backward sums"
@@ -194,13 +213,15 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     own = _parameters(seen, known)
     if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
         return
-    name, table, _ = own[0]
+    name, table, split = own[0]
+    parts = {tuple(rows.tolist()): rows for at in seen.found.coordinates
+             for rows in split.indices(table.shape, seen.mesh, at)[:1]}  # fmt: skip
     choices = torch.cat([torch.zeros_like(table[:1]), table])  # row 0: none
 
     def nearest(rows: Tensor) -> Tensor:
         return torch.cdist(rows, choices, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
-    wanted, shown = [], []
+    wanted, shown, unmasked = [], [], []
     for rank in seen.ranks:
         held, right = (t.reshape(-1, table.shape[1]) for t in (seen.held[rank], seen.right[rank]))
         if not bool(held.isfinite().all()) or len(held) * choices.numel() > _MOST:
@@ -208,6 +229,8 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         ids = nearest(right)
         if not torch.equal(choices[ids], right):  # no lookup
             return
+        others = [rows[(ids - 1 - rows[0]).clamp(0, len(rows) - 1)] for rows in parts.values() if len(rows)]
+        unmasked.append(torch.stack([table[rows] for rows in others]).sum(0).reshape(seen.right[rank].shape))
         instead, besides = nearest(held), nearest(held - right)
         other, more = choices[instead], right + choices[besides]
         replaced = (held - other).square().sum(1) <= (held - more).square().sum(1)
@@ -218,6 +241,10 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                 shown.append(f"id {a} gets {f'row {b}' if b >= 0 else 'zeros'}")
             elif not replaced[at] and c >= 0:
                 shown.append(f"id {a} gets its row and row {c}")
+    says = f"every rank adds a row of {name}, its first or its last where the id is another rank's"
+    remedy = "let a rank add zeros for ids that are not its own"
+    if len(parts) > 1:
+        yield Hypothesis("wrong rows looked up", says, remedy, unmasked, seen.size, cost=1)
     if shown:
         shown = list(dict.fromkeys(shown))
         says = f"of {name}, {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''}"

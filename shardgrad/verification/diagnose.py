@@ -10,13 +10,13 @@ or with numbers fitted to it, must save 20 bits for each, n log₂(error before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log2
 
 import torch
 from torch import Tensor
 
-from shardgrad.verification.explanations import hypotheses
+from shardgrad.verification.explanations import RERUNS, groups
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Kind, Observed
 
@@ -51,6 +51,7 @@ class Diagnosis:
 
     error: of the worst element, in units of rounding, as it was seen.
     off: where it is wrong and by how much, for the reader.
+    later: whether an earlier tensor is wrong too, of which this may be a consequence.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class Diagnosis:
     error: float
     fits: tuple[Fit, ...]
     off: str = ""
+    later: bool = False
 
     def __str__(self) -> str:
         if not self.fits:
@@ -67,44 +69,66 @@ class Diagnosis:
             left = f"reproduces it to {fit.error:.2g} times rounding, where {fit.allowed:.0f} are allowed"
             left = left if fit.allowed else "is what was seen"
             where = f" ({fit.where})" if fit.where else ""
-            start = f"the {self.kind} of {self.name}" if at == 0 else "or, which fits as well"
+            start = (
+                f"{'later: ' if self.later else ''}the {self.kind} of {self.name}"
+                if at == 0
+                else "or, which fits as well"
+            )
             lines.append(f"{start}: {fit.name}{where}. {_sentence(fit.says)}; this {left}. {_sentence(fit.remedy)}.")
         return "\n".join(lines)
 
 
 def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]:
-    """Of wrong tensors in the order of execution: the first and those after it, until one is explained.
+    """Of wrong tensors in the order of execution: the first, and, where that has no explanation, the next that has one.
 
-    Later ones are wrong in consequence, mostly; they are looked at only where the first has no explanation.
+    Later ones are wrong in consequence, mostly; of them only what needs no further step of one device is tried, unless
+    all before were single numbers, of which little can be told.
     """
     after = ("norm", "step")  # where a gradient is wrong, these are wrong in consequence alone
-    looked_at = [one for one in found if one.kind not in after or found[0].kind in after]
-    diagnoses = []
-    for one in looked_at[:MOST]:
-        diagnoses.append(explain(one, known))
-        if diagnoses[-1].fits:
-            break
-    return tuple(diagnoses)
+    looked_at = [one for one in found if one.kind not in after or found[0].kind in after][:MOST]
+    if not looked_at:
+        return ()
+    known = replace(known, wrong=frozenset((one.kind, one.name) for one in found))
+    first = explain(looked_at[0], known)
+    if first.fits:
+        return (first,)
+    told = looked_at[0].exact.numel() > 1
+    for one in looked_at[1:]:
+        later = explain(one, known, reruns=not told)
+        told |= one.exact.numel() > 1
+        if later.fits:
+            return first, replace(later, later=True)
+    return (first,)
 
 
-def explain(found: Observed, known: Context) -> Diagnosis:
-    """Try every explanation of the table on one tensor."""
+def explain(found: Observed, known: Context, *, reruns: bool = True) -> Diagnosis:
+    """Try the explanations of the table on one tensor.
+
+    Args:
+        reruns: whether those too that let one device run again, one after the other, until one fits.
+    """
     seen = Evidence(found, known.real.get((found.kind, found.name)))
     before = _worst(seen.held, seen.right, seen.size, None) if seen.fits else inf
-    tried = [
-        (guess, level, fit)
-        for guess in hypotheses(seen, known)
-        for level, fit in [_fit(guess, seen)]
-        if fit is not None
-    ]
+    tried: list[_Tried] = []
+    for explanations in groups(reruns):
+        for guess in (guess for one in explanations for guess in one(seen, known)):
+            level, fit = _fit(guess, seen)
+            if fit is not None:
+                tried.append((guess.cost + _LEVELS[level], *fit))
+        if any(cost == 0 or (cost <= 2 and left <= 1.0 and explanations[0] in RERUNS) for cost, _, left in tried):
+            break  # what comes is less simple
     fits: list[Fit] = []
     if tried:
-        least = min(left for _, _, (_, left) in tried)
-        good = [(g, level, fit) for g, level, (fit, left) in tried if left <= max(_AS_GOOD * least, 1.0)]
-        simplest = min(g.cost + _LEVELS[level] for g, level, _ in good)
-        fits = [fit for g, level, fit in good if g.cost + _LEVELS[level] == simplest]
+        least = min(left for _, _, left in tried)
+        good = [(cost, fit) for cost, fit, left in tried if left <= max(_AS_GOOD * least, 1.0)]
+        simplest = min(cost for cost, _ in good)
+        fits = [fit for cost, fit in good if cost == simplest]
     unique = {fit.name: fit for fit in reversed(fits)}
     return Diagnosis(found.kind, found.name, before, tuple(reversed(unique.values())), "" if unique else _off(seen))
+
+
+_Tried = tuple[int, Fit, float]
+"""An explanation's cost, what it says, and the error it leaves."""
 
 
 def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | None]:
@@ -115,9 +139,11 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
     got = seen.held if guess.got is None else guess.got
     if any(a.shape != b.shape for a, b in zip(got, guess.wanted)):
         return 0, None
+    if guess.got is None and not seen.may_be(guess.wanted, guess.size):
+        return 0, None
     everywhere = [torch.ones_like(one, dtype=torch.bool) for one in got]
     levels = [everywhere]
-    if guess.got is None and seen.fits:
+    if guess.got is None and seen.fits and any(bool(wrong.any()) for wrong in seen.wrong):
         ranks = [one | bool(wrong.any()) for one, wrong in zip([torch.zeros_like(w) for w in everywhere], seen.wrong)]
         levels += [ranks, seen.wrong]
     for level, where in enumerate(levels):
@@ -128,7 +154,7 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
         before = _mean(seen.held, seen.right, seen.size, where) if seen.fits and guess.got is None else inf
         if before < _BETTER * left:
             continue
-        count = sum(int(w.sum()) for w in where)
+        count = min(sum(int(w.sum()) for w in where), max(seen.exact.numel(), 1))  # replicas are no further evidence
         bits = count * log2(min(before / max(left, 1.0), 1e30)) if before > 1 else 0.0
         if bits < _BITS * max(guess.fitted, int(level == 2)):
             continue

@@ -6,7 +6,7 @@ one, or from what else is known of the step; `diagnose` holds it against what wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import sqrt
 
 import torch
@@ -15,29 +15,14 @@ from torch import Tensor
 from shardgrad.verification.counterfactual import looked_up, other_parameters, own_terms, some_uses
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
+from shardgrad.verification.otherwise import epsilon_moved, other_constants, other_functions, other_tables
+from shardgrad.verification.precision import lower_precision, sums_of_lower_precision
 from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
 from shardgrad.verification.rounding import floor
+from shardgrad.verification.rows import norm_of_rows, rows_weighted
+from shardgrad.verification.terms import scaled, sum_missing
 
 Explanation = Callable[[Evidence, Context], Iterator[Hypothesis]]
-
-
-def _scaled(seen: Evidence, c: float) -> tuple[list[Tensor], list[Tensor]]:
-    return [c * right for right in seen.right], [abs(c) * size for size in seen.size]
-
-
-def _reduce(seen: Evidence, axes: Sequence[str]) -> str:
-    """Where the reduction belongs, by what the tensor is."""
-    over = list_of(axes)
-    return {
-        "output": f"reduce the terms over {over} after the product whose summed dim is sharded (sg.all_reduce, "
-        "sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
-        "output gradient": f"what comes next uses this output differently on each rank of {over}: let it pass "
-        "sg.replicate, whose backward is the all-reduce (Megatron: copy_to_tensor_model_parallel_region)",
-        "input gradient": f"let the input pass sg.replicate over {over}, whose backward is the all-reduce",
-        "gradient": f"each rank of {over} sees only its own rows, heads or features: all-reduce this gradient over "
-        f"{over} after backward, or let the parameter pass sg.replicate",
-        "loss": f"all-reduce the loss over {over}: each rank has the part of its own rows or classes",
-    }.get(seen.kind, f"all-reduce it over {over}")
 
 
 def missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
@@ -123,40 +108,12 @@ def padding_counted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     )
 
 
-def sum_missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
-    """The ranks' tensors are terms: only their sum (or mean) is right."""
-    for axes, ranks in seen.axes(sharded=False) if seen.fits else ():
-        same = all(
-            bool(((seen.held[r] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[r]).all())
-            for group in seen.groups(axes)
-            for r in group
-        )
-        if same:
-            continue
-        over, total = list_of(axes), seen.summed(seen.held, axes)
-        squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
-        size = [square.sqrt() for square in seen.summed(squares, axes)]
-        says = f"the ranks of {over} hold different terms, which add up to the right tensor"
-        yield Hypothesis(f"sum over {over} missing", says, _reduce(seen, axes), seen.right, size, total)
-        mean, part = [t / ranks for t in total], [s / ranks for s in size]
-        says = f"the ranks of {over} hold different tensors, of which the mean is right"
-        remedy = f"all-reduce it over {over} and divide by {ranks}"
-        yield Hypothesis(f"mean over {over} missing", says, remedy, seen.right, part, mean)
-        for other, factor in seen.axes():
-            if not set(other) & set(axes):
-                wanted, scaled = _scaled(seen, factor)
-                says = f"it was summed over {list_of(other)}, but its terms lie over {over}"
-                remedy = f"reduce over {over} instead of {list_of(other)}"
-                bound = [torch.maximum(a, b) for a, b in zip(scaled, size)]
-                yield Hypothesis(f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total)
-
-
 def factors(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """p times, or a p-th, of what it should be."""
     bias = seen.exact.dim() == 1 and "bias" in seen.name.rsplit(".", 1)[-1]
     for axes, p in seen.axes():
         over = list_of(axes)
-        more, less = _scaled(seen, p), _scaled(seen, 1 / p)
+        more, less = scaled(seen, p), scaled(seen, 1 / p)
         yield Hypothesis(
             f"summed twice over {over}", f"it is {p} times what it should be: complete tensors were added up",
             f"leave out one of the two reductions over {over}: the tensor was already complete on every rank "
@@ -177,7 +134,7 @@ def factors(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             remedy = f"add the whole bias once after the reduction over {over}, instead of bias/{p} before it"
             yield Hypothesis(f"bias divided by the ranks of {over}", says, remedy, *less)
     says = "it is what it should be, but for the sign"
-    yield Hypothesis("sign flipped", says, "look for a minus, or an update that goes uphill", *_scaled(seen, -1.0))
+    yield Hypothesis("sign flipped", says, "look for a minus, or an update that goes uphill", *scaled(seen, -1.0))
 
 
 def constant(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
@@ -195,7 +152,7 @@ def constant(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     remedy = "look for a scale, a learning rate, a count of tokens or a dtype's loss scale that one device has not"
     if at_wrong and at_wrong == at_wrong:
         yield Hypothesis("scaled by a constant", f"it is {_number(at_wrong, seen)} times what it should be", remedy,
-                    *_scaled(seen, at_wrong), cost=2, fitted=1)  # fmt: skip
+                    *scaled(seen, at_wrong), cost=2, fitted=1)  # fmt: skip
     own = [over[r] / under[r] if r in wrong else 1.0 for r in seen.ranks]
     if len(wrong) > 1 and all(own):
         says = "rank by rank it is " + list_of([f"{c:.4g}" for c in own]) + " times what it should be"
@@ -354,22 +311,6 @@ def _axes_of(split: Split) -> tuple[str, ...]:
     return tuple(axis for dim in split.spec.dims for axis in dim.axes)
 
 
-def lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
-    """The numbers have fewer digits than the working precision."""
-    for narrow in (torch.bfloat16, torch.float16):
-        narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
-        if narrower and all(torch.equal(held.to(narrow).double(), held) for held in seen.held):
-            size = [
-                torch.maximum(
-                    floor(right, narrow, len(seen.ranks)), torch.finfo(narrow).eps * right.square().mean().sqrt()
-                )
-                for right in seen.right
-            ]
-            says = f"every element is a {str(narrow).removeprefix('torch.')} number, and right to its digits"
-            remedy = f"look for a cast, or a reduction, in {str(narrow).removeprefix('torch.')}"
-            yield Hypothesis("rounded to a lower precision", says, remedy, seen.right, size, seen.held, cost=1)
-
-
 EXPLANATIONS: tuple[Explanation, ...] = (
     missing,
     not_finite,
@@ -387,14 +328,27 @@ EXPLANATIONS: tuple[Explanation, ...] = (
     other_tensor,
     constant,
     lower_precision,
-    own_terms,
-    other_parameters,
-    some_uses,
+    sums_of_lower_precision,
     looked_up,
 )
+"""Those that ask for no further step of one device."""
+
+RERUNS: tuple[Explanation, ...] = (
+    own_terms,
+    some_uses,
+    rows_weighted,
+    norm_of_rows,
+    other_functions,
+    epsilon_moved,
+    other_constants,
+    other_tables,
+    other_parameters,
+)
+"""Those that do, in the order in which they are tried."""
 
 
-def hypotheses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
-    """Every guess of every explanation."""
-    for explanation in EXPLANATIONS:
-        yield from explanation(seen, known)
+def groups(reruns: bool) -> Iterator[tuple[Explanation, ...]]:
+    """What is tried together. The later ones only if none of the earlier ones fits well."""
+    yield EXPLANATIONS
+    if reruns:
+        yield from ((one,) for one in RERUNS)

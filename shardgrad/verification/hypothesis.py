@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from shardgrad.verification.functions import Change, Watch
 from shardgrad.verification.observed import Observed, Split
 from shardgrad.verification.record import Key
 from shardgrad.verification.rounding import Bounds, floor
+
+_SAMPLE = 64
+Named = TypeVar("Named", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,14 @@ class Context:
     again: `again(key, {parameter: value}, backward)`: what one device would compute for a tensor, in float64, if
         parameters had other values, in forward and backward or in backward alone; None if it cannot be computed.
     uses: the terms of a parameter's gradient, one for each time that one device uses it, and by which function.
+    under: `under(key, change)`: what one device would compute for a tensor, in float64, while something is done
+        otherwise; None if that cannot be computed, or too much has been already.
+    watch: the functions that one device calls, in order.
+    single: one device's names, where they are others.
+    wrong: the tensors that are wrong.
+    earlier: of tensors that are wrong in the second step, what they should have been in the first.
+    draws: whether the parallel model draws random numbers, which one device does not.
+    made: changes that were made before, by their names.
     """
 
     exact: Mapping[Key, tuple[Tensor, Split]] = field(default_factory=dict)
@@ -32,6 +45,19 @@ class Context:
     real: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
     again: Callable[[Key, Mapping[str, Tensor], bool], Tensor | None] = lambda key, changes, backward: None
     uses: Callable[[str], Sequence[tuple[str, Tensor]]] = lambda name: ()
+    under: Callable[[Key, Change], Tensor | None] = lambda key, change: None
+    watch: Callable[[], Watch] = Watch
+    single: Mapping[Key, Key] = field(default_factory=dict)
+    wrong: frozenset[Key] = frozenset()
+    earlier: Mapping[Key, Tensor] = field(default_factory=dict)
+    draws: bool = False
+    made: dict[Hashable, Change] = field(default_factory=dict)
+
+    def once(self, named: Named, make: Callable[[Named], Change]) -> Change:
+        """The change of a name, made the first time: steps under the same change are run once."""
+        if named not in self.made:
+            self.made[named] = make(named)
+        return self.made[named]
 
 
 class Evidence:
@@ -60,6 +86,17 @@ class Evidence:
         self.wrong = [
             ~((a - b).abs() <= self.allowed * s) for a, b, s in zip(self.held, self.right, self.size) if self.fits
         ]
+
+        self.sample = [_some(wrong) for wrong in self.wrong]
+
+    def may_be(self, wanted: Sequence[Tensor], size: Sequence[Tensor]) -> bool:
+        """Whether a prediction is right at some of the elements that are wrong: a look before the thorough one."""
+        for rank, at in enumerate(self.sample):
+            if at is not None:
+                far = (self.held[rank][at] - wanted[rank][at]).abs()
+                if not bool((far <= self.allowed * size[rank][at]).all()):
+                    return False
+        return True
 
     def _ignore_beyond(self, real: tuple[int, ...]) -> None:
         """What padding holds is no concern of verification, but of gradients of parameters."""
@@ -110,6 +147,14 @@ class Evidence:
     def rows_of(self, rank: int, dim: int) -> Tensor:
         """The global indices along `dim` that the rank should hold."""
         return self.split.indices(self.exact.shape, self.mesh, self.found.coordinates[rank])[dim]
+
+
+def _some(wrong: Tensor) -> tuple[Tensor, ...] | None:
+    """The places of a few of the elements, from all over the tensor."""
+    flat = wrong.reshape(-1).nonzero().flatten()
+    if not len(flat) or not wrong.dim():
+        return None
+    return torch.unravel_index(flat[:: max(len(flat) // _SAMPLE, 1)], wrong.shape)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Recording:
     ends: outputs that are what the model returns, or what is differentiated.
     result: what was differentiated: the loss, or the output that a random gradient was given.
     asked: the dtypes that the program has cast to, where they were watched.
+    draws: whether it drew random numbers.
     """
 
     tensors: dict[Key, Tensor] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Recording:
     ends: set[str] = field(default_factory=set)
     result: Tensor | None = None
     asked: frozenset[torch.dtype] = frozenset()
+    draws: bool = False
 
     def put(self, key: Key, tensor: Tensor) -> None:
         self.tensors.pop(key, None)  # a gradient that comes in several parts is complete with the last
@@ -96,7 +98,7 @@ def forward_backward(
     Raises:
         ValueError: the result holds no tensor to differentiate.
     """
-    recording = Recording()
+    recording, drawn = Recording(), torch.get_rng_state()
     held: dict[int, tuple[str, Tensor]] = {}  # outputs are kept alive, so that an id stays one tensor's
     calls = recording.calls
     handles: list[RemovableHandle] = []
@@ -154,6 +156,7 @@ def forward_backward(
     finally:
         for handle in [*handles, *in_forward]:
             handle.remove()
+    recording.draws = not torch.equal(drawn, torch.get_rng_state())
     for name, buffer in model.named_buffers():
         recording.put(("buffer", name), buffer)
     for name, parameter in parameters.items():  # as the optimizer sees it: DDP reduces it after the hooks

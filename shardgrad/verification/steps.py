@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +12,12 @@ from shardgrad.comm.mesh import MeshView
 from shardgrad.verification import exchange, together
 from shardgrad.verification.attempt import Attempt, Step
 from shardgrad.verification.compare import VERDICTS, Measured, rows_of
+from shardgrad.verification.context import context_of
 from shardgrad.verification.decide import Found, Judged, by_float64, by_three
 from shardgrad.verification.exact import why_not
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Pair, local_part
-from shardgrad.verification.record import Key
+from shardgrad.verification.record import Key, Recording
 from shardgrad.verification.report import Verdict
 from shardgrad.verification.rounding import FEW, RUNS, Spread
 
@@ -35,6 +36,7 @@ class Steps:
         self.notes: tuple[str, ...] = ()
         self.runs = 0
         self._evidence: tuple[Step, Found]
+        self._first: Recording
 
     def judged(self) -> Found:
         """Every tensor with its verdict. Leaves the parallel model's parameters and gradients changed.
@@ -44,7 +46,7 @@ class Steps:
         """
         first, spreads, found = self._in_working_precision(self._seed, "the step", nudge=False)
         self.runs = max((len(spread.norms) for spread in spreads.values()), default=0)
-        self._evidence = first, found
+        self._evidence, self._first = (first, found), first.exact
 
         def again(keys: Sequence[Key]) -> set[Key]:
             return self._not_the_same_twice(first, keys)
@@ -62,10 +64,11 @@ class Steps:
             steps.append(self._in_working_precision(self._seed + 2, "a third step", nudge=True)[2])
         return by_three(steps, again, self._mesh)
 
-    def known(self) -> Context:
-        """What explanations may use."""
+    def known(self, wrong: Collection[Key]) -> Context:
+        """What explanations of these tensors may use."""
         step, found = self._evidence
-        return self._attempt.known(step, [one.measured for one in found.values()])
+        measured = [one.measured for one in found.values()]
+        return context_of(self._attempt, step, self._first, measured, wrong)
 
     @property
     def ends(self) -> set[str]:

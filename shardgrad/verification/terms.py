@@ -1,78 +1,81 @@
-"""Whether a tensor is a term of a sum, or of a mean, on each rank: not wrong, if what follows has been made of it.
-
-A term of a mean is what data parallelism has that averages gradients: each rank differentiates the mean of its rows,
-so that its loss is a term of a mean, and the gradients of its activations are p times those of the whole loss.
-"""
+"""Explanations of what ranks add up: terms that are not added, or added over other ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from shardgrad.verification.hypothesis import Evidence
-from shardgrad.verification.observed import Kind, Observed
-from shardgrad.verification.record import Key
-from shardgrad.verification.report import Row, Verdict
-
-_FORWARD: tuple[Kind, ...] = ("output", "loss", "buffer")
-_BETWEEN: tuple[Kind, ...] = ("output", "output gradient")
-_MAY_BE: tuple[Kind, ...] = ("output", "output gradient", "input gradient", "loss")
+from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
+from shardgrad.verification.observed import Observed
+from shardgrad.verification.rounding import floor
 
 
-def _right(seen: Evidence, made: Sequence[Tensor], sizes: Sequence[Tensor]) -> bool:
+def scaled(seen: Evidence, c: float) -> tuple[list[Tensor], list[Tensor]]:
+    """So many times the right tensors, and what rounding does to them."""
+    return [c * right for right in seen.right], [abs(c) * size for size in seen.size]
+
+
+def _reduce(seen: Evidence, axes: Sequence[str]) -> str:
+    """Where the reduction belongs, by what the tensor is."""
+    over = list_of(axes)
+    return {
+        "output": f"reduce the terms over {over} after the product whose summed dim is sharded (sg.all_reduce, "
+        "sg.reduce_scatter; Megatron: reduce_from_tensor_model_parallel_region), and use what it returns",
+        "output gradient": f"what comes next uses this output differently on each rank of {over}: let it pass "
+        "sg.replicate, whose backward is the all-reduce (Megatron: copy_to_tensor_model_parallel_region)",
+        "input gradient": f"let the input pass sg.replicate over {over}, whose backward is the all-reduce",
+        "gradient": f"each rank of {over} sees only its own rows, heads or features: all-reduce this gradient over "
+        f"{over} after backward, or let the parameter pass sg.replicate",
+        "loss": f"all-reduce the loss over {over}: each rank has the part of its own rows or classes",
+    }.get(seen.kind, f"all-reduce it over {over}")
+
+
+def _same(seen: Evidence, axes: Sequence[str]) -> bool:
+    """Whether the ranks of these axes have the same tensors."""
     return all(
-        bool(((one - right).abs() <= seen.allowed * size).all()) for one, right, size in zip(made, seen.right, sizes)
+        bool(((seen.held[rank] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[rank]).all())
+        for group in seen.groups(axes)
+        for rank in group
     )
 
 
-def term_of(found: Observed) -> Verdict | None:
-    """What the ranks' tensors are terms of, if their sum, or mean, over some axes is right; or if they are the ranks'
-    number times what they should be, as gradients are of each rank's own mean."""
-    if any(tensor is None for tensor in found.locals):
-        return None
+def _size_of_sum(seen: Evidence, axes: Sequence[str]) -> list[Tensor]:
+    """What rounding does to the sum of the ranks' tensors."""
+    squares = [floor(held, seen.dtype, 1).square() + size.square() for held, size in zip(seen.held, seen.size)]
+    return [square.sqrt() for square in seen.summed(squares, axes)]
+
+
+def sum_missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
+    """The ranks' tensors are terms: only their sum (or mean) is right."""
+    for axes, ranks in seen.axes(sharded=False) if seen.fits else ():
+        if _same(seen, axes):
+            continue
+        over, total = list_of(axes), seen.summed(seen.held, axes)
+        size = _size_of_sum(seen, axes)
+        says = f"the ranks of {over} hold different terms, which add up to the right tensor"
+        yield Hypothesis(f"sum over {over} missing", says, _reduce(seen, axes), seen.right, size, total)
+        mean, part = [t / ranks for t in total], [s / ranks for s in size]
+        says = f"the ranks of {over} hold different tensors, of which the mean is right"
+        remedy = f"all-reduce it over {over} and divide by {ranks}"
+        yield Hypothesis(f"mean over {over} missing", says, remedy, seen.right, part, mean)
+        for other, factor in seen.axes():
+            if not set(other) & set(axes):
+                wanted, more = scaled(seen, factor)
+                says = f"it was summed over {list_of(other)}, but its terms lie over {over}"
+                remedy = f"reduce over {over} instead of {list_of(other)}"
+                bound = [torch.maximum(a, b) for a, b in zip(more, size)]
+                yield Hypothesis(f"summed over {list_of(other)} instead of {over}", says, remedy, wanted, bound, total)
+
+
+def terms_of_a_sum(found: Observed) -> tuple[str, ...] | None:
+    """The axes over which the ranks' tensors differ and add up to the right tensor; None if there are none."""
     seen = Evidence(found)
-    if not seen.fits:
-        return None
-    for axes, ranks in seen.axes(sharded=False):
-        sums, sizes = seen.summed(seen.held, axes), seen.summed(seen.size, axes)
-        if _right(seen, sums, sizes):
-            return "term of a sum"
-        if found.kind in _FORWARD and _right(seen, [one / ranks for one in sums], sizes):
-            return "term of a mean"
-    for _, ranks in seen.axes() if found.kind not in _FORWARD else ():
-        if _right(seen, [one / ranks for one in seen.held], seen.size):
-            return "term of a mean"
+    for axes, _ in seen.axes(sharded=False) if seen.fits else ():
+        if not _same(seen, axes) and all(
+            bool(((total - right).abs() <= seen.allowed * size).all())
+            for total, right, size in zip(seen.summed(seen.held, axes), seen.right, _size_of_sum(seen, axes))
+        ):
+            return axes
     return None
-
-
-def terms(rows: Mapping[Key, Row], findings: Mapping[Key, Observed], results: Collection[str]) -> dict[Key, Verdict]:
-    """Of the wrong outputs, losses and gradients of outputs, those that are right by the program's design.
-
-    Terms of a sum or a mean: everything that is computed after them, in forward or in backward, is right, or such a
-    term as well. Stored otherwise: all that a step leaves is right (what the model returns, the loss, every gradient of
-    an input or a parameter, the norm, the step), so that what is between them has other values without being wrong.
-
-    Args:
-        results: outputs that the model returns, or that are differentiated.
-    """
-    may_be = {key: term_of(one) for key, one in findings.items() if key[0] in _MAY_BE and rows[key].verdict == "bug"}
-    found: dict[Key, Verdict] = {}
-    for key in sorted((key for key, verdict in may_be.items() if verdict), key=lambda key: -rows[key].order):
-        forward = key[0] in _FORWARD and key[0] != "loss"
-        later = [other for other, row in rows.items() if row.order > rows[key].order]
-        later = [other for other in later if not forward or other[0] in _FORWARD]
-        verdict = may_be[key]
-        if verdict and later and all(rows[other].ok or other in found for other in later):
-            found[key] = verdict
-    means = [key for key, verdict in found.items() if verdict == "term of a mean"]
-    if not any(kind == "loss" for kind, _ in means):  # then p times a gradient is p times too much
-        found = {key: verdict for key, verdict in found.items() if verdict != "term of a mean"}
-    between = [
-        key for key, row in rows.items()
-        if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN and key[1] not in results
-    ]  # fmt: skip
-    ends = [key for key in rows if key[0] not in _BETWEEN or key[1] in results]
-    if any(key[0] == "gradient" for key in ends) and all(rows[key].ok or key in found for key in ends):
-        found |= dict.fromkeys(between, "stored otherwise")
-    return found

@@ -16,17 +16,17 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import Attempt, Optimizer, Side
+from shardgrad.verification.by_design import by_design
 from shardgrad.verification.clipping import Clip, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe
 from shardgrad.verification.decide import Judged
-from shardgrad.verification.diagnose import Diagnosis, diagnose
+from shardgrad.verification.diagnose import MOST, Diagnosis, diagnose
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
 from shardgrad.verification.record import Batch, Key, Loss
 from shardgrad.verification.report import Report
 from shardgrad.verification.stated import stated
 from shardgrad.verification.steps import Steps, by_requires_grad, judge
-from shardgrad.verification.terms import terms
 
 
 @told
@@ -131,7 +131,7 @@ def verify(
     placer.check_used()
     wrong = sorted((key for key, one in found.items() if not one.row.ok), key=lambda key: found[key].row.order)
     observed = {key: observe(found[key].measured, mesh_view) for key in wrong}
-    for key, verdict in terms({key: one.row for key, one in found.items()}, observed, steps.ends).items():
+    for key, verdict in by_design({key: one.row for key, one in found.items()}, observed, steps.ends).items():
         found[key] = found[key].called(verdict)
         del observed[key]
     findings, rows = tuple(observed.values()), [one.row for one in found.values()]
@@ -139,7 +139,7 @@ def verify(
     if findings:
         tell("explanations")
         said_already = stated(found[next(iter(observed))].row)
-        diagnoses = (said_already,) if said_already else diagnose(findings, steps.known())
+        diagnoses = (said_already,) if said_already else diagnose(findings, steps.known(list(observed)[:MOST]))
     return Report(
         rows=tuple(sorted(rows, key=lambda row: (row.ok, -row.score, row.order))),
         findings=findings,

@@ -9,11 +9,12 @@ import forked
 import pytest
 import torch
 
-from shardgrad.mutants import by_hand, hand_planted, layers_planted
+from shardgrad.mutants import by_hand, decoder, decoder_planted, hand_planted, layers_planted, micro_batches
 from shardgrad.mutants.run import mutants, programs, verified
 from shardgrad.testing import distributed
 
-NAMES = [hand_planted.TP, hand_planted.SP, *layers_planted.PROGRAMS]
+LONG = [hand_planted.TP, hand_planted.SP, decoder_planted.TP, decoder_planted.SP, micro_batches.NAME]
+NAMES = [*LONG, *layers_planted.PROGRAMS]
 FEW = (
     "the sum of a row-parallel product is dropped",
     "dX of one of two products of an input is not summed",
@@ -21,6 +22,15 @@ FEW = (
     "rows are sharded without being summed",
     "each rank keeps the next rank's rows",
     "the norm counts replicas p times",
+    "queries' positions begin at rank times part",
+    "another base of rotary positions",
+    "epsilon outside the root, written out",
+    "labels smoothed over the rank's vocabulary",
+    "terms of an output are summed in bfloat16",
+    "learned positions begin at 1",
+    "zero_grad between micro-batches",
+    "each rank clips its gradient before the sum",
+    "the norm is of each rank's own gradients, before the sum",
 )
 
 
@@ -40,14 +50,14 @@ def problems(names: list[str], program: str, ranks: int) -> list[str]:
 
 
 def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
-    every = [*hand_planted.MUTANTS, *layers_planted.MUTANTS]
-    assert len({one.name for one in every}) == len(every) >= 50
+    every = [*hand_planted.MUTANTS, *decoder_planted.MUTANTS, *micro_batches.MUTANTS, *layers_planted.MUTANTS]
+    assert len({one.name for one in every}) == len(every) >= 100
     assert all(one.origin for one in every)
 
 
 @distributed(world_size=[2], timeout=240.0, backend="shm")
 @pytest.mark.parametrize(
-    "program", [pytest.param(name, marks=pytest.mark.slow if name in NAMES[:2] else ()) for name in NAMES]
+    "program", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in NAMES]
 )
 def test_every_bug_is_caught_and_named(world_size: int, program: str) -> None:
     with warnings.catch_warnings():  # Megatron-core's and fairscale's own
@@ -58,7 +68,7 @@ def test_every_bug_is_caught_and_named(world_size: int, program: str) -> None:
 
 @distributed(world_size=[3], timeout=120.0, backend="shm")
 @pytest.mark.parametrize(
-    "program", [pytest.param(name, marks=pytest.mark.slow if at == 0 else ()) for at, name in enumerate(NAMES[:2])]
+    "program", [pytest.param(name, marks=() if name in LONG[1::3] else pytest.mark.slow) for name in LONG]
 )
 def test_some_of_the_long_lists(world_size: int, program: str) -> None:
     assert verified(programs(world_size)[program]()).ok
@@ -71,8 +81,9 @@ def test_the_programs_are_not_accused_in_bfloat16(world_size: int) -> None:
 
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     for sp in (False, True):
-        report = verified(by_hand.program(mesh, sp=sp, dtype=torch.bfloat16), seed=3)
-        assert report.ok, report.table()
+        for make in (by_hand.program, decoder.program):
+            report = verified(make(mesh, sp=sp, dtype=torch.bfloat16), seed=3)
+            assert report.ok, report.table()
 
 
 def test_the_command_tells_what_passes_the_usual_checks() -> None:

@@ -1,0 +1,80 @@
+"""Whether a tensor is a term of a sum, or of a mean, on each rank: not wrong, if what follows has been made of it.
+
+A term of a mean is what data parallelism has that averages gradients: each rank differentiates the mean of its rows,
+so that its loss is a term of a mean, and the gradients of its activations are p times those of the whole loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from shardgrad.verification.hypothesis import Evidence
+from shardgrad.verification.observed import Kind, Observed
+from shardgrad.verification.record import Key
+from shardgrad.verification.report import Row, Verdict
+
+_FORWARD: tuple[Kind, ...] = ("output", "loss", "buffer")
+_BETWEEN: tuple[Kind, ...] = ("output", "output gradient")
+_MAY_BE: tuple[Kind, ...] = ("output", "output gradient", "input gradient", "loss")
+
+
+def _right(seen: Evidence, made: Sequence[Tensor], sizes: Sequence[Tensor]) -> bool:
+    return all(
+        bool(((one - right).abs() <= seen.allowed * size).all()) for one, right, size in zip(made, seen.right, sizes)
+    )
+
+
+def term_of(found: Observed) -> Verdict | None:
+    """What the ranks' tensors are terms of, if their sum, or mean, over some axes is right; or if they are the ranks'
+    number times what they should be, as gradients are of each rank's own mean."""
+    if any(tensor is None for tensor in found.locals):
+        return None
+    seen = Evidence(found)
+    if not seen.fits:
+        return None
+    for axes, ranks in seen.axes(sharded=False):
+        sums, sizes = seen.summed(seen.held, axes), seen.summed(seen.size, axes)
+        if _right(seen, sums, sizes):
+            return "term of a sum"
+        if found.kind in _FORWARD and _right(seen, [one / ranks for one in sums], sizes):
+            return "term of a mean"
+    for _, ranks in seen.axes() if found.kind not in _FORWARD else ():
+        if _right(seen, [one / ranks for one in seen.held], seen.size):
+            return "term of a mean"
+    return None
+
+
+def by_design(
+    rows: Mapping[Key, Row], findings: Mapping[Key, Observed], results: Collection[str]
+) -> dict[Key, Verdict]:
+    """Of the wrong outputs, losses and gradients of outputs, those that are right by the program's design.
+
+    Terms of a sum or a mean: everything that is computed after them, in forward or in backward, is right, or such a
+    term as well. Stored otherwise: all that a step leaves is right (what the model returns, the loss, every gradient of
+    an input or a parameter, the norm, the step), so that what is between them has other values without being wrong.
+
+    Args:
+        results: outputs that the model returns, or that are differentiated.
+    """
+    may_be = {key: term_of(one) for key, one in findings.items() if key[0] in _MAY_BE and rows[key].verdict == "bug"}
+    found: dict[Key, Verdict] = {}
+    for key in sorted((key for key, verdict in may_be.items() if verdict), key=lambda key: -rows[key].order):
+        forward = key[0] in _FORWARD and key[0] != "loss"
+        later = [other for other, row in rows.items() if row.order > rows[key].order]
+        later = [other for other in later if not forward or other[0] in _FORWARD]
+        verdict = may_be[key]
+        if verdict and later and all(rows[other].ok or other in found for other in later):
+            found[key] = verdict
+    means = [key for key, verdict in found.items() if verdict == "term of a mean"]
+    if not any(kind == "loss" for kind, _ in means):  # then p times a gradient is p times too much
+        found = {key: verdict for key, verdict in found.items() if verdict != "term of a mean"}
+    between = [
+        key for key, row in rows.items()
+        if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN and key[1] not in results
+    ]  # fmt: skip
+    ends = [key for key in rows if key[0] not in _BETWEEN or key[1] in results]
+    if any(key[0] == "gradient" for key in ends) and all(rows[key].ok or key in found for key in ends):
+        found |= dict.fromkeys(between, "stored otherwise")
+    return found
