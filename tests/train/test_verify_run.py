@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_transformers import LLAMA, configured, make
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typer.testing import CliRunner
 
 from shardgrad.cli.app import app
+from shardgrad.nn.pieces import is_exact
 from shardgrad.testing import distributed
 from shardgrad.train import optimizer
 from shardgrad.train import verify as whole
@@ -34,12 +35,16 @@ def config_of(mesh: dict[str, Any], model: dict[str, Any], **train: Any) -> Conf
     return Config.model_validate({"mesh": mesh, "data": data, "model": {**TINY, **model}, "train": settings})
 
 
-def verified(config: Config) -> Report:
-    """What the command does on every rank."""
+def meshed(config: Config) -> tuple[Config, DeviceMesh]:
+    """As the command makes it of a configuration, on every rank."""
     ranks = torch.distributed.get_world_size()
     config = whole.check(check_ranks(config, ranks), ranks)
     shape = mesh_shape(config)
-    return whole.verify_run(config, init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape)))
+    return config, init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
+def verified(config: Config) -> Report:
+    return whole.verify_run(*meshed(config))
 
 
 def of_micro_batches(ranks: int) -> Report:
@@ -109,8 +114,10 @@ def test_adapters_of_a_pretrained_model(world_size: int, tmp_path: Path) -> None
 
 @distributed(world_size=[2], backend="shm")
 def test_exact_mode(world_size: int) -> None:
-    found = verified(config_of({"tp": 2}, {"d_model": 8, "kind": "gpt"}, exact=2))
+    config, mesh = meshed(config_of({"tp": 2}, {"d_model": 8, "kind": "gpt"}, exact=2))
+    found = whole.verify_run(config, mesh)
     assert found.ok, found.table()
+    assert is_exact(mesh)
 
 
 @distributed(world_size=[2], backend="shm")
