@@ -39,6 +39,7 @@ module in the function's place.
 | `counterfactual` | explanations by one device with another parameter                                |
 | `otherwise`      | explanations by one device with another function, constant or position           |
 | `variants`       | the table of other functions                                                     |
+| `over_steps`     | explanations by what is kept from one step to the next                           |
 | `rows`           | explanations by rows that do not count, or count otherwise                       |
 | `rearranged`     | explanations in which right numbers are in wrong places                          |
 | `product`        | `check_product`: one product, every element within its bound                     |

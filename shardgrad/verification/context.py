@@ -7,27 +7,28 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from shardgrad.verification import exchange
 from shardgrad.verification.attempt import Attempt, Step
 from shardgrad.verification.compare import Measured
 from shardgrad.verification.exact import InFloat64
 from shardgrad.verification.functions import Change
 from shardgrad.verification.hypothesis import Context
-from shardgrad.verification.pairing import fit
-from shardgrad.verification.record import Key, Loss, Recording
+from shardgrad.verification.pairing import fit, local_part
+from shardgrad.verification.record import Key, Loss
 from shardgrad.verification.reruns import Reruns, forward
 from shardgrad.verification.uses import gradients_by_use
 
 
 def context_of(
-    attempt: Attempt, step: Step, first: Recording, measured: Sequence[Measured], wrong: Collection[Key]
+    attempt: Attempt, step: Step, begun: Step, measured: Sequence[Measured], wrong: Collection[Key]
 ) -> Context:
     """What is known of a step beside its wrong tensors.
 
     Args:
-        first: what one device computed in the first step.
+        begun: the first step.
         wrong: the tensors that will be explained.
     """
-    values = step.values
+    values, first_values = step.values, begun.values
 
     def run(change: Change, parameters: Mapping[str, Tensor], in_backward: bool, whole: bool) -> Mapping[Key, Tensor]:
         in_forward = {} if in_backward else parameters
@@ -67,10 +68,11 @@ def context_of(
         single=singles,
         wrong=frozenset(wrong),
         earlier={
-            key: fit(first.tensors[single].double(), shape)
-            for key, (single, shape) in places.items()
-            if step.nudged and single in first.tensors and key in wrong
+            key: exchange.tensors_of_all(None if tensor is None else local_part(tensor), attempt.mesh)
+            for key in (wrong if step.nudged else ())
+            for tensor in [begun.parallel.tensors.get(key)]
         },
+        values_before={one.name: value for one, value in zip(attempt.pairs, first_values)} if step.nudged else {},
         draws=step.parallel.draws,
     )
 

@@ -20,7 +20,7 @@ _MOST = 1 << 24
 """Products of elements to compute at most: larger tables are not searched."""
 
 
-def _parameters(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split]]:
+def parameters_of(seen: Evidence, known: Context) -> list[tuple[str, Tensor, Split]]:
     """Those of the module whose output it is; of the whole model, all."""
     if seen.kind != "output" or not seen.fits:
         return []
@@ -48,7 +48,7 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     In backward too: there a gradient of what a sharded parameter is multiplied with is a sum over its shards.
     """
     backward = seen.kind in ("output gradient", "input gradient", "gradient")
-    candidates = _behind(seen, known) if backward else _parameters(seen, known)
+    candidates = _behind(seen, known) if backward else parameters_of(seen, known)
     runs = 0
     for name, value, split in candidates:
         axes = [axis for dim in split.spec.dims for axis in dim.axes if seen.mesh[axis] > 1]
@@ -119,7 +119,7 @@ def _mask(value: Tensor, indices: list[Tensor]) -> Tensor:
 def other_parameters(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The output that one device has with a parameter left out, counted p times, permuted, transposed, or exchanged."""
     runs = 0
-    for name, value, split in _parameters(seen, known):
+    for name, value, split in parameters_of(seen, known):
         for made, says, remedy, changes in _changes(name, value, split, seen, known):
             full = known.again((seen.kind, seen.name), changes, False)
             runs += 1
@@ -210,7 +210,7 @@ def some_uses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
 
 def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """An embedding's rows: others than the ids', none, or one more than should be."""
-    own = _parameters(seen, known)
+    own = parameters_of(seen, known)
     if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
         return
     name, table, split = own[0]

@@ -84,7 +84,7 @@ def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]
     Later ones are wrong in consequence, mostly; of them only what needs no further step of one device is tried, unless
     all before were single numbers, of which little can be told.
     """
-    after = ("norm", "step")  # where a gradient is wrong, these are wrong in consequence alone
+    after = ("norm", "step", "second step")  # where a gradient is wrong, these are wrong in consequence alone
     looked_at = [one for one in found if one.kind not in after or found[0].kind in after][:MOST]
     if not looked_at:
         return ()
@@ -147,6 +147,8 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
         ranks = [one | bool(wrong.any()) for one, wrong in zip([torch.zeros_like(w) for w in everywhere], seen.wrong)]
         levels += [ranks, seen.wrong]
     for level, where in enumerate(levels):
+        if level and guess.reduced and not _on_whole_groups(guess.reduced, seen):
+            break
         error = _worst(got, guess.wanted, guess.size, where)
         if error > seen.allowed:
             continue
@@ -160,6 +162,12 @@ def _fit(guess: Hypothesis, seen: Evidence) -> tuple[int, tuple[Fit, float] | No
             continue
         return level, (Fit(guess.name, guess.says, guess.remedy, _where(level, seen), error, seen.allowed), left)
     return 0, None
+
+
+def _on_whole_groups(axes: Sequence[str], seen: Evidence) -> bool:
+    """Whether, of the ranks along these axes, all are wrong or none."""
+    wrong = [bool(one.any()) for one in seen.wrong]
+    return all(len({wrong[rank] for rank in group}) == 1 for group in seen.groups(axes))
 
 
 def _sentence(text: str) -> str:

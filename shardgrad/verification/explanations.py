@@ -16,6 +16,13 @@ from shardgrad.verification.counterfactual import looked_up, other_parameters, o
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Split
 from shardgrad.verification.otherwise import epsilon_moved, other_constants, other_functions, other_tables
+from shardgrad.verification.over_steps import (
+    drawn_at_random,
+    from_the_first_step,
+    kept_by_the_optimizer,
+    made_by_the_optimizer,
+    parameters_of_the_first_step,
+)
 from shardgrad.verification.precision import lower_precision, sums_of_lower_precision
 from shardgrad.verification.rearranged import rearranged, transposed, wrong_slices
 from shardgrad.verification.rounding import floor
@@ -117,22 +124,27 @@ def factors(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         yield Hypothesis(
             f"summed twice over {over}", f"it is {p} times what it should be: complete tensors were added up",
             f"leave out one of the two reductions over {over}: the tensor was already complete on every rank "
-            "(sg.all_reduce's backward is nothing, sg.gather_replicated's a slice)", *more,
+            "(sg.all_reduce's backward is nothing, sg.gather_replicated's a slice)", *more, reduced=axes,
         )  # fmt: skip
         yield Hypothesis(
-            f"sum over {over} where a mean belongs", f"it is {p} times what it should be", f"divide by {p}", *more
+            f"sum over {over} where a mean belongs",
+            f"it is {p} times what it should be",
+            f"divide by {p}",
+            *more,
+            reduced=axes,
         )
         yield Hypothesis(
             f"mean over {over} where a sum belongs", f"it is 1/{p} of what it should be",
             f"do not divide by {p}: the ranks' tensors are terms of one sum, or are complete already", *less,
+            reduced=axes,
         )  # fmt: skip
         if bias:
             says = f"it is {p} times what it should be: every rank of {over} adds the bias, or its gradient"
             remedy = f"add the bias once, after the reduction over {over}, and do not all-reduce its gradient"
-            yield Hypothesis(f"bias counted by every rank of {over}", says, remedy, *more)
+            yield Hypothesis(f"bias counted by every rank of {over}", says, remedy, *more, reduced=axes)
             says = f"it is 1/{p} of what it should be: a bias divided by {p} in forward has that gradient"
             remedy = f"add the whole bias once after the reduction over {over}, instead of bias/{p} before it"
-            yield Hypothesis(f"bias divided by the ranks of {over}", says, remedy, *less)
+            yield Hypothesis(f"bias divided by the ranks of {over}", says, remedy, *less, reduced=axes)
     says = "it is what it should be, but for the sign"
     yield Hypothesis("sign flipped", says, "look for a minus, or an update that goes uphill", *scaled(seen, -1.0))
 
@@ -234,8 +246,10 @@ def update(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         says = f"besides the right step it is {'decayed' if decay < 0 else 'grown'} by {abs(decay):.4g} times its value"
         remedy = "look at the weight decay: other groups of parameters, applied twice, scaled by another learning rate"
         yield Hypothesis("decayed by another factor", says, remedy, wanted, seen.size, cost=2, fitted=1)
-    named: list[tuple[float, str]] = [(p, f"summed twice over {list_of(axes)}") for axes, p in seen.axes()]
-    named += [(1 / p, f"mean over {list_of(axes)} where a sum belongs") for axes, p in seen.axes()]
+    named: list[tuple[float, str, tuple[str, ...]]] = []
+    for axes, p in seen.axes():
+        named.append((p, f"summed twice over {list_of(axes)}", axes))
+        named.append((1 / p, f"mean over {list_of(axes)} where a sum belongs", axes))
     wrong = [rank for rank in seen.ranks if bool(seen.wrong[rank].any())]
     over = [float((a * b).sum()) for a, b in zip(taken, step)]
     under = [float(s.square().sum()) for s in step]
@@ -250,17 +264,24 @@ def update(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "scaled on each rank by another constant", says, remedy, wanted, size, cost=3, fitted=len(wrong)
         )
-    for c, name, cost in [
-        *((c, n, 0) for c, n in named),
-        (-1.0, "sign flipped", 0),
-        (fitted, "scaled by a constant", 2),
+    for c, name, reduced, cost in [
+        *((*one, 0) for one in named),
+        (-1.0, "sign flipped", (), 0),
+        (fitted, "scaled by a constant", (), 2),
     ]:
         if c:
             wanted = [at + c * s for at, s in zip(before, step)]
             says = f"the step is {c:.4g} times what it should be"
             remedy = "look at what happens between backward and the optimizer: clipping, averaging, the learning rate"
             yield Hypothesis(
-                name, says, remedy, wanted, [(1 + abs(c)) * size for size in seen.size], cost=cost, fitted=cost // 2
+                name,
+                says,
+                remedy,
+                wanted,
+                [(1 + abs(c)) * size for size in seen.size],
+                cost=cost,
+                fitted=cost // 2,
+                reduced=reduced,
             )
 
 
@@ -329,11 +350,16 @@ EXPLANATIONS: tuple[Explanation, ...] = (
     constant,
     lower_precision,
     sums_of_lower_precision,
+    from_the_first_step,
+    drawn_at_random,
+    kept_by_the_optimizer,
+    made_by_the_optimizer,
     looked_up,
 )
 """Those that ask for no further step of one device."""
 
 RERUNS: tuple[Explanation, ...] = (
+    parameters_of_the_first_step,
     own_terms,
     some_uses,
     rows_weighted,

@@ -35,7 +35,8 @@ class Context:
     watch: the functions that one device calls, in order.
     single: one device's names, where they are others.
     wrong: the tensors that are wrong.
-    earlier: of tensors that are wrong in the second step, what they should have been in the first.
+    earlier: of tensors that are wrong in the second step, what every rank had in the first.
+    values_before: then, the global values of parameters in the first.
     draws: whether the parallel model draws random numbers, which one device does not.
     made: changes that were made before, by their names.
     """
@@ -49,7 +50,8 @@ class Context:
     watch: Callable[[], Watch] = Watch
     single: Mapping[Key, Key] = field(default_factory=dict)
     wrong: frozenset[Key] = frozenset()
-    earlier: Mapping[Key, Tensor] = field(default_factory=dict)
+    earlier: Mapping[Key, Sequence[Tensor | None]] = field(default_factory=dict)
+    values_before: Mapping[str, Tensor] = field(default_factory=dict)
     draws: bool = False
     made: dict[Hashable, Change] = field(default_factory=dict)
 
@@ -167,6 +169,7 @@ class Hypothesis:
     got: what is to be compared with it: by default what every rank has; for explanations of the ranks' sum, it.
     cost: the less simple, the more.
     fitted: how many numbers of the prediction were taken from what was seen.
+    reduced: axes over which a reduction is to blame, so that it is wrong on all of their ranks, or on none.
     """
 
     name: str
@@ -177,6 +180,7 @@ class Hypothesis:
     got: Sequence[Tensor] | None = None
     cost: int = 0
     fitted: int = 0
+    reduced: tuple[str, ...] = ()
 
 
 def list_of(names: Sequence[object]) -> str:

@@ -17,7 +17,7 @@ from shardgrad.verification.decide import Found, Judged, by_float64, by_three
 from shardgrad.verification.exact import why_not
 from shardgrad.verification.hypothesis import Context
 from shardgrad.verification.pairing import Pair, local_part
-from shardgrad.verification.record import Key, Recording
+from shardgrad.verification.record import Key
 from shardgrad.verification.report import Verdict
 from shardgrad.verification.rounding import FEW, RUNS, Spread
 
@@ -36,7 +36,7 @@ class Steps:
         self.notes: tuple[str, ...] = ()
         self.runs = 0
         self._evidence: tuple[Step, Found]
-        self._first: Recording
+        self._first: Step
 
     def judged(self) -> Found:
         """Every tensor with its verdict. Leaves the parallel model's parameters and gradients changed.
@@ -46,7 +46,7 @@ class Steps:
         """
         first, spreads, found = self._in_working_precision(self._seed, "the step", nudge=False)
         self.runs = max((len(spread.norms) for spread in spreads.values()), default=0)
-        self._evidence, self._first = (first, found), first.exact
+        self._evidence, self._first = (first, found), first
 
         def again(keys: Sequence[Key]) -> set[Key]:
             return self._not_the_same_twice(first, keys)
