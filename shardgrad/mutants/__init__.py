@@ -7,4 +7,5 @@
 | `hand_planted`   | bugs in that block                                                                 |
 | `layers_planted` | bugs in layers of shardgrad, DTensor, Megatron-core and fairscale                  |
 | `run`            | programs with and without a bug, through verification and through the usual checks |
+| `right`          | right programs, which verification must not accuse                                 |
 """

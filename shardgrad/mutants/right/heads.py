@@ -1,0 +1,3 @@
+"""Right programs."""
+from shardgrad.mutants.right.kind import Kind
+KINDS: list[Kind] = []
