@@ -250,6 +250,11 @@ def _maxout(h: Tensor) -> Tensor:
     return h.unflatten(-1, (-1, 2)).amax(-1).repeat_interleave(2, -1)
 
 
+def _plain_blocks(tp: Group | None, act: type[nn.Module]) -> nn.Module:
+    """Of so many elements some lie on a kink in 16 bits, and those after them differ by what a slope is."""
+    return nn.Sequential(*[m for _ in range(2) for m in (column(tp, 32, 120), act(), row(tp, 120, 32))])
+
+
 def _sparse(tp: Group | None) -> nn.Module:
     return Mlp(tp, F.relu)
 
@@ -258,6 +263,8 @@ KINDS = [
     Kind("GELU", _mlp(F.gelu)),
     Kind("ReLU", _mlp(F.relu)),
     Kind("ReLU, two blocks, 128 rows", _mlp(F.relu, rows=128, blocks=2, d=32, m=96)),
+    Kind("ReLU, two blocks, 128 rows, nothing added", both(lambda tp: _plain_blocks(tp, nn.ReLU), [randn(128, 32)])),
+    Kind("ReLU6, two blocks, 128 rows", both(lambda tp: _plain_blocks(tp, nn.ReLU6), [randn(128, 32)])),
     Kind("SiLU", _mlp(F.silu)),
     Kind("ReLU²", _mlp(lambda h: F.relu(h).square())),
     Kind("leaky ReLU, 96 rows", _mlp(F.leaky_relu, rows=96, m=48, blocks=2)),
