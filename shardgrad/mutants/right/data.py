@@ -104,7 +104,7 @@ def _stepped(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     )  # fmt: skip
 
 
-def _summed(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _summed(bucket: Any) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -114,7 +114,7 @@ def _ddp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     dp, single, x = Group(mesh, "dp"), _plain(), randn(ROWS, D)
     fill(single)
     parallel = DistributedDataParallel(_plain().to(dtype), process_group=dp.group)
-    parallel.register_comm_hook(None, _summed)
+    parallel.register_comm_hook(None, lambda state, bucket: _summed(bucket))  # it refuses other annotations than its own
     made = program(
         mesh, dtype, parallel, single, [x], axis="dp", loss=_mean, splits=TERM,
         parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
@@ -133,6 +133,7 @@ def _fsdp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     for layer in (parallel[0], parallel[2], parallel):  # type: ignore[index]
         fully_shard(layer, mesh=mesh)
         layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)
     return Program(
         parallel, single, [x.to(dtype)], mesh, lambda _: None, lambda _: 1.0, loss=_mean, splits=TERM,
         parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],

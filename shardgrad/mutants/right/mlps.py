@@ -250,9 +250,13 @@ def _maxout(h: Tensor) -> Tensor:
     return h.unflatten(-1, (-1, 2)).amax(-1).repeat_interleave(2, -1)
 
 
-def _plain_blocks(tp: Group | None, act: type[nn.Module]) -> nn.Module:
-    """Of so many elements some lie on a kink in 16 bits, and those after them differ by what a slope is."""
-    return nn.Sequential(*[m for _ in range(2) for m in (column(tp, 32, 120), act(), row(tp, 120, 32))])
+def _kinks(act: type[nn.Module], blocks: int = 2) -> Any:
+    """Of so many elements some lie on a kink in 16 bits, where rounding decides which slope a gradient meets."""
+
+    def build(tp: Group | None) -> nn.Module:
+        return nn.Sequential(*[m for _ in range(blocks) for m in (column(tp, 32, 120), act(), row(tp, 120, 32))])
+
+    return both(build, [randn(128, 32, seed=50)])
 
 
 def _sparse(tp: Group | None) -> nn.Module:
@@ -263,8 +267,11 @@ KINDS = [
     Kind("GELU", _mlp(F.gelu)),
     Kind("ReLU", _mlp(F.relu)),
     Kind("ReLU, two blocks, 128 rows", _mlp(F.relu, rows=128, blocks=2, d=32, m=96)),
-    Kind("ReLU, two blocks, 128 rows, nothing added", both(lambda tp: _plain_blocks(tp, nn.ReLU), [randn(128, 32)])),
-    Kind("ReLU6, two blocks, 128 rows", both(lambda tp: _plain_blocks(tp, nn.ReLU6), [randn(128, 32)])),
+    Kind("ReLU, many kinks", _kinks(nn.ReLU)),
+    Kind("ReLU, many kinks, four blocks", _kinks(nn.ReLU, 4)),
+    Kind("leaky ReLU, many kinks", _kinks(nn.LeakyReLU)),
+    Kind("hard tanh, many kinks", _kinks(nn.Hardtanh)),
+    Kind("hard shrink, many kinks", _kinks(nn.Hardshrink)),
     Kind("SiLU", _mlp(F.silu)),
     Kind("ReLU²", _mlp(lambda h: F.relu(h).square())),
     Kind("leaky ReLU, 96 rows", _mlp(F.leaky_relu, rows=96, m=48, blocks=2)),
