@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.shared = kv % ranks != 0
         self.query, self.out = column(tp, D, H * K), row(tp, H * K, D)
         if self.shared:
-            self.key, self.value = nn.Linear(D, kv * K), nn.Linear(D, kv * K)
+            self.key, self.value = column(None, D, kv * K), column(None, D, kv * K)
         else:
             self.key, self.value = column(tp, D, kv * K), column(tp, D, kv * K)
         self.query_norm = nn.RMSNorm(K, eps=1e-5) if qk_norm else None

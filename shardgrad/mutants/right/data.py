@@ -114,7 +114,9 @@ def _ddp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     dp, single, x = Group(mesh, "dp"), _plain(), randn(ROWS, D)
     fill(single)
     parallel = DistributedDataParallel(_plain().to(dtype), process_group=dp.group)
-    parallel.register_comm_hook(None, lambda state, bucket: _summed(bucket))  # it refuses other annotations than its own
+    parallel.register_comm_hook(
+        None, lambda state, bucket: _summed(bucket)
+    )  # it refuses other annotations than its own
     made = program(
         mesh, dtype, parallel, single, [x], axis="dp", loss=_mean, splits=TERM,
         parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
@@ -130,10 +132,10 @@ def _fsdp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     dp, parallel, single, x = Group(mesh, "dp"), _plain().to(dtype), _plain().to(dtype), randn(ROWS, D)
     fill(single)
     parallel.load_state_dict(single.state_dict())
-    for layer in (parallel[0], parallel[2], parallel):  # type: ignore[index]
-        fully_shard(layer, mesh=mesh)
-        layer.set_gradient_divide_factor(1.0)
-        layer.set_force_sum_reduction_for_comms(True)
+    for layer in (*parallel.children(), parallel):
+        unit = fully_shard(layer, mesh=mesh)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
     return Program(
         parallel, single, [x.to(dtype)], mesh, lambda _: None, lambda _: 1.0, loss=_mean, splits=TERM,
         parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
@@ -193,8 +195,9 @@ def _grid(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     parallel, single, x = _Grid(tp), _Grid(None), randn(ROWS, D)
     for parameter in parallel.parameters():
         parameter.register_hook(dp.sum)
+    names = {"up.weight": "W[m/tp,d]", "up.bias": "b[m/tp]", "down.weight": "W[o,m/tp]", "up": "Y[n/dp,m/tp]"}
     return program(
-        both_axes, dtype, parallel, single, [x], loss=_mean, splits=TERM,
+        both_axes, dtype, parallel, single, [x], loss=_mean, splits={**TERM, **names},
         parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
     )  # fmt: skip
 

@@ -25,18 +25,13 @@ class VocabEmbedding(Stored):
     def __init__(self, tp: Group, vocab: int, d: int) -> None:
         super().__init__()
         self.hold(tp, weight=((vocab, d), 0))
-        self.start = sum(part(torch.zeros(vocab), 0, _Rank(tp.size, at)).numel() for at in range(tp.index))  # type: ignore[arg-type]
+        self.start = int(part(torch.arange(vocab), 0, tp)[0])
 
     def forward(self, ids: Tensor) -> Tensor:
         local = ids - self.start
         outside = (local < 0) | (local >= len(self.weight))
         rows = F.embedding(local.masked_fill(outside, 0), self.weight)
         return self.tp.reduce(rows.masked_fill(outside[..., None], 0))
-
-
-class _Rank:
-    def __init__(self, size: int, index: int) -> None:
-        self.size, self.index = size, index
 
 
 class VocabCrossEntropy(nn.Module):
@@ -112,7 +107,7 @@ def _padded(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     return program(
         mesh, dtype, parallel, single, [ids, targets], padded=["embedding.weight", "head.weight"],
         storage={name: lambda w: part(F.pad(w, (0, 0, 0, 3)), 0, tp) for name in ("embedding.weight", "head.weight")},
-        splits={name: "W[v/tp,d]" for name in ("embedding.weight", "head.weight")},
+        splits=dict.fromkeys(("embedding.weight", "head.weight"), "W[v/tp,d]"),
     )  # fmt: skip
 
 
@@ -194,7 +189,6 @@ class _OwnTargets(nn.Module):
         own = y if self.tp is None else y.chunk(self.tp.size, -1)[self.tp.index]
         squares = (self.out(x) - own).square().sum()
         return (squares if self.tp is None else self.tp.reduce(squares)) / y.numel()
-
 
 
 KINDS = [

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from shardgrad.mutants.by_hand import Group
 from shardgrad.mutants.right.kind import (
     FULL,
-    Column,
     Kind,
-    Row,
     Storage,
     Stored,
     both,
@@ -87,6 +85,9 @@ _FUSED = {
 
 class _InOut(Stored):
     """Weights [in, out], as GPT-2's Conv1D has them; `dim` 1 for columns, 0 for rows."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, tp: Group, n_in: int, n_out: int, dim: int) -> None:
         super().__init__()
@@ -223,7 +224,7 @@ class _LoRA(nn.Module):
 
 
 class _RowLoRA(_LoRA):
-    """The row's adapter is summed after B: A's output is a term of the sum, and so are B's, whose gradient is summed."""
+    """The row's adapter is summed after B: what A and B return are terms of it, and B's gradient is summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp is None:
@@ -308,4 +309,3 @@ KINDS = [
     Kind("sequence first inside", both(_SequenceFirst, [randn(3, 5, D)])),
     Kind("sequence first inside, b = s", both(_SequenceFirst, [randn(4, 4, D)])),
 ]  # fmt: skip
-

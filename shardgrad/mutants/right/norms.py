@@ -175,11 +175,11 @@ class _SyncBatch(nn.BatchNorm1d):
         mean = self.total(x.sum(0)) / rows
         variance = self.total((x - mean).square().sum(0)) / rows
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean), 0.1)  # type: ignore[union-attr, arg-type]
+            self.running_mean.lerp_(mean.to(self.running_mean), 0.1)  # type: ignore[union-attr]
             self.running_var.lerp_(  # type: ignore[union-attr]
-                (variance * rows / (rows - 1)).to(self.running_var), 0.1  # type: ignore[arg-type]
+                (variance * rows / (rows - 1)).to(self.running_var), 0.1
             )  # fmt: skip
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 

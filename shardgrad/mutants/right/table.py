@@ -37,7 +37,7 @@ class Verdict:
 
 
 def chosen(only: str = "", dtypes: Sequence[str] = ()) -> Iterator[tuple[Kind, torch.dtype]]:
-    """The kinds whose name contains a text, in each of their precisions that is among those asked for (none: in all)."""
+    """The kinds whose name contains a text, in each of their precisions that is asked for (none: in all)."""
     for kind in KINDS:
         for dtype in kind.dtypes:
             if only in kind.name and (not dtypes or str(dtype).removeprefix("torch.") in dtypes):
@@ -60,3 +60,28 @@ def try_one(kind: Kind, dtype: torch.dtype, mesh: DeviceMesh, seed: int = 0) -> 
 
 def mesh_of(ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+
+
+def rows(found: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
+    """The titles of a table's columns, and a row for each kind: what is said of it in each precision."""
+    dtypes = list(dict.fromkeys(one.dtype for one in found))
+    of = {(one.name, one.dtype): one for one in found}
+    names = dict.fromkeys(one.name for one in found)
+    return ["right program", *dtypes], [[name, *(_cell(of.get((name, dtype))) for dtype in dtypes)] for name in names]
+
+
+def _cell(one: Verdict | None) -> str:
+    if one is None:
+        return ""
+    said = f"{one.said}: {one.of}" if one.of else one.said
+    return f"{said} ({', '.join(one.found)})" if one.found else said
+
+
+def summary(found: Sequence[Verdict]) -> str:
+    counts = {said: sum(one.said == said for one in found) for said in (PASSES, CANNOT_TELL, ACCUSED)}
+    kinds = len({one.name for one in found})
+    ranks = found[0].ranks if found else 0
+    return (
+        f"{kinds} kinds of right programs, {len(found)} runs on {ranks} ranks: {counts[PASSES]} pass, of "
+        f"{counts[CANNOT_TELL]} it cannot be told, {counts[ACCUSED]} are accused."
+    )
