@@ -194,7 +194,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}),
     "Gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GROUPED, "head_dim": 8, "sliding_window": 4}),
     "Phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GROUPED, "original_max_position_embeddings": 32}),
-    "Mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_GROUPED, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {**_DECODER, **_STILL}),
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _DECODER),
     "OPT": (
@@ -232,6 +232,38 @@ def _transformer(name: str, sequence: bool = False, adapted: bool = False) -> An
     return make
 
 
+_EVEN: dict[str, Any] = {
+    "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 4, "vocab_size": 36, "intermediate_size": 24
+}  # fmt: skip
+
+
+def _own_plan(name: str, **more: Any) -> Any:
+    """Sharded by transformers itself, as its plan says, while the model is read."""
+
+    def make(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import transformers as hf
+
+        hf.utils.logging.set_verbosity_error()
+        hf.utils.logging.disable_progress_bar()
+        config, kind, settings = _MODELS[name]
+        torch.manual_seed(3)
+        made = getattr(hf, config)(**{**settings, **_EVEN, **more})
+        single: Any = getattr(hf, kind)(made).eval()
+        _spread(single)
+        single.to(dtype)
+        values = {name: value.clone() for name, value in single.state_dict().items()}
+        parallel = type(single).from_pretrained(
+            None, config=made, state_dict=values, tp_plan="auto", device_mesh=mesh, dtype=dtype, **more
+        ).eval()  # fmt: skip
+        ids = randint(36, 2, 6)
+        return Program(
+            parallel, single, {"input_ids": ids, "labels": ids}, mesh, lambda _: None, lambda _: 1.0,
+        )  # fmt: skip
+
+    return make
+
+
 def _spread(model: nn.Module) -> None:
     """Values that are not as small as transformers' own, which make attention uniform."""
     generator = torch.Generator().manual_seed(11)
@@ -247,6 +279,8 @@ def _transformers() -> list[Kind]:
     found = [Kind(f"parallelized {name}", _transformer(name), HALVES) for name in _MODELS]
     found.append(Kind("parallelized Llama, sharded sequence", _transformer("Llama", sequence=True)))
     found.append(Kind("parallelized GPT-2, sharded sequence", _transformer("GPT-2", sequence=True)))
+    found += [Kind(f"transformers' own plan, {name}", _own_plan(name)) for name in ("Llama", "Qwen3", "Gemma2")]
+    found.append(Kind("transformers' own plan, Mixtral", _own_plan("Mixtral", experts_implementation="eager")))
     if find_spec("peft"):
         found.append(Kind("parallelized Llama with LoRA", _transformer("Llama", adapted=True)))
     return found
