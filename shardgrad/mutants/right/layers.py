@@ -194,7 +194,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}),
     "Gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GROUPED, "head_dim": 8, "sliding_window": 4}),
     "Phi3": ("Phi3Config", "Phi3ForCausalLM", {**_GROUPED, "original_max_position_embeddings": 32}),
-    "Mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_GROUPED, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_GROUPED, "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {**_DECODER, **_STILL}),
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _DECODER),
     "OPT": (
