@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -12,7 +12,10 @@ from shardgrad.cli import style
 
 def mutants(
     only: Annotated[str, typer.Argument(help="those alone whose name or program contains this")] = "",
-    ranks: Annotated[int, typer.Option(min=2, max=4, help="processes")] = 2,
+    right: Annotated[
+        bool, typer.Option("--right", help="right programs instead, none of which may be accused")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, max=4, help="processes; bugs need two")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="training steps for the usual checks")] = 30,
     markdown: Annotated[bool, typer.Option("--markdown", help="print a table for docs/mutants.md")] = False,
     json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
@@ -22,9 +25,16 @@ def mutants(
     Beside it stands which of the usual checks each passes. The last rows are the programs without a bug, which must not
     be accused. Ends with status 0 if every bug is caught and named as it should be, and no program accused.
 
-    Example: `shardgrad mutants "by hand" --ranks 3`
+    `--right` verifies right programs instead, as users write them, each in several precisions: each passes, or it
+    cannot be told, with why. Ends with status 0 if none is accused.
+
+    Examples: `shardgrad mutants "by hand" --ranks 3`, `shardgrad mutants --right attention`
     """
+    if ranks < 2 and not right:
+        raise style.refuse("a bug needs two ranks")
     started.start(ranks)
+    if right:
+        _right(only, markdown, json)
 
     import torch.distributed as dist
 
@@ -47,6 +57,31 @@ def mutants(
     dist.destroy_process_group()
     bad = [one for one in found if not one.named or one.caught != (one.name != "(none)")]
     started.end(1 if bad else 0)
+
+
+def _right(only: str, markdown: bool, json: bool) -> NoReturn:
+    """Verify the right programs, tell what is said of each, and end."""
+    with started.joined() as first:
+        import torch.distributed as dist
+
+        from shardgrad.mutants.right import table
+
+        mesh = table.mesh_of(dist.get_world_size())
+        found = [table.try_one(kind, dtype, mesh) for kind, dtype in table.chosen(only)]
+        if first and json:
+            from dataclasses import asdict
+
+            style.print_json([asdict(one) for one in found])
+        elif first:
+            columns, rows = table.rows(found)
+            summary = table.summary(found)
+            if markdown:
+                lines = [" | ".join(row) for row in (columns, ["---"] * len(columns), *rows)]
+                typer.echo("\n".join([summary, "", *(f"| {line} |" for line in lines)]))
+            else:
+                style.table(columns, rows)
+                style.say(summary)
+    started.end(1 if any(one.said == table.ACCUSED for one in found) else 0)
 
 
 def _row(one: Any) -> list[str]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import view
+from shardgrad.mutants import released_planted
 from shardgrad.mutants.mutant import Mutant, Program, on_gradient
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -144,6 +145,7 @@ PROGRAMS: dict[str, Callable[[DeviceMesh], Program]] = {
     SHARDGRAD: shardgrad,
     DTENSOR: dtensor,
     DP: data_parallel,
+    released_planted.WORDS: released_planted.words,
     **({MEGATRON: megatron} if find_spec("megatron") else {}),
     **({FAIRSCALE: fairscale} if find_spec("fairscale") else {}),
 }
@@ -258,4 +260,5 @@ MUTANTS = [
         _SELF,
         "summed twice over tp",
     ),
+    *released_planted.MUTANTS,
 ]

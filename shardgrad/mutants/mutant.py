@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.verification.attempt import Optimizer
 from shardgrad.verification.clipping import Clip
-from shardgrad.verification.record import Loss
+from shardgrad.verification.pairing import Names
+from shardgrad.verification.record import Batch, Loss
 
 
 @dataclass
@@ -28,18 +29,20 @@ class Program:
 
     parallel: nn.Module
     single: nn.Module
-    batch: Sequence[Any]
+    batch: Batch
     mesh: DeviceMesh
     load: Callable[[nn.Module], None]
     share: Callable[[str], float]
     loss: Loss | None = None
     parallel_loss: Loss | None = None
-    parallel_batch: Sequence[Any] | None = None
+    parallel_batch: Batch | None = None
     clip: Clip | None = None
     optimizer: Optimizer | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     reduce: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    names: Names | None = None
+    padded: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def verified(program: Program, seed: int = 0) -> Report:
         return verify(
             program.parallel, program.single, program.batch, program.mesh, loss=program.loss,
             parallel_loss=program.parallel_loss, parallel_batch=program.parallel_batch, splits=program.splits,
-            clip=program.clip, optimizer=program.optimizer, seed=seed,
+            clip=program.clip, optimizer=program.optimizer, seed=seed, names=program.names, padded=program.padded,
         )  # fmt: skip
 
 

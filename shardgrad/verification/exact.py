@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,38 +38,32 @@ class InFloat64(shim.TorchDispatchMode):
             self.asked.add(dtype)
             if dtype not in self.keep:
                 kwargs["dtype"] = torch.float64
-        rule = _WITHOUT_FLOAT64.get(func)
-        wide = rule is not None and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        result = rule(*args, **kwargs) if rule is not None and wide else func(*args, **kwargs)
+        grouped = func is shim.GROUPED_MM and args[0].dtype == torch.float64
+        result = grouped_mm(*args, **kwargs) if grouped else func(*args, **kwargs)
         made = isinstance(result, Tensor) and result.dtype in NARROW and result.dtype not in self.keep
         if made and not tensors_in((args, kwargs)):
             return result.double()  # of the default dtype
         return result
 
 
-def _grouped_mm(
+def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Products of groups of rows (of a), columns (of b) or of what is summed over, which end at `offs`; as torch's."""
+    """What torch._grouped_mm, which takes no float64, computes: a product for each group of rows, columns or terms.
+
+    offs: where each group ends, along the dim that the operands of two dims share with the groups.
+    """
     if offs is None:
-        return torch.bmm(a, b)
+        return a @ b
     ends = offs.tolist()
-    spans = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
-    if a.dim() == 2 and b.dim() == 2:
-        return torch.stack([a[:, span] @ b[span] for span in spans])
+    groups = list(enumerate(zip([0, *ends[:-1]], ends)))
+    if a.dim() == b.dim():
+        return torch.stack([a[:, start:end] @ b[start:end] for _, (start, end) in groups])
     if a.dim() == 2:
-        made = a.new_zeros(a.shape[0], b.shape[-1])
-        for span, weight in zip(spans, b):
-            made[span] = a[span] @ weight
-        return made
-    made = b.new_zeros(a.shape[1], b.shape[-1])
-    for span, rows in zip(spans, a):
-        made[:, span] = rows @ b[:, span]
-    return made
-
-
-_WITHOUT_FLOAT64: dict[Any, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
-"""What torch computes in narrower precisions alone, and what computes the same in float64."""
+        rows = [a[start:end] @ b[at] for at, (start, end) in groups]
+        return torch.cat([*rows, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
+    columns = [a[at] @ b[:, start:end] for at, (start, end) in groups]
+    return torch.cat([*columns, b.new_zeros(a.shape[1], b.shape[1] - ends[-1])], -1)
 
 
 def why_not(model: nn.Module) -> str:

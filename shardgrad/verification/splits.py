@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import permutations, product
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
     axes: list[list[str]] = [[] for _ in range(tensor.dim())]
     partial = []
     strided: list[tuple[int, str]] = []
+    factors: dict[int, int] = {}
     for axis, placement in zip(names, tensor.placements):
         if mesh.shape[axis] == 1 or placement.is_replicate():
             continue
@@ -112,13 +114,17 @@ def of_dtensor(tensor: DTensor, mesh: MeshView, name: str) -> Split:
             partial.append(axis)
         elif type(placement).__name__ == "_StridedShard":  # FSDP2 over tensor parallel: sharded after the others
             strided.append((placement.dim, axis))  # type: ignore[attr-defined]
+            factors[placement.dim] = placement.split_factor  # type: ignore[attr-defined]
         elif placement.is_shard():
             axes[placement.dim].append(axis)  # type: ignore[attr-defined]
         else:
             raise LayoutError(f"{name} has the placement {placement} on axis {axis!r}, which verify does not know")
+    stride = 1
     for dim, axis in strided:
+        inner = prod(mesh.shape[other] for other in axes[dim])
+        stride = max(stride, factors[dim] // inner)  # of parts that follow one another: transformers' packed_colwise
         axes[dim].append(axis)
-    return Split.of(axes, partial, name="T")
+    return Split.of(axes, partial, stride, name="T")
 
 
 def shardings_by_layers(model: nn.Module) -> dict[int, ParamSharding]:
