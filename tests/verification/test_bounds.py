@@ -343,6 +343,8 @@ def test_one_ulp_is_seen_where_one_number_alone_is_right(dtype: torch.dtype) -> 
     assert compare("Y", torch.stack(thirds).float().sum(0).to(dtype), three, dtype).ok  # as shared memory adds
     wide = bounded(x, w, layout, "Y", {"tp": 2}, reduce_dtype=torch.float32, all_rounded=True)
     assert compare("Y", (halves[0].float() + halves[1].float()).to(dtype), wide, dtype).ok
+    left = bounded(x, w, f"{layout}{{tp}}", "Y", {"tp": 2}, all_rounded=True)  # the sum is not rounded
+    assert compare("Y", halves[0].double() + halves[1].double(), left, torch.float64).ok
     assert torch.equal(wide.lower, both.lower)  # one addition, rounded to 16 bits at once or after float32
 
 
@@ -358,13 +360,13 @@ def test_a_product_of_two_numbers_is_rounded_once(dtype: torch.dtype) -> None:
 
 def test_sums_that_the_accumulator_holds_are_not_rounded() -> None:
     """257 lies between 256 and 258 in bf16: to even, and nothing else."""
-    x, w = torch.tensor([[256.0, 1.0]]).bfloat16(), torch.ones(2, 1).bfloat16()
+    x, w = torch.tensor([[256.0, 0.5, 0.5]]).bfloat16(), torch.ones(3, 1).bfloat16()
     layout = "X[n,d] W[d,m] -> Y[n,m]"
     assert [float(end) for end in (bounded(x, w, layout).lower[0], bounded(x, w, layout).upper[0])] == [256, 256]
     assert not sg.within_bound(torch.full((1, 1), 258.0).bfloat16(), x, w, layout).ok
-    dy = torch.tensor([256.0, 1.0, 2.0**-30]).bfloat16()[:, None]  # which float32 does not hold
+    dy = torch.tensor([256.0, 1.0, 0.0, 2.0**-30]).bfloat16()[:, None]  # which float32 does not hold
     assert float(bounded(dy, None, "X[n,d] W[d,m] -> Y[n,m] + B[m]", "db").upper[0]) == 258
-    assert float(bounded(dy[:2], None, "X[n,d] W[d,m] -> Y[n,m] + B[m]", "db").upper[0]) == 256
+    assert float(bounded(dy[:3], None, "X[n,d] W[d,m] -> Y[n,m] + B[m]", "db").upper[0]) == 256
 
 
 @distributed(world_size=[2, 3])
@@ -424,3 +426,5 @@ def test_lower_precision_that_the_user_asks_for_is_in_the_bound() -> None:
     assert local(torch.float32, "cuda").accumulate == 2.0**-24
     assert local(torch.bfloat16, "cuda").spilled == 16
     assert local(torch.bfloat16, "cpu").spilled == 0
+    products = [local(dtype).product for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    assert products == [2.0**-53, 2.0**-24, 0, 0]
