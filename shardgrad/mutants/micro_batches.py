@@ -136,9 +136,9 @@ def _(model: Any) -> None:
     model.rows = lambda t: t.chunk(model.dp.size)[0]
 
 
-@bug("gradients are divided by the ranks and by the micro-batches", "scaled by a constant")
+@bug("gradients are divided by a wrong number of rows", "scaled by a constant")
 def _(model: Any) -> None:
-    model.weigh = lambda at: 1 / (MICRO * 1.5)
+    model.weigh = lambda at: 1 / (MICRO * model.dp.size * 1.25)
 
 
 @bug("gradients of micro-batches are summed in bfloat16", "rounded to bfloat16 in a reduction")

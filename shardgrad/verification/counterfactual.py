@@ -244,7 +244,9 @@ def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     says = f"every rank adds a row of {name}, its first or its last where the id is another rank's"
     remedy = "let a rank add zeros for ids that are not its own"
     if len(parts) > 1:
-        yield Hypothesis("wrong rows looked up", says, remedy, unmasked, seen.size, cost=1)
+        least = float(table.abs().max()) * torch.finfo(seen.dtype).eps
+        size = [one.clamp(min=least) for one in seen.size]
+        yield Hypothesis("wrong rows looked up", says, remedy, unmasked, size, cost=1)
     if shown:
         shown = list(dict.fromkeys(shown))
         says = f"of {name}, {', '.join(shown[:4])}{', …' if len(shown) > 4 else ''}"

@@ -15,7 +15,8 @@ from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, lis
 
 _MOST = 12
 """Blocks of rows at most; each needs a step."""
-_NAMED = 1e-3
+_NAMED, _MORE = 1e-3, 2
+"""How near a number must be to one that has a name; and how many more elements there must be than numbers."""
 
 
 def _terms(key: tuple[Any, str], known: Context, output: str, dim: int, blocks: int) -> list[Tensor] | None:
@@ -75,13 +76,16 @@ def rows_weighted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         fulls = _terms((seen.kind, seen.name), known, output, dim, blocks)
         if fulls is None:
             return
+        while blocks % 2 == 0 and blocks > len(seen.ranks) and seen.exact.numel() < blocks + _MORE:
+            fulls = [a + b for a, b in zip(fulls[::2], fulls[1::2])]  # too few elements to fit so many numbers
+            blocks //= 2
+        if seen.exact.numel() < blocks + _MORE:
+            continue
         terms = [[seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates] for full in fulls]
         left = torch.stack(
             [torch.cat([(term[rank] / seen.size[rank]).flatten() for rank in wrong]) for term in terms], 1
         )
         right = torch.cat([(seen.held[rank] / seen.size[rank]).flatten() for rank in wrong])
-        if left.shape[0] < 2 * blocks:
-            continue
         counts = [
             _snapped(c, len(seen.ranks)) for c in torch.linalg.lstsq(left, right[:, None]).solution[:, 0].tolist()
         ]
