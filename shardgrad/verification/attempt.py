@@ -243,7 +243,7 @@ class Attempt:
                 buffer.data = self.state.get(name, buffer.data).clone()
                 if buffer.is_floating_point():
                     like = self.buffers.get(self.placer.name_in_parallel(name), buffer)
-                    buffer.data = buffer.data.to(dtype or like.dtype)
+                    buffer.data = buffer.data.to(like.dtype).to(dtype or like.dtype)
         return model
 
     def _takes_over_state(self, model: nn.Module) -> bool:
