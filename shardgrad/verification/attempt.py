@@ -243,7 +243,9 @@ class Attempt:
                 buffer.data = self.state.get(name, buffer.data).clone()
                 if buffer.is_floating_point():
                     like = self.buffers.get(self.placer.name_in_parallel(name), buffer)
-                    buffer.data = buffer.data.to(like.dtype).to(dtype or like.dtype)
+                    same = like.shape == buffer.shape and torch.equal(like.to(buffer), buffer)
+                    value = like if same else buffer.data  # single may hold a table in fewer digits
+                    buffer.data = value.to(like.dtype).to(dtype or like.dtype, copy=True)
         return model
 
     def _takes_over_state(self, model: nn.Module) -> bool:
