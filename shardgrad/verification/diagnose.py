@@ -19,6 +19,7 @@ from torch import Tensor
 from shardgrad.verification.explanations import RERUNS, groups
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
 from shardgrad.verification.observed import Kind, Observed
+from shardgrad.verification.terms import same_on
 
 MOST = 8
 """Tensors to look at, from the first that is wrong, until one is explained."""
@@ -102,11 +103,27 @@ def diagnose(found: Sequence[Observed], known: Context) -> tuple[Diagnosis, ...]
 
 
 def explain(found: Observed, known: Context, *, reruns: bool = True) -> Diagnosis:
-    """Try the explanations of the table on one tensor.
+    """Try the explanations of the table on one tensor; and, where none fits and ranks that should have the same have
+    not, on the sum of what they have, as it may be made later.
 
     Args:
         reruns: whether those too that let one device run again, one after the other, until one fits.
     """
+    own = _explain(found, known, reruns)
+    if own.fits or found.kind not in ("output", "output gradient", "input gradient", "loss"):
+        return own
+    seen = Evidence(found, known.real.get((found.kind, found.name)))
+    for axes, _ in seen.axes(sharded=False) if seen.fits and not found.split.partial else ():
+        if not same_on(axes, seen):
+            summed = _explain(replace(found, split=found.split.summed_over(axes)), known, reruns)
+            if summed.fits:
+                where = f"the sum over {list_of(axes)} of what the ranks have"
+                told = [replace(fit, where=f"{where}, {fit.where}" if fit.where else where) for fit in summed.fits]
+                return replace(own, fits=tuple(told), off="")
+    return own
+
+
+def _explain(found: Observed, known: Context, reruns: bool) -> Diagnosis:
     seen = Evidence(found, known.real.get((found.kind, found.name)))
     before = _worst(seen.held, seen.right, seen.size, None) if seen.fits else inf
     tried: list[_Tried] = []

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from shardgrad.verification.counterfactual import parameters_of
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis
 
+_LAST = 12
+"""Cost of what is true of a wrong tensor without reproducing it: whatever does comes before."""
+
 
 def from_the_first_step(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """In the second step, what it was in the first, or that added."""
@@ -43,18 +46,21 @@ def drawn_at_random(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         remedy = (
             "turn off what draws them (F.dropout with training=True, noise), or let none be drawn for this comparison"
         )
-        yield Hypothesis("drawn at random", says, remedy, (), (), cost=4)
+        yield Hypothesis("drawn at random", says, remedy, (), (), cost=_LAST)
 
 
 def kept_by_the_optimizer(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     if seen.kind == "second step" and ("step", seen.name) not in known.wrong:
         says = "the optimizer's first step is right, and its second is not: what it keeps between them is another"
         remedy = "compare momentum, dampening and betas, and look for state that is dropped, sharded or averaged"
-        yield Hypothesis("state of the optimizer", says, remedy, (), (), cost=4)
+        yield Hypothesis("state of the optimizer", says, remedy, (), (), cost=_LAST)
 
 
 def made_by_the_optimizer(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     if seen.kind == "step" and not {("gradient", seen.name), ("norm", "norm of all gradients")} & known.wrong:
-        says = "the gradient is right, and the step made of it is not: the optimizer does something else with it"
-        remedy = "compare its class, learning rate, epsilon, decay and groups of parameters, and what clips before it"
-        yield Hypothesis("another optimizer", says, remedy, (), (), cost=5)
+        says = "the gradient is right, and the value after the step is not"
+        remedy = (
+            "compare the optimizer's class, learning rate, epsilon, decay and groups of parameters, and look for what "
+            "else changes values"
+        )
+        yield Hypothesis("another update", says, remedy, (), (), cost=_LAST)

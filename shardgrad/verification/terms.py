@@ -32,7 +32,7 @@ def _reduce(seen: Evidence, axes: Sequence[str]) -> str:
     }.get(seen.kind, f"all-reduce it over {over}")
 
 
-def _same(seen: Evidence, axes: Sequence[str]) -> bool:
+def same_on(axes: Sequence[str], seen: Evidence) -> bool:
     """Whether the ranks of these axes have the same tensors."""
     return all(
         bool(((seen.held[rank] - seen.held[group[0]]).abs() <= seen.allowed * seen.size[rank]).all())
@@ -50,7 +50,7 @@ def _size_of_sum(seen: Evidence, axes: Sequence[str]) -> list[Tensor]:
 def sum_missing(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The ranks' tensors are terms: only their sum (or mean) is right."""
     for axes, ranks in seen.axes(sharded=False) if seen.fits else ():
-        if _same(seen, axes):
+        if same_on(axes, seen):
             continue
         over, total = list_of(axes), seen.summed(seen.held, axes)
         size = _size_of_sum(seen, axes)
@@ -73,7 +73,7 @@ def terms_of_a_sum(found: Observed) -> tuple[str, ...] | None:
     """The axes over which the ranks' tensors differ and add up to the right tensor; None if there are none."""
     seen = Evidence(found)
     for axes, _ in seen.axes(sharded=False) if seen.fits else ():
-        if not _same(seen, axes) and all(
+        if not same_on(axes, seen) and all(
             bool(((total - right).abs() <= seen.allowed * size).all())
             for total, right, size in zip(seen.summed(seen.held, axes), seen.right, _size_of_sum(seen, axes))
         ):
