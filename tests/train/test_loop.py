@@ -56,7 +56,7 @@ def test_trains_as_one_rank_does(world_size: int) -> None:
     models, histories = {}, {}
     for axis, mesh in meshes.items():
         torch.manual_seed(4)
-        model = models[axis] = build(CONFIG, 256, mesh, torch.float64)
+        model = models[axis] = build(CONFIG, 256, mesh).double()
         optimizer = make_optimizer(model, CONFIG.train)
         histories[axis] = train(model, optimizer, CONFIG, TEXT, Report(shown=False), Metrics(None))
     together, alone = histories["tp"], histories["alone"]
