@@ -72,7 +72,7 @@ def by_design(
         found = {key: verdict for key, verdict in found.items() if verdict != "term of a mean"}
     between = [
         key for key, row in rows.items()
-        if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN and key[1] not in results
+        if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN
     ]  # fmt: skip
     ends = [key for key in rows if key[0] not in _BETWEEN or key[1] in results]
     if any(key[0] == "gradient" for key in ends) and all(rows[key].ok or key in found for key in ends):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hand import Single, rows
+from hand import Hand, Single, rows
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -119,3 +121,37 @@ def test_another_order_of_dims_between_is_no_mistake(world_size: int, mistake: s
     else:
         assert report.first is not None
         assert {("gradient", "up.weight"), ("gradient", "down.weight")} & wrong(report)
+
+
+class _Times(torch.autograd.Function):
+    """In backward alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize("undone", [True, False])
+def test_a_factor_that_is_undone_is_no_mistake(world_size: int, undone: bool) -> None:
+    """And no term of a mean, as the loss is none."""
+    mesh = tp(world_size)
+    model = Hand(mesh)
+
+    def scaled(x: Tensor) -> Tensor:
+        h = model.up(model.norm(x))
+        h = model.act(_Times.apply(h, 1 / world_size) if undone else h)
+        return model.down(_Times.apply(h, world_size))
+
+    model.forward = scaled
+    report = sg.verify(model, Single(), rows(), mesh)
+    assert report.ok == undone, report.table()
+    if undone:
+        (row,) = report.with_verdict("stored otherwise")
+        assert (row.kind, row.name) == ("output gradient", "act")
+        assert not report.with_verdict("term of a mean")
