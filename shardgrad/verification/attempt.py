@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import isfinite
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +72,6 @@ class Step:
     places: Mapping[Key, Place]
 
 
-class NotInFloat64(RuntimeError):
-    """Parallel's gradients came back in another precision."""
-
-
 @dataclass(frozen=True)
 class Attempt:
     """What does not change from one step to the next.
@@ -110,7 +108,6 @@ class Attempt:
 
         Raises:
             ValueError: single draws random numbers.
-            NotInFloat64: asked to run in float64, it did not.
         """
         values = self._perturbed(seed, nudge)
         model = self.one_device(values, torch.float64)
@@ -131,10 +128,6 @@ class Attempt:
             counts = [sum(kind == "input gradient" for kind, _ in one.tensors) for one in (exact, parallel)]
             if any(theirs < counts[0] for (theirs,) in exchange.ints_of_all(counts[1:], self.mesh)):
                 self.closed.update(name for kind, name in exact.tensors if kind == "input gradient")
-        if double and any(
-            kind == "gradient" and tensor.dtype != torch.float64 for (kind, _), tensor in parallel.tensors.items()
-        ):
-            raise NotInFloat64("gradients come back in the precision that parameters had before")
         return Step(values, seed, nudge, double, update, exact, parallel, self.placer.places(parallel, exact))
 
     def repeated(self, step: Step) -> Recording:
@@ -181,18 +174,14 @@ class Attempt:
         dtype = max(used, key=lambda one: torch.finfo(one).eps, default=torch.float32)
         ranks = len(coordinates(self.mesh))
         exact = {key: step.exact.tensors.get(place.single) for key, place in step.places.items()}
-        largest: dict[bool, float] = {}
-        for (kind, _), tensor in exact.items():
-            if tensor is not None and tensor.numel() and kind in (*_FORWARD, *BACKWARD):
-                size = float(tensor.double().square().mean().sqrt())
-                largest[kind in BACKWARD] = max(largest.get(kind in BACKWARD, 0.0), size)
+        typical = {kinds: _typical(exact, kinds) for kinds in (_FORWARD, BACKWARD)}
         made = {}
         for key, tensor in exact.items():
             if tensor is not None:
                 spread = spreads.get(key)
                 same = spread is not None and spread.exact.shape == tensor.shape
-                most = largest.get(key[0] in BACKWARD, 0.0) if key[0] in (*_FORWARD, *BACKWARD) else 0.0
-                made[key] = InSingle(tensor.double(), spread if same else None, dtype, ranks, most)
+                size = next((size for kinds, size in typical.items() if key[0] in kinds), 0.0)
+                made[key] = InSingle(tensor.double(), spread if same else None, dtype, ranks, size)
         return made
 
     def measure(self, step: Step, yards: Mapping[Key, Spread] | Mapping[Key, InSingle]) -> list[Measured]:
@@ -356,6 +345,16 @@ class Attempt:
                 local_part(grad).copy_(total)
         replace(update, clip=None if unsummed else self.clip).run(side.model, parameters, recording)
         return recording
+
+
+def _typical(tensors: Mapping[Key, Tensor | None], kinds: Sequence[Kind]) -> float:
+    """The median of the root mean squares of tensors of some kinds."""
+    sizes = [
+        float(torch.linalg.vector_norm(tensor.double())) / tensor.numel() ** 0.5
+        for (kind, _), tensor in tensors.items()
+        if kind in kinds and tensor is not None and tensor.numel()
+    ]
+    return median(size for size in sizes if isfinite(size)) if any(map(isfinite, sizes)) else 0.0
 
 
 def _shards_alike(one: Pair, value: Tensor, mesh: MeshView) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from math import isfinite, log, sqrt
+from math import log, sqrt
 from typing import Any
 
 import torch
@@ -180,8 +180,8 @@ class Spread:
         return min(max(float(norms.mean()) ** 2 / variance, 1.0), float(count))
 
 
-_NOTHING = 2.0**-30
-"""Beside the largest tensor of its kind, what float64 may leave by cancellation."""
+_NOTHING = 2.0**-28
+"""Beside the typical tensor of its kind, what float64 may leave by cancellation."""
 
 
 class InSingle:
@@ -191,39 +191,34 @@ class InSingle:
     by more is not, though bfloat16 would not show it.
 
     exact: the tensor in float64. spread: the errors of one device in `dtype`, of a step with other values.
-    largest: the root mean square of the largest tensor of its kind in the step. What is nothing beside it, as a
+    typical: the root mean square of a typical tensor of its kind in the step. What is nothing beside it, as a
         gradient that is zero but for cancellation, is float64's own rounding.
     """
 
     freedom = 1.0
 
     def __init__(
-        self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int, largest: float = 0.0
+        self, exact: Tensor, spread: Spread | None, dtype: torch.dtype, ranks: int, typical: float = 0.0
     ) -> None:
         self.exact, self._spread, self._dtype, self._ranks = exact, spread, dtype, ranks
-        self._nothing = _NOTHING * largest
         self._unit = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-    @property
-    def blind(self) -> bool:
-        return self._spread is not None and not bool(self._spread.squares.isfinite().all())
+        self.surely = _NOTHING * typical
+        """An error of one element that is rounding whatever the element."""
 
     @cached_property
-    def surely(self) -> float:
-        """An error of one element that is rounding whatever the element: what `sizes` gives to the smallest."""
-        if not self.exact.numel():
-            return 0.0
-        mean = float(torch.linalg.vector_norm(self.exact)) / self.exact.numel() ** 0.5
-        return max(self._nothing, mean * torch.finfo(torch.float32).eps / 16 if isfinite(mean) else 0.0)
+    def blind(self) -> bool:
+        """As of `Spread`."""
+        return self._spread is not None and not bool(self._spread.squares.isfinite().all())
 
     def sizes(self, floor_: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Spread`; an eighth of the tensor's float32 rounding at least."""
-        least = floor(self.exact, torch.float32, self._ranks).clamp(min=self._nothing)
+        """As of `Spread`, in units of float32."""
+        least = floor(self.exact, torch.float32, self._ranks).clamp(min=self.surely)
         if self._spread is None:
-            return least, least.clamp(min=self.surely)
+            mean = float(least.square().mean().sqrt()) if least.numel() else 0.0
+            return least, least.clamp(min=mean / 8)
         seen = self._spread.sizes(floor(self._spread.exact, self._dtype, self._ranks))
         own, scale = (torch.maximum(size.nan_to_num(0.0, 0.0, 0.0) * self._unit, least) for size in seen)
-        return own, scale.clamp(min=self.surely)
+        return own, scale
 
 
 def floor(exact: Tensor, dtype: torch.dtype, ranks: int) -> Tensor:

@@ -102,6 +102,13 @@ class Steps:
         if not why:
             try:
                 step = self._attempt.step(self._seed + 1, nudge=True, double=True)
+                narrow = [
+                    name
+                    for (kind, name), tensor in step.parallel.tensors.items()
+                    if kind == "gradient" and tensor.dtype != torch.float64
+                ]
+                if narrow:
+                    why = f"the gradient of {narrow[0]} comes back in another precision"
             except Exception as error:
                 why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
         reasons = together.spread([why] if why else [], self._mesh, _WHAT)

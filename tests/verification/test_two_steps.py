@@ -399,3 +399,29 @@ def test_inputs_that_do_not_come_from_the_batch(world_size: int) -> None:
     )  # fmt: skip
     assert report.ok, report.table()
     assert report.skipped["input gradient of input 0"].startswith("parallel detaches it, or takes its inputs from")
+
+
+class Masked(nn.Module):
+    """x [n, d] → [n, d], with a mask of infinities, which a module gives, on scores of rows."""
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        super().__init__()
+        self.inner, self.mask = Single() if mesh is None else Hand(mesh), nn.Threshold(0.0, -torch.inf)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        scores = self.mask(torch.ones(len(x), len(x), dtype=x.dtype).tril() * 1e30)
+        return torch.softmax(scores.clamp(max=0) + y @ y.t(), -1) @ y
+
+
+@distributed(world_size=[2])
+def test_large_numbers_elsewhere_hide_nothing(world_size: int) -> None:
+    mesh, dtype = tp(world_size), torch.bfloat16
+    for mistake in (False, True):
+        model = Masked(mesh).to(dtype)
+        if mistake:
+            model.inner.up.register_forward_hook(lambda module, inputs, output: output * 1.002)
+        report = sg.verify(model, Masked(), rows(dtype), mesh)
+        assert report.ok != mistake, report.table()
+    assert report.first is not None
+    assert (report.first.name, report.first.in_float64) == ("inner.up", True)
