@@ -81,6 +81,7 @@ class Attempt:
     asked: dtypes that single's program casts to by itself.
     closed: inputs that a program does not take from its batch, but from elsewhere, on some rank: those of single that
         get a gradient, where parallel's get none. Then inputs stay as they are in every step.
+    without_inputs: why inputs get no gradient: what single says of it.
     """
 
     parallel: Side
@@ -97,6 +98,7 @@ class Attempt:
     state: dict[str, Tensor] = field(default_factory=dict)
     asked: set[torch.dtype] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)
+    without_inputs: list[str] = field(default_factory=list)
 
     def step(self, seed: int, *, nudge: bool, double: bool) -> Step:
         """One step of both, on every rank. Leaves the parallel model's parameters and gradients changed.
@@ -111,7 +113,7 @@ class Attempt:
         """
         values = self._perturbed(seed, nudge)
         model = self.one_device(values, torch.float64)
-        exact = self.exact_step(model, seed, nudge)
+        exact = self._first_exact_step(model, seed, nudge)
         if exact.draws:
             raise ValueError(
                 "single draws random numbers (F.dropout, a router's noise), so that no two runs are alike and what is "
@@ -253,9 +255,26 @@ class Attempt:
     def exact_step(self, model: nn.Module, seed: int, nudged: bool, loss: Loss | None = None) -> Recording:
         """A step of a copy of single in float64, without its update."""
         with InFloat64() as mode:
-            found = _step(Side(model, self.exact_inputs(nudged), loss or self.single.loss), _gradient(seed))
+            found = self._step(Side(model, self.exact_inputs(nudged), loss or self.single.loss), seed)
         found.asked = frozenset(mode.asked)
         return found
+
+    def _first_exact_step(self, model: nn.Module, seed: int, nudged: bool) -> Recording:
+        """The same, without gradients of inputs if single cannot have them (weights of classes)."""
+        try:
+            return self.exact_step(model, seed, nudged)
+        except RuntimeError as error:
+            if self.without_inputs or not any(said in str(error) for said in ("requires_grad", "differentiable")):
+                raise
+            self.without_inputs.append(str(error).splitlines()[0])
+            self.placer.skipped["gradients of inputs"] = f"single cannot have them: {self.without_inputs[0]}"
+            return self.exact_step(model, seed, nudged)
+
+    def _step(self, side: Side, seed: int) -> Recording:
+        parameters, inputs_too = dict(side.model.named_parameters()), not self.without_inputs
+        return forward_backward(
+            side.model, side.batch, side.loss, parameters, _gradient(seed), inputs_too=inputs_too
+        )  # fmt: skip
 
     def _one_run(self, step: Step, run: int) -> Recording:
         """What one device computes in the working precision; the first run as it is, the others in other orders."""
@@ -265,7 +284,7 @@ class Attempt:
             order = None
             if run:
                 order = stack.enter_context(Reordered(max(len(coordinates(self.mesh)), 2), 1000 * step.seed + run))
-            found = _step(side, _gradient(step.seed))
+            found = self._step(side, step.seed)
         found.asked = frozenset(order.asked if order else ())
         step.update.run(model, dict(model.named_parameters()), found)
         return found
@@ -282,7 +301,8 @@ class Attempt:
 
     def _update(self, exact: nn.Module) -> Update:
         """Clip to half the norm, so that clipping acts; by default, a step as long as half the parameters' norm."""
-        gradients = [p.grad for p in exact.parameters() if p.grad is not None]
+        found = [p.grad for p in exact.parameters() if p.grad is not None]
+        gradients = [grad.to_dense() if grad.is_sparse else grad for grad in found]
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         size = float(nn.utils.get_total_norm([p.detach() for p in exact.parameters()]))
         rate = size / norm if norm > 0 else 1.0
@@ -335,7 +355,9 @@ class Attempt:
             )
 
         parameters = {one.name: one.parameter for one in self.pairs}
-        recording = forward_backward(side.model, side.batch, side.loss, parameters, gradient, self.complete)
+        recording = forward_backward(
+            side.model, side.batch, side.loss, parameters, gradient, self.complete, inputs_too=not self.without_inputs
+        )
         unsummed = [one for one in self.pairs if one.unsummed]
         for one in unsummed:  # their program sums them after backward
             grad = gradient_of(one.parameter)
@@ -364,10 +386,6 @@ def _shards_alike(one: Pair, value: Tensor, mesh: MeshView) -> bool:
         return False
     shards = [one.split.shard(value, mesh.shape, at) for at in places.values()]
     return bool(shards[0].numel()) and all(torch.equal(shards[0], other) for other in shards[1:])
-
-
-def _step(side: Side, gradient: Callable[[Tensor], Tensor]) -> Recording:
-    return forward_backward(side.model, side.batch, side.loss, dict(side.model.named_parameters()), gradient)
 
 
 def _gradient(seed: int) -> Callable[[Tensor], Tensor]:

@@ -14,13 +14,14 @@ Clip = Callable[[nn.Module, float], Tensor]
 
 
 def clip_of(model: nn.Module) -> Clip | None:
-    """What clips a model's gradients by their global norm: shardgrad's function, or torch's, which takes DTensors alone
-    (of DTensors mixed with tensors it is refused)."""
+    """What clips a model's gradients by their global norm: shardgrad's function, or torch's, which takes DTensors of
+    one mesh alone."""
     dtensors = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
     layers = any(isinstance(module, ShardedModule) for module in model.modules())
     if layers and not any(dtensors):
         return clip_grad_norm_
-    if dtensors and all(dtensors):
+    if dtensors and all(dtensors) and len(meshes) == 1:
         return _clip_dtensors
     return None
 

@@ -68,7 +68,8 @@ class Update:
 
     def run(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], recording: Recording) -> None:
         """Leaves the parameters and the gradients changed."""
-        if self.clip is not None:
+        sparse = any(one.grad is not None and one.grad.is_sparse for one in parameters.values())
+        if self.clip is not None and not sparse:  # of sparse gradients torch knows no norm
             recording.put(NORM, self.clip(model, self.max_norm))
         optimizer = self.optimizer(list(parameters.values()))
         kinds: tuple[Kind, ...] = ("step", "second step") if self.again else ("step",)
@@ -88,12 +89,15 @@ def forward_backward(
     parameters: Mapping[str, nn.Parameter],
     gradient: Callable[[Tensor], Tensor],
     complete: Callable[[nn.Module], object] | None = None,
+    *,
+    inputs_too: bool = True,
 ) -> Recording:
     """Forward and backward of one step. Gradients are left in the parameters.
 
     Args:
         gradient: the gradient to give to a result that is no scalar.
         complete: called after backward, before gradients are taken.
+        inputs_too: whether the floating tensors of the batch get gradients.
 
     Raises:
         ValueError: the result holds no tensor to differentiate.
@@ -122,7 +126,7 @@ def forward_backward(
 
     for path, module in model.named_modules():
         in_forward.append(module.register_forward_hook(partial(seen, path)))
-    inputs, leaves = differentiable(batch)
+    inputs, leaves = differentiable(batch) if inputs_too else (batch, {})
     for name, leaf in leaves.items():
         recording.inputs.add(name)
         handles.append(leaf.register_hook(partial(_keep, recording, ("input gradient", name))))
@@ -159,10 +163,13 @@ def forward_backward(
     recording.draws = not torch.equal(drawn, torch.get_rng_state())
     for name, buffer in model.named_buffers():
         recording.put(("buffer", name), buffer)
+    for name, leaf in leaves.items():  # of several backwards, which a loss function may do by itself, the sum
+        if leaf.grad is not None:
+            recording.tensors["input gradient", name] = leaf.grad
     for name, parameter in parameters.items():  # as the optimizer sees it: DDP reduces it after the hooks
         grad = gradient_of(parameter)
         if grad is not None:
-            recording.tensors["gradient", name] = grad.detach().clone()
+            recording.tensors["gradient", name] = (grad.to_dense() if grad.is_sparse else grad).detach().clone()
     return recording
 
 
@@ -176,7 +183,7 @@ def _keep(recording: Recording, key: Key, gradient: Tensor) -> None:
 
 
 def _keep_gradient(recording: Recording, key: Key, parameter: nn.Parameter) -> None:
-    if parameter.grad is not None:
+    if parameter.grad is not None and not parameter.grad.is_sparse:
         recording.put(key, parameter.grad)
 
 
