@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from shardgrad.verification.hypothesis import Evidence
+from shardgrad.verification.diagnose import explain
+from shardgrad.verification.hypothesis import Context, Evidence
 from shardgrad.verification.observed import Kind, Observed
 from shardgrad.verification.record import Key
 from shardgrad.verification.report import Row, Verdict
@@ -46,17 +47,34 @@ def term_of(found: Observed) -> Verdict | None:
     return None
 
 
+_ORDERS = (
+    "interleaved", "rows in another order", "blocks interchanged", "gathered in the wrong order", "shards permuted",
+    "reversed", "transposed",
+)  # fmt: skip
+_FACTORS = ("scaled by a constant", "summed twice", "sum over", "mean over")
+
+
+def _is_elsewhere(found: Observed) -> bool:
+    """Whether a tensor is the right one in another order; of the gradient of an input, or times a factor."""
+    names = [fit.name for fit in explain(found, Context(), reruns=False).fits if not fit.where]
+    factor = found.kind == "input gradient" and any(name.startswith(_FACTORS) for name in names)
+    return factor or any(name in _ORDERS for name in names)
+
+
 def by_design(
-    rows: Mapping[Key, Row], findings: Mapping[Key, Observed], results: Collection[str]
+    rows: Mapping[Key, Row], findings: Mapping[Key, Observed], results: Collection[str], *, loss_left_out: bool = False
 ) -> dict[Key, Verdict]:
     """Of the wrong outputs, losses and gradients of outputs, those that are right by the program's design.
 
     Terms of a sum or a mean: everything that is computed after them, in forward or in backward, is right, or such a
-    term as well. Stored otherwise: all that a step leaves is right (what the model returns, the loss, every gradient of
-    an input or a parameter, the norm, the step), so that what is between them has other values without being wrong.
+    term as well. Terms of means also if all of these are: then the gradients of parameters are judged by themselves.
+    Stored otherwise: all that a step leaves is right (what the model returns, the loss, every gradient of an input or a
+    parameter, the norm, the step), so that what is between them has other values without being wrong. If a loss is made
+    of it, what the model returns may have its rows in another order, as the inputs may that a rank is given.
 
     Args:
         results: outputs that the model returns, or that are differentiated.
+        loss_left_out: whether the user asked not to compare the loss.
     """
     may_be = {key: term_of(one) for key, one in findings.items() if key[0] in _MAY_BE and rows[key].verdict == "bug"}
     found: dict[Key, Verdict] = {}
@@ -67,14 +85,28 @@ def by_design(
         verdict = may_be[key]
         if verdict and later and all(rows[other].ok or other in found for other in later):
             found[key] = verdict
-    means = [key for key, verdict in found.items() if verdict == "term of a mean"]
-    if not any(kind == "loss" for kind, _ in means):  # then p times a gradient is p times too much
+    means = {key for key, verdict in may_be.items() if verdict == "term of a mean"}
+    if any(kind == "loss" for kind, _ in means):
+        if all(key in means or key in found for key in findings if key[0] in _MAY_BE):
+            found |= dict.fromkeys(means, "term of a mean")
+    elif not loss_left_out:  # then p times a gradient is p times too much
         found = {key: verdict for key, verdict in found.items() if verdict != "term of a mean"}
     between = [
         key for key, row in rows.items()
         if row.verdict in ("bug", "wrong shape") and key not in found and key[0] in _BETWEEN
     ]  # fmt: skip
     ends = [key for key in rows if key[0] not in _BETWEEN or key[1] in results]
-    if any(key[0] == "gradient" for key in ends) and all(rows[key].ok or key in found for key in ends):
-        found |= dict.fromkeys(between, "stored otherwise")
+    wrong = [key for key in ends if not rows[key].ok and key not in found]
+    has_loss = loss_left_out or any(kind == "loss" for kind, _ in rows)
+    terms: dict[Key, Verdict] = {
+        key: verdict for key in wrong if key[0] == "loss" and (verdict := may_be.get(key)) == "term of a sum"
+    }
+    elsewhere = [key for key in wrong if key[0] == "input gradient" or (has_loss and key[0] in _BETWEEN)]
+    if (
+        any(key[0] == "gradient" for key in ends)
+        and len(elsewhere) + len(terms) == len(wrong)
+        and all(_is_elsewhere(findings[key]) for key in elsewhere)
+    ):
+        found |= dict.fromkeys((*between, *elsewhere), "stored otherwise")
+        found |= terms
     return found

@@ -74,6 +74,7 @@ def context_of(
         },
         values_before={one.name: value for one, value in zip(attempt.pairs, first_values)} if step.nudged else {},
         draws=step.parallel.draws,
+        in_16_bits=step.double and any(value.dtype.itemsize == 2 for value in values),
     )
 
 

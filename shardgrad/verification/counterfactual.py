@@ -70,7 +70,7 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         if not backward and seen.dtype.itemsize > 2:
             rest = known.again((seen.kind, seen.name), {name: torch.zeros_like(value)}, False)
             shards = {tuple(at[axis] for axis in axes): one for at, one in zip(seen.found.coordinates, alone)}
-            if rest is not None:
+            if rest is not None and not known.in_16_bits:
                 terms = [one - rest for one in shards.values()]
                 for narrow in (torch.bfloat16, torch.float16):
                     yield from rounded_terms(seen, terms, rest, narrow)
@@ -211,7 +211,9 @@ def some_uses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
 def looked_up(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """An embedding's rows: others than the ids', none, or one more than should be."""
     own = parameters_of(seen, known)
-    if len(own) != 1 or own[0][1].dim() != 2 or own[0][1].shape[1] != seen.exact.shape[-1] or not seen.exact.numel():
+    if len(own) != 1 or own[0][1].dim() != 2 or not seen.exact.numel():
+        return
+    if not seen.exact.dim() or own[0][1].shape[1] != seen.exact.shape[-1]:
         return
     name, table, split = own[0]
     parts = {tuple(rows.tolist()): rows for at in seen.found.coordinates

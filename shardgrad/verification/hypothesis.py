@@ -38,6 +38,7 @@ class Context:
     earlier: of tensors that are wrong in the second step, what every rank had in the first.
     values_before: then, the global values of parameters in the first.
     draws: whether the parallel model draws random numbers, which one device does not.
+    in_16_bits: whether the model itself computes in 16 bits, and was given float64, in which nothing is rounded so.
     made: changes that were made before, by their names.
     """
 
@@ -53,6 +54,7 @@ class Context:
     earlier: Mapping[Key, Sequence[Tensor | None]] = field(default_factory=dict)
     values_before: Mapping[str, Tensor] = field(default_factory=dict)
     draws: bool = False
+    in_16_bits: bool = False
     made: dict[Hashable, Change] = field(default_factory=dict)
 
     def once(self, named: Named, make: Callable[[Named], Change]) -> Change:

@@ -14,7 +14,7 @@ _LAST = 12
 def from_the_first_step(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """In the second step, what it was in the first, or that added."""
     first = known.earlier.get((seen.kind, seen.name))
-    if first is None or not seen.fits or seen.split.partial:
+    if first is None or not seen.fits or seen.split.partial or seen.kind == "buffer":  # which is put back
         return
     before = [one.to(right) for one, right in zip(first, seen.right) if one is not None and one.shape == right.shape]
     if len(before) < len(seen.right):

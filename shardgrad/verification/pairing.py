@@ -84,6 +84,7 @@ def pair(
     Raises:
         LayoutError: a name or a split is missing or ambiguous.
         ShapeError: shapes do not fit together.
+        ValueError: a parameter is complex.
     """
     targets = dict(single.named_parameters(remove_duplicate=False))
     shardings = how.shardings_by_layers(parallel)
@@ -98,6 +99,8 @@ def pair(
                 f"single has no parameter {single_name!r}{said}{how.nearest(single_name, list(targets))}. Give "
                 "names={parallel's name: single's name}, or a function"
             )
+        if parameter.is_complex():
+            raise ValueError(f"{name} is complex, and only real numbers are compared: hold it as torch.view_as_real")
         used.add(id(targets[single_name]))
         single_name = first_names[id(targets[single_name])]
         single_shape = tuple(targets[single_name].shape)

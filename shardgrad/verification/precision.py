@@ -20,6 +20,8 @@ _FEW = 16
 
 def lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
     """The numbers have fewer digits than the working precision."""
+    if known.in_16_bits:
+        return
     for narrow in (torch.bfloat16, torch.float16):
         narrower = seen.dtype.itemsize > narrow.itemsize and seen.fits
         if (
@@ -73,7 +75,9 @@ def rounded_terms(seen: Evidence, terms: Sequence[Tensor], rest: Tensor, narrow:
 
 
 def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
-    """Terms were rounded to 16 bits, added up, and the sum was not: its last digits are zeros."""
+    """Terms were rounded, added up, and the sum was not: its last digits are zeros. To float32 only beside float64."""
+    if known.in_16_bits:
+        return
     if not seen.fits or seen.dtype not in _DIGITS or sum(int(w.sum()) for w in seen.wrong) < _FEW:
         return
     digits, zeros = _DIGITS[seen.dtype]
@@ -86,7 +90,9 @@ def sums_of_lower_precision(seen: Evidence, known: Context) -> Iterator[Hypothes
     if float((numbers % 2**zeros == 0).double().mean()) < 0.95:
         return
     narrow = torch.bfloat16 if _off(seen) > _BETWEEN else torch.float16
-    if torch.equal(held.to(narrow).double(), held):
+    if _off(seen) < 2.0**-18:
+        narrow = torch.float32
+    if narrow.itemsize >= seen.dtype.itemsize or torch.equal(held.to(narrow).double(), held):
         return  # no sum, or one that was rounded as well
     what = str(narrow).removeprefix("torch.")
     says = f"it is right to the digits of {what}, and a sum of numbers of that precision: the last digits are zeros"

@@ -58,7 +58,10 @@ class Steps:
             if any(not one.row.ok for one in in_float64.values()):
                 self._evidence = second, in_float64
             return by_float64(found, in_float64, again)
-        self.notes = (f"the second step was not in float64, as {why}: what is wrong at one point alone is not told",)
+        if why:
+            self.notes = (
+                f"the second step was not in float64, as {why}: what is wrong at one point alone is not told",
+            )
         steps = [found, self._in_working_precision(self._seed + 1, "another step", nudge=True)[2]]
         if any(not one.row.ok for step in steps for one in step.values()):
             steps.append(self._in_working_precision(self._seed + 2, "a third step", nudge=True)[2])
@@ -99,6 +102,8 @@ class Steps:
         """The second step, or why there is none in float64. The same answer on every rank."""
         self._tell("another step of both models, in float64")
         step, why = None, why_not(self._attempt.parallel.model)
+        if all(value.dtype == torch.float64 for value in self._attempt.values):
+            return None, ""  # it is in float64, which bounds of its own judge
         if not why:
             try:
                 step = self._attempt.step(self._seed + 1, nudge=True, double=True)

@@ -130,8 +130,11 @@ def verify(
     }  # fmt: skip
     placer.check_used()
     wrong = sorted((key for key, one in found.items() if not one.row.ok), key=lambda key: found[key].row.order)
+    left_out = "loss of loss" in placer.skipped
     observed = {key: observe(found[key].measured, mesh_view) for key in wrong}
-    for key, verdict in by_design({key: one.row for key, one in found.items()}, observed, steps.ends).items():
+    for key, verdict in by_design(
+        {key: one.row for key, one in found.items()}, observed, steps.ends, loss_left_out=left_out
+    ).items():
         found[key] = found[key].called(verdict)
         del observed[key]
     findings, rows = tuple(observed.values()), [one.row for one in found.values()]

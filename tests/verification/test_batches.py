@@ -107,3 +107,42 @@ def test_what_torch_cannot_differentiate_or_clip(world_size: int) -> None:
         assert report.ok != mistake, report.table()
     assert report.first is not None
     assert (report.first.kind, report.first.name) == ("gradient", "0.weight")
+
+
+@distributed(world_size=[2])
+def test_a_model_in_float64_has_two_steps_in_its_own_precision(world_size: int) -> None:
+    mesh = tp(world_size)
+    x = rows(torch.float64)
+    assert sg.verify(Hand(mesh, dtype=torch.float64), Single(), x, mesh).ok
+    model = Hand(mesh, dtype=torch.float64)
+    model.act.register_forward_hook(lambda module, inputs, output: output.float().double())
+    report = sg.verify(model, Single(), x, mesh)
+    assert not report.ok
+    assert report.notes == ()
+    assert report.first is not None
+    assert report.first.name == "act"
+
+
+@distributed(world_size=[2])
+def test_complex_parameters_are_refused(world_size: int) -> None:
+    model, single = (nn.ParameterDict({"c": torch.randn(3, dtype=torch.complex64)}) for _ in range(2))
+    with pytest.raises(ValueError, match="c is complex, and only real numbers are compared"):
+        sg.verify(model, single, rows(), tp(world_size))
+
+
+class Scalar(nn.Module):
+    """Returns its loss, and has one matrix."""
+
+    def __init__(self, times: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.times = nn.Parameter(torch.ones(6, 4)), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).square().mean() * self.times
+
+
+@distributed(world_size=[2])
+def test_a_number_that_a_model_returns(world_size: int) -> None:
+    report = sg.verify(Scalar(1.37), Scalar(), rows(), tp(world_size))
+    assert report.first is not None
+    assert (report.first.kind, report.first.name) == ("output", "(model)")

@@ -155,3 +155,50 @@ def test_a_factor_that_is_undone_is_no_mistake(world_size: int, undone: bool) ->
         (row,) = report.with_verdict("stored otherwise")
         assert (row.kind, row.name) == ("output gradient", "act")
         assert not report.with_verdict("term of a mean")
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize(("bug", "named"), [("none", "mean over tp missing"), ("sum", "summed twice over tp")])
+def test_a_gradient_that_data_parallelism_has_wrong_is_blamed_not_the_loss(
+    world_size: int, bug: str, named: str
+) -> None:
+    mesh = tp(world_size)
+    torch.manual_seed(0)
+    model = Single()
+    for name, parameter in model.named_parameters():
+        wrong_here = name == "up.bias"
+
+        def reduced(g: Tensor, wrong_here: bool = wrong_here) -> Tensor:
+            if wrong_here and bug == "none":
+                return g
+            return sg.all_reduce(g.contiguous(), mesh, "tp") / (1 if wrong_here else world_size)
+
+        parameter.register_hook(reduced)
+    x = rows(count=6)
+    report = sg.verify(
+        model, Single(), x, mesh, loss=lambda m, x: m(x).square().mean(), parallel_batch=x.chunk(2)[dist.get_rank()]
+    )
+    assert wrong(report) == {("gradient", "up.bias"), ("step", "up.bias")}, report.table()
+    assert named in [fit.name for fit in report.diagnoses[0].fits]
+
+
+@distributed(world_size=[2])
+def test_rows_as_a_distributed_sampler_gives_them(world_size: int) -> None:
+    mesh = tp(world_size)
+    x = rows(count=6)
+    for mistake in (False, True):
+        torch.manual_seed(0)
+        model = Single()
+        for name, parameter in model.named_parameters():
+            if not (mistake and name == "down.weight"):
+                parameter.register_hook(lambda gradient: sg.all_reduce(gradient.contiguous(), mesh, "tp"))
+        report = sg.verify(
+            model, Single(), x, mesh, loss=lambda m, x: m(x).square().mean(),
+            parallel_loss=lambda m, x: m(x).square().mean() / 2, parallel_batch=x[dist.get_rank() :: 2],
+        )  # fmt: skip
+        assert report.ok != mistake, report.table()
+        if not mistake:
+            assert ("input gradient", "input 0") in {
+                (row.kind, row.name) for row in report.with_verdict("stored otherwise")
+            }
+    assert ("gradient", "down.weight") in wrong(report)
