@@ -55,9 +55,9 @@ _FACTORS = ("scaled by a constant", "summed twice", "sum over", "mean over")
 
 
 def _is_elsewhere(found: Observed) -> bool:
-    """Whether a tensor is the right one in another order; of the gradient of an input, or times a factor."""
+    """Whether a tensor is the right one in another order; a gradient, or times a factor (a scale of the loss)."""
     names = [fit.name for fit in explain(found, Context(), reruns=False).fits if not fit.where]
-    factor = found.kind == "input gradient" and any(name.startswith(_FACTORS) for name in names)
+    factor = found.kind in ("input gradient", "output gradient") and any(name.startswith(_FACTORS) for name in names)
     return factor or any(name in _ORDERS for name in names)
 
 

@@ -202,3 +202,21 @@ def test_rows_as_a_distributed_sampler_gives_them(world_size: int) -> None:
                 (row.kind, row.name) for row in report.with_verdict("stored otherwise")
             }
     assert ("gradient", "down.weight") in wrong(report)
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_a_scaled_loss_whose_gradients_are_unscaled(world_size: int, unscaled: bool) -> None:
+    mesh = tp(world_size)
+
+    def complete(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            if unscaled or parameter is not model.up.weight:
+                parameter.grad /= 1024
+
+    report = sg.verify(
+        Hand(mesh), Single(), rows(), mesh, loss=lambda m, x: m(x).square().mean(),
+        parallel_loss=lambda m, x: m(x).square().mean() * 1024, complete=complete, skip=["loss"],
+    )  # fmt: skip
+    assert report.ok == unscaled, report.table()
+    assert unscaled or ("gradient", "up.weight") in wrong(report)
