@@ -227,17 +227,16 @@ def clip(model: Any, max_norm: float, *, times: int = 1) -> Tensor:
     return norm
 
 
-def program(mesh: DeviceMesh, *, sp: bool = False, dtype: torch.dtype = torch.float32) -> Program:
-    """The working program, on a mesh with the axis `tp`, with other values on each call of the same seed."""
-    generator = torch.Generator().manual_seed(7)
-    tp = Group(mesh)
-    parallel, single = Model(tp, sp), Model(None)
+def drawn(single: nn.Module, generator: torch.Generator) -> None:
+    """Random values for parameters, of usual sizes."""
     with torch.no_grad():
         for name, parameter in single.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise / 4 if "bias" in name else 1 + noise / 4 if "norm" in name else noise * 0.4)
-    parallel.to(dtype)
-    single.to(dtype)
+
+
+def program_of(parallel: nn.Module, single: nn.Module, batch: list[Tensor], mesh: DeviceMesh, tp: Group) -> Program:
+    """The program of a model that is sharded as `shard_dims` says, with the values of the one on one device."""
     dims = shard_dims(parallel)
 
     def load(source: nn.Module) -> None:
@@ -248,10 +247,19 @@ def program(mesh: DeviceMesh, *, sp: bool = False, dtype: torch.dtype = torch.fl
                 parameter.copy_(value if dim is None else value.chunk(tp.size, dim)[tp.index])
 
     load(single)
-    batch = [torch.randint(0, VOCAB, (ROWS,), generator=generator) for _ in range(2)]
     letters = {0: "W[m/tp,d]", 1: "W[m,d/tp]", None: "W[m,d]"}
     splits = {n: letters[dim] for n, dim in dims.items() if "weight" in n and "norm" not in n}
     return Program(
         parallel, single, batch, mesh, load, lambda name: 1.0 if dims[name] is not None else 1 / tp.size,
         clip=clip, splits=splits,
     )  # fmt: skip
+
+
+def program(mesh: DeviceMesh, *, sp: bool = False, dtype: torch.dtype = torch.float32) -> Program:
+    """The working program, on a mesh with the axis `tp`, with other values on each call of the same seed."""
+    generator = torch.Generator().manual_seed(7)
+    tp = Group(mesh)
+    parallel, single = Model(tp, sp), Model(None)
+    drawn(single, generator)
+    batch = [torch.randint(0, VOCAB, (ROWS,), generator=generator) for _ in range(2)]
+    return program_of(parallel.to(dtype), single.to(dtype), batch, mesh, tp)

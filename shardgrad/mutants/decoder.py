@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.mutants.by_hand import Column, CrossEntropy, Embedding, Group, Row, Shard, clip, shard_dims
+from shardgrad.mutants.by_hand import Column, CrossEntropy, Embedding, Group, Row, Shard, drawn, program_of
 from shardgrad.mutants.mutant import Program
 
 ROWS, D, HEADS, KV_HEADS, HEAD_DIM, M, VOCAB = 24, 12, 48, 24, 4, 24, 36  # even over 1, 2, 3 and 4 ranks
@@ -182,37 +182,12 @@ class _Act(nn.Module):
         return self.function(x)
 
 
-def drawn(single: nn.Module, generator: torch.Generator) -> None:
-    """Random values for parameters, of usual sizes."""
-    with torch.no_grad():
-        for name, parameter in single.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise / 4 if "bias" in name else 1 + noise / 4 if "norm" in name else noise * 0.4)
-
-
 def program(mesh: DeviceMesh, *, sp: bool = False, dtype: torch.dtype = torch.float32) -> Program:
     """The working program, on a mesh with the axis `tp`, with the same values on each call."""
     generator = torch.Generator().manual_seed(11)
     tp = Group(mesh)
     parallel, single = Decoder(tp, sp), Decoder(None)
     drawn(single, generator)
-    parallel.to(dtype)
-    single.to(dtype)
-    dims = shard_dims(parallel)
-
-    def load(source: nn.Module) -> None:
-        values = dict(source.named_parameters())
-        with torch.no_grad():
-            for name, parameter in parallel.named_parameters():
-                dim, value = dims[name], values[name]
-                parameter.copy_(value if dim is None else value.chunk(tp.size, dim)[tp.index])
-
-    load(single)
     ids, targets = (torch.randint(0, VOCAB, (ROWS,), generator=generator) for _ in range(2))
     targets[[2, 3, 11]] = IGNORED
-    letters = {0: "W[m/tp,d]", 1: "W[m,d/tp]", None: "W[m,d]"}
-    splits = {n: letters[dim] for n, dim in dims.items() if "weight" in n and "norm" not in n}
-    return Program(
-        parallel, single, [ids, targets], mesh, load, lambda name: 1.0 if dims[name] is not None else 1 / tp.size,
-        clip=clip, splits=splits,
-    )  # fmt: skip
+    return program_of(parallel.to(dtype), single.to(dtype), [ids, targets], mesh, tp)

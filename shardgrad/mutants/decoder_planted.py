@@ -11,27 +11,15 @@ from torch import Tensor
 
 from shardgrad.mutants import decoder
 from shardgrad.mutants.by_hand import move
-from shardgrad.mutants.mutant import Mutant, on_gradient
+from shardgrad.mutants.mutant import MADE_UP, Mutant, enters, on_gradient
 
 TP, SP = "decoder", "decoder, rows sharded"
 MUTANTS: list[Mutant] = []
-_SELF = "made up for this list"
+bug = enters(MUTANTS)
 _737 = "Megatron-LM #737"
 
 
-def bug(
-    name: str, program: str, expected: str, origin: str = _SELF
-) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Enter a function that plants a bug into a model."""
-
-    def enter(plant: Callable[[Any], None]) -> Callable[[Any], None]:
-        MUTANTS.append(Mutant(name, program, lambda p: plant(p.parallel), origin, expected))
-        return plant
-
-    return enter
-
-
-def sets(name: str, program: str, expected: str, path: str, value: Callable[[Any], Any], origin: str = _SELF) -> None:
+def sets(name: str, program: str, expected: str, path: str, value: Callable[[Any], Any], origin: str = MADE_UP) -> None:
     """A bug that is another value of one attribute; `value` is given the model."""
     owner, _, attribute = path.rpartition(".")
 

@@ -12,25 +12,13 @@ from torch import Tensor, nn
 
 from shardgrad.mutants import by_hand
 from shardgrad.mutants.by_hand import move
-from shardgrad.mutants.mutant import Mutant, Program, on_gradient
+from shardgrad.mutants.mutant import MADE_UP, Mutant, Program, enters, on_gradient
 
 TP, SP = "by hand", "by hand, rows sharded"
 MUTANTS: list[Mutant] = []
-_SELF = "made up for this list"
+bug = enters(MUTANTS)
 _7452 = "Megatron-LM #7452, a list of wrong gradients and sums that nothing notices"
 _RETURN = "`all_reduce(x.contiguous()); return x`, found in three published frameworks"
-
-
-def bug(
-    name: str, program: str, expected: str, origin: str = _SELF
-) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Enter a function that plants a bug into a model."""
-
-    def enter(plant: Callable[[Any], None]) -> Callable[[Any], None]:
-        MUTANTS.append(Mutant(name, program, lambda p: plant(p.parallel), origin, expected))
-        return plant
-
-    return enter
 
 
 def in_program(name: str, program: str, expected: str, origin: str, plant: Callable[[Program], None]) -> None:
@@ -305,4 +293,4 @@ in_program(
     "torchtune #2420, clipping under tensor parallelism",
     _own_clip,
 )
-in_program("a parameter is not given to the optimizer", TP, "stale", _SELF, _forgetful)
+in_program("a parameter is not given to the optimizer", TP, "stale", MADE_UP, _forgetful)

@@ -64,6 +64,25 @@ class Mutant:
     ranks: int = 2
 
 
+MADE_UP = "made up for this list"
+Bug = Callable[..., Callable[[Callable[[Any], None]], Callable[[Any], None]]]
+
+
+def enters(mutants: list[Mutant]) -> Bug:
+    """A decorator, `bug(name, program, expected, origin)`, that enters a function which plants a bug into a model."""
+
+    def bug(
+        name: str, program: str, expected: str, origin: str = MADE_UP
+    ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+        def enter(plant: Callable[[Any], None]) -> Callable[[Any], None]:
+            mutants.append(Mutant(name, program, lambda p: plant(p.parallel), origin, expected))
+            return plant
+
+        return enter
+
+    return bug
+
+
 def on_gradient(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Change a parameter's gradient as it arrives."""
     model.get_parameter(name).register_hook(change)

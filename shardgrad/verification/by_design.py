@@ -15,6 +15,7 @@ from shardgrad.verification.hypothesis import Context, Evidence
 from shardgrad.verification.observed import Kind, Observed
 from shardgrad.verification.record import Key
 from shardgrad.verification.report import Row, Verdict
+from shardgrad.verification.terms import terms_of_a_sum
 
 _FORWARD: tuple[Kind, ...] = ("output", "loss", "buffer")
 _BETWEEN: tuple[Kind, ...] = ("output", "output gradient")
@@ -35,11 +36,11 @@ def term_of(found: Observed) -> Verdict | None:
     seen = Evidence(found)
     if not seen.fits:
         return None
-    for axes, ranks in seen.axes(sharded=False):
+    if terms_of_a_sum(found):
+        return "term of a sum"
+    for axes, ranks in seen.axes(sharded=False) if found.kind in _FORWARD else ():
         sums, sizes = seen.summed(seen.held, axes), seen.summed(seen.size, axes)
-        if _right(seen, sums, sizes):
-            return "term of a sum"
-        if found.kind in _FORWARD and _right(seen, [one / ranks for one in sums], sizes):
+        if _right(seen, [one / ranks for one in sums], sizes):
             return "term of a mean"
     for _, ranks in seen.axes() if found.kind not in _FORWARD else ():
         if _right(seen, [one / ranks for one in seen.held], seen.size):

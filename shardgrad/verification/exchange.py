@@ -69,11 +69,7 @@ def tensors_of_all(local: Tensor | None, mesh: MeshView) -> list[Tensor | None]:
 
 def from_first(tensor: Tensor, mesh: MeshView) -> Tensor:
     """The first rank's tensor, on every rank; each gives one of its shape and dtype."""
-    for axis in mesh.axes.values():
-        if axis.size > 1:
-            mine = tensor.clone() if axis.index == 0 else torch.zeros_like(tensor)
-            tensor = AllReduce(axis, _WHAT)(mine)
-    return tensor
+    return sum_over(tensor if place(mesh) == 0 else torch.zeros_like(tensor), mesh, mesh.axes)
 
 
 def sum_over(tensor: Tensor, mesh: MeshView, axes: Iterable[str]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shardgrad.comm.mesh import MeshView
 from shardgrad.verification import exchange, together
 from shardgrad.verification.attempt import Attempt, Step
+from shardgrad.verification.bits import raw
 from shardgrad.verification.compare import VERDICTS, Measured, rows_of
 from shardgrad.verification.context import context_of
 from shardgrad.verification.decide import Found, Judged, by_float64, by_three
@@ -100,10 +101,10 @@ class Steps:
 
     def _in_float64(self) -> tuple[Step | None, str]:
         """The second step, or why there is none in float64. The same answer on every rank."""
-        self._tell("another step of both models, in float64")
-        step, why = None, why_not(self._attempt.parallel.model)
         if all(value.dtype == torch.float64 for value in self._attempt.values):
             return None, ""  # it is in float64, which bounds of its own judge
+        self._tell("another step of both models, in float64")
+        step, why = None, why_not(self._attempt.parallel.model)
         if not why:
             try:
                 step = self._attempt.step(self._seed + 1, nudge=True, double=True)
@@ -136,10 +137,8 @@ class Steps:
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    a, b = local_part(a).contiguous(), local_part(b).contiguous()
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return not a.numel() or torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    a, b = local_part(a), local_part(b)
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(raw(a), raw(b))
 
 
 def judge(measured: Sequence[Measured], mesh: MeshView) -> Found:

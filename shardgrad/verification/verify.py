@@ -16,6 +16,7 @@ from shardgrad.comm.mesh import MeshView, view
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import Attempt, Optimizer, Side
+from shardgrad.verification.bits import raw
 from shardgrad.verification.by_design import by_design
 from shardgrad.verification.clipping import Clip, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe
@@ -168,7 +169,7 @@ def _replicas(one: Pair, value: Tensor, held: Sequence[Tensor], mesh: MeshView) 
     """Whether every rank holds the very bits of the global value that the first holder has."""
     wanted = one.split.shard(value, mesh.shape, mesh.coordinate)
     local = local_part(one.parameter.detach())
-    same = torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (local, wanted))) if local.numel() else True
+    same = torch.equal(raw(local), raw(wanted))
     key: Key = ("value", one.name)
     far = 0.0 if same else float((local.double() - wanted.double()).norm())
     numbers = (VERDICTS.index("rounding" if same else "replicas differ"), far, 0.0, far, 1.0, far, 1.0, 0.0, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.layout.sizes import chunk
@@ -82,3 +82,11 @@ class Hand(nn.Module):
 
 def rows(dtype: torch.dtype = torch.float32, count: int = ROWS) -> Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def tp(ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+
+
+def wrong(report: sg.Report) -> set[tuple[str, str]]:
+    return {(row.kind, row.name) for row in report.rows if not row.ok}

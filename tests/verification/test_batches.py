@@ -9,16 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hand import Hand, Single, rows
+from hand import Hand, Single, rows, tp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
-
-
-def tp(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
 
 
 class Batched(nn.Module):

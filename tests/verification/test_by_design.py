@@ -8,20 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hand import Hand, Single, rows
+from hand import Hand, Single, rows, tp, wrong
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
-
-
-def tp(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
-
-
-def wrong(report: sg.Report) -> set[tuple[str, str]]:
-    return {(row.kind, row.name) for row in report.rows if not row.ok}
 
 
 class MultiQuery(nn.Module):
@@ -220,3 +212,18 @@ def test_a_scaled_loss_whose_gradients_are_unscaled(world_size: int, unscaled: b
     )  # fmt: skip
     assert report.ok == unscaled, report.table()
     assert unscaled or ("gradient", "up.weight") in wrong(report)
+
+
+@distributed(world_size=[2])
+def test_a_loss_that_every_rank_has_divided_is_no_term(world_size: int) -> None:
+    """The ranks' losses would add up to it, but they are the same: the number is wrong, though its gradient is not."""
+    mesh = tp(world_size)
+
+    def halved(model: nn.Module, x: Tensor) -> Tensor:
+        loss = model(x).square().mean()
+        return loss - (loss / world_size).detach()
+
+    report = sg.verify(
+        Hand(mesh), Single(), rows(), mesh, loss=lambda m, x: m(x).square().mean(), parallel_loss=halved
+    )  # fmt: skip
+    assert wrong(report) == {("loss", "loss")}, report.table()

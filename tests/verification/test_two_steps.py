@@ -8,26 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hand import Hand, Single, rows
+from hand import Hand, Single, rows, tp, wrong
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
-
-
-def tp(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
 
 
 def no_float64(model: nn.Module, x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         raise RuntimeError("no kernel for Double")
     return model(x)
-
-
-def wrong(report: sg.Report) -> set[tuple[str, str]]:
-    return {(row.kind, row.name) for row in report.rows if not row.ok}
 
 
 class MLP(nn.Sequential):

@@ -10,21 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hand import ROWS, D, Hand, M, Single, rows
+from hand import ROWS, D, Hand, M, Single, rows, tp, wrong
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.testing import distributed
-
-
-def tp(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
-
-
-def wrong(report: sg.Report) -> set[tuple[str, str]]:
-    return {(row.kind, row.name) for row in report.rows if not row.ok}
-
 
 EVERYTHING = {
     *(("output", name) for name in ("norm", "up", "act", "down")),

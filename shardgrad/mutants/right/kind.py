@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.mutants.by_hand import Group
 from shardgrad.mutants.mutant import Program
+from shardgrad.verification.record import mapped
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 FULL = (torch.float32,)
@@ -125,21 +126,10 @@ def program(
 
     load(single)
     return Program(
-        parallel, single, _cast(batch, dtype), mesh, load,
+        parallel, single, mapped(batch, lambda _, tensor: tensor.to(dtype)), mesh, load,
         lambda name: 1.0 if known.get(name) is not None else 1 / tp.size,
         names=names, **given,
     )  # fmt: skip
-
-
-def _cast(batch: Any, dtype: torch.dtype) -> Any:
-    """What is a tensor, alone, in a sequence or in a mapping, in the precision if it is floating."""
-    if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return type(batch)({name: _cast(value, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, list | tuple):
-        return type(batch)(_cast(value, dtype) for value in batch)
-    return batch
 
 
 class Column(Stored):
