@@ -50,7 +50,7 @@ def largest(z: Tensor, vocabulary: Vocabulary, k: int) -> Largest:
 def largest_collectives(tokens: int, k: int, dtype: Any, *, mesh: DeviceMesh, axis: str = "tp") -> list[Collective]:
     """Every collective of `topk` of this rank's tokens; its backward has none. dtype: of the logits."""
     over, width = view(mesh).axis(axis), max(itemsize(dtype), itemsize("float32"))
-    count = sent("all-gather", tokens * k * over.size, over.size, over.index)
+    count = sent("all-gather", tokens * k, over.size)
     if over.size == 1 or not tokens:
         return []
     return [

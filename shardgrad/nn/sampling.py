@@ -37,8 +37,8 @@ def draw(logits: Tensor, vocabulary: Vocabulary, seed: int, top_k: int | None, t
     over = vocabulary.over
     seed %= 2**63
     _agree(seed, over, logits.device)
-    flat = logits.reshape(-1, logits.shape[-1])
-    tokens, most = flat.shape[0], chunk(vocabulary.size, over.size, 0)[1]
+    tokens, most = logits.shape[:-1].numel(), chunk(vocabulary.size, over.size, 0)[1]
+    flat = logits.reshape(tokens, logits.shape[-1])
     each = max(1, _BLOCK // most)
     found = []
     for first in range(0, tokens, each):
