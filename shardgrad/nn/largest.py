@@ -60,7 +60,7 @@ def largest_collectives(tokens: int, k: int, dtype: Any, *, mesh: DeviceMesh, ax
 
 
 def _places(z: Tensor, k: int) -> Tensor:
-    """[..., k]: where the k largest are, largest first, and of equal ones the first ones. (torch.topk takes any.)"""
+    """[..., k]: where the k largest are, in their order; of equal ones the first. (torch.topk takes any of them.)"""
     size = z.shape[-1]
     if not k:
         return z.new_empty((*z.shape[:-1], 0), dtype=torch.int64)
@@ -70,6 +70,4 @@ def _places(z: Tensor, k: int) -> Tensor:
     room = k - above.sum(-1, keepdim=True)
     kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
     early = torch.arange(size, 0, -1, dtype=torch.int32, device=z.device)
-    places = (kept * early).topk(k).indices
-    order = z.gather(-1, places).sort(dim=-1, descending=True, stable=True).indices
-    return places.gather(-1, order)
+    return (kept * early).topk(k).indices

@@ -22,6 +22,7 @@ def chosen(vocabulary: int, *shape: int) -> Tensor:
     tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(5))
     tokens[0, 0] = vocabulary - 1
     tokens[-1, 1] = -100
+    tokens[1].view(-1)[0] = -100
     return tokens
 
 
@@ -109,6 +110,10 @@ def test_logits_that_are_not_finite_are_as_torchs(world_size: int) -> None:
             exact = torch.autograd.grad(right[name][:1].sum(), whole, retain_graph=True)[0]
             torch.testing.assert_close(found[:1], part(exact, mesh)[:1], rtol=1e-14, atol=1e-15)
         assert not bool(found[3:].any())  # into which nothing flows, finite or not
+    other = part(whole, mesh).requires_grad_()
+    logits_of(torch.zeros_like(other), 5, mesh).kl_div(logits_of(other, 5, mesh))[:0].sum().backward()
+    assert other.grad is not None
+    assert not bool(other.grad.any())
     q = torch.tensor([[0.0, 0, -inf, 0, 0]], dtype=torch.float64)
     p = torch.zeros_like(q)
     to, back = (
