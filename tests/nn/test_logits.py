@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from whole_logits import Read, logits_of, part, z_of
 
 import shardgrad as sg
+from shardgrad.layout.sizes import chunk
+from shardgrad.nn import sampling
 from shardgrad.nn.largest import largest_collectives
 from shardgrad.testing import distributed
 
@@ -58,11 +60,11 @@ def test_samples_are_those_of_one_rank_and_of_the_distribution(world_size: int) 
     read = Read(0.9, 4.0)
     rows = 4000
     ways: list[tuple[dict[str, Any], int]] = [
-        ({}, 13), ({"top_k": 4}, 4), ({"top_k": 13}, 13), ({"top_p": 0.8}, 13), ({"top_p": 0.2}, 13),
+        ({}, 13), ({"top_k": 4}, 4), ({"top_k": 13}, 13), ({"top_p": 0.8}, 13), ({"top_p": 0.5}, 13),
         ({"top_k": 6, "top_p": 0.7}, 6), ({"top_p": 1.0}, 13), ({"top_p": 1e-9}, 1),
     ]  # fmt: skip
     for size in (13, 5):
-        one = 2 * randn(1, size, seed=3).float()
+        one = randn(1, size, seed=3).float()
         one[0, 1], one[0, size - 1] = -torch.inf, one[0, 0]  # nothing, and a tie
         p = z_of(one.double(), Read(0.9)).softmax(-1)
         whole = one.expand(rows, size).contiguous()
@@ -92,6 +94,28 @@ def kept(p: Tensor, k: int, top_p: float) -> Tensor:
 
 
 @distributed(world_size=[2, 3])
+def test_tokens_are_drawn_in_blocks_alike(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    logits = logits_of(part(randn(30, 7, seed=1), mesh), 7, mesh)
+    ways: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.5}, {"top_k": 3})
+    at_once = [logits.sample(seed=1, **how) for how in ways]
+    monkeypatch.setattr(sampling, "_BLOCK", 4 * chunk(7, world_size, 0)[1])
+    for how, right in zip(ways, at_once):
+        assert torch.equal(logits.sample(seed=1, **how), right)
+
+
+def test_what_has_no_mass_is_never_drawn() -> None:
+    until = torch.tensor([[0, 2, 2, 5]])
+    for target, place in enumerate([1, 1, 3, 3, 3]):
+        assert sampling._place(until, torch.tensor([target])).tolist() == [place]
+    for uniform in (0.0, 1 - 2.0**-53):
+        assert sampling._target(torch.tensor([uniform], dtype=torch.float64), torch.tensor([5])).tolist() == [
+            4 if uniform else 0
+        ]
+    assert int(sampling._target(torch.tensor([1 - 2.0**-53]).double(), torch.tensor([2**62])) < 2**62)
+
+
+@distributed(world_size=[2, 3])
 def test_draws_follow_their_seeds(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     logits = logits_of(part(randn(2, 50, 7, seed=1), mesh), 7, mesh)
@@ -107,6 +131,9 @@ def test_draws_follow_their_seeds(world_size: int) -> None:
     assert not torch.equal(logits.sample(), logits.sample())
     with pytest.raises(sg.DisagreementError, match="sample with different seeds, 5 to"):
         logits.sample(seed=5 + mesh.get_local_rank())
+    halves = logits_of(part(torch.zeros(40, 4), mesh), 4, mesh)
+    for how in ({}, {"top_k": 4}):  # the first two have 0.5 already
+        assert halves.sample(seed=1, top_p=0.5, **how).unique().tolist() == [0, 1]  # type: ignore[arg-type]
     empty = logits_of(part(randn(0, 7, seed=1), mesh), 7, mesh)
     assert empty.sample(seed=1, top_p=0.5).shape == (0,)
     for wrong in (torch.nan, torch.inf):
@@ -126,6 +153,10 @@ def test_a_draw_of_all_is_a_few_numbers_a_token(world_size: int) -> None:
     assert [(e.operation, e.shape) for e in traced] == [
         ("all-reduce", (2,)), ("all-reduce", (2, 5)), ("all-gather", (1, 5)), ("all-reduce", (2, 5)),
     ]  # fmt: skip
+    even = logits_of(torch.zeros_like(logits.logits), 1001, mesh)
+    with sg.trace_collectives() as traced:
+        assert even.sample(seed=1, top_p=1e-9).tolist() == [0] * 5
+    assert len(traced.events) < 2 + 3 * 30  # each round leaves half of what there was: some 10 of them, not 1001
 
 
 @distributed(world_size=2)

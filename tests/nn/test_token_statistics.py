@@ -110,6 +110,12 @@ def test_logits_that_are_not_finite_are_as_torchs(world_size: int) -> None:
             exact = torch.autograd.grad(right[name][:1].sum(), whole, retain_graph=True)[0]
             torch.testing.assert_close(found[:1], part(exact, mesh)[:1], rtol=1e-14, atol=1e-15)
         assert not bool(found[3:].any())  # into which nothing flows, finite or not
+    masked = part(whole[:1], mesh).requires_grad_()
+    values = logits_of(masked, 5, mesh).statistics(entropy=True, kl=logits_of(masked.detach() / 2, 5, mesh))
+    assert values.entropy is not None
+    assert values.kl is not None
+    once = torch.autograd.grad((values.entropy + values.kl).sum(), masked, create_graph=True)[0]
+    assert bool(torch.autograd.grad(once.square().sum(), masked)[0].isfinite().all())
     other = part(whole, mesh).requires_grad_()
     logits_of(torch.zeros_like(other), 5, mesh).kl_div(logits_of(other, 5, mesh))[:0].sum().backward()
     assert other.grad is not None
