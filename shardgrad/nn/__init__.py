@@ -30,6 +30,12 @@
 | `moe`            | a mixture of experts, sharded over an axis                                 |
 | `parallel_block` | attention and feed-forward side by side, with one gather and one reduction |
 | `loss`           | cross-entropy of logits whose vocabulary is sharded                        |
+| `vocabulary`     | how logits over a sharded vocabulary are stored and read                   |
+| `token_sums`     | numbers of each token's distribution, from one pass and two reductions     |
+| `token_statistics` | the same, differentiable                                                 |
+| `logits`         | logits over a sharded vocabulary as a distribution of tokens               |
+| `largest`        | the k largest of them                                                      |
+| `sampling`       | ids drawn from them, the same on every rank                                |
 | `dropout`        | dropout whose mask does not depend on the mesh                             |
 | `counter`        | random bits as a function of the global element                            |
 | `init`           | initial values as a function of the global element                         |
@@ -39,6 +45,6 @@
 | `state`          | a model's state as one device would hold it                                |
 | `pieces`         | functions of pieces, and parameters that pieces of the rows use            |
 | `feature_pieces` | norms of sharded features in pieces, where exact mode is set               |
-| `exact_loss`     | the sums of a cross-entropy over pieces                                    |
+| `exact_loss`     | sums over pieces of the vocabulary, and of the tokens                      |
 | `exact_norm`     | the norm of gradients over pieces                                          |
 """

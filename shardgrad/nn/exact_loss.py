@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,38 +19,38 @@ from shardgrad.ops.in_pieces import compact, piece
 
 
 def sums_of_pieces(
-    picked: Tensor, terms: Sequence[Tensor], vocab_size: int, over: Axis, blocks: int, what: str
+    picked: Sequence[Tensor], terms: Iterable[Tensor], vocab_size: int, over: Axis, blocks: int, what: str
 ) -> Tensor:
-    """What each token has of the whole vocabulary: picked [...], which one rank of the axis has, and the sums over the
-    last dim of terms [..., v/tp].
+    """What each token has of the whole vocabulary: each of picked [...], which one rank of the axis has, and the sums
+    over the last dim of each of terms [..., v/tp], which are gone through one after the other.
 
     blocks: the pieces of the tokens, so that a call sums as many rows whatever the ranks.
 
     Returns:
-        [1 + terms, ...].
+        [picked + terms, ...].
 
     Raises:
         LayoutError: pieces divide neither the tokens nor the vocabulary.
     """
     mesh_view = view_of(over)
-    columns, tokens = pieces_here(mesh_view, over.name), picked.numel()
-    size, whole = terms[0].shape[-1], columns * over.size
-    if vocab_size % whole or tokens % blocks:
-        raise LayoutError(
-            f"exact mode: {vocab_size} words are to be {whole} equal pieces, and a rank's {tokens} tokens {blocks}: "
-            "the pieces of an axis divide every size that it splits"
-        )
-    flat = [term.reshape(tokens, size) for term in terms]
-    values = []
-    for at in range(columns):
-        sums = [
-            torch.cat([compact(piece(term, (block, at), (blocks, columns))).sum(-1) for block in range(blocks)])
-            for term in flat
-        ]
-        mine = picked.reshape(-1) if at == 0 else torch.zeros_like(sums[0])
-        values.append(torch.stack([mine, *sums]))
-    total = reduce_pieces(values, [level_of(mesh_view, over.name)], mesh_view, what)
-    return total.view(len(values[0]), *picked.shape)
+    columns = pieces_here(mesh_view, over.name)
+    values: list[list[Tensor]] = [
+        [one.reshape(-1) if at == 0 else torch.zeros_like(one.reshape(-1)) for one in picked] for at in range(columns)
+    ]
+    shape = torch.Size()
+    for term in terms:
+        shape, size, whole = term.shape[:-1], term.shape[-1], columns * over.size
+        if vocab_size % whole or shape.numel() % blocks:
+            raise LayoutError(
+                f"exact mode: {vocab_size} words are to be {whole} equal pieces, and a rank's {shape.numel()} tokens "
+                f"{blocks}: the pieces of an axis divide every size that it splits"
+            )
+        flat = term.reshape(shape.numel(), size)
+        for at, sums in enumerate(values):
+            rows = [compact(piece(flat, (block, at), (blocks, columns))).sum(-1) for block in range(blocks)]
+            sums.append(torch.cat(rows))
+    total = reduce_pieces([torch.stack(sums) for sums in values], [level_of(mesh_view, over.name)], mesh_view, what)
+    return total.view(len(values[0]), *shape)
 
 
 def sum_of_tokens(losses: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tensor:

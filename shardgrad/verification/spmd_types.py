@@ -21,7 +21,7 @@ from shardgrad.comm import adjoint, agree, collectives
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.notation import TensorSpec
-from shardgrad.nn import loss, replicated
+from shardgrad.nn import replicated, token_statistics
 from shardgrad.nn.shardings import named_shardings
 from shardgrad.ops import shard
 from shardgrad.ops.bound import BoundMatmul, Given
@@ -110,7 +110,7 @@ def _register() -> None:
     rules: tuple[tuple[Any, Any], ...] = (
         (adjoint._Pair, _pair),
         (replicated._Together, _together),
-        (loss._CrossEntropy, _cross_entropy),
+        (token_statistics._Statistics, _statistics),
     )
     for function, rule in rules:
         function.spmd_typecheck = staticmethod(rule)
@@ -131,11 +131,18 @@ def _together(outs: tuple[Tensor, ...], *, over: Axis, tensors: Sequence[Tensor]
         spmd.assert_type_like(out, x, {over.group: R})
 
 
-def _cross_entropy(out: Tensor, *, logits: Tensor, target: Tensor, over: Axis) -> None:
-    """Losses of the whole vocabulary from its parts; every rank goes on with the same ones."""
-    _expect(logits, over, (V,), "logits of vocab_parallel_cross_entropy")
-    _expect(target, over, (I, R), "target of vocab_parallel_cross_entropy")
-    spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
+def _statistics(
+    outs: tuple[Tensor | None, ...], *, logits: Tensor, other: Tensor | None, chosen: Tensor | None, over: Axis
+) -> None:
+    """Numbers of the whole vocabulary from its parts; every rank goes on with the same ones."""
+    for part in (logits, other):
+        if part is not None:
+            _expect(part, over, (V,), "sharded logits")
+    if chosen is not None:
+        _expect(chosen, over, (I, R), "ids of sharded logits")
+    for out in outs:
+        if out is not None:
+            spmd.assert_type(out, {**spmd.get_local_type(logits), _key(over): I})
 
 
 def _product(outs: tuple[Tensor, ...], *, bound: BoundMatmul, x: Tensor, rest: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from shardgrad.nn import dropout, loss, positions
 After = Callable[[Tensor, Tensor, Any], Tensor]
 """What a collective returns instead: of its result, of what it was given, and of itself."""
 PARTS = "a parameter's gradient summed over pieces"
-SUMS = "all-reduce of exponentials and targets"
+SUMS = "all-reduce of sums over the vocabulary"
 
 
 @dataclass(frozen=True)
