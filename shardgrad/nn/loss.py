@@ -21,7 +21,7 @@ from shardgrad.comm.pieces import exact, level_of, pieces_here, reduce_pieces_co
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError
 from shardgrad.layout.cost import Collective, itemsize, sent
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunk, rule
 from shardgrad.nn.exact_loss import sum_of_tokens, sums_of_pieces
 from shardgrad.nn.pieces import is_exact
 
@@ -45,7 +45,7 @@ def vocab_parallel_cross_entropy(
     smoothing). The logits are read, never written. The loss and each token's loss are alike on every rank of the axis.
 
     Args:
-        logits: [..., vocab_size / ranks], this rank's part, as torch.chunk shards.
+        logits: [..., vocab_size / ranks], this rank's part, as the axis shards (torch.chunk, or `set_balanced`).
         target: [...] of ids of the whole vocabulary, alike on every rank of the axis.
         vocab_size: the global vocabulary.
         mesh, axis: the axis of the mesh that shards the vocabulary.
@@ -159,7 +159,7 @@ def _check(
         )
         raise ShapeError(
             f"logits have {logits.shape[-1]} columns, but a vocabulary of {vocab_size} over {over} leaves rank "
-            f"{over.index} of them {here} (torch.chunk){hint}"
+            f"{over.index} of them {here} ({rule(over.size)}){hint}"
         )
     if target.shape != logits.shape[:-1]:
         raise ShapeError(
