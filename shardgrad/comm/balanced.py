@@ -18,7 +18,7 @@ _USED = "sharded already"
 
 @told
 def set_balanced(mesh: DeviceMesh, axes: str | Iterable[str] | None = None) -> None:
-    """From now on, some axes of this mesh shard 9 elements over 4 ranks as 3, 2, 2, 2, and not as torch.chunk: 3, 3, 3, 0.
+    """From now on, some axes of this mesh shard 9 elements over 4 ranks as 3, 2, 2, 2; torch.chunk: 3, 3, 3, 0.
 
         sg.set_balanced(mesh, "tp")  # before the first layer
 

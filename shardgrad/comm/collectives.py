@@ -317,7 +317,7 @@ def in_blocks(x: Tensor, dim: int, ranks: int) -> Tensor:
 
 def from_blocks(blocks: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
     """A tensor from the blocks of its chunks: [ranks, ..., longest, ...] → [..., size, ...]. dim: of the tensor."""
-    parts: Sequence[Tensor] = blocks.unbind()
+    parts = list(blocks.unbind())
     if lengths[-1] != lengths[0]:
         parts = [part.narrow(dim, 0, length) for part, length in zip(parts, lengths)]
     return torch.cat(parts, dim)

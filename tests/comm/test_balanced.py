@@ -163,8 +163,6 @@ def test_ranks_that_do_not_agree(world_size: int) -> None:
     with pytest.raises(sg.DisagreementError, match=r"(?s)how the axes of the mesh shard.*balanced axes: (tp|none)"):
         sg.set_balanced(mesh, "tp" if dist.get_rank() else ())
     other = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    with pytest.raises(sg.DisagreementError):  # one asks, and the other goes on
-        if dist.get_rank():
-            sg.set_balanced(other)
-        else:
-            sg.ColumnParallelLinear(3, 5, mesh=other)
+    goes_on = [lambda: sg.ColumnParallelLinear(3, 5, mesh=other), lambda: sg.set_balanced(other)][dist.get_rank()]
+    with pytest.raises(sg.DisagreementError):  # one asks, and the other does not
+        goes_on()
