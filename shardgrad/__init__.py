@@ -30,6 +30,7 @@ _NAMES = {
     "nn.dropout": "Dropout",
     "nn.embedding": "VocabParallelEmbedding",
     "nn.global_ops": "clip_grad_norm_ num_parameters",
+    "nn.group_norm": "GroupNorm",
     "nn.linear": "ColumnParallelLinear RowParallelLinear",
     "nn.loss": "vocab_parallel_cross_entropy",
     "nn.mlp": "MLP SwiGLU",

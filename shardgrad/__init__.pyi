@@ -35,6 +35,7 @@ from shardgrad.nn.dropout import Dropout as Dropout
 from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
 from shardgrad.nn.global_ops import clip_grad_norm_ as clip_grad_norm_
 from shardgrad.nn.global_ops import num_parameters as num_parameters
+from shardgrad.nn.group_norm import GroupNorm as GroupNorm
 from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
 from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
 from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
