@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from shardgrad.layout.notation import Dim
 
@@ -24,6 +24,9 @@ class Balanced(int):
     In a mesh that is described by numbers, `{"tp": sg.Balanced(4)}`; a DeviceMesh has it from `sg.set_balanced`. It is
     its number in all else, also of equality.
     """
+
+    def __new__(cls, ranks: int) -> Self:
+        return super().__new__(cls, ranks)
 
 
 def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
