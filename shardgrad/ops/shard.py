@@ -23,9 +23,9 @@ from shardgrad.ops.size_exchange import exchange
 def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a global tensor, contiguous and of its own memory. No communication.
 
-    Every dim is sharded as torch.chunk shards, once for each of its axes, major first. Marks (`{axis}`) are not
-    applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The result does not require
-    grad.
+    Every dim is sharded as torch.chunk shards, or balanced (`set_balanced`), once for each of its axes, major first.
+    Marks (`{axis}`) are not applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The
+    result does not require grad.
 
     Raises:
         ShapeError: `full` has another number of dims than `spec`.
@@ -56,7 +56,7 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
         sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
-        ShapeError: the shards are not as torch.chunk shards, or contradict `sizes`.
+        ShapeError: the shards are not as the mesh shards, or contradict `sizes`.
         MeshError: the mesh lacks an axis of `spec`.
     """
     mesh_view = view(mesh)

@@ -40,12 +40,12 @@ def test_shards_differ_by_one_and_none_is_empty_that_need_not_be() -> None:
 
 
 def test_nested_splits_balance_each_level() -> None:
-    shape = {"a": sg.Balanced(4), "b": sg.Balanced(2), "c": 2}
-    whole = np.arange(23)
+    shape = {"a": sg.Balanced(4), "b": sg.Balanced(4), "c": 2}
+    whole = np.arange(26)  # 7 and 6, of which torch.chunk makes 2, 2, 2, 0
     for a, major in enumerate(reference.shard(whole, 0, 4, balanced=True)):
-        for b, minor in enumerate(reference.shard(major, 0, 2, balanced=True)):
+        for b, minor in enumerate(reference.shard(major, 0, 4, balanced=True)):
             for c, last in enumerate(reference.shard(minor, 0, 2)):
-                start, length = slab(23, ("a", "b", "c"), shape, {"a": a, "b": b, "c": c})
+                start, length = slab(26, ("a", "b", "c"), shape, {"a": a, "b": b, "c": c})
                 assert list(whole[start : start + length]) == list(last)
 
 
