@@ -47,8 +47,8 @@ class Attention(
     torch.chunk does, or balanced (`set_balanced`). Where KV heads so sharded are just those that each rank's query
     heads attend (always if the ranks divide G, or if G = H), they are stored sharded, `Wk[g/tp,k,d]`, and cost nothing
     more. Elsewhere (two KV heads on four ranks, say) they are stored replicated, `Wk[g,k,d]`, each rank computes the KV
-    heads that it attends, and the gradients of key and value are summed over the ranks in one all-reduce of all G heads:
-    weights, not activations, and nothing in forward.
+    heads that it attends, and the gradients of key and value are summed over the ranks in one all-reduce of all G
+    heads: weights, not activations, and nothing in forward.
     g/tp is then each rank's choice of KV heads, among which one that two ranks attend is found twice.
 
     Args:
