@@ -192,7 +192,7 @@ def test_fully_sharded_data_parallelism_on_balanced_axes() -> None:
     assert_gradients_match(layer, plain)
 
 
-@distributed(world_size=[2, 3])
+@distributed(world_size=3)
 def test_under_torch_compile(world_size: int) -> None:
     mesh = tp(world_size)
     sg.set_balanced(mesh)
