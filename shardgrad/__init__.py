@@ -75,7 +75,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return __all__
 
 
 if "torch" in sys.modules:  # else `import torch` does it, or shardgrad.comm: see shardgrad/comm/shm/register.py

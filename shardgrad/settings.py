@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from shardgrad import shipped
 from shardgrad.errors import shorten
 
 # What a configuration may hold; far more than any has, and little enough to be read and told about in a second.
@@ -63,22 +64,29 @@ def load(
     path: str | Path,
     overrides: Sequence[str] = (),
     disagreements: Callable[[M], Iterable[str]] = lambda _: (),
+    files: Callable[[dict[str, Any]], Iterable[str]] = lambda _: (),
 ) -> M:
     """Read a YAML file, then `section.key=value` overrides, whose values are YAML too.
 
-    disagreements: what no single key shows, checked once every key is right.
+    Args:
+        path: of the file, or the name of a shipped one (`shardgrad.shipped`).
+        disagreements: what no single key shows, checked once every key is right.
+        files: the keys, of the values in the file, that name files to read: relative to the file that they stand in
+            (`cells.*.train`: of each of a list). Overrides are relative to where the program was started.
 
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong; lists all of them, with the nearest key.
     """
     where = shorten(str(path))
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        found = shipped.find(path)
+        check_regular(found)
+        with open(found, "rb") as file:
             raw = file.read(MOST_BYTES + 1)
         text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = f"{reason}{shipped.hint(path)}" if isinstance(error, FileNotFoundError) else reason
         raise ConfigError(f"cannot read the configuration {where}: {reason}") from None
     if len(raw) > MOST_BYTES:
         raise ConfigError(f"cannot read the configuration {where}: it has more than the {MOST_BYTES:,} bytes of one")
@@ -87,6 +95,8 @@ def load(
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must hold sections ({', '.join(model.model_fields)}), not {shorten(values)}")
+    for key in files(values):
+        _from(found.resolve().parent, values, key.split("."))
     for override in overrides:
         _override(model, values, override)
     config = None
@@ -216,6 +226,23 @@ def _override(model: type[Section], values: dict[str, Any], override: str) -> No
         if not isinstance(section, dict):
             raise ConfigError(f"cannot override {shorten(key)}: {shorten(name)} is not a section{nearest(model, key)}")
     section[path[-1]] = _yaml(text, f"the value of {shorten(key)}")
+
+
+def _from(folder: Path, values: Any, key: Sequence[str]) -> None:
+    """Make relative paths under a key, one or a list of them, those from a folder."""
+    for name in key[:-1]:
+        if name == "*" and isinstance(values, list):
+            for one in values:
+                _from(folder, one, key[key.index(name) + 1 :])
+            return
+        values = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        return
+    value = values.get(key[-1])
+    if isinstance(value, str) and value:
+        values[key[-1]] = os.path.normpath(folder / value)
+    elif isinstance(value, list):
+        values[key[-1]] = [os.path.normpath(folder / one) if isinstance(one, str) and one else one for one in value]
 
 
 def keys(model: type[Section]) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench, chaos, explain, mutants, scale, trace, verify
+from shardgrad.cli import bench, chaos, explain, mutants, scale, trace, train, verify
 
 app = typer.Typer(
     name="shardgrad",
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(name="train", epilog=train.EPILOG)(train.train)
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)

@@ -89,18 +89,21 @@ def memory(
     from shardgrad.cli import style
 
     example = "s=128,b=2,h=256,a=4"
-    wanted = []
+    wanted: list[bench.Sizes] = []
+    skipped: list[bench.Sizes] = []
     for text in sizes or [example]:
         pairs = style.read_pairs(text, example)
         if set(pairs) != set("sbha") or not all(pairs.values()):
             raise typer.BadParameter(f"{text!r} does not give s, b, h and a, as {example}", param_hint="--sizes")
         for count in ranks.split(","):
             x = bench.Sizes(**pairs, t=_count(count))
-            if x.h % x.a or x.a % x.t or x.s % x.t:
-                raise typer.BadParameter(
-                    f"the formulas are of sizes that divide: {text}, {x.t} ranks", param_hint="--sizes"
-                )
-            wanted.append(x)
+            divided = not (x.h % x.a or x.a % x.t or x.s % x.t)
+            (wanted if divided else skipped).append(x)
+    left_out = "; ".join(f"s={x.s}, b={x.b}, h={x.h}, a={x.a} on {x.t} ranks" for x in skipped)
+    if not wanted:
+        raise typer.BadParameter(
+            f"the formulas are of sizes that divide, which none do: {left_out}", param_hint="--sizes"
+        )
     rows = bench.measure(wanted)
     if as_json:
         listed = [asdict(row) for row in rows]
@@ -126,6 +129,8 @@ def memory(
         title="bytes that one rank keeps for the backward of a block",
         numbers=("t", *numbers),
     )
+    if skipped:
+        style.say(f"left out, for the formulas are of sizes that divide: {left_out}")
 
 
 @app.command(name="bytes")

@@ -30,7 +30,8 @@ _INTERRUPTED = 130
 
 def scale(
     config: Annotated[
-        str | None, typer.Argument(help="an experiment, such as configs/scaling/strong.yaml", show_default=False)
+        str | None,
+        typer.Argument(help="an experiment's file, or the name of a shipped one; none: list those", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
@@ -73,7 +74,10 @@ def scale(
             _compare(*compare, json)
         return
     if config is None:
-        raise style.refuse("say a configuration, such as configs/scaling/strong.yaml, or --compare A B")
+        from shardgrad import shipped
+
+        style.table(("name", "what it measures"), [(name, shipped.purpose(name)) for name in shipped.names("scaling")])
+        return
     with style.exit_on(ConfigError):
         from shardgrad.scale.config import load
 

@@ -23,7 +23,9 @@ _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts 
 
 
 def trace(
-    config: Annotated[str, typer.Argument(help="a configuration of launch/train.py, such as configs/quickstart.yaml")],
+    config: Annotated[
+        str, typer.Argument(help="a training configuration's file, or the name of a shipped one (shardgrad train)")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
     ] = None,

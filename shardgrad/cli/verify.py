@@ -20,7 +20,9 @@ _PATIENCE = timedelta(minutes=30)  # for a rank that still computes its runs of 
 
 
 def verify(
-    config: Annotated[Path, typer.Argument(help="a configuration of launch/train.py, such as configs/quickstart.yaml")],
+    config: Annotated[
+        str, typer.Argument(help="a training configuration's file, or the name of a shipped one (shardgrad train)")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
     ] = None,

@@ -75,6 +75,16 @@ class Trace:
             sums[event.operation, event.axis] += event.bytes
         return {key: (counts[key], sums[key]) for key in counts}
 
+    def __str__(self) -> str:
+        lines = [
+            f"{event.operation} over {event.axis}: {event.dtype} {list(event.shape)}, {event.bytes:,} bytes sent"
+            for event in self.events
+        ]
+        return "\n".join(lines) or "no collectives"
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self.events)} collectives, {self.bytes:,} bytes sent by this rank)"
+
     def __len__(self) -> int:
         return len(self.events)
 

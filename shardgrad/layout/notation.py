@@ -20,7 +20,7 @@ MOST_TEXT = 500  # characters of a layout, which messages repeat
 _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][A-Za-z0-9_]*)|(?P<arrow>->|→)|(?P<mark>[\[\]{},/+])|(?P<end>$))")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Dim:
     """One dimension: its letter, and the axes that it is sharded over, major first (`d/tp`)."""
 
@@ -30,8 +30,10 @@ class Dim:
     def __str__(self) -> str:
         return "/".join((self.letter, *self.axes))
 
+    __repr__ = __str__
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class TensorSpec:
     """How one tensor is stored: dims in order, and what is left unsummed.
 
@@ -73,6 +75,8 @@ class TensorSpec:
     def __str__(self) -> str:
         marks = self.partial or self.grad_partial
         return f"{self.name}[{','.join(map(str, self.dims))}]" + (f"{{{','.join(marks)}}}" if marks else "")
+
+    __repr__ = __str__
 
 
 class Notation(NamedTuple):

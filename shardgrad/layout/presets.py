@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
+from shardgrad.errors import LayoutError
 from shardgrad.layout.layout import Layout
 
-PRESETS: dict[str, Layout] = {
-    name: Layout(text)
+
+class UnknownPreset(LayoutError, KeyError):
+    """No layout has that name."""
+
+    __str__ = LayoutError.__str__  # not KeyError's, which quotes
+
+
+class Presets(dict[str, Layout]):
+    """Layouts by name; a name that there is not raises `UnknownPreset`, which says the nearest one."""
+
+    def __missing__(self, name: object) -> Layout:
+        near = get_close_matches(str(name), self, n=1)
+        meant = f"the nearest name is {near[0]!r}; " if near else ""
+        raise UnknownPreset(f"no layout is called {name!r}; {meant}those with a name are {', '.join(self)}")
+
+
+PRESETS = Presets(
+    (name, Layout(text))
     for name, text in {
         # Shoeybi et al. 2019, arXiv 1909.08053
         "column": "X[n,d] W[d,m/tp] -> Y[n,m/tp]",
@@ -29,4 +48,4 @@ PRESETS: dict[str, Layout] = {
         # the other convention, Y = W X
         "column_wx": "W[m/tp,n] X[n,k] -> Y[m/tp,k]",
     }.items()
-}
+)

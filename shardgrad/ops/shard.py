@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
-from shardgrad.layout.notation import Dim, TensorSpec
+from shardgrad.layout.notation import Dim, TensorSpec, parse_tensor
 from shardgrad.layout.plan import route
 from shardgrad.layout.sizes import slab
 from shardgrad.ops import sizing
@@ -20,8 +21,10 @@ from shardgrad.ops.size_exchange import exchange
 
 
 @told
-def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
+def shard(full: Tensor, spec: TensorSpec | str, mesh: DeviceMesh) -> Tensor:
     """This rank's part of a global tensor, contiguous and of its own memory. No communication.
+
+    `spec` is a tensor of a layout, `layout["W"]`, or its text, "W[d,m/tp]".
 
     Every dim is sharded as torch.chunk shards, or balanced (`set_balanced`), once for each of its axes, major first.
     Marks (`{axis}`) are not applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The
@@ -31,8 +34,7 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
         ShapeError: `full` has another number of dims than `spec`.
         MeshError: the mesh lacks an axis of `spec`.
     """
-    if not isinstance(spec, TensorSpec):
-        raise TypeError(f"spec says how one tensor is stored: layout['W'], not {type(spec).__name__}")
+    spec = _read(spec)
     mesh_view = view(mesh)
     mesh_view.require(spec.axes, spec)
     if full.dim() != len(spec.dims):
@@ -45,20 +47,21 @@ def shard(full: Tensor, spec: TensorSpec, mesh: DeviceMesh) -> Tensor:
 
 
 @told
-def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[str, int] | None = None) -> Tensor:
+def unshard(local: Tensor, spec: TensorSpec | str, mesh: DeviceMesh, sizes: Mapping[str, int] | None = None) -> Tensor:
     """The global tensor, on every rank: all-gathered over its axes, summed over those it is partial on.
 
     A product marked `Y[n,m]{tp}` is summed over tp; a gradient is partial where its tensor is marked, so assemble it
     with `layout["X"].grad`. Not differentiable.
 
     Args:
-        local: this rank's shard, stored as `spec`.
+        local: this rank's shard, stored as `spec` (in whose text a mark is one of the value, as a product's).
         sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
         ShapeError: the shards are not as the mesh shards, or contradict `sizes`.
         MeshError: the mesh lacks an axis of `spec`.
     """
+    spec = _read(spec)
     mesh_view = view(mesh)
     mesh_view.require((*spec.axes, *spec.partial), spec)
     whole = tuple(Dim(dim.letter) for dim in spec.dims)
@@ -71,3 +74,12 @@ def unshard(local: Tensor, spec: TensorSpec, mesh: DeviceMesh, sizes: Mapping[st
     reduced = any(move.kind == "all-reduce" for move in moves)  # in place
     full = run_route(local.detach().clone() if reduced else local.detach(), moves, spec.name, mesh_view, known)
     return full.clone() if full.data_ptr() == local.data_ptr() else full.contiguous()
+
+
+def _read(spec: TensorSpec | str) -> TensorSpec:
+    if isinstance(spec, str):
+        read = parse_tensor(spec)
+        return replace(read, partial=read.grad_partial, grad_partial=())  # here the value is what is partial
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(f"spec says how one tensor is stored: layout['W'] or 'W[d,m/tp]', not {type(spec).__name__}")
+    return spec

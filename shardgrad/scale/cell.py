@@ -45,7 +45,7 @@ class Cell(Section):
     )
     bias: bool = Field(default=False, description="of a layer: whether to add one, stored as the layout says")
     keep: list[str] = Field(default=[], description="of a layer: operands kept as gathered from forward to backward")
-    train: str | None = Field(default=None, description="of a step: a configuration of launch/train.py")
+    train: str | None = Field(default=None, description="of a step: a training configuration")
     set: list[str] = Field(default=[], description="of a step: section.key=value in place of that configuration's")
     sizes: dict[str, _Count] = Field(
         default={},

@@ -87,7 +87,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
             made.extend(_labelled(cells))
         yield from dict.fromkeys(problems)
 
-    config = settings.load(Config, path, overrides, check)
+    config = settings.load(Config, path, overrides, check, lambda _: ("matrix.train", "cells.*.train"))
     where = config.run.dir or f"runs/scaling/{Path(path).stem}"
     return Experiment(config, Path(where), tuple(made))
 

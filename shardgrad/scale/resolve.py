@@ -69,12 +69,8 @@ def _layout(cell: Cell) -> Layout | None:
         return None
     if cell.layout is None:
         raise ConfigError("layout is missing: of a layer, such as column or 'X[n,d] W[d,m/tp] -> Y[n,m/tp]'")
-    if cell.layout in PRESETS:
-        return PRESETS[cell.layout]
-    if "[" not in cell.layout:
-        raise ConfigError(f"no layout is called {cell.layout!r}; those with a name are {', '.join(PRESETS)}")
     try:
-        return Layout(cell.layout)
+        return Layout(cell.layout) if "[" in cell.layout else PRESETS[cell.layout]
     except LayoutError as error:
         raise ConfigError(str(error)) from None
 

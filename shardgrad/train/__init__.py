@@ -1,4 +1,5 @@
-"""The training program: from a configuration to a trained model, on every rank. `launch/train.py` runs it.
+"""The training program: from a configuration to a trained model, on every rank. `shardgrad train` runs it, and under
+torchrun `launch/train.py` or `-m shardgrad.train`.
 
 | file          | concept                                                               |
 | ------------- | --------------------------------------------------------------------- |

@@ -218,7 +218,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong; lists all of them, with the nearest key.
     """
-    return settings.load(Config, path, overrides, _disagreements)
+    return settings.load(Config, path, overrides, _disagreements, _files)
+
+
+def _files(values: dict[str, Any]) -> Iterator[str]:
+    """Keys of what a run reads. What runs leave (run.dir, a model that model.made_by makes) lies where they start."""
+    yield from ("data.files", "data.tokens", "model.config", "model.made_by")
+    model, data = values.get("model"), values.get("data")
+    if not (isinstance(model, dict) and model.get("made_by")):
+        yield "model.pretrained"
+    if not (isinstance(data, dict) and data.get("tokenizer") in ("bytes", "bpe")):
+        yield "data.tokenizer"
 
 
 def keys() -> Iterator[tuple[str, Any]]:
@@ -347,7 +357,7 @@ def decoder_sizes(config: Config) -> Model:
     if isinstance(config.model, Model):
         return config.model
     raise ConfigError(
-        "model.pretrained and model.config are for launch/train.py alone: here name a decoder's sizes (model.layers, …)"
+        "model.pretrained and model.config are for training alone: here name a decoder's sizes (model.layers, …)"
     )
 
 

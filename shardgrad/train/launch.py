@@ -160,13 +160,13 @@ def _parse(arguments: Sequence[str], rank: int) -> tuple[str, list[str]]:
         default = "required" if field.is_required() else f"default {field.default!r}"
         described.append(f"  {key:<20} {field.description} ({default})")
     parser = _Parser(
-        usage="torchrun --standalone --nproc-per-node N launch/train.py CONFIG.yaml [section.key=value ...]",
+        usage="torchrun --standalone --nproc-per-node N -m shardgrad.train CONFIG.yaml [section.key=value ...]",
         description="Train a GPT, a Llama or a model of transformers, tensor, sequence and data parallel over N ranks.",
         epilog="keys:\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("config", nargs="?", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one, such as quickstart")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values instead of the file's")
     parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
     given = parser.parse_intermixed_args(arguments)

@@ -72,7 +72,7 @@ class BitDifference:
         return f"{said}, {elements}, {_ulps(self.ulps)}" if "other bits" in problems else said
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExactReport:
     """What `verify_exact` found, alike on every rank of the mesh.
 
@@ -124,6 +124,8 @@ class ExactReport:
         if len(self.differences) > 1:
             lines += ["then:", *(f"  {one}" for one in self.differences[1:_MOST]), *_more(len(self.differences))]
         return "\n".join((*lines, *self._hints(), *skipped))
+
+    __repr__ = __str__
 
     def _hints(self) -> list[str]:
         """Which part of the step to look at."""

@@ -30,7 +30,7 @@ from shardgrad.verification.intervals import DIGITS
 Data = Literal["normal", "positive", "wide"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ProductCheck:
     """What `check_product` found, alike on every rank of the mesh.
 
@@ -78,6 +78,8 @@ class ProductCheck:
             lines.append(f"  {'?' if worst.suspicious else ' ' if worst.ok else '!'} {worst}")
             lines.append(f"      {self.power[name]}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 @told

@@ -76,7 +76,7 @@ class Row:
         return max(self.ratio / self.allowed, self.element / self.element_allowed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The same on every rank.
 
@@ -123,6 +123,11 @@ class Report:
         if not rows:
             raise KeyError(name)
         return next((row for row in rows if row.kind == "gradient"), rows[0])
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    __repr__ = __str__
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything but the tensors. Infinite and undefined numbers are written as null."""

@@ -107,7 +107,7 @@ def test_a_transformer_layer_moves_what_the_papers_say(tp: int) -> None:
     [
         (("X[n,d/tp] W[d,m] -> Y[n,m]",), "the nearest legal layouts:\n  X[n,d] W[d,m] -> Y[n,m]\n"),
         (("X[n,d",), "but the text ends"),
-        (("colum",), "no layout is called 'colum'; the nearest name is column; those with a name are column, row"),
+        (("colum",), "no layout is called 'colum'; the nearest name is 'column'; those with a name are column, row"),
         (("column", "--draw", "a.svg"), "--draw also needs sizes and a mesh: --sizes n=…,d=…,m=… --mesh tp=…"),
         (("column", "--json"), "--json also needs sizes and a mesh"),
         (("column", "--sizes", "n=7,d=3", "--mesh", "tp=2"), "sizes lacks letter 'm'"),

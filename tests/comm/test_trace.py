@@ -41,9 +41,12 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
     assert traced.bytes == 240 + (40 if first else 16)
     assert traced.totals()["all-gather", "dp"] == (2, 96)
     assert len(traced) == 7
+    assert str(traced).splitlines()[0] == "all-reduce over dp: float32 [6, 2], 48 bytes sent"
+    assert repr(traced) == f"Trace(7 collectives, {traced.bytes} bytes sent by this rank)"
     with sg.trace_collectives() as quiet:
         pass
     assert len(quiet) == 0
+    assert str(quiet) == "no collectives"
 
 
 @distributed(world_size=2)

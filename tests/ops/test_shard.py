@@ -151,3 +151,18 @@ def test_sizes_are_exchanged_only_where_they_matter_and_traced(world_size: int) 
             with sg.trace_collectives() as traced:
                 sg.matmul(x, torch.ones(4, 3), layout, mesh, sizes=sizes)
         assert [event.dtype for event in traced] == expected, layout
+
+
+@distributed(world_size=2)
+def test_a_tensor_may_be_given_as_text(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    full, layout = torch.randn(5, 7), Layout("X[n,d/tp] W[d/tp,m] -> Y[n,m]{tp}")
+    local = sg.shard(full, "W[d/tp,m]", mesh)
+    assert torch.equal(local, sg.shard(full, layout["W"], mesh))
+    assert torch.equal(sg.unshard(local, "W[d/tp,m]", mesh), full)
+    terms = torch.full((2, 3), float(mesh.get_local_rank("tp") + 1))
+    assert torch.equal(sg.unshard(terms, "Y[n,m]{tp}", mesh), torch.full((2, 3), 3.0))
+    assert torch.equal(sg.unshard(terms, layout["Y"], mesh), torch.full((2, 3), 3.0))
+    for wrong in ("W[d/tp", 3, layout):
+        with pytest.raises((sg.LayoutError, TypeError), match="layout"):
+            sg.shard(full, wrong, mesh)  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""`shardgrad train`: a training run on this machine, started by torch's own launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from shardgrad.cli import ranks as processes
+from shardgrad.cli import style
+
+EPILOG = style.examples(
+    "shardgrad train quickstart",
+    "shardgrad train configs/dp-tp.yaml --ranks 4 train.steps=100 run.dir=runs/mine",
+)
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="a configuration's file, or the name of a shipped one; none: list those", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
+            "has two",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a GPT, a Llama or a model of transformers on ranks of this machine.
+
+    The ranks are started by torchrun; on several machines, start `torchrun … -m shardgrad.train CONFIG` on each.
+    `python -m shardgrad.train --help` lists every key of a configuration.
+    """
+    from shardgrad import shipped
+
+    if config is None:
+        style.table(("name", "what it trains"), [(name, shipped.purpose(name)) for name in shipped.names()])
+        return
+    from shardgrad.train.config import ConfigError, check_ranks, load
+    from shardgrad.train.data import DataError
+    from shardgrad.train.data import read as read_text
+    from shardgrad.train.stages import stages
+    from shardgrad.train.verify import default_ranks
+
+    if processes.inside():
+        raise style.refuse("torchrun has started this process: start -m shardgrad.train by it, or this without it")
+    with style.exit_on(ConfigError, DataError):
+        read = load(config, overrides or [])
+        ranks = ranks or default_ranks(read.mesh)
+        for stage in stages(check_ranks(read, ranks, by_option=True), ranks):
+            if stage.data.tokens is None:
+                read_text(stage.data.files)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # In place of this process: signals reach the launcher, which ends the ranks, and its status is the command's.
+    os.execv(sys.executable, [*launcher, "-m", "shardgrad.train", config, *(overrides or [])])
