@@ -83,6 +83,10 @@ def explain(
         given = _read(layout)
         if bias and not given.has_bias:
             given = Layout(f"{given} + {given.bias}")
+        if balanced and not mesh:
+            raise LayoutError(
+                _wanted(given, "--balanced says how the axes of a mesh shard, and also needs sizes and one")
+            )
         shape = {axis: (Balanced if balanced else int)(ranks) for axis, ranks in style.read_pairs(mesh, _MESH).items()}
         if code:
             if draw or json:

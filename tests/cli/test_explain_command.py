@@ -182,3 +182,6 @@ def test_balanced_axes() -> None:
     assert "tp = 4 (balanced);" in run("explain", "column", *numbers, "--balanced")[1]
     assert "balanced" not in run("explain", "column", *numbers)[1]
     assert run("explain", "column_sequence", "--mesh", "tp=4", "--balanced", "--code")[0] == 0
+    status, _, err = run("explain", "column", "--balanced")
+    assert status != 0
+    assert "--balanced says how the axes of a mesh shard" in err
