@@ -60,7 +60,7 @@ def numbers(shape: list[int], seed: int) -> torch.Tensor:
 
 @distributed(world_size=[2, 3, 4])
 @pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("size", [0, 1, 5, 6, 9])
+@pytest.mark.parametrize("size", [0, 4, 5, 7])
 def test_collectives_forward_and_backward(world_size: int, dim: int, size: int) -> None:
     mesh = balanced(world_size)
     rank = mesh.get_local_rank("tp")
