@@ -11,6 +11,7 @@ _NAMES = {
     "comm.adjoint": "all_gather all_reduce all_to_all all_to_all_rows gather_replicated reduce_scatter replicate "
     "slice_replicated",
     "comm.agree": "check_every_call",
+    "comm.balanced": "set_balanced",
     "comm.timer": "comm_timer",
     "comm.trace": "trace_collectives",
     "errors": "CollectiveError DisagreementError LayoutError MeshError ShapeError VerificationError",
@@ -19,6 +20,7 @@ _NAMES = {
     "layout.layout": "Layout",
     "layout.notation": "TensorSpec",
     "layout.presets": "PRESETS",
+    "layout.sizes": "Balanced",
     "models.parallelize": "parallelize",
     "models.pretrained_load": "load_pretrained",
     "models.pretrained_save": "save_pretrained",
@@ -28,6 +30,7 @@ _NAMES = {
     "nn.dropout": "Dropout",
     "nn.embedding": "VocabParallelEmbedding",
     "nn.global_ops": "clip_grad_norm_ num_parameters",
+    "nn.group_norm": "GroupNorm",
     "nn.linear": "ColumnParallelLinear RowParallelLinear",
     "nn.logits": "VocabParallelLogits",
     "nn.loss": "vocab_parallel_cross_entropy",

@@ -9,6 +9,7 @@ from shardgrad.comm.adjoint import reduce_scatter as reduce_scatter
 from shardgrad.comm.adjoint import replicate as replicate
 from shardgrad.comm.adjoint import slice_replicated as slice_replicated
 from shardgrad.comm.agree import check_every_call as check_every_call
+from shardgrad.comm.balanced import set_balanced as set_balanced
 from shardgrad.comm.timer import comm_timer as comm_timer
 from shardgrad.comm.trace import trace_collectives as trace_collectives
 from shardgrad.errors import CollectiveError as CollectiveError
@@ -22,6 +23,7 @@ from shardgrad.layout.cost import Collective as Collective
 from shardgrad.layout.layout import Layout as Layout
 from shardgrad.layout.notation import TensorSpec as TensorSpec
 from shardgrad.layout.presets import PRESETS as PRESETS
+from shardgrad.layout.sizes import Balanced as Balanced
 from shardgrad.models.parallelize import parallelize as parallelize
 from shardgrad.models.pretrained_load import load_pretrained as load_pretrained
 from shardgrad.models.pretrained_save import save_pretrained as save_pretrained
@@ -33,6 +35,7 @@ from shardgrad.nn.dropout import Dropout as Dropout
 from shardgrad.nn.embedding import VocabParallelEmbedding as VocabParallelEmbedding
 from shardgrad.nn.global_ops import clip_grad_norm_ as clip_grad_norm_
 from shardgrad.nn.global_ops import num_parameters as num_parameters
+from shardgrad.nn.group_norm import GroupNorm as GroupNorm
 from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
 from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
 from shardgrad.nn.logits import VocabParallelLogits as VocabParallelLogits

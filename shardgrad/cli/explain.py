@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from shardgrad.errors import LayoutError
 from shardgrad.layout.cost import itemsize
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.presets import PRESETS
+from shardgrad.layout.sizes import Balanced, rule
 from shardgrad.layout.steps import Step, Timeline, check_rank, timeline
 from shardgrad.layout.units import format_si
 
@@ -45,6 +46,9 @@ def explain(
     mesh: Annotated[
         str, typer.Option(metavar="AXIS=RANKS,…", help=f"ranks along every axis, as {_MESH}", show_default=False)
     ] = "",
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="all axes shard 9 over 4 as 3, 2, 2, 2, not as torch.chunk: 3, 3, 3, 0")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="of the tensors: float64, float32, bfloat16 or float16")] = "float32",
     rank: Annotated[
         int, typer.Option(help="whose bytes and shapes; they differ between ranks if sizes are uneven")
@@ -79,10 +83,15 @@ def explain(
         given = _read(layout)
         if bias and not given.has_bias:
             given = Layout(f"{given} + {given.bias}")
+        if balanced and not mesh:
+            raise LayoutError(
+                _wanted(given, "--balanced says how the axes of a mesh shard, and also needs sizes and one")
+            )
+        shape = {axis: (Balanced if balanced else int)(ranks) for axis, ranks in style.read_pairs(mesh, _MESH).items()}
         if code:
             if draw or json:
                 raise LayoutError(f"--code prints a program: leave out {'--draw' if draw else '--json'}")
-            typer.echo(_program(given, mesh, rank, dtype, save_gathered or ()), nl=False)
+            typer.echo(_program(given, shape, rank, dtype, save_gathered or ()), nl=False)
             return
         if not sizes and not mesh:
             if draw or json:
@@ -92,7 +101,7 @@ def explain(
         walked = timeline(
             given,
             style.read_pairs(sizes, _SIZES),
-            style.read_pairs(mesh, _MESH),
+            shape,
             dtype,
             save_gathered=save_gathered or (),
         )
@@ -109,15 +118,14 @@ def explain(
                 style.say(f"drawn in {draw}")
 
 
-def _program(layout: Layout, mesh: str, rank: int, dtype: str, save_gathered: Collection[str]) -> str:
+def _program(layout: Layout, shape: Mapping[str, int], rank: int, dtype: str, save_gathered: Collection[str]) -> str:
     """The program of a rank; without a mesh, of the first rank where every axis has several."""
-    if not mesh and not rank:
+    if not shape and not rank:
         return layout.program(save_gathered=save_gathered, dtype=dtype)
-    shape = style.read_pairs(mesh, _MESH)
     if not 0 <= rank < prod(shape.values()):
-        raise LayoutError(f"rank {rank} is not one of the {prod(shape.values())} ranks of the mesh {shape}")
+        raise LayoutError(f"rank {rank} is not one of the {prod(shape.values())} ranks of the mesh {dict(shape)}")
     coordinate, rest = {}, rank
-    for axis, size in reversed(shape.items()):  # the last axis runs fastest
+    for axis, size in reversed(list(shape.items())):  # the last axis runs fastest
         rest, coordinate[axis] = divmod(rest, size)
     return layout.program(shape, save_gathered=save_gathered, dtype=dtype, coordinate=coordinate)
 
@@ -143,7 +151,10 @@ def _list(json: bool) -> None:
 def _print(walked: Timeline, rank: int) -> None:
     on = style.console()
     style.say(str(walked.layout), on=on)
-    style.say(f"{_numbers(walked.sizes)};  mesh {_numbers(walked.mesh) or 'of one rank'};  {walked.dtype}\n", on=on)
+    style.say(
+        f"{_numbers(walked.sizes)};  mesh {_numbers(walked.mesh) or 'of one rank'}{_rule(walked)};  {walked.dtype}\n",
+        on=on,
+    )
     style.table(
         ("tensor", "global", f"on rank {rank}", "bytes", "copies"),
         [
@@ -178,6 +189,10 @@ def _print(walked: Timeline, rank: int) -> None:
 
 def _numbers(found: Any) -> str:
     return ", ".join(f"{name} = {number}" for name, number in found.items())
+
+
+def _rule(walked: Timeline) -> str:
+    return " (balanced)" if rule(*walked.mesh.values()) == "balanced" else ""
 
 
 def _lines(step: Step, rank: int) -> list[tuple[str, str, str]]:

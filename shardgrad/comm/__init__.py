@@ -7,6 +7,7 @@
 | `ask`            | questions to the store, with a limit                                      |
 | `standing`       | how far this rank has come in a group, and who else is in it              |
 | `mesh`           | what shardgrad needs of a DeviceMesh, looked up once                      |
+| `balanced`       | axes whose shards differ by one element at most                           |
 | `comparison`     | what ranks say, compared through the store                                |
 | `collectives`    | the collectives over one mesh axis, with uneven shards                    |
 | `tree`           | reductions that add in one tree, whatever the backend                     |

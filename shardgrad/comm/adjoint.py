@@ -44,7 +44,7 @@ from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
 from shardgrad.comm.pieces import refuse_exact_on
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError, shorten
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunk, rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +280,7 @@ def _global_size(x: Tensor, axis: Axis, dim: int, size: int | None, mesh: Device
     if local != expected:
         raise ShapeError(
             f"dim {dim} of local shape {tuple(x.shape)} has size {local}, but {size} over {axis} leaves rank "
-            f"{axis.index} of them {expected} (torch.chunk)"
+            f"{axis.index} of them {expected} ({rule(axis.size)})"
         )
     return size
 
@@ -325,11 +325,11 @@ def all_gather(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, s
     computes the same with it, use `gather_replicated`.
 
     Args:
-        x: this rank's shard along `dim`, as torch.chunk shards.
+        x: this rank's shard along `dim`, as the axis shards (torch.chunk, or `set_balanced`).
         size: of `dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
-        ShapeError: the shards are not as torch.chunk shards.
+        ShapeError: the shards are not as the axis shards.
     """
     _refuse_exact(mesh, axis, "all_gather")
     return _gathered("all_gather", x, mesh, axis, dim, size)
@@ -357,7 +357,7 @@ def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, axis: str = "tp", dim: int = 0, *, one_term: bool = False) -> Tensor:
     """Sum over the axis, and keep this rank's chunk of `dim`; the gradient is all-gathered.
 
-    Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine (torch.chunk).
+    Assumes of its gradient that it is stored as the result is. Uneven and empty chunks are fine.
 
     one_term: as of `all_reduce`.
     """
@@ -389,7 +389,7 @@ def all_to_all(
         size: of `concat_dim` over all ranks; exchanged if not given (one small exchange).
 
     Raises:
-        ShapeError: both dims are the same, or the shards are not as torch.chunk shards.
+        ShapeError: both dims are the same, or the shards are not as the axis shards.
     """
     over = axis_on(mesh, axis)
     split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)

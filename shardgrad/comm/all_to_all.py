@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardgrad.comm.collectives import Collective, Handle, padded
+from shardgrad.comm.collectives import Collective, Handle, from_blocks, in_blocks, padded
 from shardgrad.comm.mesh import Axis
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunk, chunks
 
 
 class AllToAll(Collective):
@@ -23,10 +23,8 @@ class AllToAll(Collective):
     def start(self, x: Tensor) -> Handle:
         ranks, split, concat = self.axis.size, self._split, self._concat
         size = x.shape[split]
-        padded_size = -(-size // ranks)
-        x = padded(x, split, padded_size * ranks - size)
         x = padded(x, concat, -(-self._size // ranks) - x.shape[concat])
-        sent = x.unflatten(split, (ranks, padded_size)).movedim(split, 0).contiguous()
+        sent = in_blocks(x, split, ranks).movedim(split, 0).contiguous()
         received = torch.empty_like(sent)
         work = None
         if sent.numel():
@@ -37,5 +35,5 @@ class AllToAll(Collective):
         work, received, _, own = handle
         if work is not None:
             self._await(work)
-        whole: Tensor = received.movedim(0, self._concat).flatten(self._concat, self._concat + 1)
-        return whole.narrow(self._concat, 0, self._size).narrow(self._split, 0, own)
+        whole = from_blocks(received, self._concat, chunks(self._size, self.axis.size))
+        return whole.narrow(self._split, 0, own)

@@ -31,7 +31,7 @@ from shardgrad.comm.shim import dispatch_mode_active
 from shardgrad.comm.shm.register import register
 from shardgrad.comm.timer import timed, timers
 from shardgrad.errors import ShapeError
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import Balanced, chunk, chunks, rule
 
 register()
 
@@ -124,14 +124,14 @@ class Collective:
 
 
 class AllGather(Collective):
-    """The shards of a tensor along `dim` concatenated: `global_size` over all ranks, sharded as torch.chunk does."""
+    """The shards of a tensor along `dim` concatenated: `global_size` over all ranks, as the axis shards it."""
 
     __slots__ = ("_dim", "_lengths", "_missing", "_options", "_size")
 
     def __init__(self, axis: Axis, dim: int, global_size: int, what: str = "all-gather") -> None:
         super().__init__(axis, what, shim.all_gather_of(axis.backend), shim.all_gather_of(axis.group))
         self._dim, self._size = dim, global_size
-        self._lengths = [chunk(global_size, axis.size, index)[1] for index in range(axis.size)]
+        self._lengths = chunks(global_size, axis.size)
         self._missing = self._lengths[0] - self._lengths[axis.index]
         self._options = shim.AllgatherOptions()
         self._options.asyncOp = True
@@ -155,11 +155,11 @@ class AllGather(Collective):
             self._await(work)
         if self._dim == 0:
             whole: Tensor = gathered
-            return whole if whole.shape[0] == self._size else whole[: self._size].clone()
-        blocks = gathered.unflatten(0, (self.axis.size, x.shape[0])).unbind()
-        if self._lengths[-1] != self._lengths[0]:
-            blocks = [block.narrow(self._dim, 0, length) for block, length in zip(blocks, self._lengths)]
-        return torch.cat(blocks, self._dim)
+            if whole.shape[0] == self._size:
+                return whole
+            if not isinstance(self.axis.size, Balanced):  # all that is padded is at the end
+                return whole[: self._size].clone()
+        return from_blocks(gathered.unflatten(0, (self.axis.size, x.shape[0])), self._dim, self._lengths)
 
 
 class ReduceScatter(Collective):
@@ -177,7 +177,7 @@ class ReduceScatter(Collective):
         dim, ranks, size = self._dim, self.axis.size, x.shape[self._dim]
         padded_size = -(-size // ranks)
         if padded_size * ranks != size:
-            x = padded(x, dim, padded_size * ranks - size)
+            x = in_blocks(x, dim, ranks).flatten(dim, dim + 1)
         if dim:
             x = x.unflatten(dim, (ranks, padded_size)).movedim(dim, 0)
         if not x.is_contiguous():
@@ -282,14 +282,14 @@ def whole_size(parts: Sequence[int], axis: Axis, what: str) -> int:
     """The size of a dim over all ranks, from the parts of it that the ranks of an axis hold.
 
     Raises:
-        ShapeError: they are not sharded as torch.chunk shards.
+        ShapeError: they are not as the axis shards.
     """
     size = sum(parts)
-    right = [chunk(size, axis.size, i)[1] for i in range(axis.size)]
+    right = chunks(size, axis.size)
     if list(parts) != right:
         raise ShapeError(
             f"the shards of {what} over {axis} have sizes {list(parts)}, but {size} is sharded as {right} "
-            "(torch.chunk): shard tensors with sg.shard(full, layout[name], mesh)"
+            f"({rule(axis.size)}): shard tensors with sg.shard(full, layout[name], mesh)"
         )
     return size
 
@@ -301,6 +301,26 @@ def padded(x: Tensor, dim: int, missing: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = missing
     return torch.cat((x, x.new_zeros(shape)), dim)
+
+
+def in_blocks(x: Tensor, dim: int, ranks: int) -> Tensor:
+    """The chunks of `dim` as blocks of the longest one's size, zeros behind the others: [..., size, ...] → [..., ranks,
+    longest, ...]."""
+    size = x.shape[dim]
+    longest, longer = -(-size // ranks), size % ranks
+    if longer and isinstance(ranks, Balanced):
+        first, others = x.split([longer * longest, size - longer * longest], dim)
+        others = padded(others.unflatten(dim, (ranks - longer, longest - 1)), dim + 1, 1)
+        return torch.cat((first.unflatten(dim, (longer, longest)), others), dim)
+    return padded(x, dim, longest * ranks - size).unflatten(dim, (int(ranks), longest))
+
+
+def from_blocks(blocks: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+    """A tensor from the blocks of its chunks: [ranks, ..., longest, ...] → [..., size, ...]. dim: of the tensor."""
+    parts = list(blocks.unbind())
+    if lengths[-1] != lengths[0]:
+        parts = [part.narrow(dim, 0, length) for part, length in zip(parts, lengths)]
+    return torch.cat(parts, dim)
 
 
 def _real(x: Tensor) -> Tensor:

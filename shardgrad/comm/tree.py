@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardgrad.comm.collectives import AllGather, AllReduce, AllToAllRows, Collective, Handle, ReduceScatter, padded
+from shardgrad.comm.collectives import (
+    AllGather,
+    AllReduce,
+    AllToAllRows,
+    Collective,
+    Handle,
+    ReduceScatter,
+    in_blocks,
+    padded,
+)
 from shardgrad.comm.mesh import Axis
 from shardgrad.layout.sizes import chunk
 from shardgrad.layout.tree import Span, Summed, tree_sum
@@ -112,8 +121,7 @@ class TreeReduceScatter(Collective):
         x = x if held else x.unsqueeze(0)
         dim = self._dim + 1
         size = x.shape[dim]
-        each = -(-size // ranks)
-        parts = padded(x, dim, each * ranks - size).unflatten(dim, (ranks, each)).movedim(dim, 0)
+        parts = in_blocks(x, dim, ranks).movedim(dim, 0)
         exchange, sent = _exchange(parts, self.axis, self.what)
         return exchange, sent, parts.shape[1:], chunk(size, ranks, self.axis.index)[1]
 

@@ -25,6 +25,7 @@ from shardgrad.draw.blocks import Block, Rulers, Sheet
 from shardgrad.draw.paper import ENDINGS, FAINT, GREY, Paper, colour, extent
 from shardgrad.errors import LayoutError
 from shardgrad.layout.plan import Dims
+from shardgrad.layout.sizes import rule
 from shardgrad.layout.steps import Moved, Step, TensorFlow, Timeline
 from shardgrad.layout.units import format_si
 
@@ -64,7 +65,9 @@ def picture(timeline: Timeline) -> Paper:
     paper = Paper()
     paper.text(0, 0.1, str(timeline.layout), 11, bold=True, mono=True)
     sizes = ", ".join(f"{letter} = {size}" for letter, size in timeline.sizes.items())
-    mesh = ", ".join(f"{axis} = {size}" for axis, size in timeline.mesh.items())
+    mesh = ", ".join(
+        f"{axis} = {size}{' (balanced)' if rule(size) == 'balanced' else ''}" for axis, size in timeline.mesh.items()
+    )
     paper.text(0, 0.32, f"{sizes};  mesh {mesh};  {timeline.dtype}", 8, ink=GREY)
     panels = [_Panel(timeline, step) for step in timeline.steps]
     above = max(panel.above for panel in panels)

@@ -5,7 +5,7 @@
 | `notation`    | text to tensors of letters and axes, and back                                   |
 | `rule`        | what an axis splits, what is communicated, and what makes a layout illegal      |
 | `nearest`     | the nearest legal layouts to an illegal one                                     |
-| `sizes`       | torch.chunk's arithmetic, nested, and what one rank knows from its shards       |
+| `sizes`       | how axes shard letters, nested, and what one rank knows from its shards         |
 | `plan`        | the routes by which each tensor comes to where it is used, and back             |
 | `schedule`    | the instructions that a layout becomes                                          |
 | `tree`        | the one tree in which the pieces of a sum are added                             |

@@ -41,7 +41,7 @@ def sent(operation: str, elements: int, ranks: int, index: int = 0) -> int:
     if operation in ("reduce-scatter", "all-to-all"):
         return elements - elements // ranks
     if operation == "all-reduce":
-        own = chunk(elements, ranks, index)[1]
+        own = chunk(elements, int(ranks), index)[1]  # of the bytes on the wire: no shard of a letter
         return elements - own + (ranks - 1) * own
     if operation in ("broadcast", "scatter", "gather", "reduce"):
         return elements

@@ -23,6 +23,7 @@
 | `rotary`         | rotary positions of queries and keys                                       |
 | `norm`           | norms whose rows, or whose features, may be sharded                        |
 | `sharded_norm`   | norms of sharded features, as functions                                    |
+| `group_norm`     | group norm of sharded channels, groups in parts as well                    |
 | `attention`      | self-attention with sharded heads                                          |
 | `heads`          | which key and value heads a rank's query heads attend                      |
 | `mask`           | masks of attention, sharded as the heads are                               |

@@ -44,11 +44,11 @@ class Attention(
     never sharded, and heads need not divide by the ranks; a rank may hold none.
 
     Query head i attends KV head i // (H/G) of G (`num_kv_heads`), whatever the shards. Query heads are sharded as
-    torch.chunk does. Where KV heads so sharded are just those that each rank's query heads attend (always if the ranks
-    divide G, or if G = H), they are stored sharded, `Wk[g/tp,k,d]`, and cost nothing more. Elsewhere (two KV heads on
-    four ranks, say) they are stored replicated, `Wk[g,k,d]`, each rank computes the KV heads that it attends, and the
-    gradients of key and value are summed over the ranks in one all-reduce of all G heads: weights, not activations, and
-    nothing in forward.
+    torch.chunk does, or balanced (`set_balanced`). Where KV heads so sharded are just those that each rank's query
+    heads attend (always if the ranks divide G, or if G = H), they are stored sharded, `Wk[g/tp,k,d]`, and cost nothing
+    more. Elsewhere (two KV heads on four ranks, say) they are stored replicated, `Wk[g,k,d]`, each rank computes the KV
+    heads that it attends, and the gradients of key and value are summed over the ranks in one all-reduce of all G
+    heads: weights, not activations, and nothing in forward.
     g/tp is then each rank's choice of KV heads, among which one that two ranks attend is found twice.
 
     Args:
@@ -225,7 +225,7 @@ class Attention(
 
     def global_sizes(self, shape: Sequence[int]) -> Sizes:
         sizes = super().global_sizes(shape)
-        pieces = self._pieces()  # not sharded as torch.chunk does
+        pieces = self._pieces()  # not sharded as the axis shards
         sizes.known[sizes.level("g", (self.axis,))] = sum(piece.count_kv for piece in pieces)
         return sizes
 

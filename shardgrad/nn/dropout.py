@@ -84,7 +84,7 @@ class Dropout(ShardedModule):
                 the size of the whole, whose mask it gets a part of.
 
         Raises:
-            ShapeError: x does not fit `spec`, or its shards are not as torch.chunk shards.
+            ShapeError: x does not fit `spec`, or its shards are not as the axes shard.
             DisagreementError: the ranks drew different keys.
         """
         if not self.training or self.p == 0:

@@ -76,9 +76,10 @@ def pieces(x: Tensor, sharding: ParamSharding | None) -> list[tuple[Tensor, Para
 def _filled_up(x: Any) -> Tensor:
     made = torch.zeros(x.shape, dtype=x.dtype, device=x.to_local().device)
     mesh_view, part = view(x.device_mesh), made
+    ranks = {axis: int(size) for axis, size in mesh_view.shape.items()}  # a DTensor's shards are torch.chunk's
     for dim, size in enumerate(x.shape):
         axes = [axis for axis, placement in zip(mesh_view.axes, x.placements) if placement.is_shard(dim)]
-        part = part.narrow(dim, *slab(size, axes, mesh_view.shape, mesh_view.coordinate))
+        part = part.narrow(dim, *slab(size, axes, ranks, mesh_view.coordinate))
     part.copy_(x.to_local())
     return made
 

@@ -24,7 +24,7 @@ from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.comm.pieces import level_of, reduce_pieces, reduce_pieces_collectives
 from shardgrad.layout.cost import Collective, itemsize
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunks
 from shardgrad.layout.tree import Level
 from shardgrad.nn.pieces import Cut, counts, is_exact
 from shardgrad.nn.replicated import one
@@ -55,7 +55,7 @@ class ShardedFeatures:
     def of(cls, sizes: Sequence[int], at: int, over: Axis) -> ShardedFeatures:
         """sizes: global."""
         rest = prod(size for letter, size in enumerate(sizes) if letter != at)
-        shards = [chunk(sizes[at], over.size, index)[1] for index in range(over.size)]
+        shards = chunks(sizes[at], over.size)
         here = (*sizes[:at], shards[over.index], *sizes[at + 1 :])
         return cls(here, at, tuple([rest * shard for shard in shards]))
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunk, chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """This rank's part of `queries` query heads, of which each `queries / groups` consecutive ones share a KV head.
 
-    first, count: its query heads, as torch.chunk shards them.
+    first, count: its query heads, as the axis shards them.
     first_kv, count_kv: the KV heads that these attend.
-    aligned: whether on every rank those are the KV heads as torch.chunk shards them, so they can be stored sharded.
+    aligned: whether on every rank those are the KV heads as the axis shards them, so they can be stored sharded.
     """
 
     queries: int
@@ -33,8 +33,7 @@ class Heads:
         first, count = chunk(queries, ranks, index)
         first_kv = first // share
         count_kv = -(-(first + count) // share) - first_kv if count else 0
-        # All chunks but the last ones are of one size: if the first of each fit, all do.
-        aligned = chunk(queries, ranks, 0)[1] == share * chunk(groups, ranks, 0)[1]
+        aligned = chunks(queries, ranks) == [share * kv for kv in chunks(groups, ranks)]
         return cls(queries, groups, first, count, first_kv if count else 0, count_kv, aligned)
 
     @property

@@ -103,7 +103,7 @@ class Layer(ShardedModule):
             products: instead of the class's, where a choice decides them.
             operation: what kind of products they are; None: matmul's.
             merged: of a parameter, as of `ParamSharding`.
-            unknown: letters whose parts are not torch.chunk's: their sizes are not given to products.
+            unknown: letters that are not sharded as the axis shards: their sizes are not given to products.
         """
         self._sizes = dict(sizes)
         groups: dict[str, list[Product]] = {}

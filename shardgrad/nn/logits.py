@@ -37,7 +37,7 @@ class VocabParallelLogits(metaclass=TellingType):
     of exponentials); `statistics` has several numbers for the same two. Backward has none.
 
     Args:
-        logits: [..., vocab_size / ranks], this rank's part, as torch.chunk shards; only read.
+        logits: [..., vocab_size / ranks], this rank's part, as the axis shards; only read.
         vocab_size: the global vocabulary, v.
         mesh, axis: the axis of the mesh that shards the vocabulary.
         temperature, soft_cap: read z = soft_cap · tanh(logits / soft_cap) / temperature for the logits.

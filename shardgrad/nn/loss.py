@@ -45,7 +45,7 @@ def vocab_parallel_cross_entropy(
     smoothing). The logits are read, never written. The loss and each token's loss are alike on every rank of the axis.
 
     Args:
-        logits: [..., vocab_size / ranks], this rank's part, as torch.chunk shards.
+        logits: [..., vocab_size / ranks], this rank's part, as the axis shards (torch.chunk, or `set_balanced`).
         target: [...] of ids of the whole vocabulary, alike on every rank of the axis.
         vocab_size: the global vocabulary.
         mesh, axis: the axis of the mesh that shards the vocabulary.

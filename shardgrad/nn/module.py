@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import TellingType
 from shardgrad.comm.agree import share_first
+from shardgrad.comm.balanced import note_sharded
 from shardgrad.comm.mesh import view
 from shardgrad.comm.shim import is_fake
 from shardgrad.layout.notation import TensorSpec, parse_tensor
@@ -31,6 +32,7 @@ class ShardedModule(nn.Module, metaclass=TellingType):
         self._axes = tuple(axes)
         self._shardings: dict[str, ParamSharding] = {}
         self._mesh = ParamSharding(TensorSpec("", ()), (), mesh)
+        note_sharded(mesh_view, type(self).__name__)
         self._products: dict[Any, Any] = {}  # bound at first use, by whatever key the layer has for them
 
     def __getstate__(self) -> dict[str, Any]:

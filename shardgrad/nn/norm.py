@@ -60,12 +60,13 @@ class _Norm(Layer):
     def _letters_of(self, stored: str, sizes: Mapping[str, int] | None) -> tuple[str, tuple[int, ...] | None]:
         user, shape = type(self).__name__, self.normalized_shape
         dims = parse_tensor(f"W[{stored}]").dims
-        self._sizes = {dim.letter: shape[0] for dim in dims} if sizes is None else dict(sizes)
-        known = [self._sizes[dim.letter] for dim in dims if dim.letter in self._sizes]
-        if len(shape) != 1 or len(known) != len(dims) or prod(known) != shape[0]:
+        by_dim = len(shape) == len(dims)  # a letter for each, whose size it is
+        self._sizes = dict(zip((dim.letter for dim in dims), shape)) if by_dim and sizes is None else dict(sizes or {})
+        known = tuple(self._sizes[dim.letter] for dim in dims if dim.letter in self._sizes)
+        if len(known) != len(dims) or (known != shape if by_dim else len(shape) != 1 or prod(known) != shape[0]):
             raise ShapeError(
-                f"{user}({shape}, stored={stored!r}, sizes={sizes}): the letters are of one normalized dim, which the "
-                "product of their sizes is"
+                f"{user}({shape}, stored={stored!r}, sizes={sizes}): the letters are those of the normalized dims, one "
+                "each; or of one dim, which the product of their sizes is"
             )
         if [dim.axes for dim in dims if dim.axes] != [(AXIS,)]:
             raise LayoutError(
@@ -78,7 +79,7 @@ class _Norm(Layer):
             )
         at = next(at for at, dim in enumerate(dims) if dim.axes)
         self._features = ShardedFeatures.of(known, at, view(self.mesh).axis(self.axis))
-        return stored, shape if len(dims) > 1 else None
+        return stored, None if by_dim else shape
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Ones and zeros, as torch's."""
@@ -103,7 +104,12 @@ class _Norm(Layer):
         """The norm of x [..., features of this rank], likewise."""
         used, dims = self._used(x)
         assert self._features is not None
-        return norm_of_features(norm, x, used, dims, self._features, self.mesh, self.axis)
+        several = len(self.normalized_shape)
+        if several == 1:
+            return norm_of_features(norm, x, used, dims, self._features, self.mesh, self.axis)
+        flat = [[parameter.flatten() for parameter in each] for each in used]
+        made = norm_of_features(norm, x.flatten(-several), flat, dims, self._features, self.mesh, self.axis)
+        return made.view(x.shape)
 
     def _used(self, x: Tensor) -> tuple[list[list[Tensor]], Cut]:
         """Weight and bias, as far as there are any, for each piece of the rows; and these."""
@@ -119,11 +125,14 @@ class _Norm(Layer):
 
     def _check(self, x: Tensor) -> None:
         rows = x.dim() - len(self.normalized_shape)
-        if self._features is not None and x.shape[-1:] != (prod(self._features.here),):
-            raise ShapeError(
-                f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has "
-                f"{prod(self._features.here)} of the {self.normalized_shape[0]} features"
-            )
+        if self._features is not None:
+            here = self._features.here
+            here = here if len(self.normalized_shape) == len(here) else (prod(here),)
+            if tuple(x.shape[max(rows, 0) :]) != here:
+                raise ShapeError(
+                    f"{type(self).__name__}: x has local shape {tuple(x.shape)}, but this rank has {here} of the "
+                    f"{self.normalized_shape} features, which are the last dim{'s' * (len(here) > 1)}"
+                )
         if self.sequence_dim is not None and (
             not -x.dim() <= self.sequence_dim < x.dim() or self.sequence_dim % x.dim() >= rows
         ):
@@ -143,7 +152,7 @@ class _Norm(Layer):
         found = list(row_pieces_collectives("dW and db", shardings, self.mesh, self._rows(len(shape)), own))
         if self._features is None:
             return found
-        rows = list(shape[:-1])
+        rows = list(shape[: -len(self.normalized_shape)])
         if self.data is not None:
             mesh_view = view(self.mesh)
             rows[0] = slab(rows[0], (self.data.axis,), mesh_view.shape, mesh_view.coordinate)[1]
@@ -162,17 +171,19 @@ class LayerNorm(_Norm):
     rank has all the rows, and nothing is summed. With `stored` each rank has some of the features, and parameters of
     these; x is [..., features of this rank], and a few numbers for each row are exchanged (see `nn.sharded_norm`).
 
-        sg.RMSNorm(15, stored="h/tp,k", sizes={"h": 5, "k": 3}, mesh=mesh)  # over all heads, which tp shards
+        sg.RMSNorm((5, 3), stored="h/tp,k", mesh=mesh)  # over all heads, which tp shards: x [..., h/tp, k]
+        sg.RMSNorm(15, stored="h/tp,k", sizes={"h": 5, "k": 3}, mesh=mesh)  # x [..., heads and their features]
 
     Args:
         normalized_shape, eps, elementwise_affine, bias: as of nn.LayerNorm.
-        stored: how the features, the last dim, are sharded: letters, one of them with the layer's axis, written `tp`.
-        sizes: the global size of each letter; of one letter alone, it is known.
+        stored: how the normalized dims are sharded: a letter each, or several letters of one dim; one of them has the
+            layer's axis, written `tp`.
+        sizes: the global size of each of several letters of one dim.
         parallel, or mesh, axis, sequence_dim, data, device, dtype: as of `Parallel`. Without `stored`, parameters are
             replicated.
 
     Raises:
-        ShapeError: the letters of `stored` are not the normalized dim.
+        ShapeError: the letters of `stored` are not the normalized dims.
         LayoutError: `stored` shards no letter, or several, or rows are sharded by the same axis.
     """
 
@@ -228,7 +239,7 @@ class RMSNorm(_Norm):
     @told
     def forward(self, x: Tensor) -> Tensor:
         if self._features is not None:
-            return self._normed_over_features(x, SquaresNorm(self.normalized_shape[0], self.eps))
+            return self._normed_over_features(x, SquaresNorm(prod(self.normalized_shape), self.eps))
 
         def norm(x: Tensor, weight: Tensor | None, _: Tensor | None) -> Tensor:
             wide = x if weight is None else x.to(weight.dtype)

@@ -136,13 +136,18 @@ class MomentsNorm:
 
     def finish(self, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """stats: of all parts of the features, [parts, 2, ...]."""
-        means, squares = stats.unbind(1)
-        counts, size = x.new_tensor(self.features).view(-1, *(1,) * (x.dim() - 1)), sum(self.features)
-        mean = (counts * means).sum(0) / size
-        variance = (squares + counts * (means - mean).square()).sum(0) / size
+        counts = x.new_tensor(self.features).view(-1, *(1,) * (x.dim() - 1))
+        mean, variance = together(counts, *stats.unbind(1))
         y = (x - mean.unsqueeze(-1)) * torch.rsqrt(variance + self.eps).unsqueeze(-1)
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
+
+
+def together(counts: Tensor, means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all parts, along dim 0, of which each has so many numbers, a mean, and Σ (x - its mean)²."""
+    size = counts.sum(0)
+    mean = (counts * means).sum(0) / size
+    return mean, (squares + counts * (means - mean).square()).sum(0) / size
 
 
 def sharded_norm_collectives(

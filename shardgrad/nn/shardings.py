@@ -7,6 +7,7 @@ from torch import nn
 from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError, MeshError, ShapeError
+from shardgrad.layout.sizes import rule
 from shardgrad.nn.data_parallel import differing
 from shardgrad.nn.dtensors import group_ranks, is_dtensor
 from shardgrad.nn.module import ShardedModule
@@ -73,9 +74,10 @@ def _check(name: str, parameter: object, sharding: ParamSharding) -> None:
                 "tensor. Give fully_shard an axis of the mesh that shards no parameter: mesh=mesh['dp']"
             )
     if tuple(parameter.shape) != shape:
+        ways = rule(*view(sharding.mesh).shape.values())
         raise ShapeError(
             f"{name} has local shape {tuple(parameter.shape)}, but {sharding.spec} of global shape "
-            f"{sharding.global_shape} leaves this rank {shape} (torch.chunk): copy into the parameter instead of "
+            f"{sharding.global_shape} leaves this rank {shape} ({ways}): copy into the parameter instead of "
             "replacing it"
         )
 

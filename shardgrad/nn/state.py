@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardgrad.arguments import told
 from shardgrad.comm.mesh import view
 from shardgrad.errors import LayoutError
+from shardgrad.layout.sizes import chunks, is_torch_chunk
 from shardgrad.nn.dtensors import is_dtensor, placed_like, reshard, whole
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.nn.shardings import named_shardings
@@ -45,7 +46,8 @@ def state_dict(
     Raises:
         ValueError: `device` is given with `as_dtensor`, a parameter is on the meta device, or a hook of the model's has
             changed a sharded parameter, so that it would pass for a whole one.
-        LayoutError: with `as_dtensor`, a parameter is stored as no DTensor can say.
+        LayoutError: with `as_dtensor`, a parameter is stored as no DTensor can say: over axes in another order than the
+            mesh has them, or in balanced shards that are not torch.chunk's as well.
         TypeError, ShapeError, LayoutError: it is not known how a parameter is stored; as `clip_grad_norm_`.
     """
     if as_dtensor and device is not None:
@@ -174,6 +176,12 @@ def _as_dtensor(value: Tensor, name: str, sharding: ParamSharding | None) -> Ten
     from torch.distributed.tensor import DTensor  # a second of imports, only where it is needed
 
     placements = _placements(sharding)
+    if placements is None and _in_order(sharding):
+        raise LayoutError(
+            f"{name} is stored as {sharding.spec} of global shape {sharding.shape}, in balanced shards "
+            "(sg.set_balanced), and a DTensor's are torch.chunk's: take global tensors (as_dtensor=False), or a size "
+            "that the ranks divide"
+        )
     if placements is None:
         raise LayoutError(
             f"{name} is stored as {sharding.spec}: a DTensor shards a dim over the axes of its mesh in the mesh's "
@@ -195,16 +203,34 @@ def _placements(sharding: ParamSharding) -> list[Placement] | None:
     """The storage as DTensor's placements, one for each axis of the mesh; None if they cannot say it."""
     from torch.distributed.tensor import Replicate, Shard
 
-    sizes = view(sharding.mesh).shape
-    order = list(sizes)
+    order = list(view(sharding.mesh).shape)
     placements: list[Placement] = [Replicate() for _ in order]
+    if not _in_order(sharding) or not _in_torch_chunks(sharding):
+        return None
     for at, dim in enumerate(sharding.spec.dims):
-        places = [order.index(axis) for axis in dim.axes if sizes[axis] > 1]
-        if places != sorted(places):
-            return None
         for axis in dim.axes:
             placements[order.index(axis)] = Shard(at)
     return placements
+
+
+def _in_order(sharding: ParamSharding) -> bool:
+    """Whether axes shard every dim in the order that the mesh has them."""
+    sizes = view(sharding.mesh).shape
+    order = list(sizes)
+    places = [[order.index(axis) for axis in dim.axes if sizes[axis] > 1] for dim in sharding.spec.dims]
+    return all(some == sorted(some) for some in places)
+
+
+def _in_torch_chunks(sharding: ParamSharding) -> bool:
+    """Whether every rank has what torch.chunk gives it: the same on all ranks."""
+    ranks = view(sharding.mesh).shape
+    for size, dim in zip(sharding.shape, sharding.spec.dims):
+        sizes = {size}
+        for axis in dim.axes:
+            if not all(is_torch_chunk(one, ranks[axis]) for one in sizes):
+                return False
+            sizes = {length for one in sizes for length in chunks(one, ranks[axis])}
+    return True
 
 
 def _misfit(

@@ -10,7 +10,7 @@ from torch import Tensor
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import Axis
 from shardgrad.errors import ShapeError
-from shardgrad.layout.sizes import chunk
+from shardgrad.layout.sizes import chunk, rule
 
 NO_ID = -(2**62)
 """In the place of an id: none."""
@@ -72,7 +72,7 @@ class Vocabulary:
             )
             raise ShapeError(
                 f"logits have {logits.shape[-1]} columns, but a vocabulary of {self.size} over {self.over} leaves rank "
-                f"{self.over.index} of them {here} (torch.chunk){hint}"
+                f"{self.over.index} of them {here} ({rule(self.over.size)}){hint}"
             )
 
     def check_ids(self, ids: Tensor) -> None:

@@ -79,7 +79,7 @@ def matmul(
     Raises:
         LayoutError: the layout is illegal, or does not fit the arguments.
         MeshError: the mesh lacks an axis.
-        ShapeError: a local shape contradicts the layout, another tensor, `sizes`, or torch.chunk's arithmetic; dtypes
+        ShapeError: a local shape contradicts the layout, another tensor, `sizes`, or how the axes shard; dtypes
             or devices differ.
         DisagreementError: the ranks of an axis came with different layouts, shapes, dtypes or frozen operands
             (compared when first seen; at every call under `check_every_call`).

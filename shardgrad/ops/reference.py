@@ -260,14 +260,17 @@ def _check_letters(letters: str, spec: str) -> None:
 # Shards, with no processes: a list has one block for each rank, and a collective is what it computes.
 
 
-def shard(tensor: ArrayLike, dim: int, ranks: int) -> list[Array]:
-    """Views of `tensor`, sharded along `dim` as torch.chunk shards: ⌈size/ranks⌉ each, the last ones less or empty.
+def shard(tensor: ArrayLike, dim: int, ranks: int, *, balanced: bool = False) -> list[Array]:
+    """Views of `tensor`, sharded along `dim` as torch.chunk shards: ⌈size/ranks⌉ each, the last ones less or empty;
+    balanced ones as np.array_split does, the first size mod ranks one more than the others.
 
     Unlike torch.chunk, which may return fewer, there is one shard for each rank. ValueError if ranks < 1.
     """
     if ranks < 1:
         raise ValueError(f"ranks = {ranks} is less than 1")
     (array,) = _read(("tensor", None, tensor))
+    if balanced:
+        return np.array_split(array, ranks, axis=dim)
     size = array.shape[dim]
     chunk = -(-size // ranks)
     return np.split(array, [min(rank * chunk, size) for rank in range(1, ranks)], axis=dim)
@@ -283,9 +286,9 @@ def all_reduce(partials: Sequence[ArrayLike]) -> Array:
     return np.sum(_read_blocks(partials), axis=0)
 
 
-def reduce_scatter(partials: Sequence[ArrayLike], dim: int) -> list[Array]:
+def reduce_scatter(partials: Sequence[ArrayLike], dim: int, *, balanced: bool = False) -> list[Array]:
     """What each rank holds after a reduce-scatter: its own shard of that sum."""
-    return shard(all_reduce(partials), dim, len(partials))
+    return shard(all_reduce(partials), dim, len(partials), balanced=balanced)
 
 
 def _read_blocks(blocks: Sequence[ArrayLike]) -> list[Array]:

@@ -26,9 +26,9 @@ def shard(full: Tensor, spec: TensorSpec | str, mesh: DeviceMesh) -> Tensor:
 
     `spec` is a tensor of a layout, `layout["W"]`, or its text, "W[d,m/tp]".
 
-    Every dim is sharded as torch.chunk shards, once for each of its axes, major first. Marks (`{axis}`) are not
-    applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The result does not require
-    grad.
+    Every dim is sharded as torch.chunk shards, or balanced (`set_balanced`), once for each of its axes, major first.
+    Marks (`{axis}`) are not applied: a tensor marked as partial, or whose gradient is, is sharded like any other. The
+    result does not require grad.
 
     Raises:
         ShapeError: `full` has another number of dims than `spec`.
@@ -58,7 +58,7 @@ def unshard(local: Tensor, spec: TensorSpec | str, mesh: DeviceMesh, sizes: Mapp
         sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
-        ShapeError: the shards are not as torch.chunk shards, or contradict `sizes`.
+        ShapeError: the shards are not as the mesh shards, or contradict `sizes`.
         MeshError: the mesh lacks an axis of `spec`.
     """
     spec = _read(spec)

@@ -8,14 +8,14 @@ from shardgrad.comm.collectives import gather_ints, whole_size
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
 from shardgrad.layout.notation import TensorSpec
-from shardgrad.layout.sizes import Level, Sizes, chunk, slab
+from shardgrad.layout.sizes import Level, Sizes, chunks, rule, slab
 
 
 def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: object) -> None:
     """Learn the missing levels from the other ranks' shards: one small exchange for each axis they are stored on.
 
     Raises:
-        ShapeError: on every rank that sees it, if the shards are not as torch.chunk shards.
+        ShapeError: on every rank that sees it, if the shards are not as the axes shard.
     """
     by_axes: dict[tuple[str, ...], list[tuple[Level, int]]] = {}
     for letter, axes in missing:
@@ -42,7 +42,7 @@ def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: objec
                     raise ShapeError(
                         f"{'/'.join((letter, *axes))} is {size} on this rank, but "
                         f"{'/'.join((letter, *axes[:depth]))} is {above} in all, so it "
-                        f"should be {expected} (torch.chunk; in {user})"
+                        f"should be {expected} ({rule(*(sizes.shape[axis] for axis in axes))}; in {user})"
                     )
                 break
 
@@ -69,8 +69,8 @@ def contradiction(
     ]
     known = sizes.known[base]
     for axis in axes[depth:]:
-        parts = [chunk(known, view.shape[axis], i)[1] for i in range(view.shape[axis])]
-        lines.append(f"  {known} over {axis} is sharded as {parts} (torch.chunk)")
+        parts = chunks(known, view.shape[axis])
+        lines.append(f"  {known} over {axis} is sharded as {parts} ({rule(view.shape[axis])})")
         known = parts[view.coordinate[axis]]
     lines.append("  shard tensors with sg.shard(full, layout[name], mesh)")
     if ";" in str(user):

@@ -25,7 +25,7 @@ def learn(
     are compared when its graph runs.
 
     Raises:
-        ShapeError: they contradict the layout, each other, or torch.chunk's arithmetic.
+        ShapeError: they contradict the layout, each other, or how the axes shard.
     """
     sizes = Sizes(view.shape, view.coordinate)
     source: dict[Level, str] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.comm.balanced import set_balanced
 from shardgrad.comm.mesh import view
 from shardgrad.layout.batch_axis import BatchAxis
 from shardgrad.train.causal_lm import OneDevice, build_causal_lm
@@ -53,7 +54,13 @@ def build_model(config: Config, vocab: int, mesh: DeviceMesh) -> LanguageModel:
     """
     if isinstance(config.model, Model):
         return build(config, vocab, mesh)
+    _balance(config, mesh)
     return build_causal_lm(config, vocab, mesh, batch_axis(config, view(mesh).shape["dp"]), **_dtypes(config))
+
+
+def _balance(config: Config, mesh: DeviceMesh) -> None:
+    if config.mesh.balanced:
+        set_balanced(mesh)
 
 
 def _dtypes(config: Config) -> dict[str, torch.dtype | None]:
@@ -71,6 +78,7 @@ def build(config: Config, vocab: int, mesh: DeviceMesh) -> Decoder:
         ConfigError: as `decoder_sizes`.
     """
     model = decoder_sizes(config)
+    _balance(config, mesh)
     settings: dict[str, Any] = model.model_dump(exclude={"kind"})
     more: dict[str, Any] = {
         "vocab": vocab,

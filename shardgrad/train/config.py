@@ -47,6 +47,9 @@ class Mesh(_Section):
         description="ranks of the axes z, x, y of a 3D layout, instead of dp and tp: batch, features, heads and hidden",
     )
     fully_sharded: bool = Field(default=False, description="whether weights are sharded over dp as well")
+    balanced: bool = Field(
+        default=False, description="shard 9 heads over 4 ranks as 3, 2, 2, 2, not as torch.chunk does: 3, 3, 3, 0"
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
     timeout_s: Number = Field(
         default=120.0, ge=1, le=10**6, description="seconds after which a collective that waits is an error"

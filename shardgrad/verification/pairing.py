@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, ShapeError
+from shardgrad.layout.sizes import rule
 from shardgrad.verification import splits as how
 from shardgrad.verification.exchange import tensors_of_all
 from shardgrad.verification.observed import Split
@@ -152,6 +153,8 @@ def _split(
         raise LayoutError(f"{name} could be sharded as {' or '.join(map(str, found[:4]))}: {hint}")
     if len(set(shapes)) == 1 and same_but_joined(shapes[0], single_shape):
         return Split.of([()] * len(shapes[0]))
+    if rule(*mesh.shape.values()) == "balanced":
+        hint += " (the mesh shards balanced: sg.set_balanced)"
     raise LayoutError(
         f"no way to shard {single_shape}, the shape that {name} has in single, gives the ranks' shapes "
         f"{', '.join(map(str, dict.fromkeys(shapes)))}: {hint}"

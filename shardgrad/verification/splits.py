@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.notation import Dim, TensorSpec, parse_tensor
+from shardgrad.layout.sizes import rule
 from shardgrad.nn.features import MergedDim, StoredOutput
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.sharding import ParamSharding
@@ -225,7 +226,7 @@ def _megatrons_axis(mesh: MeshView, name: str) -> str:
 def candidates(
     shape: Sequence[int], locals: Sequence[Sequence[int]], mesh: MeshView, known: Sequence[MergedDim] = ()
 ) -> Iterator[Split]:
-    """Every way in which a global shape could be sharded, as torch.chunk shards, into the shapes that the ranks have.
+    """Every way in which a global shape could be sharded, as the mesh shards, into the shapes that the ranks have.
 
     locals: each rank's shape, in the mesh's order. Ways with fewer axes come first.
     known: features as layers around shard them, which one dim may have as well.
@@ -288,7 +289,7 @@ def whole_shape(split: Split, locals: Sequence[Sequence[int]], mesh: MeshView, n
             where = ", ".join(f"{axis}={index}" for axis, index in coordinate.items())
             raise ShapeError(
                 f"{name}, stored as {split} of global shape {tuple(shape)}, should have shape {tuple(right)} at "
-                f"{where} (torch.chunk), but has {tuple(local)}"
+                f"{where} ({rule(*mesh.shape.values())}), but has {tuple(local)}"
             )
     return tuple(shape)
 

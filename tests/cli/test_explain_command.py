@@ -171,3 +171,17 @@ def test_the_shell_completes_commands_and_names() -> None:
 
     assert completed("shardgrad ex", 1) == ["explain"]
     assert completed("shardgrad explain column_", 2) == ["column_sequence", "column_wx"]
+
+
+def test_balanced_axes() -> None:
+    numbers = ("--sizes", "n=6,d=3,m=9", "--mesh", "tp=4", "--rank", "3")
+    assert [tensor["local"] for tensor in explained("column", *numbers)["tensors"]] == [[6, 3], [3, 0], [6, 0]]
+    found = explained("column", *numbers, "--balanced")
+    assert [tensor["local"] for tensor in found["tensors"]] == [[6, 3], [3, 2], [6, 2]]
+    assert found["mesh"] == {"tp": 4}
+    assert "tp = 4 (balanced);" in run("explain", "column", *numbers, "--balanced")[1]
+    assert "balanced" not in run("explain", "column", *numbers)[1]
+    assert run("explain", "column_sequence", "--mesh", "tp=4", "--balanced", "--code")[0] == 0
+    status, _, err = run("explain", "column", "--balanced")
+    assert status != 0
+    assert "--balanced says how the axes of a mesh shard" in err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layouts import random_layout, random_sizes
 
-from shardgrad import PRESETS, Layout
+from shardgrad import PRESETS, Balanced, Layout
 from shardgrad.draw.blocks import Rulers, Sheet, edge, listed, sheets
 from shardgrad.layout.steps import Timeline, timeline
 
@@ -39,6 +39,16 @@ def test_a_rank_without_elements_has_no_block() -> None:
     walked = timeline(layout, {"n": 3, "d": 5, "m": 4}, {"tp": 3})  # chunks of 2, 2, 0
     (sheet,) = drawn(layout, walked, "W", "d", "m")
     assert [block.label for block in sheet.blocks] == ["0", "1"]
+
+
+def test_balanced_columns() -> None:
+    layout = PRESETS["column"]
+    walked = timeline(layout, {"n": 3, "d": 5, "m": 9}, {"tp": Balanced(4)})
+    (sheet,) = drawn(layout, walked, "W", "d", "m")
+    left = [
+        (block.label, round(9 * block.rectangles[0][0]), round(9 * block.rectangles[0][2])) for block in sheet.blocks
+    ]
+    assert left == [("0", 0, 3), ("1", 3, 2), ("2", 5, 2), ("3", 7, 2)]
 
 
 def test_3d_has_every_rank_in_its_place() -> None:

@@ -155,3 +155,25 @@ def test_pieces_that_do_not_divide_the_features_are_refused(world_size: int) -> 
     norm = sg.RMSNorm(6, stored="h/tp", mesh=mesh)
     with pytest.raises(LayoutError, match="is not 2 equal pieces"):
         norm(torch.ones(2, 3))
+
+
+@distributed(world_size=[2])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_several_dims_have_the_bits_of_one(world_size: int, kind: str) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    sg.set_exact(mesh, 4)
+    given = {"stored": "h/tp,k", "mesh": mesh}
+    build = sg.RMSNorm if kind == "rms" else sg.LayerNorm
+    found = []
+    for norm in (build((4, 37), **given), build(4 * 37, sizes={"h": 4, "k": 37}, **given)):
+        with torch.no_grad():
+            for seed, (_, parameter, sharding) in enumerate(sg.named_shardings(norm)):
+                parameter.copy_(sharding.shard(randn(4 * 37, seed=seed).view(sharding.global_shape)))
+        x, dy = (sg.shard(3 + randn(5, 4, 37, seed=seed), parse_tensor("X[s,h/tp,k]"), mesh) for seed in (7, 8))
+        shape = (5, *norm.weight.shape)
+        x = x.view(shape).requires_grad_()
+        y = norm(x)
+        y.backward(dy.view(shape))
+        found.append([t.flatten() for t in (y.detach(), x.grad, *(p.grad for p in norm.parameters()))])
+    for one, right in zip(*found, strict=True):
+        assert torch.equal(one, right)

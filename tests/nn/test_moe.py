@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.comm.mesh import view
 from shardgrad.layout.cost import sent
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn import init
@@ -85,7 +86,7 @@ def run(layer: sg.MoE, world_size: int, tokens: tuple[int, ...], skew: float = 0
         assert len(traced) == 0
         return
     e = layer.num_experts
-    owner = [r for r in range(world_size) for _ in range(chunk(e, world_size, r)[1])]
+    owner = [r for r in range(world_size) for _ in range(chunk(e, view(mesh).shape["ep"], r)[1])]
     home = [r for r in range(world_size) for _ in range(tokens[r])]
     pairs = [(home[at], owner[int(expert)]) for at, row in enumerate(choices) for expert in row]
     out = sum(source == rank != target for source, target in pairs) * d * 8

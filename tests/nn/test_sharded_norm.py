@@ -81,6 +81,46 @@ def test_as_on_one_device_with_the_collectives_that_are_predicted(world_size: in
         assert len(traced) == (2 if world_size > 1 else 0)
 
 
+SEVERAL = [((5, 3), "h/tp,k"), ((2, 5), "h,k/tp"), ((7, 2, 3), "s/tp,h,k"), ((1, 4), "s/tp,d")]
+
+
+@distributed(world_size=[1, 2, 3, 4])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer without bias"])
+def test_several_dims_are_normalized_as_torch_does(world_size: int, kind: str, balanced: bool) -> None:
+    """Heads and their features as dims of their own; the sequence and the features."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    if balanced:
+        sg.set_balanced(mesh)
+    for shape, stored in SEVERAL:
+        given = {"stored": stored, "mesh": mesh, "dtype": D}
+        bias = kind == "layer"
+        sharded = sg.RMSNorm(shape, 1e-3, **given) if kind == "rms" else sg.LayerNorm(shape, bias=bias, **given)
+        plain = nn.RMSNorm(shape, 1e-3, dtype=D) if kind == "rms" else nn.LayerNorm(shape, bias=bias, dtype=D)
+        with torch.no_grad():
+            for name, parameter, sharding in sg.named_shardings(sharded):
+                assert sharding is not None
+                parameter.copy_(sharding.shard(randn(*shape, seed=len(name))))
+        load_from(plain, sharded)
+        x, dy = (3 + randn(2, 3, *shape, seed=seed) for seed in (1, 2))
+        spec = parse_tensor(f"X[a,b,{stored}]")
+        local = sg.shard(x, spec, mesh).requires_grad_()
+        with sg.trace_collectives() as traced:
+            y = sharded(local)
+            y.backward(sg.shard(dy, spec, mesh))
+        x.requires_grad_()
+        expected = plain(x)
+        expected.backward(dy)
+        assert local.grad is not None
+        assert x.grad is not None
+        torch.testing.assert_close(y.detach(), sg.shard(expected, spec, mesh), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(local.grad, sg.shard(x.grad, spec, mesh), rtol=1e-12, atol=1e-12)
+        assert_gradients_match(sharded, plain)
+        predicted = sharded.collectives((2, 3, *shape), D)
+        assert [(c.operation, c.bytes) for c in predicted] == [(e.operation, e.bytes) for e in traced]
+        assert len(traced) == (2 if world_size > 1 else 0)
+
+
 @distributed(world_size=[2, 3])
 def test_second_derivatives_follow(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
@@ -164,11 +204,22 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     norm = sg.RMSNorm(15, stored="h/tp,k", sizes={"h": 5, "k": 3}, mesh=mesh)
     assert "features=[9, 6]" in repr(copy.deepcopy(norm))
     assert norm(torch.ones(2, [9, 6][mesh.get_rank()])).shape == (2, [9, 6][mesh.get_rank()])
-    with pytest.raises(sg.ShapeError, match=r"RMSNorm: x has local shape \(2, 15\), but this rank has . of the 15"):
+    with pytest.raises(
+        sg.ShapeError, match=r"RMSNorm: x has local shape \(2, 15\), but this rank has \(.,\) of the \(15,\) feat"
+    ):
         norm(torch.ones(2, 15))
     for stored, sizes in (("h/tp,k", {"h": 5, "k": 2}), ("h/tp,k", {"h": 15}), ("h/tp,k", None)):
-        with pytest.raises(sg.ShapeError, match="the letters are of one normalized dim"):
+        with pytest.raises(sg.ShapeError, match="the letters are those of the normalized dims"):
             sg.RMSNorm(15, stored=stored, sizes=sizes, mesh=mesh)
+    with pytest.raises(sg.ShapeError, match="the letters are those of the normalized dims"):
+        sg.LayerNorm((5, 3), stored="h/tp,k", sizes={"h": 3, "k": 5}, mesh=mesh)
+    with pytest.raises(sg.ShapeError, match="the letters are those of the normalized dims"):
+        sg.LayerNorm((5, 3), stored="h/tp", mesh=mesh)
+    both_dims = sg.LayerNorm((5, 3), stored="h/tp,k", mesh=mesh)
+    with pytest.raises(
+        sg.ShapeError, match=r"this rank has \(., 3\) of the \(5, 3\) features, which are the last dims"
+    ):
+        both_dims(torch.ones(2, 5, 3))
     for stored in ("h,k", "h/tp,k/tp", "h/dp,k"):
         with pytest.raises(sg.LayoutError, match="must shard one letter over the layer's axis, which is written 'tp'"):
             sg.LayerNorm(15, stored=stored, sizes={"h": 5, "k": 3}, mesh=mesh)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
+from shardgrad.comm.mesh import view
 from shardgrad.layout.sizes import chunk
 
 D, M, ROWS = 6, 7, 5  # over 2, 3 and 4 ranks, 7 is 4+3, 3+3+1, 2+2+2+1
@@ -30,7 +31,7 @@ class Single(nn.Module):
 class _Up(nn.Module):
     def __init__(self, mesh: DeviceMesh, bug: str) -> None:
         super().__init__()
-        own = chunk(M, mesh.size(mesh.mesh_dim_names.index("tp")), mesh.get_local_rank("tp"))[1]
+        own = chunk(M, view(mesh).shape["tp"], mesh.get_local_rank("tp"))[1]
         self.weight, self.bias = nn.Parameter(torch.empty(own, D)), nn.Parameter(torch.zeros(own))
         self.mesh, self.bug = mesh, bug
 
@@ -49,7 +50,7 @@ class _Down(nn.Module):
     def __init__(self, mesh: DeviceMesh, bug: str) -> None:
         super().__init__()
         self.ranks = mesh.size(mesh.mesh_dim_names.index("tp"))
-        own = chunk(M, self.ranks, mesh.get_local_rank("tp"))[1]
+        own = chunk(M, view(mesh).shape["tp"], mesh.get_local_rank("tp"))[1]
         self.weight, self.bias = nn.Parameter(torch.empty(D, own)), nn.Parameter(torch.zeros(D))
         self.mesh, self.bug = mesh, bug
 
