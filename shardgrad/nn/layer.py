@@ -261,6 +261,8 @@ class Layer(ShardedModule):
                 known.update(sizes)
             return run(bound.matmul, x, *operands, known)
         except Exception as error:
+            if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
+                raise
             explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
             raise
 
@@ -351,6 +353,8 @@ class OneProduct(Layer):
                 y = bound.matmul((x, weight) if bias is None else (x, weight, bias), given)
             return self.leave(y) if self.wraps else y
         except Exception as error:
+            if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
+                raise
             explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
             raise
 

@@ -92,6 +92,8 @@ def matmul(
             return multiply(x, ((w, _as_layout(layout), bias),), mesh, sizes, save_gathered, reduce_dtype)[0]
         return _matmuls(x, w, layout, mesh, bias, sizes, save_gathered, reduce_dtype)
     except Exception as error:
+        if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
+            raise
         given = {"save_gathered": save_gathered, "reduce_dtype": reduce_dtype}
         explain(error, matmul, (x, w, layout, mesh, bias, sizes), given)
         raise

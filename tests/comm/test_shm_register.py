@@ -46,7 +46,7 @@ def test_import_is_enough_in_both_orders(imports: str, installed: Path) -> None:
     # Loading of installed backends is off in the second case: there the import itself has to do it.
     later = imports.endswith("import shardgrad")
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0" if later else "1",
     }
     program = [sys.executable, "-W", "error", "-c", f"{imports}\n{USE}"]

@@ -130,7 +130,8 @@ def test_autocast_around_and_inside(world_size: int) -> None:
 
 @distributed(world_size=2)
 def test_checkpoints_around_and_inside(world_size: int) -> None:
-    """What is inside a graph's checkpoint runs outside of it, in graphs of its own, and is computed again as ever."""
+    """What is inside a graph's checkpoint is computed again as ever: before torch 2.15 outside of it, in graphs of its
+    own."""
     mesh = setting()
     norm, layer = sg.LayerNorm(8, mesh=mesh, sequence_dim=0), sg.MLP(8, 10, mesh=mesh)
 
@@ -145,9 +146,12 @@ def test_checkpoints_around_and_inside(world_size: int) -> None:
         return sg.vocab_parallel_cross_entropy(x, target, vocab_size=16, mesh=mesh)
 
     x, parameters = torch.randn(3, 8), [*norm.parameters(), *layer.parameters()]
-    assert_alike(around(body), Counted(around(body)), x, parameters=parameters)
+    within = torch.__version__ >= (2, 15)
+    assert_alike(around(body), Counted(around(body), fullgraph=within), x, parameters=parameters)
     assert_alike(around(body), around(Counted(body)), x, parameters=parameters)
-    assert_alike(around(loss), Counted(around(loss)), x)
+    assert_alike(around(loss), Counted(around(loss), fullgraph=within), x)
+    if within:
+        return
     with pytest.raises(Exception, match="shardgrad: a checkpoint runs outside of graphs"):
         Counted(around(body), fullgraph=True)(x.requires_grad_())
 
