@@ -313,4 +313,5 @@ class LateGroup(dist.ProcessGroup):
             ledger.reports[-1].collectives += 1
 
     def _label(self) -> str:
-        return f"{axis_name(self)!r} (ranks {', '.join(map(str, self._names))})"
+        name = axis_name(self)
+        return f"{self._group_name if name == 'undefined' else name!r} (ranks {', '.join(map(str, self._names))})"

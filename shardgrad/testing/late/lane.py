@@ -75,8 +75,11 @@ class Lane:
                 collective.brought = np.concatenate(
                     [*(one.run(self._wire) for one in collective.transfers), np.empty(0, np.uint8)]
                 )
+            except MismatchError as error:  # all ranks have found it alike, before any data went: they may go on
+                collective.error = error
             except Exception as error:
-                self._broken = collective.error = _told(error, collective)
+                text = f"{collective.what} failed: {error}\n  started at {collective.started}"
+                self._broken = collective.error = RuntimeError(text)
             collective.transfers = []
             collective.done.set()
             del collective
@@ -117,9 +120,3 @@ class Lane:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _told(error: Exception, collective: Collective) -> Exception:
-    if isinstance(error, MismatchError):
-        return error
-    return RuntimeError(f"{collective.what} failed: {error}\n  started at {collective.started}")

@@ -98,7 +98,7 @@ class Wire:
             options = dist.AllreduceOptions()
             options.reduceOp = op
             if total.dtype is torch.bool:
-                options.reduceOp = getattr(dist.ReduceOp, _BOOL[op.name])
+                options.reduceOp = getattr(dist.ReduceOp, _BOOL[op.op.name])
                 self.gloo.allreduce([total.view(torch.uint8)], options).wait()
             else:
                 self.gloo.allreduce([total], options).wait()

@@ -76,6 +76,8 @@ def _end(report: Report, before: int, failure: Exception | None) -> None:
     if ledger.open and failure is None:
         gc.collect()  # a work in a circle of references is dropped, too
     findings, notes = compare_orders(list(ledger.launches)[before:], failure is not None)
+    while len(ledger.launches) > before:  # a block around this one compares the rest
+        ledger.launches.pop()
     for finding in findings:
         report.add(finding)
     report.notes += notes

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from shardgrad.testing import distributed
 from shardgrad.testing.late import RaceError, Report, late_watch
@@ -154,10 +153,9 @@ def read_of_all_to_all_with_lists() -> None:
 
 def read_of_coalesced() -> None:
     xs = [tensor(3), tensor(5)]
-    with dist.distributed_c10d._coalescing_manager(async_ops=True) as manager:
+    with dist.distributed_c10d._coalescing_manager(async_ops=True) as manager:  # started
         for x in xs:
             dist.all_reduce(x)
-        "the block's end"  # started
     xs[1].exp()  # used
     manager.wait()
 
@@ -185,18 +183,17 @@ def read_of_what_is_received() -> None:
 def read_in_a_hook_of_backward() -> None:
     w, pending = tensor(3, 3).requires_grad_(), []
 
-    def started(grad: Tensor) -> None:
-        pending.append((dist.all_reduce(grad, async_op=True), grad))  # started
+    def start(p: Tensor) -> None:
+        pending.append(dist.all_reduce(p.grad, async_op=True))  # started
 
     def norm(p: Tensor) -> None:
         assert p.grad is not None
         p.grad.norm()  # used
 
-    w.register_hook(started)
+    w.register_post_accumulate_grad_hook(start)
     w.register_post_accumulate_grad_hook(norm)
     (tensor(2, 3) @ w).sum().backward()
-    for work, _ in pending:
-        work.wait()
+    pending[0].wait()
 
 
 class EarlyScale(torch.autograd.Function):
@@ -334,9 +331,12 @@ def test_the_block_ends_with_an_error_that_reads_well() -> None:
 
 @distributed(world_size=2, backend="late")
 def test_an_error_of_the_program_does_not_hide_what_was_found() -> None:
-    with pytest.raises(RaceError, match="read before wait") as caught, late_watch():
+    def fails() -> None:
         read_before_wait()
         raise ArithmeticError("not a number")
+
+    with pytest.raises(RaceError, match="read before wait") as caught, late_watch():
+        fails()
     assert isinstance(caught.value.__cause__, ArithmeticError)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own parallel programs, and hand-written ones, run on the late backend as on gloo, and nothing is reported."""
+"""PyTorch's own parallel programs, and hand-written ones, are right on the late backend, and nothing is reported."""
 
 from __future__ import annotations
 
