@@ -60,7 +60,7 @@ class Finding:
         return "\n".join(lines)
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """The findings of one block of a program on this rank, each once.
 

@@ -101,5 +101,5 @@ class Wire:
                 options.reduceOp = getattr(dist.ReduceOp, _BOOL[op.op.name])
                 self.gloo.allreduce([total.view(torch.uint8)], options).wait()
             else:
-                self.gloo.allreduce([total], options).wait()
+                self.gloo.allreduce([torch.view_as_real(total) if total.is_complex() else total], options).wait()
         return memory(total).copy()
