@@ -19,6 +19,7 @@
 | `order`    | whether the orders of the ranks could deadlock                             |
 | `together` | the ranks' orders exchanged                                                |
 | `place`    | a line of the program                                                      |
+| `stuck`    | ranks that wait for each other, or for one that has ended                  |
 | `memory`   | the bytes of tensors, past torch                                           |
 """
 
@@ -27,8 +28,9 @@ from .findings import RaceError as RaceError
 from .findings import Report as Report
 from .lane import MismatchError as MismatchError
 from .register import register as register
+from .stuck import DeadlockError as DeadlockError
 from .watch import late_watch as late_watch
 
-__all__ = ["Finding", "MismatchError", "RaceError", "Report", "late_watch", "register"]
+__all__ = ["DeadlockError", "Finding", "MismatchError", "RaceError", "Report", "late_watch", "register"]
 
 register()

@@ -83,13 +83,15 @@ class Report:
 class Ledger:
     """What one process has under way, over all of its groups, and where its findings go.
 
-    reports: of the blocks that watch, the innermost last. launches: in the program's order.
+    reports: of the blocks that watch, the innermost last. launches: in the program's order. counts: of collectives
+        started, by group.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.open: dict[int, Open] = {}
         self.reports: list[Report] = []
+        self.counts: dict[str, int] = {}
         self.launches: deque[Launch] = deque(maxlen=MOST_LAUNCHES)
 
     def find(self, finding: Finding) -> None:

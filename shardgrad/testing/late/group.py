@@ -22,6 +22,7 @@ from .messages import Messages, Receive, Send
 from .nccl import check_lists, check_reduction, check_tensors
 from .order import Key, Launch
 from .place import here
+from .stuck import Waiting
 from .transfer import Transfer, Wire
 from .work import LateWork
 
@@ -54,9 +55,8 @@ class LateGroup(dist.ProcessGroup):
         self._wire = Wire(store, rank, size, timeout)
         self._lane = Lane(self._wire, names, f"the group of ranks {', '.join(map(str, names))}")
         self._messages = Messages(self._wire, names)
-        self._number = 0
+        ledger.counts.pop(group_id, None)
         self._together: list[Transfer] | None = None
-        self._batch: list[Key] = []
 
     # What torch reads of a group
 
@@ -291,9 +291,10 @@ class LateGroup(dist.ProcessGroup):
                 ledger.check_use(what, x, writes=False)
             for out in one.outs:
                 ledger.check_use(what, out, writes=True, only_writes=not one.in_place)
-        collective = Collective(what, transfers)
-        self._launch([Key(self._group_name, tuple(self._names), f"collective {self._number}")], what)
-        self._number += 1
+        name, ranks, number = self._group_name, tuple(self._names), ledger.counts.get(self._group_name, 0)
+        collective = Collective(what, transfers, lambda text: Waiting(name, ranks, number, text, ledger.counts))
+        self._launch([Key(name, ranks, f"collective {number}")], what)
+        ledger.counts[name] = number + 1
         self._lane.start(collective)
         if opts is not None and not opts.asyncOp:
             collective.deliver(collective.result(None))

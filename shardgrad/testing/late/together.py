@@ -14,6 +14,7 @@ from shardgrad.comm import shim
 
 from .findings import MOST_LAUNCHES, Finding
 from .order import Key, Launch, inversions, unmatched
+from .stuck import ended, goes_on
 
 PATIENCE_S = 20.0
 """How long a rank waits at the end of a block for the others' orders."""
@@ -38,8 +39,28 @@ def compare_orders(launches: Sequence[Launch], failed: bool) -> tuple[list[Findi
     mine = [] if failed else [(one.keys, one.texts, one.line) for one in launches]
     store.set(keys[rank], zlib.compress(json.dumps({"failed": failed, "launches": mine}).encode()))
     if failed:
+        if rank:
+            _leave(f"shardgrad/late/{block}/left", rank)
         return [], []
-    orders, end = {}, time.monotonic() + PATIENCE_S
+    ended(rank)
+    try:
+        return _compare(keys)
+    finally:
+        goes_on(rank)
+        _leave(f"shardgrad/late/{block}/left", rank)
+
+
+def _leave(key: str, rank: int) -> None:
+    """Rank 0, which may keep the store in its own process, goes last."""
+    store, end = shim.store(), time.monotonic() + PATIENCE_S
+    if rank:
+        store.add(key, 1)
+    while rank == 0 and store.add(key, 0) < dist.get_world_size() - 1 and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _compare(keys: Sequence[str]) -> tuple[list[Finding], list[str]]:
+    store, orders, end = shim.store(), {}, time.monotonic() + PATIENCE_S
     for other, key in enumerate(keys):
         while not store.check([key]):
             if time.monotonic() > end:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shardgrad.testing import distributed
-from shardgrad.testing.late import MismatchError, late_watch
+from shardgrad.testing.late import DeadlockError, MismatchError, late_watch, stuck
 from shardgrad.testing.late.order import Key, Launch, inversions, unmatched
 
 A, B, C = (Key(group, (0, 1), "0") for group in "abc")
@@ -255,3 +255,44 @@ def test_what_else_nccl_refuses(rank: int, world_size: int) -> None:
     with pytest.raises(NotImplementedError, match="recvAnysource"):
         dist.recv(ones)
     dist.all_reduce(torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last))  # contiguous in its own way
+
+
+def waits(text: str, group: str, ranks: list[int], number: int, **counts: int) -> dict[str, object]:
+    return {"text": text, "group": group, "ranks": ranks, "number": number, "counts": counts}
+
+
+def test_circles_of_ranks_that_wait() -> None:
+    first = waits("A", "a", [0, 1], 0, a=1, b=0)
+    assert stuck.circle({0: first}, 0) == ""  # rank 1 runs
+    assert stuck.circle({0: first, 1: waits("B", "b", [1, 2], 0, a=0, b=1)}, 0) == ""  # rank 2 runs
+    assert stuck.circle({0: first, 1: waits("A", "a", [0, 1], 0, a=1, b=0)}, 0) == ""  # both have come
+    assert stuck.circle({0: first, 1: waits("B", "b", [0, 1], 0, a=0, b=1)}, 0).splitlines() == [
+        "ranks wait for each other:",
+        "  rank 0 waits in A",
+        "  rank 1 waits in B",
+        "  for rank 0, which is above",
+    ]
+    assert stuck.circle({0: first, 1: {"ended": True}}, 0).endswith("for rank 1, which has ended the block")
+    third = {1: waits("B", "b", [1, 2], 0, a=0, b=1), 2: waits("C", "c", [0, 2], 4, b=0, c=5)}
+    assert stuck.circle({0: waits("A", "a", [0, 1], 0, a=1, c=4), **third}, 0).count("waits in") == 3
+
+
+@pytest.mark.slow
+@distributed(world_size=[2, 3], backend="late")
+def test_ranks_that_wait_for_each_other_do_not_hang(rank: int, world_size: int) -> None:
+    groups = [dist.new_group() for _ in range(2)]
+    x, group = torch.ones(2), groups[min(rank, 1)]
+    awaited = pytest.raises(DeadlockError, match=r"rank . waits in all-reduce .* started at .*test_order\.py")
+    with late_watch(raises=False) as report, awaited:
+        dist.all_reduce(x, group=group)
+    assert {one.kind for one in report.findings} == {"never called"}
+
+
+@pytest.mark.slow
+@distributed(world_size=2, backend="late")
+def test_a_rank_that_waits_for_one_that_has_ended_does_not_hang(rank: int, world_size: int) -> None:
+    with late_watch(raises=False) as report:
+        if rank == 0:
+            with pytest.raises(DeadlockError, match=r"for rank 1, which has ended the block"):
+                dist.barrier()
+    assert {one.kind for one in report.findings} == {"never called"}
