@@ -154,6 +154,23 @@ def no_dispatch() -> Any:
     return torch._C._DisableTorchDispatch()
 
 
+_FakeBackend: Any = torch._C._distributed_c10d.FakeProcessGroup
+
+
+def refuse_calls_past_python(group: dist.ProcessGroup) -> None:
+    """Give a group that is written in Python a backend of torch's that refuses every call.
+
+    Torch keeps a group's name, its devices and its hooks (2.15 hangs a flight recorder on each) beside a backend. Calls
+    from C++ that a Python group cannot take over end there: an error, where nothing would have been sent.
+    """
+    options = _FakeBackend.Options()
+    options.error_on_collective = True
+    fake = _FakeBackend._create_internal(group.rank(), group.size(), options)
+    custom = dist.ProcessGroup.BackendType.CUSTOM
+    group._register_backend(torch.device("cpu"), custom, fake)
+    group._set_default_backend(custom)
+
+
 class DispatchShadow(dist.ProcessGroup):
     """Speaks to PyTorch's dispatcher for a group that is written in Python.
 
@@ -164,7 +181,7 @@ class DispatchShadow(dist.ProcessGroup):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
         self.shadow_of = weakref.ref(group)
-        fake = torch._C._distributed_c10d.FakeProcessGroup._create_internal(group.rank(), group.size())
+        fake = _FakeBackend._create_internal(group.rank(), group.size())
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, fake)
 
 

@@ -67,10 +67,9 @@ class ShmGroup(dist.ProcessGroup):
     def __init__(self, store: Any, rank: int, size: int, timeout: float, names: list[int], group_id: str) -> None:
         if why := unsupported():
             raise ShmError(f"the shm backend cannot be used: {why}. Use the gloo backend")
-        super().__init__(rank, size)  # type: ignore[call-arg]
-        self._rank, self._size = rank, size
-        self._group_name = group_id
-        self._store = store
+        super().__init__(rank, size)  # type: ignore[call-arg]  # torch 2.13 cannot give a Python group its store
+        shim.refuse_calls_past_python(self)
+        self._rank, self._size, self._store = rank, size, store
         segment, peers = rendezvous(store, rank, size, timeout, names)
         label = f"the shm group {group_id} (ranks {', '.join(map(str, names))})"
         queue = Queue(Mailbox(segment, rank), peers, label, timeout)
@@ -86,27 +85,12 @@ class ShmGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "shm"
 
-    def getRank(self) -> int:
-        return self._rank
-
-    def getSize(self) -> int:
-        return self._size
-
-    @property
-    def group_name(self) -> str:  # type: ignore[override]
-        return self._group_name
-
-    def _set_group_name(self, name: str) -> None:
-        self._group_name = name
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
-
     def _get_backend(self, device: torch.device) -> ShmGroup:  # type: ignore[override]
         if torch.device(device).type != "cpu":
             raise RuntimeError(f"the shm backend moves CPU tensors only, not those of {device}")
         return self
+
+    get_backend = _get_backend  # torch 2.15 calls it by this name
 
     adds_in_tree = True
     """Whether sums of more than two ranks, of float32 and float64, are those of `layout.tree` over the ranks."""
@@ -130,15 +114,6 @@ class ShmGroup(dist.ProcessGroup):
     @property
     def timeout(self) -> float:
         return self._alive().timeout
-
-    def _set_sequence_number_for_group(self) -> None:
-        pass  # rounds are numbered anyway
-
-    def _has_hooks(self) -> bool:
-        return False
-
-    def _wait_for_pending_works(self) -> None:
-        pass
 
     def shutdown(self) -> None:
         """Leave the group and free its memory; ranks that still wait for this one are notified."""
