@@ -50,8 +50,9 @@ class LateGroup(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, names: list[int], group_id: str) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
+        shim.refuse_calls_past_python(self)
         self._rank, self._size, self._names = rank, size, names
-        self._group_name, self._store, self._timeout = group_id, store, timeout
+        self._store, self._timeout = store, timeout
         self._wire = Wire(store, rank, size, timeout)
         self._lane = Lane(self._wire, names, f"the group of ranks {', '.join(map(str, names))}")
         self._messages = Messages(self._wire, names)
@@ -62,23 +63,6 @@ class LateGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return "late"
-
-    def getRank(self) -> int:
-        return self._rank
-
-    def getSize(self) -> int:
-        return self._size
-
-    @property
-    def group_name(self) -> str:  # type: ignore[override]
-        return self._group_name
-
-    def _set_group_name(self, name: str) -> None:
-        self._group_name = name
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
 
     def _get_backend(self, device: torch.device) -> LateGroup:  # type: ignore[override]
         if torch.device(device).type != "cpu":
@@ -100,15 +84,6 @@ class LateGroup(dist.ProcessGroup):
     @property
     def timeout(self) -> float:
         return self._timeout.total_seconds()
-
-    def _set_sequence_number_for_group(self) -> None:
-        pass
-
-    def _has_hooks(self) -> bool:
-        return False
-
-    def _wait_for_pending_works(self) -> None:
-        pass
 
     def shutdown(self) -> None:
         self._lane.close()
@@ -249,7 +224,7 @@ class LateGroup(dist.ProcessGroup):
         what = f"{parts.named('send', x)} to rank {self._names[target]}"
         ledger.check_use(what, x, writes=False)
         pending = Send(what, [], [(x, parts.copied(x))])
-        self._launch([self._messages.key(self._group_name, self._rank, target, sends=True)], what, message=True)
+        self._launch([self._messages.key(self.group_name, self._rank, target, sends=True)], what, message=True)
         self._messages.send(pending, x, target, tag)
         pending.begin()
         return LateWork(pending, [x])
@@ -261,7 +236,7 @@ class LateGroup(dist.ProcessGroup):
         what = f"{parts.named('recv', x)} from rank {self._names[source]}"
         ledger.check_use(what, x, writes=True, only_writes=True)
         pending = Receive(what, x, source)
-        self._launch([self._messages.key(self._group_name, self._rank, source, sends=False)], what, message=True)
+        self._launch([self._messages.key(self.group_name, self._rank, source, sends=False)], what, message=True)
         self._messages.receive(pending, x, tag)
         pending.begin()
         return LateWork(pending, [x])
@@ -291,7 +266,7 @@ class LateGroup(dist.ProcessGroup):
                 ledger.check_use(what, x, writes=False)
             for out in one.outs:
                 ledger.check_use(what, out, writes=True, only_writes=not one.in_place)
-        name, ranks, number = self._group_name, tuple(self._names), ledger.counts.get(self._group_name, 0)
+        name, ranks, number = self.group_name, tuple(self._names), ledger.counts.get(self.group_name, 0)
         collective = Collective(what, transfers, lambda text: Waiting(name, ranks, number, text, ledger.counts))
         self._launch([Key(name, ranks, f"collective {number}")], what)
         ledger.counts[name] = number + 1
@@ -315,4 +290,4 @@ class LateGroup(dist.ProcessGroup):
 
     def _label(self) -> str:
         name = axis_name(self)
-        return f"{self._group_name if name == 'undefined' else name!r} (ranks {', '.join(map(str, self._names))})"
+        return f"{self.group_name if name == 'undefined' else name!r} (ranks {', '.join(map(str, self._names))})"

@@ -304,7 +304,7 @@ PLANTED = {
 }
 
 
-@distributed(world_size=[2, 3], backend="late")
+@distributed(world_size=3, backend="late")
 @pytest.mark.parametrize("name", [planted.__name__ for planted in PLANTED])
 def test_planted(name: str) -> None:
     planted = globals()[name]
