@@ -27,6 +27,7 @@ The processes are started at the first such test and serve the whole run of pyte
 | `stack`      | where a test stands, from faulthandler       |
 | `excerpt`    | the ends of a long text, and where it is     |
 | `report`     | from the replies of all ranks to one verdict |
+| `late`       | a backend for CPUs that is as late as NCCL   |
 """
 
 from .decorator import distributed as distributed

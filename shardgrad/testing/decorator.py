@@ -38,7 +38,9 @@ def distributed(world_size: int | Sequence[int], *, timeout: float = 60.0, backe
     Args:
         world_size: number of ranks, or several, each a parameter of the test (``[ranks=2]`` in its id).
         timeout: seconds for the whole test, after which it fails and shows every rank's stack.
-        backend: for ``torch.distributed.init_process_group``; the test module may register it.
+        backend: for ``torch.distributed.init_process_group``; the test module may register it. On "late" the test
+            also fails for races and orders that GPUs would show (see `shardgrad.testing.late`).
+            ``pytest --ranks-backend`` overrides it.
 
     Raises:
         TypeError, ValueError: at decoration, for arguments or functions that cannot be run on ranks.

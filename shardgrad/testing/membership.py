@@ -30,6 +30,8 @@ class Membership:
         from shardgrad.comm.shm.register import register
 
         register()  # also where torch is set not to load installed backends
+        if group.backend == "late":
+            from . import late  # noqa: F401 - which makes the name known
         dist.init_process_group(
             group.backend, init_method=f"file://{group.store}", rank=self.rank, world_size=group.world_size
         )

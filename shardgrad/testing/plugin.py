@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 _POOL = pytest.StashKey["Pool"]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_ = "run @distributed tests on this backend, whichever they name; on 'late', races and bad orders are found"
+    parser.getgroup("shardgrad").addoption("--ranks-backend", metavar="NAME", help=help_)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}(ranks): what shardgrad.testing.distributed sets")
 
@@ -51,7 +56,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     from .report import echo, judge, name_ranks
 
     call = _call(pyfuncitem, ranks)
-    replies = _pool(pyfuncitem).run(call, world_size, backend=ranks.backend, timeout=ranks.timeout)
+    backend = pyfuncitem.config.getoption("ranks_backend") or ranks.backend
+    replies = _pool(pyfuncitem).run(call, world_size, backend=backend, timeout=ranks.timeout)
     echo(replies)
     verdict, text = judge(replies, ranks.timeout)
     if verdict == "skipped":

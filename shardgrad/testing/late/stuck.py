@@ -1,0 +1,93 @@
+"""A rank that waits for long asks, through the store, whether the ranks that it waits for can still come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from shardgrad.comm import shim
+
+LOOK_S = 4.0
+"""Seconds of waiting before a rank looks, and between its looks."""
+
+
+class DeadlockError(RuntimeError):
+    """Ranks wait for each other in a circle, or for one that has ended its block."""
+
+
+class Waiting:
+    """One wait.
+
+    group, number: what is awaited, in the group's order. counts: how many collectives this rank has started, by group.
+    """
+
+    def __init__(self, group: str, ranks: tuple[int, ...], number: int, text: str, counts: Mapping[str, int]) -> None:
+        self._mine = {"group": group, "ranks": ranks, "number": number, "text": text, "counts": dict(counts)}
+        self._seen = ""
+        self._published = False
+
+    def look(self) -> None:
+        """Say what this rank waits for, and read what the others do.
+
+        Raises:
+            DeadlockError: two looks have found the same circle.
+        """
+        if not dist.is_initialized():
+            return
+        store = shim.store()
+        if not self._published:
+            store.set(_key(dist.get_rank()), json.dumps(self._mine))
+            self._published = True
+        said = {dist.get_rank(): self._mine}
+        for rank in range(dist.get_world_size()):
+            if rank not in said and store.check([_key(rank)]):
+                said[rank] = json.loads(store.get(_key(rank)))
+        found = circle(said, dist.get_rank())
+        if found and found == self._seen:
+            raise DeadlockError(found)  # what it said stays, for the others to find the same
+        self._seen = found
+
+    def end(self) -> None:
+        """The wait is over."""
+        if self._published:
+            shim.store().delete_key(_key(dist.get_rank()))
+
+
+def ended(rank: int) -> None:
+    """Say that a rank has ended its block, and calls nothing any more until the others have too."""
+    shim.store().set(_key(rank), json.dumps({"ended": True}))
+
+
+def goes_on(rank: int) -> None:
+    shim.store().delete_key(_key(rank))
+
+
+def circle(said: Mapping[int, Any], start: int) -> str:
+    """What a rank waits for in vain, in words; empty if every rank that it waits for may still come.
+
+    said: of each rank that waits, what it waits for, or that it has ended its block.
+    """
+    lines: list[str] = []
+    path = [start]
+    while True:
+        rank, one = path[-1], said[path[-1]]
+        lines.append(f"  rank {rank} waits in {one['text']}")
+        absent = [o for o in one["ranks"] if o != rank and o in said and _has_not_come(said[o], one)]
+        if not absent:
+            return ""
+        back = next((o for o in absent if o in path or "ended" in said[o]), None)
+        if back is not None:
+            last = "has ended the block" if "ended" in said[back] else "is above"
+            return "\n".join(["ranks wait for each other:", *lines, f"  for rank {back}, which {last}"])
+        path.append(absent[0])
+
+
+def _has_not_come(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
+    return "ended" in other or other["counts"].get(one["group"], 0) <= one["number"]
+
+
+def _key(rank: int) -> str:
+    return f"shardgrad/late/waits/{rank}"
