@@ -7,6 +7,7 @@
 | `app`            | the list of commands                                      |
 | `style`          | one style for every command: tables, JSON, errors         |
 | `ranks`          | start the ranks of a command                              |
+| `train`          | `train`: a training run on this machine                   |
 | `explain`        | `explain`: what each phase of a layout computes and sends |
 | `verify`         | `verify`: a step of a configuration against one device    |
 | `mutants`        | `mutants`: planted bugs, and which are found              |

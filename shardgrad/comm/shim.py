@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_iter as tree_iter
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 

@@ -4,6 +4,7 @@ torchrun `launch/train.py` or `-m shardgrad.train`.
 | file          | concept                                                               |
 | ------------- | --------------------------------------------------------------------- |
 | `launch`      | from a command line to a finished run                                 |
+| `__main__`    | `python -m shardgrad.train`                                           |
 | `config`      | the keys of a configuration                                           |
 | `build`       | the mesh's shape, the model, and the same on one device               |
 | `language_model` | what training asks of a model                                      |

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter
 
 from shardgrad.comm import shim
 
@@ -117,7 +116,7 @@ def _look(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> None:
         if value is None or isinstance(value, int | float | str):
             continue
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        for x in tree_iter(value):
+        for x in shim.tree_iter(value):
             if _has_memory(x):
                 ledger.check_use(str(func), x, writes, writes and (argument.is_out or (fills and at == 0)))
 
