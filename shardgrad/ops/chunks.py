@@ -101,47 +101,51 @@ class ChunkedGatherMatmul:
 
     def __call__(self, stored: Tensor, *others: Tensor) -> Any:
         """Each product with the whole tensor; and the whole tensor itself, if it is to be assembled."""
-        axis, at = self._axis, self._transfer.dim
+        at, ranks, index = self._transfer.dim, self._axis.size, self._axis.index
         shape = stored.shape
-        before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
-        mine = stored.reshape(before, own, after)
-        coming = []
-        for start, length in self._chunking.chunks(own):
-            part = mine[:, start : start + length].contiguous().unsqueeze(0)
-            coming.append((start, length, self._gather.start(part)))
-        whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
-        parts = None if whole is None else whole.view(before, axis.size, own, after)
-        if parts is not None:
-            parts[:, axis.index] = mine
-        outs = []
-        made_whole: list[Tensor] = []
+        before, own = prod(shape[:at]), shape[at]
+        lengths = self._chunking.lengths(own)
+        coming = [self._gather.start(part) for part in stored.unsqueeze(0).split(lengths, at + 1)]
+        whole = stored.new_empty((*shape[:at], ranks * own, *shape[at + 1 :])) if self._assemble else None
+        whole_chunks = () if whole is None else _by_rank(whole, before, ranks, own).split(lengths, 2)
+        outs: list[Tensor] = []
+        sides: list[tuple[slice, Tensor, tuple[Tensor, ...]]] = []  # of other ranks' rows: which, times what, into what
         for product, other in zip(self._products, others):
             out, matrix, right = product.as_matrices(stored, other)
-            made = stored.new_empty((*out[:at], axis.size * own, *out[at + 1 :]))
-            rows = made.view(before, axis.size, own, prod(out[at + 1 :]))
-            _multiply(matrix, right, rows[:, axis.index])
-            outs.append((product, rows, right))
-            made_whole.append(made)
-        for start, length, handle in coming:
-            chunks = self._gather.wait(handle)
-            for rank in range(axis.size):
-                if rank == axis.index:
-                    continue
-                if parts is not None:
-                    parts[:, rank, start : start + length] = chunks[rank]
-                for product, rows, right in outs:
-                    matrix = chunks[rank].view(before * length * prod(shape[at + 1 : product.rows]), right.shape[0])
-                    _multiply(matrix, right, rows[:, rank, start : start + length])
-        return _results(made_whole, whole)
+            made = stored.new_empty((*out[:at], ranks * own, *out[at + 1 :]))
+            outs.append(made)
+            rows = _by_rank(made, before, ranks, own)
+            _multiply(matrix, right, rows[:, index])
+            # The ranks before this one in one product, and those after it in another.
+            for side in (slice(index), slice(index + 1, ranks)):
+                if side.start != side.stop and side.stop:
+                    sides.append((side, right, rows[:, side].split(lengths, 2)))
+        for chunk, handle in enumerate(coming):
+            gathered = self._gather.wait(handle)
+            if whole_chunks:
+                into = whole_chunks[chunk]
+                into.copy_(gathered.view(ranks, before, *into.shape[2:]).transpose(0, 1))
+            for side, right, into in sides:
+                _multiply(gathered[side].view(-1, right.shape[0]), right, into[chunk], by_rank=True)
+        return _results(outs, whole)
 
 
-def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
-    """into, of any strides, becomes left · right."""
-    flat = into.view(left.shape[0], right.shape[1]) if into.is_contiguous() else None
-    if flat is not None:
-        torch.mm(left, right, out=flat)
+def _by_rank(whole: Tensor, before: int, ranks: int, own: int) -> Tensor:
+    """A gathered tensor as [before, ranks, own, after]: the gathered dim split by rank, other dims joined."""
+    return whole.view(before, ranks, own, -1) if whole.numel() else whole.view(before, ranks, own, 0)
+
+
+def _multiply(left: Tensor, right: Tensor, into: Tensor, *, by_rank: bool = False) -> None:
+    """into, of any strides, becomes left · right. by_rank: its second dim is the outermost of left's rows."""
+    if into.is_contiguous() and not (by_rank and into.shape[0] > 1 and into.shape[1] > 1):
+        torch.mm(left, right, out=into.view(left.shape[0], right.shape[1]))
+        return
+    made = torch.mm(left, right)
+    if by_rank:
+        before, ranks = into.shape[:2]
+        into.copy_(made.view(ranks, before, *into.shape[2:]).transpose(0, 1))
     else:
-        into.copy_(torch.mm(left, right).view(into.shape))
+        into.copy_(made.view(into.shape))
 
 
 class ChunkedRhsGatherMatmul:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from statistics import median
 
 import torch
@@ -35,13 +36,19 @@ class Chunking:
 
     def chunks(self, size: int) -> list[tuple[int, int]]:
         """Start and length of each chunk that is not empty, of so many rows or columns."""
+        lengths = self.lengths(size)
+        return list(zip(accumulate((0, *lengths)), lengths))
+
+    @lru_cache(maxsize=1024)  # noqa: B019: of frozen values, a few for each program
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """The lengths of the chunks that are not empty."""
         grain = _GRAIN if size >= 4 * _GRAIN * self.count else 1
         edges, so_far = [0], 0.0
         for share in self.shares[:-1]:
             so_far += share
             edges.append(min(size, round(so_far * size / grain) * grain))
         edges.append(size)
-        return [(start, end - start) for start, end in pairwise(edges) if end > start]
+        return tuple([end - start for start, end in pairwise(edges) if end > start])
 
     @property
     def shares(self) -> list[float]:
