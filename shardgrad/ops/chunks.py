@@ -8,7 +8,7 @@ next arrives. Chunks are of rows or columns of the product, so no sum is split t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -53,23 +53,25 @@ class ChunkedMatmulReduce:
         """Compute the product and start to sum it; what is returned is for `wait`."""
         shape, left, right = self._product.as_matrices(left, right)
         rows = self._product.rows
-        if self._in_place:
-            out = left.new_empty(shape)
-            flat = out.view(left.shape[0], right.shape[1])
-            handles = []
-            for start, length in self._chunking.chunks(left.shape[0]):
-                chunk = flat[start : start + length]
-                torch.mm(left[start : start + length], right, out=chunk)
-                handles.append(self._reduce.start(chunk))
-            return shape, handles, out
-        coming = []
-        for start, length in self._chunking.chunks(left.shape[0] if self._by_rows else right.shape[1]):
-            if self._by_rows:
-                chunk = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
+        chunks: Iterable[Tensor]
+        out = None
+        if self._by_rows:
+            lengths = self._chunking.lengths(left.shape[0])
+            lefts = left.split(lengths)
+            if self._in_place:
+                out = left.new_empty(shape)
+                into = out.view(left.shape[0], right.shape[1]).split(lengths)
+                chunks = (torch.mm(part, right, out=made) for part, made in zip(lefts, into))
             else:
-                chunk = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
-            coming.append(self._reduce.start(chunk))
-        return shape, coming, None
+                chunks = (torch.mm(part, right) for part in lefts)
+                if len(shape) - rows > 1:
+                    chunks = (made.view(made.shape[0], *shape[rows:]) for made in chunks)
+        else:
+            chunks = (torch.mm(left, part) for part in right.split(self._chunking.lengths(right.shape[1]), 1))
+            if rows > 1:
+                chunks = (made.view(*shape[:rows], made.shape[1]) for made in chunks)
+        # Each is begun to be summed before the next is computed.
+        return shape, [self._reduce.start(made) for made in chunks], out
 
     def wait(self, handle: Handle) -> Tensor:
         """The summed product."""
@@ -115,37 +117,32 @@ class ChunkedGatherMatmul:
             made = stored.new_empty((*out[:at], ranks * own, *out[at + 1 :]))
             outs.append(made)
             rows = _by_rank(made, before, ranks, own)
-            _multiply(matrix, right, rows[:, index])
+            _multiply(matrix, right, rows[index])
             # The ranks before this one in one product, and those after it in another.
             for side in (slice(index), slice(index + 1, ranks)):
-                if side.start != side.stop and side.stop:
-                    sides.append((side, right, rows[:, side].split(lengths, 2)))
+                if range(ranks)[side]:
+                    sides.append((side, right, rows[side].split(lengths, 2)))
         for chunk, handle in enumerate(coming):
             gathered = self._gather.wait(handle)
             if whole_chunks:
-                into = whole_chunks[chunk]
-                into.copy_(gathered.view(ranks, before, *into.shape[2:]).transpose(0, 1))
+                whole_chunks[chunk].copy_(gathered.view(whole_chunks[chunk].shape))
             for side, right, into in sides:
-                _multiply(gathered[side].view(-1, right.shape[0]), right, into[chunk], by_rank=True)
+                _multiply(gathered[side].view(-1, right.shape[0]), right, into[chunk])
         return _results(outs, whole)
 
 
 def _by_rank(whole: Tensor, before: int, ranks: int, own: int) -> Tensor:
-    """A gathered tensor as [before, ranks, own, after]: the gathered dim split by rank, other dims joined."""
-    return whole.view(before, ranks, own, -1) if whole.numel() else whole.view(before, ranks, own, 0)
+    """A gathered tensor as [ranks, before, own, after], as an all-gather leaves it: other dims joined."""
+    after = whole.numel() // max(1, before * ranks * own)
+    return whole.view(before, ranks, own, after).transpose(0, 1)
 
 
-def _multiply(left: Tensor, right: Tensor, into: Tensor, *, by_rank: bool = False) -> None:
-    """into, of any strides, becomes left · right. by_rank: its second dim is the outermost of left's rows."""
-    if into.is_contiguous() and not (by_rank and into.shape[0] > 1 and into.shape[1] > 1):
+def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
+    """into, of any strides, becomes left · right."""
+    if into.is_contiguous():
         torch.mm(left, right, out=into.view(left.shape[0], right.shape[1]))
-        return
-    made = torch.mm(left, right)
-    if by_rank:
-        before, ranks = into.shape[:2]
-        into.copy_(made.view(ranks, before, *into.shape[2:]).transpose(0, 1))
     else:
-        into.copy_(made.view(into.shape))
+        into.copy_(torch.mm(left, right).view(into.shape))
 
 
 class ChunkedRhsGatherMatmul:
