@@ -128,7 +128,7 @@ class ChunkedGatherMatmul:
                 whole_chunks[chunk].copy_(gathered.view(whole_chunks[chunk].shape))
             for side, right, into in sides:
                 _multiply(gathered[side].view(-1, right.shape[0]), right, into[chunk])
-        return _results(outs, whole)
+        return results(outs, whole)
 
 
 def _by_rank(whole: Tensor, before: int, ranks: int, own: int) -> Tensor:
@@ -197,10 +197,10 @@ class ChunkedRhsGatherMatmul:
                 if rank != axis.index:
                     put(rank * stored.shape[along] + start, gathered[rank])
         assert out is not None
-        return _results([out], whole)
+        return results([out], whole)
 
 
-def _results(outs: Sequence[Tensor], whole: Tensor | None) -> Any:
+def results(outs: Sequence[Tensor], whole: Tensor | None) -> Any:
     """One tensor, or all of them."""
     found = [*outs, whole] if whole is not None else list(outs)
     return found[0] if len(found) == 1 else found
