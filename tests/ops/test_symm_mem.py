@@ -1,5 +1,7 @@
-"""Products handed to torch's fused ones over symmetric memory: the arguments are right, and what is not handed over says
-why. On CPUs torch's own fallbacks stand in: they take the same arguments, communicate, and multiply."""
+"""Products handed to torch's fused ones over symmetric memory; what is not handed over says why.
+
+On CPUs torch's own fallbacks stand in: they take the same arguments, communicate, and multiply.
+"""
 
 from __future__ import annotations
 
