@@ -161,3 +161,20 @@ def test_an_axis_without_it_stays_whole_and_says_why(world_size: int, monkeypatc
         check(Layout("X[n/dp,d] W[d,m/dp] -> Y[n,m/dp]"), mesh, {"n": 8, "d": 4, "m": 6})
         assert called == 2 * [GATHER, REDUCE]
         sg.set_overlap(mesh, None)
+
+
+@distributed(world_size=2)
+def test_products_of_one_input_with_different_rows_are_not_one_call(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    layouts = [Layout("X[n/tp,k,d] W[k,d,m/tp] -> Y[n,m/tp]"), Layout("X[n/tp,k,d] W[d,m/tp] -> Y[n,k,m/tp]")]
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    weights = [torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)]
+    usual = sg.matmul(x, list(zip(weights, layouts)), mesh, sizes={"n": 6})
+    with fused_on_cpu() as called:
+        sg.set_overlap(mesh, "symm_mem")
+        found = sg.matmul(x, list(zip(weights, layouts)), mesh, sizes={"n": 6})
+        assert not called
+        assert [one.why for one in sg.overlap_decisions(mesh)] == ["its products have different rows"]
+        sg.set_overlap(mesh, None)
+    for one, other in zip(usual, found):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
