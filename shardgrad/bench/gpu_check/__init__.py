@@ -14,5 +14,6 @@ docs/benchmarks.md says how to read it.
 | `capture`     | CUDA graphs of every layer, and of NCCL's collectives                                    |
 | `wide_sums`   | products that leave the multiplier in float32, and gradients summed in it                |
 | `speed`       | host time of layers; Llama's products; measured costs beside a large product             |
+| `__main__`    | the command                                                                              |
 | `timeline`    | a collective's stream beside a product, with priority and without                        |
 """
