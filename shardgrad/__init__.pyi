@@ -59,8 +59,9 @@ from shardgrad.ops.deferred import defer_weight_grads as defer_weight_grads
 from shardgrad.ops.exact import set_exact as set_exact
 from shardgrad.ops.main_grad import use_main_grads as use_main_grads
 from shardgrad.ops.matmul import matmul as matmul
+from shardgrad.ops.measured_costs import measure_costs as measure_costs
 from shardgrad.ops.micro_batches import micro_batches as micro_batches
-from shardgrad.ops.overlap import measure_costs as measure_costs
+from shardgrad.ops.overlap import overlap_decisions as overlap_decisions
 from shardgrad.ops.overlap import set_overlap as set_overlap
 from shardgrad.ops.pieces import per_piece as per_piece
 from shardgrad.ops.shard import shard as shard

@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 import shardgrad as sg
 from shardgrad.bench.timing import Spread, in_turns, ratio
 
+RANKS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A layer of one rank: its local in and out features, and which of them is sharded."""
+    """A layer: its global in and out features, and which of them is sharded."""
 
     name: str
     inner: int
@@ -24,21 +26,21 @@ class Product:
     column: bool
 
 
-def llama_70b(ranks: int = 8) -> list[Product]:
-    """The products of one of `ranks` tensor parallel ranks of Llama 2 70B (Touvron et al. 2023, arXiv 2307.09288, with
-    the numbers of its released configuration): d 8192, hidden 28672, 64 heads of 128 features, 8 of keys and values."""
+def llama_70b() -> list[Product]:
+    """The products of a block of Llama 2 70B (Touvron et al. 2023, arXiv 2307.09288, with the numbers of its released
+    configuration): d 8192, hidden 28672, 64 heads of 128 features, 8 of keys and values."""
     d, hidden, head, heads, kv_heads = 8192, 28672, 128, 64, 8
     return [
-        Product("queries, keys, values", d, (heads + 2 * kv_heads) * head // ranks, True),
-        Product("attention's output", heads * head // ranks, d, False),
-        Product("gate or up", d, hidden // ranks, True),
-        Product("down", hidden // ranks, d, False),
+        Product("queries, keys, values", d, (heads + 2 * kv_heads) * head, True),
+        Product("attention's output", heads * head, d, False),
+        Product("gate or up", d, hidden, True),
+        Product("down", hidden, d, False),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Forward and backward of one product, in microseconds.
+    """Forward and backward of one rank's part of a product, in microseconds.
 
     to_plain: how many times as long as nn.Linear. of_rate: share of the rate at which the device multiplies large
     matrices. main_grad, unfused: with the weight's gradient summed in float32, in the product or after it.
@@ -57,22 +59,21 @@ class Row:
 def measure(
     products: Sequence[Product], tokens: int, mesh: DeviceMesh, dtype: torch.dtype, rounds: int, largest: int = 8192
 ) -> tuple[float, list[Row]]:
-    """Measure on a mesh of one rank, axis `tp`: FLOP/s of a square product of `largest`, and the rows."""
+    """Measure this rank of axis `tp`: FLOP/s of a square product of `largest`, and the rows.
+
+    On the `fake` backend that is one rank of as many as the mesh has: what it computes, and its own work for
+    collectives that send nothing.
+    """
     device = torch.device(mesh.device_type)
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     a, b = (torch.randn(largest, largest, device=device).to(dtype) for _ in range(2))
+    clock = synchronized(device)
     (squares,) = in_turns({"mm": lambda: torch.mm(a, b)}, rounds, clocks=(clock,))["mm"]
     rate = 2 * largest**3 / Spread.of(squares).median
     rows = []
     for product in products:
-        steps = _steps(product, tokens, mesh, dtype, device)
+        steps = steps_of(product, tokens, mesh, dtype, device)
         times = {name: found[0] for name, found in in_turns(steps, rounds, clocks=(clock,), warm_up=5).items()}
-        flops = 6 * tokens * product.inner * product.outer
+        flops = 6 * tokens * product.inner * product.outer / mesh.size()
         spreads = {name: Spread.of(values).scaled(1e6) for name, values in times.items()}
         rows.append(
             Row(
@@ -89,17 +90,33 @@ def measure(
     return rate, rows
 
 
-def _steps(
+def synchronized(device: torch.device) -> Callable[[], float]:
+    """The host's clock, once the device has done all."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def steps_of(
     product: Product, tokens: int, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    x = torch.randn(tokens, product.inner, device=device).to(dtype).requires_grad_()
-    dy = torch.randn(tokens, product.outer, device=device).to(dtype)
+    """Forward and backward of plain nn.Linear of the local sizes, of shardgrad's layer, and with main_grad, in the
+    product and after it."""
+    ranks = mesh.size()
+    inner, outer = product.inner, product.outer
+    inner, outer = (inner, outer // ranks) if product.column else (inner // ranks, outer)
+    x = torch.randn(tokens, inner, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(tokens, outer, device=device).to(dtype)
     kind = sg.ColumnParallelLinear if product.column else sg.RowParallelLinear
 
     def layer() -> nn.Module:
         return kind(product.inner, product.outer, bias=False, mesh=mesh, dtype=dtype)
 
-    plain = nn.Linear(product.inner, product.outer, bias=False, device=device, dtype=dtype)
+    plain = nn.Linear(inner, outer, bias=False, device=device, dtype=dtype)
     ours, fused, unfused = layer(), layer(), layer()
     sg.use_main_grads(fused.parameters())
     for parameter in unfused.parameters():

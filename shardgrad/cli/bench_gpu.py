@@ -17,8 +17,9 @@ def gpu(
     rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 21,
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Time forward + backward of each product of Llama 70B at its local size under 8 tensor parallel ranks, on one GPU
-    and a mesh of one rank (NCCL): beside plain nn.Linear, and as a share of the chip's rate on a large product.
+    """Time forward + backward of each product of Llama 70B at its local size under 8 tensor parallel ranks, on one GPU,
+    as the first of eight on the `fake` backend, which sends nothing: beside plain nn.Linear, and as a share of the
+    chip's rate on a large product. One step of what launch/gpu_check.sh finds out.
     """
     kind = bench_options.read_dtypes(dtype)[0]
     import torch
@@ -29,11 +30,12 @@ def gpu(
     from torch.distributed.device_mesh import init_device_mesh
 
     from shardgrad.bench import gpu as bench
+    from shardgrad.comm import shim
 
     name = torch.cuda.get_device_name()
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    shim.join_imagined(0, bench.RANKS)
     try:
-        mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("tp",))
+        mesh = init_device_mesh("cuda", (bench.RANKS,), mesh_dim_names=("tp",))
         rate, rows = bench.measure(bench.llama_70b(), tokens, mesh, kind, rounds)
     finally:
         dist.destroy_process_group()

@@ -10,6 +10,7 @@
 | `balanced`       | axes whose shards differ by one element at most                           |
 | `comparison`     | what ranks say, compared through the store                                |
 | `collectives`    | the collectives over one mesh axis, with uneven shards                    |
+| `fused`          | products that communicate as they multiply, over symmetric memory         |
 | `tree`           | reductions that add in one tree, whatever the backend                     |
 | `pieces`         | into how many pieces each axis cuts, in exact mode                        |
 | `all_to_all`     | the all-to-all that moves shards from one dim to another                  |

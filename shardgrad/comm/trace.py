@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -33,6 +34,8 @@ _OPERATORS = {
     "scatter_": ("scatter", 1),
     "send": ("send", 0),
 }
+# symm_mem operator -> (our word for its collective, position of the group's name)
+_FUSED = {"fused_all_gather_matmul": ("all-gather", 3), "fused_matmul_reduce_scatter": ("reduce-scatter", 4)}
 
 
 P = ParamSpec("P")
@@ -118,6 +121,8 @@ class _Listener(shim.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._note(func.name().removeprefix("c10d::"), args)
+        elif func.namespace == "symm_mem":
+            self._note_fused(func.name().removeprefix("symm_mem::"), args)
         if func.namespace not in ("shardgrad", "higher_order"):
             return func(*args, **(kwargs or {}))
         _paused.append(self)  # as torch does with a mode while it handles an operator
@@ -144,10 +149,20 @@ class _Listener(shim.TorchDispatchMode):
             count = elements - _own_part(operator, args, tensors, group.rank(), group.size())
         else:
             count = elements if operation == "send" else sent(operation, elements, group.size(), group.rank())
-        shape, dtype = tuple(tensors[0].shape), str(tensors[0].dtype).removeprefix("torch.")
-        self.events.append(
-            Event(operation, axis_name(group), count * tensors[0].element_size(), shape, dtype, group.size())
-        )
+        self._add(operation, group, count, tuple(tensors[0].shape), tensors[0])
+
+    def _note_fused(self, operator: str, args: Any) -> None:
+        """A product with its collective, over symmetric memory."""
+        if operator not in _FUSED:
+            return
+        operation, at = _FUSED[operator]
+        group, x = shim.group_named(args[at]), args[0]
+        shape = tuple(x.shape) if operation == "all-gather" else (*x.shape[:-1], args[1].shape[1])
+        self._add(operation, group, sent(operation, prod(shape), group.size(), group.rank()), shape, x)
+
+    def _add(self, operation: str, group: Any, count: int, shape: tuple[int, ...], like: Tensor) -> None:
+        dtype, size = str(like.dtype).removeprefix("torch."), like.element_size()
+        self.events.append(Event(operation, axis_name(group), count * size, shape, dtype, group.size()))
 
 
 def _own_part(operator: str, args: Any, tensors: list[Tensor], rank: int, ranks: int) -> int:

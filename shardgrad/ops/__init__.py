@@ -22,7 +22,9 @@
 | `compiled`   | products as torch.compile sees them                                     |
 | `chunking`   | the pass that puts chunked products in place of others                  |
 | `chunks`     | a product and its communication in chunks, side by side                 |
-| `overlap`    | in how many chunks, from what links and multipliers were measured to do |
+| `fused`      | the same, handed to torch's products over symmetric memory              |
+| `overlap`    | whether, how and into how many chunks, by what costs                    |
+| `measured_costs` | what links and multipliers cost here, measured                       |
 | `micro_batches` | gradient accumulation in exact mode                                  |
 | `deferred`   | weight gradients computed later, at a call of the program's             |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |

@@ -8,7 +8,7 @@ next arrives. Chunks are of rows or columns of the product, so no sum is split t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -53,23 +53,25 @@ class ChunkedMatmulReduce:
         """Compute the product and start to sum it; what is returned is for `wait`."""
         shape, left, right = self._product.as_matrices(left, right)
         rows = self._product.rows
-        if self._in_place:
-            out = left.new_empty(shape)
-            flat = out.view(left.shape[0], right.shape[1])
-            handles = []
-            for start, length in self._chunking.chunks(left.shape[0]):
-                chunk = flat[start : start + length]
-                torch.mm(left[start : start + length], right, out=chunk)
-                handles.append(self._reduce.start(chunk))
-            return shape, handles, out
-        coming = []
-        for start, length in self._chunking.chunks(left.shape[0] if self._by_rows else right.shape[1]):
-            if self._by_rows:
-                chunk = torch.mm(left[start : start + length], right).view(length, *shape[rows:])
+        chunks: Iterable[Tensor]
+        out = None
+        if self._by_rows:
+            lengths = self._chunking.lengths(left.shape[0])
+            lefts = left.split(lengths)
+            if self._in_place:
+                out = left.new_empty(shape)
+                into = out.view(left.shape[0], right.shape[1]).split(lengths)
+                chunks = (torch.mm(part, right, out=made) for part, made in zip(lefts, into))
             else:
-                chunk = torch.mm(left, right[:, start : start + length]).view(*shape[:rows], length)
-            coming.append(self._reduce.start(chunk))
-        return shape, coming, None
+                chunks = (torch.mm(part, right) for part in lefts)
+                if len(shape) - rows > 1:
+                    chunks = (made.view(made.shape[0], *shape[rows:]) for made in chunks)
+        else:
+            chunks = (torch.mm(left, part) for part in right.split(self._chunking.lengths(right.shape[1]), 1))
+            if rows > 1:
+                chunks = (made.view(*shape[:rows], made.shape[1]) for made in chunks)
+        # Each is begun to be summed before the next is computed.
+        return shape, [self._reduce.start(made) for made in chunks], out
 
     def wait(self, handle: Handle) -> Tensor:
         """The summed product."""
@@ -101,45 +103,44 @@ class ChunkedGatherMatmul:
 
     def __call__(self, stored: Tensor, *others: Tensor) -> Any:
         """Each product with the whole tensor; and the whole tensor itself, if it is to be assembled."""
-        axis, at = self._axis, self._transfer.dim
+        at, ranks, index = self._transfer.dim, self._axis.size, self._axis.index
         shape = stored.shape
-        before, own, after = prod(shape[:at]), shape[at], prod(shape[at + 1 :])
-        mine = stored.reshape(before, own, after)
-        coming = []
-        for start, length in self._chunking.chunks(own):
-            part = mine[:, start : start + length].contiguous().unsqueeze(0)
-            coming.append((start, length, self._gather.start(part)))
-        whole = stored.new_empty((*shape[:at], axis.size * own, *shape[at + 1 :])) if self._assemble else None
-        parts = None if whole is None else whole.view(before, axis.size, own, after)
-        if parts is not None:
-            parts[:, axis.index] = mine
-        outs = []
-        made_whole: list[Tensor] = []
+        before, own = prod(shape[:at]), shape[at]
+        lengths = self._chunking.lengths(own)
+        coming = [self._gather.start(part) for part in stored.unsqueeze(0).split(lengths, at + 1)]
+        whole = stored.new_empty((*shape[:at], ranks * own, *shape[at + 1 :])) if self._assemble else None
+        whole_chunks = () if whole is None else _by_rank(whole, before, ranks, own).split(lengths, 2)
+        outs: list[Tensor] = []
+        sides: list[tuple[slice, Tensor, tuple[Tensor, ...]]] = []  # of other ranks' rows: which, times what, into what
         for product, other in zip(self._products, others):
             out, matrix, right = product.as_matrices(stored, other)
-            made = stored.new_empty((*out[:at], axis.size * own, *out[at + 1 :]))
-            rows = made.view(before, axis.size, own, prod(out[at + 1 :]))
-            _multiply(matrix, right, rows[:, axis.index])
-            outs.append((product, rows, right))
-            made_whole.append(made)
-        for start, length, handle in coming:
-            chunks = self._gather.wait(handle)
-            for rank in range(axis.size):
-                if rank == axis.index:
-                    continue
-                if parts is not None:
-                    parts[:, rank, start : start + length] = chunks[rank]
-                for product, rows, right in outs:
-                    matrix = chunks[rank].view(before * length * prod(shape[at + 1 : product.rows]), right.shape[0])
-                    _multiply(matrix, right, rows[:, rank, start : start + length])
-        return _results(made_whole, whole)
+            made = stored.new_empty((*out[:at], ranks * own, *out[at + 1 :]))
+            outs.append(made)
+            rows = _by_rank(made, before, ranks, own)
+            _multiply(matrix, right, rows[index])
+            # The ranks before this one in one product, and those after it in another.
+            for side in (slice(index), slice(index + 1, ranks)):
+                if range(ranks)[side]:
+                    sides.append((side, right, rows[side].split(lengths, 2)))
+        for chunk, handle in enumerate(coming):
+            gathered = self._gather.wait(handle)
+            if whole_chunks:
+                whole_chunks[chunk].copy_(gathered.view(whole_chunks[chunk].shape))
+            for side, right, into in sides:
+                _multiply(gathered[side].view(-1, right.shape[0]), right, into[chunk])
+        return results(outs, whole)
+
+
+def _by_rank(whole: Tensor, before: int, ranks: int, own: int) -> Tensor:
+    """A gathered tensor as [ranks, before, own, after], as an all-gather leaves it: other dims joined."""
+    after = whole.numel() // max(1, before * ranks * own)
+    return whole.view(before, ranks, own, after).transpose(0, 1)
 
 
 def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
     """into, of any strides, becomes left · right."""
-    flat = into.view(left.shape[0], right.shape[1]) if into.is_contiguous() else None
-    if flat is not None:
-        torch.mm(left, right, out=flat)
+    if into.is_contiguous():
+        torch.mm(left, right, out=into.view(left.shape[0], right.shape[1]))
     else:
         into.copy_(torch.mm(left, right).view(into.shape))
 
@@ -196,10 +197,10 @@ class ChunkedRhsGatherMatmul:
                 if rank != axis.index:
                     put(rank * stored.shape[along] + start, gathered[rank])
         assert out is not None
-        return _results([out], whole)
+        return results([out], whole)
 
 
-def _results(outs: Sequence[Tensor], whole: Tensor | None) -> Any:
+def results(outs: Sequence[Tensor], whole: Tensor | None) -> Any:
     """One tensor, or all of them."""
     found = [*outs, whole] if whole is not None else list(outs)
     return found[0] if len(found) == 1 else found

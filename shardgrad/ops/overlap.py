@@ -1,28 +1,28 @@
-"""In how many chunks to split a product with its communication, by measured links and multipliers."""
+"""How a product hides its communication: in how many chunks, by what costs; or fused, over symmetric memory."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from statistics import median
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import told
-from shardgrad.comm import collectives as raw
+from shardgrad.comm import fused
 from shardgrad.comm.agree import share_first
 from shardgrad.comm.mesh import Axis, MeshView, view
 from shardgrad.comm.pieces import exact
 
-_MOST = 8
+MOST_CHUNKS = 8
 _NEARLY = 0.04  # by how much more time than the best chunks take, fewer are preferred
 _LEAST_GAIN = 0.05  # of a product and its communication, below which chunks are not worth the risk of a wrong model
 _STEEPEST = 4.0  # how many times as large as its neighbour a chunk may be
 _GRAIN = 16  # multipliers like rows and columns in such numbers
-_KEY, _DECIDED = "overlap", "overlap decided"
+_KEY, _DECIDED, _NOTED = "overlap", "overlap decided", "overlap noted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,17 @@ class Chunking:
     count: int
     steepness: int = 1000
 
+    def __str__(self) -> str:
+        return f"{self.count} chunk{'s' * (self.count != 1)}"
+
     def chunks(self, size: int) -> list[tuple[int, int]]:
         """Start and length of each chunk that is not empty, of so many rows or columns."""
-        grain = _GRAIN if size >= 4 * _GRAIN * self.count else 1
-        edges, so_far = [0], 0.0
-        for share in self.shares[:-1]:
-            so_far += share
-            edges.append(min(size, round(so_far * size / grain) * grain))
-        edges.append(size)
-        return [(start, end - start) for start, end in pairwise(edges) if end > start]
+        lengths = self.lengths(size)
+        return list(zip(accumulate((0, *lengths)), lengths))
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """The lengths of the chunks that are not empty."""
+        return _lengths(self, size)
 
     @property
     def shares(self) -> list[float]:
@@ -51,6 +53,17 @@ class Chunking:
 
 
 WHOLE = Chunking(0)
+
+
+@lru_cache(maxsize=1024)  # asked for at every call
+def _lengths(chunking: Chunking, size: int) -> tuple[int, ...]:
+    grain = _GRAIN if size >= 4 * _GRAIN * chunking.count else 1
+    edges, so_far = [0], 0.0
+    for share in chunking.shares[:-1]:
+        so_far += share
+        edges.append(min(size, round(so_far * size / grain) * grain))
+    edges.append(size)
+    return tuple([end - start for start, end in pairwise(edges) if end > start])
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ def _choices(comm: float, compute: float, local_fraction: float | None) -> Itera
     at the end."""
     before, after = (comm, compute) if local_fraction is None else (compute * (1 - local_fraction), comm)
     steepness = min(max(before / after, 1 / _STEEPEST), _STEEPEST) if after > 0 else 1.0
-    for count in range(2 if local_fraction is None or local_fraction == 0 else 1, _MOST + 1):
+    for count in range(2 if local_fraction is None or local_fraction == 0 else 1, MOST_CHUNKS + 1):
         for thousandths in dict.fromkeys((1000, round(1000 * steepness))):
             yield Chunking(count, thousandths)
 
@@ -174,40 +187,108 @@ class Always:
         return Chunking(self.count) if self.count > 1 or local_fraction else WHOLE
 
 
+@dataclass(frozen=True)
+class SymmMem:
+    """Fused products over symmetric memory wherever there is one. lacking: why not, by axis."""
+
+    lacking: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapDecision:
+    """What became of one collective of a product.
+
+    product: its layout. phase: `forward`, `dX`, `dW`, with the layout's names. collective: such as "all-gather of X".
+    how: "whole", "5 chunks" (besides the own shard's part) or "symm_mem". why: of what is whole, the reason.
+    """
+
+    product: str
+    phase: str
+    collective: str
+    axis: str
+    how: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.product}, {self.phase}: {self.collective} over {self.axis}: {self.how}{why}"
+
+
 @told
-def set_overlap(mesh: DeviceMesh, how: Costs | int | None) -> None:
-    """From now on, products on this mesh hide communication behind themselves, in chunks. Call it alike on all ranks.
+def set_overlap(mesh: DeviceMesh, how: Costs | int | Literal["symm_mem"] | None) -> None:
+    """From now on, products on this mesh hide communication behind themselves. Call it alike on all ranks.
 
     how: what `measure_costs` returned: each product is split where that gains, and into as many chunks as gain most. A
-        number: always so many chunks. None: never (as at first).
+        number: always so many chunks. "symm_mem": gathers of X or dY and reduce-scatters, along rows, go to torch's
+        products over symmetric memory, which communicate as they multiply; nothing else is split. None: never (as at
+        first).
 
     What is hidden: the reduction of Y behind Y's own product (row parallel), the gather of X or dY behind the product
     that reads it (sequence parallel), the gather of W and the reduction of dW likewise (fully sharded). A reduction of
     dX runs behind the product of dW with or without this. Rows or columns are split, sums are not; but a multiplier may
     round a smaller matrix differently, so bits may change with `how`: it is never decided behind your back.
+    `overlap_decisions` says what became of each collective.
+
+    Raises:
+        ValueError: not such a `how`; exact mode is set; no axis of the mesh has symmetric memory, and why.
     """
     mesh_view = view(mesh)
-    mesh_view.settings.pop(_DECIDED, None)
     if how is not None and exact(mesh_view) is not None:
         raise ValueError(
             "sg.set_exact is set on this mesh, and overlap splits products into chunks, which may be rounded "
             "otherwise. Take it back first, with sg.set_exact(mesh, None)"
         )
-    if how is None:
-        mesh_view.settings.pop(_KEY, None)
-    else:
-        if isinstance(how, int):
-            if how < 1:
-                raise ValueError(f"a product is split into at least 1 chunk, not {how}")
-            how = Always(how)  # type: ignore[assignment]
-        mesh_view.settings[_KEY] = how
+    decided = None if how is None else _read(how, mesh_view)
+    for key in (_KEY, _DECIDED, _NOTED):
+        mesh_view.settings.pop(key, None)
+    if decided is not None:
+        mesh_view.settings[_KEY] = decided
     for bound in mesh_view.bound.values():
         bound.forget_executables()
+
+
+def _read(how: Costs | int | str, mesh_view: MeshView) -> Costs | Always | SymmMem:
+    if isinstance(how, str):
+        if how != "symm_mem":
+            raise ValueError(
+                f'set_overlap takes what sg.measure_costs returns, a number, "symm_mem" or None, not {how!r}'
+            )
+        lacking = fused.lacking(mesh_view)
+        if lacking and len(lacking) == sum(axis.size > 1 for axis in mesh_view.axes.values()):
+            reasons = "; ".join(f"axis {name!r}: {why}" for name, why in lacking.items())
+            raise ValueError(
+                f'set_overlap(mesh, "symm_mem") would do nothing on this mesh ({reasons}): pass what '
+                "sg.measure_costs(mesh) returns, or a number of chunks"
+            )
+        return SymmMem(lacking)
+    if isinstance(how, int):
+        if how < 1:
+            raise ValueError(f"a product is split into at least 1 chunk, not {how}")
+        return Always(how)
+    return how
+
+
+@told
+def overlap_decisions(mesh: DeviceMesh) -> list[OverlapDecision]:
+    """What became of each collective of the products that this rank has run on a mesh since `set_overlap`, in the order
+    in which they were first prepared: what is hidden, how, and of what is whole, why."""
+    return list(view(mesh).settings.get(_NOTED, {}))
+
+
+def note(mesh_view: MeshView, decision: OverlapDecision) -> None:
+    """Remember a decision, once."""
+    mesh_view.settings.setdefault(_NOTED, {})[decision] = None
 
 
 def is_set(mesh_view: MeshView) -> bool:
     """Whether overlap was set on a mesh."""
     return _KEY in mesh_view.settings
+
+
+def symmetric(mesh_view: MeshView) -> SymmMem | None:
+    """What was found of symmetric memory, where a mesh is to use it."""
+    how = mesh_view.settings.get(_KEY)
+    return how if isinstance(how, SymmMem) else None
 
 
 def choose(
@@ -239,98 +320,3 @@ def choose_together(mesh_view: MeshView, axis: Axis, what: str, choose: Callable
         value = share_first(axis, what, mine.count * 10**6 + mine.steepness, "chunks of a product")
         decided[axis.name, what] = Chunking(*divmod(value, 10**6))
     return decided[axis.name, what]
-
-
-@told
-def measure_costs(
-    mesh: DeviceMesh, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), repeats: int = 9
-) -> Costs:
-    """Measure the links of every axis and the products of each dtype: some tenths of a second, more over slow links.
-    The same on all ranks.
-
-    Each time is a median of `repeats`, and the slowest rank's; so every rank decides alike. Keep what is returned if a
-    run is to be repeated to the bit: it is data, and `set_overlap(mesh, costs)` decides by it alone.
-    """
-    mesh_view = view(mesh)
-    device = mesh_view.device
-    rates, reread, links = {}, {}, {}
-    rows, size, chunks = 256, 1024, 8
-    for dtype in dtypes:
-        a, b = (torch.randn(count, size, device=device).to(dtype) for count in (rows, size))
-        parts = a.chunk(chunks)
-        whole = _slowest(_seconds(lambda a=a, b=b: torch.mm(a, b), repeats, device), mesh_view)  # type: ignore[misc]
-        chunked = _slowest(
-            _seconds(lambda parts=parts, b=b: [torch.mm(part, b) for part in parts], repeats, device),  # type: ignore[misc]
-            mesh_view,
-        )
-        rates[dtype] = whole / (2 * rows * size**2)
-        reread[dtype] = max(0.0, chunked - whole) / ((chunks - 1) * b.numel() * b.element_size())
-    for name, axis in mesh_view.axes.items():
-        if axis.size > 1:
-            links[name] = _link(axis, mesh_view, repeats)
-    return Costs(links, rates, reread)
-
-
-def _link(axis: Axis, mesh_view: MeshView, repeats: int) -> Link:
-    device = mesh_view.device
-    small, large = torch.zeros(1, device=device), torch.zeros(2**19, device=device)  # 4 bytes and 2 MiB
-    reduce = raw.AllReduce(axis, "measuring a link")
-
-    def comm(x: torch.Tensor) -> None:
-        reduce.wait(reduce.start(x))
-
-    latency = _slowest(_seconds(lambda: comm(small), 2 * repeats, device), mesh_view)
-    alone = _slowest(_seconds(lambda: comm(large), repeats, device), mesh_view)
-    sent = 2 * (axis.size - 1) / axis.size * large.numel() * large.element_size()
-    rate = max(alone - latency, 0.0) / sent
-    a = torch.randn(384, 384, device=device)
-    once = _slowest(_seconds(lambda: torch.mm(a, a), repeats, device), mesh_view)
-    times = max(1, round(alone / once))
-
-    def compute() -> None:
-        for _ in range(times):
-            torch.mm(a, a)
-
-    def both() -> None:
-        started = reduce.start(large)
-        compute()
-        reduce.wait(started)
-
-    def disturbed() -> None:
-        started = [reduce.start(small) for small in smalls]
-        compute()
-        for one in started:
-            reduce.wait(one)
-
-    smalls = [torch.zeros(1, device=device) for _ in range(_MOST)]
-    product = _slowest(_seconds(compute, repeats, device), mesh_view)
-    together = _slowest(_seconds(both, repeats, device), mesh_view)
-    each = (_slowest(_seconds(disturbed, repeats, device), mesh_view) - product) / len(smalls)
-    hidden = (alone + product - together) / min(alone, product)
-    return Link(latency, rate, min(max(hidden, 0.0), 1.0), max(each, 0.0))
-
-
-def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    call()
-    times = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def _slowest(seconds: float, mesh_view: MeshView) -> float:
-    """The largest of all ranks' figures, in whole nanoseconds."""
-    nanoseconds = int(seconds * 1e9)
-    for axis in mesh_view.axes.values():
-        if axis.size > 1:
-            rows = raw.gather_ints([nanoseconds], axis, mesh_view.device, "measured times")
-            nanoseconds = max(row[0] for row in rows)
-    return nanoseconds / 1e9

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from shardgrad.comm.collectives import gather_ints, whole_size
 from shardgrad.comm.mesh import MeshView
 from shardgrad.errors import ShapeError
@@ -15,8 +17,15 @@ def exchange(missing: Sequence[Level], sizes: Sizes, view: MeshView, user: objec
     """Learn the missing levels from the other ranks' shards: one small exchange for each axis they are stored on.
 
     Raises:
-        ShapeError: on every rank that sees it, if the shards are not as the axes shard.
+        ShapeError: on every rank that sees it, if the shards are not as the axes shard; in the capture of a CUDA
+            graph, in which the host cannot read them.
     """
+    if view.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        letters = sorted({letter for letter, _ in missing})
+        raise ShapeError(
+            f"the ranks would have to exchange the size of {', '.join(letters)}, which cannot be in the capture of "
+            f"a CUDA graph: pass sizes={{{letters[0]!r}: …}} (layers: sequence_size=…; in {user})"
+        )
     by_axes: dict[tuple[str, ...], list[tuple[Level, int]]] = {}
     for letter, axes in missing:
         finer = [known for known in sizes.known if known[0] == letter and known[1][: len(axes)] == axes]

@@ -17,7 +17,8 @@ from shardgrad.layout.notation import TensorSpec, parse_tensor
 from shardgrad.layout.sizes import slab
 from shardgrad.nn import init
 from shardgrad.ops.matmul import matmul
-from shardgrad.ops.overlap import measure_costs, set_overlap
+from shardgrad.ops.measured_costs import measure_costs
+from shardgrad.ops.overlap import set_overlap
 from shardgrad.scale.block import Block, flops
 from shardgrad.scale.cell import Cell
 

@@ -142,12 +142,12 @@ def test_the_gpus_measurement_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert [row.name for row in rows] == ["p", "q"]
 
 
-def test_llamas_local_sizes() -> None:
+def test_llamas_sizes() -> None:
     assert [(product.inner, product.outer) for product in gpu.llama_70b()] == [
-        (8192, 1280),
-        (1024, 8192),
-        (8192, 3584),
-        (3584, 8192),
+        (8192, 10240),
+        (8192, 8192),
+        (8192, 28672),
+        (28672, 8192),
     ]
 
 

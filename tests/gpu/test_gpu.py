@@ -1,6 +1,6 @@
-"""What needs a GPU: NCCL on one rank, several ranks on one GPU over gloo, gradients that leave products in float32.
+"""What needs a GPU: NCCL on one rank, several ranks on one GPU over gloo, gradients in float32, CUDA graphs.
 
-Skipped without CUDA; `launch/gpu_check.sh` runs it.
+Skipped without CUDA. `launch/gpu_check.sh` finds out more, with figures.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardgrad as sg
 from shardgrad.bench.gpu import Product, measure
+from shardgrad.bench.gpu_check import capture, syncs
+from shardgrad.bench.gpu_check.correctness import check
+from shardgrad.bench.gpu_check.finding import Setting
 from shardgrad.testing import distributed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-N, D, M = 12, 10, 14  # rows, features, hidden features
 
 
 @contextmanager
@@ -30,40 +30,6 @@ def one_rank_of_nccl() -> Iterator[DeviceMesh]:
         yield init_device_mesh("cuda", (1,), mesh_dim_names=("tp",))
     finally:
         dist.destroy_process_group()
-
-
-def check(mesh: DeviceMesh, sequence_dim: int | None) -> None:
-    """Y, dX and both dW of a column and a row parallel layer, against one device in float64."""
-    torch.manual_seed(1)
-    x, dy = (torch.randn(N, D, dtype=torch.float64) for _ in range(2))
-    wu, wd = torch.randn(M, D, dtype=torch.float64), torch.randn(D, M, dtype=torch.float64)
-    whole = [tensor.clone().requires_grad_() for tensor in (x, wu, wd)]
-    y = F.linear(F.gelu(F.linear(whole[0], whole[1])), whole[2])
-    y.backward(dy)
-    up = sg.ColumnParallelLinear(D, M, bias=False, mesh=mesh, sequence_dim=sequence_dim, dtype=torch.float64)
-    down = sg.RowParallelLinear(M, D, bias=False, mesh=mesh, sequence_dim=sequence_dim, dtype=torch.float64)
-    rows = "X[n/tp,d]" if sequence_dim is not None else "X[n,d]"
-
-    def shard(full: Tensor, spec: str) -> Tensor:
-        return sg.shard(full.detach().cuda(), sg.Layout(f"{spec} W[d,m] -> Y[{spec[2:-3]},m]")["X"], mesh)
-
-    with torch.no_grad():
-        up.weight.copy_(sg.shard(wu.cuda(), up.layout(2)["W"], mesh))
-        down.weight.copy_(sg.shard(wd.cuda(), down.layout(2)["W"], mesh))
-    own = shard(x, rows).requires_grad_()
-    made = down(F.gelu(up(own)))
-    made.backward(shard(dy, rows))
-    for got, full, spec in (
-        (made, y, None),
-        (own.grad, whole[0].grad, None),
-        (up.weight.grad, whole[1].grad, up.layout(2)["W"]),
-        (down.weight.grad, whole[2].grad, down.layout(2)["W"]),
-    ):
-        assert got is not None
-        assert full is not None
-        expected = shard(full, rows) if spec is None else sg.shard(full.detach().cuda(), spec, mesh)
-        assert got.is_cuda
-        torch.testing.assert_close(got.detach(), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("sequence_dim", [None, 0])
@@ -107,3 +73,13 @@ def test_the_measurement_runs() -> None:
         rate, rows = measure([Product("small", 96, 64, True)], 128, mesh, torch.bfloat16, 3, largest=256)
         assert rate > 0
         assert rows[0].plain.median > 0
+
+
+def test_every_layer_can_be_captured_and_replayed() -> None:
+    found = capture.find(Setting(torch.device("cuda"), dry=True))
+    assert found.ok, found
+
+
+def test_no_warm_step_waits_for_the_device() -> None:
+    found = syncs.find(Setting(torch.device("cuda"), dry=True))
+    assert found.ok, found

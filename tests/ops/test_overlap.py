@@ -215,18 +215,8 @@ def test_pieces_shrink_where_their_communication_is_the_shorter() -> None:
     assert Chunking(3).chunks(2) == [(0, 1), (1, 1)]
 
 
-@distributed(world_size=[1, 2, 3])
-def test_measured_costs_are_the_same_on_all_ranks(world_size: int) -> None:
+@distributed(world_size=1)
+def test_less_than_one_chunk_is_refused(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    costs = sg.measure_costs(mesh, repeats=1)
-    assert set(costs.links) == ({"tp"} if world_size > 1 else set())
-    assert all(rate > 0 for rate in costs.seconds_per_flop.values())
-    for link in costs.links.values():
-        assert link.latency > 0
-        assert 0 <= link.hidden <= 1
-        assert link.each >= 0
-    everyone: list[object] = [None] * world_size
-    torch.distributed.all_gather_object(everyone, costs)
-    assert all(one == everyone[0] for one in everyone)
     with pytest.raises(ValueError, match="at least 1 chunk"):
         sg.set_overlap(mesh, 0)
