@@ -556,3 +556,22 @@ Current thread 0x00007f31e0e9cb80 (most recent call first):
         'Thread (most recent call first):\n  File "/lib/autograd.py", line 9 in engine'
     )
     assert read_stacks("") == ("", "")
+
+
+def test_one_backend_for_all_tests_and_races_on_it(project: Project) -> None:
+    """What passes on gloo, which it names, fails on the late backend, for a result that is dropped."""
+    tests = """
+        import torch, torch.distributed as dist
+        from shardgrad.testing import distributed
+
+        @distributed(2, backend="gloo")
+        def test_drops():
+            dist.all_reduce(torch.ones(3), async_op=True)
+
+        @distributed(2, backend="gloo")
+        def test_right():
+            assert dist.get_backend() == "late"
+    """
+    result = project(test_backend=tests).runpytest_subprocess("-p", "no:xdist", "--ranks-backend=late")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*RaceError: 1 fault*", "dropped: the work of all-reduce (SUM) of float32 ?3?*"])
