@@ -105,10 +105,8 @@ class Dropout(ShardedModule):
             shape.append(size)
             slabs.append((first + start, length))
         starts, lengths = [start for start, _ in slabs], [length for _, length in slabs]
-        if x.device.type == "cpu":
-            dropped = torch.from_numpy(np.ascontiguousarray(bits32(key, shape, starts, lengths) < np.uint32(threshold)))
-        else:
-            dropped = philox.below(threshold, key, shape, starts, lengths, x.device)
+        below = _below_by_numpy if x.device.type == "cpu" else philox.below
+        dropped = below(threshold, key, shape, starts, lengths, x.device)
         # What is saved for backward is the mask, one byte an element.
         return x.masked_fill(dropped, 0).mul(1 / (1 - self.p))
 
@@ -141,3 +139,10 @@ class Dropout(ShardedModule):
     def extra_repr(self) -> str:
         independent = f", independent={self.independent}" if self.independent else ""
         return f"p={self.p}, {self.spec}{independent}"
+
+
+def _below_by_numpy(
+    threshold: int, key: int, shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int], _: torch.device
+) -> Tensor:
+    """As `philox.below`, on the CPU: many times faster there."""
+    return torch.from_numpy(np.ascontiguousarray(bits32(key, shape, starts, lengths) < np.uint32(threshold)))

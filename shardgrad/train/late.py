@@ -29,7 +29,7 @@ class LateNumber:
         self.there = x.device.type == "cpu"
         self._value = x
         if not self.there:
-            self._value = torch.empty((), dtype=x.dtype, pin_memory=True)
+            self._value = torch.empty((), dtype=x.dtype, device="cpu", pin_memory=True)
             self._value.copy_(x, non_blocking=True)
             self._copied: Any = torch.get_device_module(x.device).Event()
             self._copied.record()
