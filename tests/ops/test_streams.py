@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardgrad as sg
 from shardgrad.layout.layout import Layout
@@ -41,6 +42,19 @@ class OnDevice(Tensor):
 
     def record_stream(self, stream: Any) -> None:
         self.kept_for.append(stream.name)
+
+
+class Products(TorchDispatchMode):
+    """Logs products as they are computed."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self._log.append("product")
+        return func(*args, **(kwargs or {}))
 
 
 def on_device() -> OnDevice:
@@ -116,8 +130,9 @@ def test_products_say_all_that_they_read(world_size: int, text: str, main: bool)
         with sg.defer_weight_grads() as later:
             sg.matmul(x, w, layout, mesh, sizes=sizes).backward(dy)
         assert order == []
-        w.register_hook(lambda grad: order.append("computed"))
-        later.run()
+        with Products(order):
+            later.run()
     assert order[0] == "ready"
+    assert "product" in order
     assert len(seen) == 1
     assert {one.data_ptr() for one in (x, dy, *buffers)} <= seen[0]
