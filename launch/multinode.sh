@@ -27,6 +27,8 @@ fi
 # With a shared store torchrun tells its address in the first round only (torch 2.13, dynamic_rendezvous.py): a machine
 # that comes back would wait for it in vain.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# NCCL's kernels begin before products that wait with them for the GPU; no value changes. See docs/nccl.md.
+export TORCH_NCCL_HIGH_PRIORITY=${TORCH_NCCL_HIGH_PRIORITY:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m torch.distributed.run \
   --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-3}" \

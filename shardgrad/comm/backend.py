@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from shardgrad.comm.shm.platform import unsupported
 from shardgrad.comm.shm.register import register
@@ -22,3 +22,12 @@ def choose(device: str, environment: Mapping[str, str] = os.environ) -> str:
         return "gloo"
     register()
     return "shm"
+
+
+def let_nccl_go_first(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have NCCL's kernels begin before products that wait for the device with them, unless the user has decided.
+
+    dX's all-reduce is begun before the product of dW, which would otherwise fill the device first. torch reads the
+    variable as it makes a process group. It changes when kernels run, and no value.
+    """
+    environment.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")

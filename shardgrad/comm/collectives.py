@@ -88,7 +88,8 @@ class Collective:
         self._standing.begun += 1
         try:
             if timers:
-                return timed(lambda: call(*arguments), f"{self.what} over {self.axis.name}", starts=True)
+                label = f"{self.what} over {self.axis.name}"
+                return timed(lambda: call(*arguments), label, starts=True, backend=self.axis.backend)
             return call(*arguments)
         except (RuntimeError, ValueError) as error:
             raise failure(self.what, self.axis, error) from error
@@ -96,7 +97,8 @@ class Collective:
     def _await(self, work: Any) -> None:
         try:
             if timers:
-                in_vain = timed(lambda: self._wait(work), f"{self.what} over {self.axis.name}", starts=False)
+                label = f"{self.what} over {self.axis.name}"
+                in_vain = timed(lambda: self._wait(work), label, starts=False, backend=self.axis.backend)
             elif self._in_slices:
                 in_vain = self._wait(work)
             else:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from shardgrad.comm.ask import SILENT_S, Question, StoreError, first_line, keeper, kept_by_torchrun, read, silent_store
+from shardgrad.comm.backend import let_nccl_go_first
 from shardgrad.comm.processes import Process, Processes, this_process
 from shardgrad.comm.watch import Watch
 from shardgrad.errors import CollectiveError
@@ -103,6 +104,8 @@ def start_process_group(backend: str, timeout: timedelta, arrival: Arrival | Non
     Raises:
         CollectiveError: a rank has not come, or will not take part; names it.
     """
+    if backend == "nccl":
+        let_nccl_go_first()
     arrival = arrival or Arrival()
     shared, rank, ranks = arrival.store(), arrival.rank, arrival.ranks
     if shared is None:

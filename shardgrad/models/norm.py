@@ -99,15 +99,14 @@ class FeatureNorm(ShardedModule):
         share = heads.queries // heads.groups
         wide = x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), weight.dtype))
         wide = wide.unflatten(-1, (-1, each.shape[1]))
-        queries = range(heads.first, heads.first + heads.count)
-        counted = [at for at, query in enumerate(queries) if query % share == 0]
-        squares = wide[..., counted, :].square().sum((-2, -1))
+        # Slices, not lists of indices, which would be copied from the host.
+        squares = wide[..., -heads.first % share :: share, :].square().sum((-2, -1))  # each KV head once
         total = summed(squares, self.mesh, self.axis)
         eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
         y = wide * torch.rsqrt(total / self.size + eps)[..., None, None]
         if not heads.count:
             return x + (y.sum() + each.sum()).to(x.dtype) * 0
-        return (y * each[[query // share for query in queries]]).flatten(-2).to(x.dtype)
+        return (y * each.repeat_interleave(share, 0).narrow(0, heads.first, heads.count)).flatten(-2).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, {'LayerNorm' if self.centred else 'RMSNorm'}, eps={self.eps}"

@@ -39,6 +39,7 @@
 | `sampling`       | ids drawn from them, the same on every rank                                |
 | `dropout`        | dropout whose mask does not depend on the mesh                             |
 | `counter`        | random bits as a function of the global element                            |
+| `philox`         | the same bits, compared with a threshold on any device                     |
 | `init`           | initial values as a function of the global element                         |
 | `replicated`     | parameters used for different rows: gathered, their gradients summed       |
 | `partial_grads`  | gradients left partial, summed once                                        |

@@ -210,7 +210,9 @@ def _accumulate(gradients: Iterable[Tensor], order: float, device: torch.device)
         if g.numel()
     ]
     if not norms:
-        return torch.tensor([-torch.inf if order == -torch.inf else 0.0, 0.0], dtype=torch.float64, device=device)
+        # Not made of a list, which would be copied from the host, and the host wait.
+        none = torch.zeros(2, dtype=torch.float64, device=device)
+        return none.index_fill_(0, none.new_zeros(1, dtype=torch.int64), -torch.inf) if order == -torch.inf else none
     every = torch.stack(norms)
     if isinf(order):
         largest = every.nan_to_num(0.0, torch.inf).mul(1 if order > 0 else -1).max()

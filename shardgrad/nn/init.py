@@ -19,7 +19,7 @@ from shardgrad.nn.counter import bits64
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A stream's key, from torch's CPU generator: alike on ranks that were seeded alike."""
-    return int(torch.randint(0, 2**63 - 1, (), generator=generator, dtype=torch.int64))
+    return int(torch.randint(0, 2**63 - 1, (), generator=generator, dtype=torch.int64, device="cpu"))
 
 
 def uniform(bound: float, seed: int, shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from shardgrad.arguments import told
 from shardgrad.comm import shim
 from shardgrad.comm.adjoint import all_reduce, all_to_all_rows
-from shardgrad.comm.collectives import gather_ints
+from shardgrad.comm.collectives import AllToAllRows, gather_ints
 from shardgrad.comm.first_derivatives import refuse_transforms
 from shardgrad.comm.mesh import view
 from shardgrad.comm.pieces import refuse_exact_on
@@ -39,6 +38,9 @@ class MoE(Layer):
     what is sent is what is needed), an all-reduce of e numbers for the balance. backward: the two all-to-alls reversed,
     and the all-reduce of dR. Expert gradients need none: an expert has seen all its tokens. On a rank, an expert's rows
     are padded to those of the busiest (in memory, not on the wire), for one batched product.
+
+    On CUDA the host waits for the device once in forward, to read the exchanged numbers, by which memory is allocated
+    and the all-to-alls are sent; backward waits for nothing.
 
     Args:
         embed_dim, hidden_dim: d and f.
@@ -122,29 +124,38 @@ class MoE(Layer):
         y = (home * gates.unsqueeze(-1).to(home.dtype)).sum(1)
         return y.view(x.shape), self._balance(every, counts)
 
-    def _counts(self, chosen: Tensor) -> np.ndarray:
+    def _counts(self, chosen: Tensor) -> Tensor:
         """How many choices each rank's tokens made of each expert: [ranks, e]."""
-        mine = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
-        mesh_view = view(self.mesh)
-        axis = mesh_view.axis(self.axis)
-        rows = gather_ints(mine, axis, mesh_view.device, "exchange of token counts") if axis.size > 1 else [mine]
-        return np.asarray(rows, dtype=np.int64)
+        flat = chosen.flatten()
+        # torch.bincount has the host wait for the largest.
+        mine = flat.new_zeros(self.num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+        axis = view(self.mesh).axis(self.axis)
+        if axis.size == 1:
+            return mine.unsqueeze(0)
+        if shim.beyond_backward():  # torch.func's tensors cannot be sent
+            rows = gather_ints(on_host(mine.unsqueeze(0))[0], axis, chosen.device, "exchange of token counts")
+            return torch.tensor(rows, device=chosen.device)
+        # All-to-all, so that a rank that is elsewhere cannot take these for the data of an all-gather, or the reverse.
+        exchange = AllToAllRows(axis, [1] * axis.size, [1] * axis.size, "exchange of token counts")
+        return exchange(mine.expand(axis.size, -1))
 
-    def _experts(self, rows: Tensor, counts: np.ndarray) -> Tensor:
+    def _experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Each row, of those sorted by expert, through its expert, wherever that is."""
         axis = view(self.mesh).axis(self.axis)
         owned = [slice(first, first + length) for first, length in (self._chunk(rank) for rank in range(axis.size))]
-        send = [int(counts[axis.index, part].sum()) for part in owned]
-        here = counts[:, owned[axis.index]]  # [ranks, experts of this rank]
-        receive = [int(count) for count in here.sum(1)]
+        known = on_host(counts)
+        send = [sum(known[axis.index][part]) for part in owned]
+        received = [row[owned[axis.index]] for row in known]  # [ranks, experts of this rank]
+        receive = [sum(row) for row in received]
         arrived = all_to_all_rows(rows, self.mesh, self.axis, send=send, receive=receive)
         # They come by sender, then by expert; the products want them by expert, each padded to `most` rows.
-        experts = here.shape[1]
-        most = -(-int(here.sum(0).max(initial=0)) // _ROUND) * _ROUND
-        begins = np.arange(experts) * most + here.cumsum(0) - here
-        lengths = here.ravel()
-        places = np.repeat(begins.ravel() - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
-        place = torch.from_numpy(places).to(rows.device)
+        most = -(-max(map(sum, zip(*received)), default=0) // _ROUND) * _ROUND
+        here = counts[:, owned[axis.index]]
+        experts, total = here.shape[1], sum(receive)
+        begins = torch.arange(experts, device=rows.device) * most + here.cumsum(0) - here
+        lengths = here.flatten()
+        first = begins.flatten() - (lengths.cumsum(0) - lengths)
+        place = first.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=rows.device)
         padded = arrived.new_zeros(experts * most, self.embed_dim).index_copy(0, place, arrived)
         made = self._feed_forward(padded.view(experts, most, self.embed_dim)).flatten(0, 1).index_select(0, place)
         return all_to_all_rows(made, self.mesh, self.axis, send=receive, receive=send)
@@ -155,12 +166,11 @@ class MoE(Layer):
         hidden = F.silu(made[0]) * made[1] if self.gated else F.gelu(made[0])
         return self.multiply("H", hidden)[0]
 
-    def _balance(self, every: Tensor, counts: np.ndarray) -> Tensor:
+    def _balance(self, every: Tensor, counts: Tensor) -> Tensor:
         chosen = counts.sum(0)
-        total = max(int(chosen.sum()), 1)
-        share = torch.from_numpy(chosen).to(every) / total
+        total = chosen.sum().clamp(min=1).to(every)
         mean = all_reduce(every.sum(0), self.mesh, self.axis) / (total / self.top_k)
-        return self.num_experts * (share * mean).sum()
+        return self.num_experts * (chosen.to(every) / total * mean).sum()
 
     def _chunk(self, rank: int) -> tuple[int, int]:
         return chunk(self.num_experts, view(self.mesh).shape[self.axis], rank)
@@ -178,3 +188,9 @@ class MoE(Layer):
             f"embed_dim={self.embed_dim}, hidden_dim={self.hidden_dim}, num_experts={self.num_experts}, "
             f"top_k={self.top_k}, gated={self.gated}, normalize={self.normalize}, {self._flags()}"
         )
+
+
+def on_host(counts: Tensor) -> list[list[int]]:
+    """What the host must know of the tokens: the one time that it waits for the device."""
+    known: list[list[int]] = counts.tolist()
+    return known

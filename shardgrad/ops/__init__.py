@@ -27,6 +27,7 @@
 | `measured_costs` | what links and multipliers cost here, measured                       |
 | `micro_batches` | gradient accumulation in exact mode                                  |
 | `deferred`   | weight gradients computed later, at a call of the program's             |
+| `streams`     | what a function reads, kept where it is called on another stream        |
 | `main_grad`  | gradients of 16-bit parameters, summed in float32                       |
 | `reference`  | the NumPy reference of a product's backward                             |
 """

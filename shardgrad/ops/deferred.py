@@ -16,25 +16,31 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from shardgrad.ops.modes import deferrals
+from shardgrad.ops.streams import Inputs
 
 
 class WeightGrads:
     """The gradients that were deferred, in the order in which backward would have computed them."""
 
     def __init__(self) -> None:
-        self._later: list[tuple[Sequence[Any], Callable[[], Sequence[Tensor | None]]]] = []
+        self._later: list[tuple[Sequence[Any], Callable[[], Sequence[Tensor | None]], Inputs]] = []
 
     def __len__(self) -> int:
         """How many products wait for their weights' gradients."""
         return len(self._later)
 
     def run(self) -> None:
-        """Compute them, and add them to `.grad` as backward would have: same order, same sums, same hooks."""
+        """Compute them, and add them to `.grad` as backward would have: same order, same sums, same hooks.
+
+        On CUDA it may be called on another stream than backward was: that one waits for what it reads. What reads
+        `.grad` afterwards must wait for it: `torch.cuda.current_stream().wait_stream(side)`.
+        """
         edges: list[GradientEdge] = []
         grads: list[Tensor] = []
         waiting, self._later = self._later, []
         with torch.no_grad():
-            for targets, compute in waiting:
+            for targets, compute, inputs in waiting:
+                inputs.ready()
                 for (node, output), grad in zip(targets, compute()):
                     if grad is not None and node is not None:
                         edges.append(GradientEdge(node, output))
@@ -93,4 +99,4 @@ def _is_leaf(node: Any) -> bool:
 
 def defer(node: Any, compute: Callable[[], Sequence[Tensor | None]]) -> None:
     """Leave gradients for the innermost block. node: of the graph, whose inputs `compute` returns the gradients of."""
-    deferrals[-1]._later.append((node.next_functions, compute))
+    deferrals[-1]._later.append((node.next_functions, compute, Inputs(compute)))

@@ -20,11 +20,12 @@ from shardgrad.scale.work import Work
 @dataclass(frozen=True)
 class Measured:
     """Of one rank. seconds: of each repeat; communicating: the part of each spent starting collectives and blocked on
-    them (None on CUDA, where the host does not wait); predicted, traced: bytes sent in one step, by operation and axis.
+    them (over NCCL, that the device was kept by them); predicted, traced: bytes sent in one step, by operation and
+    axis.
     """
 
     seconds: list[float]
-    communicating: list[float] | None
+    communicating: list[float]
     predicted: dict[str, int]
     traced: dict[str, int]
     memory: int | None
@@ -58,7 +59,7 @@ def measure(work: Work, device: torch.device, warmup: int, repeats: int, before:
         communicating.append(clock.seconds)
     return Measured(
         seconds,
-        None if device.type == "cuda" else communicating,
+        communicating,
         by_kind((one.operation, one.axis, one.bytes) for one in work.predicted),
         by_kind((one.operation, one.axis, one.bytes) for one in traced),
         _peak(device, before),

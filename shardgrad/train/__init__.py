@@ -24,6 +24,7 @@ torchrun `launch/train.py` or `-m shardgrad.train`.
 | `step`        | one optimizer step                                                    |
 | `optimizer`   | AdamW and the learning rate                                           |
 | `loop`        | the training loop                                                     |
+| `late`        | losses that are read a step late                                      |
 | `data`        | batches as a function of seed and step                                |
 | `corpus`      | the text: bytes, a file of tokens, or encoded once                    |
 | `tokens`      | files of token ids, mapped into memory                                |

@@ -147,6 +147,16 @@ def held_out(text: Text, size: int, seq_len: int, batches: int | None = None) ->
         yield _sequences(text.held_out, starts[first : first + size], seq_len)
 
 
+def on(device: torch.device, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of the host on a device, copied in the order of what that computes: the host does not wait.
+
+    A copy from memory that is not pinned would have it wait for all that the device has been given.
+    """
+    if device.type == "cpu":
+        return ids, targets
+    return ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
+
+
 def _sequences(ids: NDArray[Any], starts: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets. Of a mapped file only these are read."""
     windows = np.empty((len(starts), seq_len + 1), dtype=np.int64)

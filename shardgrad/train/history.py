@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ class Window:
     seconds: float = 0.0
     communicating: float = 0.0
 
-    def add(self, loss: float, tokens: int, seconds: float, communicating: float) -> None:
+    def add(self, loss: float, tokens: int, communicating: float) -> None:
+        """Count a step, but for its seconds."""
         self.loss += loss
         self.steps += 1
         self.tokens += tokens
-        self.seconds += seconds
         self.communicating += communicating
 
     @property
@@ -41,7 +41,8 @@ class History:
     """Losses in nats a token, by steps done; and over the whole run: tokens trained on, seconds of training (held-out
     evaluation apart), and this rank's share of them spent in communication.
 
-    step: steps done. since: what the next line of measurements will hold.
+    step: steps done. since: what the next line of measurements will hold. settle: has `since` hold all steps done,
+        those too whose losses are still on the device.
     After a restart the losses begin with the last held-out one before it, if there was one.
     """
 
@@ -52,6 +53,7 @@ class History:
     communicating: float = 0.0
     step: int = 0
     since: Window = field(default_factory=Window)
+    settle: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,7 +71,12 @@ class History:
         self.since = Window()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, of JSON's types, which keep every bit of a float."""
+        """What a checkpoint holds, of JSON's types, which keep every bit of a float.
+
+        Raises:
+            TrainingError: as `settle`, where a loss of these steps was not finite.
+        """
+        self.settle()
         totals = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "communicating")}
         return {**totals, "held_out": self.held_out[-1:], "since": asdict(self.since)}
 

@@ -42,7 +42,8 @@ from shardgrad.train.foreign import tokenizer_note, with_tokenizer
 from shardgrad.train.generate import generate
 from shardgrad.train.history import History
 from shardgrad.train.language_model import LanguageModel
-from shardgrad.train.loop import TrainingError, held_out_loss, train
+from shardgrad.train.late import TrainingError
+from shardgrad.train.loop import held_out_loss, train
 from shardgrad.train.memory import check_memory
 from shardgrad.train.metrics import Metrics, check_board
 from shardgrad.train.model_folder import write_model

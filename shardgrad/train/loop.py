@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from math import isfinite, prod
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,12 @@ from shardgrad.train import data
 from shardgrad.train.config import Config
 from shardgrad.train.history import History
 from shardgrad.train.language_model import LanguageModel, evaluating
+from shardgrad.train.late import LateSteps
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.optimizer import learning_rate
 from shardgrad.train.report import Report
 from shardgrad.train.step import micro_batches, train_step
 from shardgrad.verification.replicas import check_run
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
 
 
 def filled_up(model: LanguageModel, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,14 +36,15 @@ def filled_up(model: LanguageModel, ids: Tensor, targets: Tensor) -> tuple[Tenso
 def held_out_loss(model: LanguageModel, text: data.Text, batch: int, batches: int | None = None) -> float:
     """Mean loss over the held-out part, or so many batches of it, in nats a token; alike on every rank."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    losses: list[Tensor] = []
+    counts: list[int] = []
     with evaluating(model):
         for ids, targets in data.held_out(text, batch, model.seq_len, batches):
-            count += targets.numel()
-            tokens, ids, targets = targets.numel(), *filled_up(model, ids, targets)
-            for mine in micro_batches(model, ids.to(device), targets.to(device), 1):
-                total += float(model.loss(*mine)) * tokens
-    return total / count
+            counts.append(targets.numel())
+            for mine in micro_batches(model, *data.on(device, *filled_up(model, ids, targets)), 1):
+                losses.append(model.loss(*mine))
+    # Read at the end: until then the host goes on before the device.
+    return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
 
 
 def train(
@@ -66,40 +64,44 @@ def train(
         after_step: called with the history after each step and what is measured after it; whether to end there.
 
     Raises:
-        TrainingError: on every rank, if the loss is no longer finite.
+        TrainingError: on every rank, if the loss is no longer finite. On CUDA that may be seen a step late: a loss is
+            read when the device has been given the next step, or something is written.
     """
     settings = config.train
     device = next(model.parameters()).device
     history = History() if history is None else history
-    with comm_timer() as clock, report.progress(settings.steps, history.step, text.unit) as progress:
+    late = LateSteps(history, settings)
+    history.settle = late.read
+    with report.progress(settings.steps, history.step, text.unit) as progress:
         for step in range(history.step, settings.steps):
-            start, before = time.perf_counter(), clock.seconds
+            start = time.perf_counter()
             rate = learning_rate(settings, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             ids, targets = data.batch(text, config.run.seed, step, settings.batch, model.seq_len)
-            loss = train_step(model, optimizer, ids.to(device), targets.to(device), settings).loss
-            since = history.since
-            since.add(loss.item(), targets.numel(), time.perf_counter() - start, clock.seconds - before)
+            with comm_timer() as clock:
+                loss = train_step(model, optimizer, *data.on(device, ids, targets), settings).loss
             done = history.step = step + 1
+            last = done == settings.steps
+            logs = done % settings.log_every == 0 or last or done == 1
+            evaluates = done % settings.eval_every == 0 or last
+            late.add(done, loss, targets.numel(), clock)
+            late.read(all_of_them=logs or evaluates)
+            since = history.since
+            since.seconds += time.perf_counter() - start
             if settings.check_every and done % settings.check_every == 0:
                 check_run(model, optimizer, done)
-            last = done == settings.steps
-            if not isfinite(since.loss):
-                raise TrainingError(
-                    f"the loss is {loss.item()} at step {done}: try a lower train.lr (now {settings.lr}) or a longer "
-                    f"train.warmup (now {settings.warmup})"
-                )
-            if done % settings.log_every == 0 or last or done == 1:
+            if logs:
                 history.train.append((done, since.mean_loss))
                 metrics.write("train", step=done, lr=rate, **since.measured())
                 progress(done, **since.measured())
                 history.close_window()
-            if done % settings.eval_every == 0 or last:
+            if evaluates:
                 value = held_out_loss(model, text, settings.batch, settings.eval_batches)
                 history.held_out.append((done, value))
                 metrics.write("held_out", step=done, loss=value)
                 progress(done, held_out=value)
             if after_step(history):
+                late.read()
                 break
     return history

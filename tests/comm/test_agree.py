@@ -6,14 +6,18 @@ import json
 import time
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardgrad as sg
 from shardgrad.comm import collectives, comparison, shim
+from shardgrad.comm.agree import agree, share_first
+from shardgrad.comm.mesh import view
 from shardgrad.comm.shm import queue
 from shardgrad.testing import distributed
 
@@ -199,3 +203,27 @@ def test_a_rank_that_is_behind_is_not_taken_for_one_that_has_passed_by(monkeypat
     assert found is not None
     assert "rank 1 compares what it has not seen before:\n    n = 5" in found[1]
     assert comparison._passed_by(standing, "another") == found  # type: ignore[arg-type]  # what was said first stands
+
+
+@distributed(world_size=[2, 3])
+def test_a_comparison_makes_no_tensor_and_runs_no_collective(world_size: int) -> None:
+    """So no device is waited for, and no kernel of NCCL can meet one of another shape."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    seen = []
+
+    class Heard(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    over = view(mesh)
+    with Heard():
+        agree(over, over.axis("tp"), lambda: "what all say", "a test")
+        with sg.check_every_call():
+            agree(over, over.axis("tp"), lambda: "what all say", "a test")
+        assert share_first(over.axis("tp"), "what for", 7 + mesh.get_local_rank("tp"), "a test") == 7
+        with pytest.raises(sg.DisagreementError):
+            agree(over, over.axis("tp"), lambda: f"rank {mesh.get_local_rank('tp')}", "a test")
+        assert seen == []
+        torch.ones(2)
+    assert seen  # it does hear

@@ -14,7 +14,8 @@ from shardgrad.testing import distributed
 from shardgrad.train import data
 from shardgrad.train.build import build
 from shardgrad.train.config import Config, Model, Train
-from shardgrad.train.loop import TrainingError, held_out_loss, train
+from shardgrad.train.late import TrainingError
+from shardgrad.train.loop import held_out_loss, train
 from shardgrad.train.metrics import Metrics
 from shardgrad.train.optimizer import learning_rate, make_optimizer
 from shardgrad.train.report import Report
