@@ -168,6 +168,7 @@ def test_second_derivatives(world_size: int) -> None:
             torch.testing.assert_close(f, part(e, mesh), rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_torch_compile_has_it_in_one_graph(world_size: int) -> None:
     mesh = setting()
