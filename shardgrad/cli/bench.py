@@ -37,7 +37,7 @@ def collectives(
     sizes: Annotated[str, typer.Option(help="of the tensors, separated by commas")] = "2KiB,64KiB,512KiB,8MiB",
     turns: Annotated[int, typer.Option(min=1, help="how often gloo and shm take turns at each size")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[Path | None, typer.Option(help="also draw the times into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(help="also draw the times into this file")] = None,
 ) -> None:
     """Compare gloo with shared memory: medians in microseconds, and how many times faster shared memory is.
 
@@ -56,8 +56,8 @@ def collectives(
         rows = bench.measure(wanted, parsed, turns, lambda row: None)
     if not first:
         return
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, str(draw))
     if as_json:
         typer.echo(json.dumps(bench.as_json(rows), indent=1))
         return
@@ -135,7 +135,7 @@ def bytes_sent(
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
 ) -> None:
     """Compare what layouts send for Y, dX and dW with the least that any layout of P-th parts can send.
 
@@ -154,8 +154,8 @@ def bytes_sent(
             raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
         wanted.append((pairs["n"], pairs["d"], pairs["m"]))
     rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, str(draw))
     if as_json:
         style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
         return

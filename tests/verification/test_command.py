@@ -31,7 +31,7 @@ def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[s
 
 
 def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
-    status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--picture", tmp_path / "errors.png")
+    status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--draw", tmp_path / "errors.png")
     assert status == 0, told
     found = json.loads(told[0])
     assert found["ok"] is True
