@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_exact, bench_gpu, bench_model, bench_overhead, bench_overlap, bench_step
+from shardgrad.cli import bench_exact, bench_gpu, bench_model, bench_options, bench_overhead, bench_overlap, bench_step
 from shardgrad.cli import ranks as start_ranks
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -46,18 +46,20 @@ def collectives(
     wanted = operations.split(",")
     parsed = [_size(text) for text in sizes.split(",")]
     _check_operations(wanted)
+    bench_options.check_picture(draw)
     start_ranks.start(ranks)
     from rich.console import Console
     from rich.table import Table
 
     from shardgrad.bench import collectives as bench
 
+    machine = bench_options.machine()
     with start_ranks.joined() as first:
         rows = bench.measure(wanted, parsed, turns, lambda row: None)
     if not first:
         return
     if draw is not None:
-        bench.draw(rows, str(draw))
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if as_json:
         typer.echo(json.dumps(bench.as_json(rows), indent=1))
         return
@@ -153,9 +155,10 @@ def bytes_sent(
         if set(pairs) != set("ndm") or not all(pairs.values()):
             raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
         wanted.append((pairs["n"], pairs["d"], pairs["m"]))
+    bench_options.check_picture(draw)
     rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
     if draw is not None:
-        bench.draw(rows, str(draw))
+        bench.draw(rows, draw)
     if as_json:
         style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
         return

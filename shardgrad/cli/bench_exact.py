@@ -65,7 +65,7 @@ def exact(
     broken = bench.broken(rows)
     if first:
         if draw is not None:
-            bench.draw(rows, str(draw))
+            bench.draw(rows, draw, bench_options.describe_machine(machine))
         if json:
             made = {"machine": machine, "unit": "ms", "backend": how, "model": which, "rows": bench.as_json(rows)}
             style.print_json({**made, "broken": broken})

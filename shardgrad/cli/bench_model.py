@@ -50,7 +50,7 @@ def model(
     if not first:
         return
     if draw is not None:
-        bench.draw(rows, str(draw))
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "unit": "ms", "backend": how, "rows": bench.as_json(rows)})
         return

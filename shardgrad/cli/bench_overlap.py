@@ -51,7 +51,7 @@ def overlap(
     if not first:
         return
     if draw is not None:
-        bench.draw(rows, str(draw))
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "backend": how, **bench.as_json(rows, costs)})
         return

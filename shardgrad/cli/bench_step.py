@@ -49,7 +49,7 @@ def step(
     if not first:
         return
     if draw is not None:
-        bench.draw(found, str(draw))
+        bench.draw(found, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "ranks": ranks, "rounds": rounds, **found.as_json()})
         return

@@ -62,6 +62,17 @@ def shape(config: Config) -> dict[str, int]:
     return mesh_shape(config)
 
 
+def parts(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
+    """What ranks share out among them: a name, its global size, the axes that shard it."""
+    model = decoder_sizes(config)
+    grid = config.mesh.grid is not None
+    return [
+        ("sequence", config.train.batch // config.train.accumulate, ("z",) if grid else ("dp",)),
+        ("position", model.seq_len, ("y",) if grid else ("tp",)),
+        ("head", model.heads, ("y", "x") if grid else ("tp",)),
+    ]
+
+
 def make(config: Config, mesh: DeviceMesh) -> TrainingStep:
     """Forward, backward and update of the configured model on random tokens, alike on every rank."""
     sizes, settings = decoder_sizes(config), config.train
