@@ -22,6 +22,5 @@ def _block(cell: Cell) -> list[tuple[str, int, tuple[str, ...]]]:
 def _step(cell: Cell) -> list[tuple[str, int, tuple[str, ...]]]:
     from shardgrad.scale import training  # takes its time, and its libraries
 
-    assert cell.train is not None
-    config = training.read(cell.train, cell.set, cell.sizes, cell.on, cell.world, cell.dtype, cell.device)
+    config = training.read(cell, cell.sizes, cell.world)
     return training.parts(config)
