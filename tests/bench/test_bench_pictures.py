@@ -8,11 +8,14 @@ from pathlib import Path
 
 import drawn
 import pytest
+from typer.testing import CliRunner
 
 from shardgrad import charts
 from shardgrad.bench import bytes as sent
 from shardgrad.bench import collectives, exact, model, overlap, step
+from shardgrad.cli.app import app
 
+ROOT = Path(__file__).parents[2]
 NOTE = "a machine of 2 cores"
 Draw = Callable[[Path], None]
 PICTURES: dict[str, tuple[Draw, list[str]]] = {
@@ -64,6 +67,15 @@ def test_units_names_and_style(name: str, tmp_path: Path) -> None:
     if name == "model":
         draw(tmp_path / "b.svg")
         assert (tmp_path / "b.svg").read_bytes() == (tmp_path / "a.svg").read_bytes()
+
+
+def test_the_documentations_picture_is_what_its_command_draws(tmp_path: Path) -> None:
+    arguments = re.findall(r"made by `shardgrad (bench bytes[^`]* --draw )", (ROOT / "docs" / "bytes.md").read_text())[
+        0
+    ]
+    done = CliRunner().invoke(app, [*arguments.split(), str(tmp_path / "now.svg")])
+    assert done.exit_code == 0, done.output
+    assert texts(tmp_path / "now.svg") == texts(ROOT / "docs" / "pictures" / "bytes.svg")
 
 
 def test_every_point_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

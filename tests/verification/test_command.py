@@ -100,7 +100,7 @@ def test_the_first_that_is_accused_is_pointed_at_from_above_past_all_others(
     rows = [row(f"layer.{at}.weight", "gradient", at, 0.1, "rounding") for at in range(40)]
     rows[first] = row(f"layer.{first}.weight", "gradient", first, 300.0, "bug")
     for at in {39, first + 1} & set(range(first + 1, 40)):
-        rows[at] = row(f"layer.{at}.weight", "gradient", at, 3e6, "bug")
+        rows[at] = row(f"layer.{at}.weight", "gradient", at, 3e6, "missing" if at == 39 else "bug")
     draw(Report(tuple(rows), (), {}, {"tp": 2}, "float32", 9), tmp_path / "errors.svg")
     (axes,) = figures[0].axes
     (pointer,) = (text for text in axes.texts if text.get_text() == f"first: gradient of layer.{first}.weight")
