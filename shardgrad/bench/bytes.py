@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.lower_bound import best_grid, least_words
@@ -71,39 +72,34 @@ def rows(sizes: Iterable[tuple[int, int, int]], ranks: Iterable[int]) -> list[Ro
     return made
 
 
-def draw(rows: Iterable[Row], path: str) -> None:
+def draw(rows: Iterable[Row], path: Path) -> None:
     """Y, dX and dW together over three times the bound, by the number of ranks: a panel for each set of sizes."""
-    from matplotlib.figure import Figure
+    from shardgrad import charts  # matplotlib takes its time
 
-    listed = list(rows)
+    listed = [one for one in rows if one.least]
     sizes = list(dict.fromkeys((one.n, one.d, one.m) for one in listed))
-    figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for panel, (n, d, m) in zip(axes, sizes):
-        here = [one for one in listed if (one.n, one.d, one.m) == (n, d, m) and one.least]
-        for at, name in enumerate(dict.fromkeys(one.layout for one in here)):
-            points = [(one.ranks, sum(one.words.values()) / (3 * one.least), one) for one in here if one.layout == name]
-            replicates = any(one.ratios is None for *_, one in points)
-            panel.plot(
-                [x for x, _, _ in points],
-                [y for _, y, _ in points],
-                marker="osv<>^Dx"[at],
-                markersize=10 - at,
-                markerfacecolor="none",
-                linestyle=":" if replicates else "-",
-                label=f"{name} (replicates)" if replicates else name,
-            )
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(
-            xscale="log",
-            yscale="log",
-            xlabel="ranks",
-        )
-        panel.set_title(f"n = {n}, d = {d}, m = {m}", fontsize=10)
-        ticks = sorted({one.ranks for one in here})
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.minorticks_off()
-    axes[0].set_ylabel("words of Y, dX, dW over 3 × bound")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.savefig(path)
+    title, note = "Elements that a rank sends, over the least", "Y, dX and dW together over three times the lower bound"
+    with charts.chart(path, title, (2.2 + 3.4 * len(sizes), 4.0), note) as figure:
+        axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        for panel, (n, d, m) in zip(axes, sizes):
+            here = [one for one in listed if (one.n, one.d, one.m) == (n, d, m)]
+            charts.line_at(panel, 1)
+            for at, name in enumerate(dict.fromkeys(one.layout for one in here)):
+                mine = [one for one in here if one.layout == name]
+                replicates = any(one.ratios is None for one in mine)
+                panel.plot(
+                    [one.ranks for one in mine],
+                    [_over(one) for one in mine],
+                    linestyle=":" if replicates else "-",
+                    label=f"{name} (replicates)" if replicates else name,
+                    **charts.look(at),
+                    markerfacecolor="none",
+                )
+            charts.powers_of_two(panel, sorted({one.ranks for one in here}))
+            charts.plain(panel, "y", f"n = {n:,}, d = {d:,}, m = {m:,}")
+            charts.ratios(panel, map(_over, listed))
+        charts.legend_of(figure, axes[0])
+
+
+def _over(row: Row) -> float:
+    return sum(row.words.values()) / (3 * row.least)

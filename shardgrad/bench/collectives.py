@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,23 +110,21 @@ def size_text(count: int) -> str:
     return f"{count} B"
 
 
-def draw(rows: Sequence[Row], path: str) -> None:
-    """Time over size, one panel an operation, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def draw(rows: Sequence[Row], path: Path, note: str = "") -> None:
+    """Time over size, one panel an operation, both axes logarithmic; note: of the machine."""
+    from shardgrad import charts  # matplotlib takes its time
 
     names = [name for name in dict.fromkeys(row.operation for row in rows) if name != "barrier"]
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), sharey=True, squeeze=False)
-    for panel, name in zip(panels[0], names):
-        these = [row for row in rows if row.operation == name]
-        for backend in BACKENDS:
-            panel.plot([r.bytes for r in these], [getattr(r, backend) for r in these], marker="o", label=backend)
-        panel.set(title=name, xscale="log", yscale="log", xlabel="bytes")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel(f"µs, {rows[0].ranks} ranks")
-    panels[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    title = f"Collectives of {rows[0].ranks} ranks, float32"
+    with charts.chart(path, title, (1.4 + 2.3 * len(names), 3.6), note) as figure:
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, names):
+            these = [row for row in rows if row.operation == name]
+            for at, backend in enumerate(BACKENDS):
+                times = [1e-6 * getattr(row, backend) for row in these]
+                panel.plot([row.bytes for row in these], times, label=backend, **charts.look(at))
+            charts.plain(panel, "both", name)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([row.bytes for row in these], [size_text(row.bytes) for row in these], rotation=40)
+            charts.seconds(panel)
+        charts.legend_of(figure, panels[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -279,28 +280,25 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
     return [asdict(row) for row in rows]
 
 
-def draw(rows: Sequence[Row], path: str) -> None:
-    """How many times as long exact mode takes, with its interval, by V and p; a panel each for products and steps."""
-    import matplotlib
+def draw(rows: Sequence[Row], path: Path, note: str = "") -> None:
+    """How many times as long exact mode takes, with its interval, by V and p; a panel each for products and steps.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    note: of the machine.
+    """
+    from shardgrad import charts  # matplotlib takes its time
 
     parts = [some for some in ([r for r in rows if r.part != STEP], [r for r in rows if r.part == STEP]) if some]
-    figure, panels = pyplot.subplots(len(parts), 1, figsize=(9, 3.2 * len(parts)), squeeze=False)
-    for panel, these in zip(panels[:, 0], parts):
-        places = list(dict.fromkeys((row.pieces, row.ranks) for row in these))
-        series = list(dict.fromkeys((row.part, row.dtype, row.size) for row in these))
-        for at, name in enumerate(series):
-            mine = [row for row in these if (row.part, row.dtype, row.size) == name]
-            points = [places.index((row.pieces, row.ranks)) + 0.05 * (at - len(series) / 2) for row in mine]
-            errors = [[r.time.median - r.time.low for r in mine], [r.time.high - r.time.median for r in mine]]
-            label = f"{name[0]}, {name[1]} {list(name[2])}"
-            panel.errorbar(points, [r.time.median for r in mine], errors, fmt="o", capsize=2, label=label)
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set_xticks(range(len(places)), [f"V={pieces}\np={ranks}" for pieces, ranks in places])
-        panel.set(ylabel="exact / ordinary", yscale="log")
-        panel.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with charts.chart(path, "Exact mode's time, over the ordinary", (9, 0.8 + 3.2 * len(parts)), note) as figure:
+        for panel, these in zip(figure.subplots(len(parts), 1, squeeze=False)[:, 0], parts):
+            places = list(dict.fromkeys((row.pieces, row.ranks) for row in these))
+            series = list(dict.fromkeys((row.part, row.dtype, row.size) for row in these))
+            for at, (part, dtype, size) in enumerate(series):
+                mine = [row for row in these if (row.part, row.dtype, row.size) == (part, dtype, size)]
+                points = [places.index((row.pieces, row.ranks)) + 0.05 * (at - len(series) / 2) for row in mine]
+                label = f"{part}, {dtype}, {' × '.join(map(str, size))}"
+                charts.spreads(panel, points, [row.time for row in mine], at, label, line=False)
+            charts.line_at(panel, 1)
+            charts.plain(panel, "y", "products" if these[0].part != STEP else STEP)
+            charts.ratios(panel, [end for row in these for end in (row.time.low, row.time.high)])
+            panel.set_xticks(range(len(places)), [f"V = {pieces}\np = {ranks}" for pieces, ranks in places])
+            panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7.5)

@@ -168,19 +168,18 @@ def as_json(rows: list[Row]) -> list[dict[str, object]]:
     return [asdict(row) for row in rows]
 
 
-def draw(rows: list[Row], path: str) -> None:
-    """Tokens a second of each part, a bar for each number of ranks."""
-    import matplotlib
+def draw(rows: list[Row], path: Path, note: str = "") -> None:
+    """Tokens a second of each part, a bar for each number of ranks; note: of the machine."""
+    from shardgrad import charts  # matplotlib takes its time
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(PARTS), figsize=(4 * len(PARTS), 3.2), squeeze=False)
-    for panel, part in zip(panels[0], PARTS):
-        these = [row for row in rows if row.part == part]
-        errors = [[r.rate.median - r.rate.low for r in these], [r.rate.high - r.rate.median for r in these]]
-        panel.bar([str(row.ranks) for row in these], [row.rate.median for row in these], yerr=errors, capsize=4)
-        panel.set(title=part, xlabel="ranks", ylabel="tokens a second")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with charts.chart(path, "A GPT on one rank and on several", (3.2 * len(PARTS), 3.6), note) as figure:
+        for panel, part in zip(figure.subplots(1, len(PARTS), squeeze=False)[0], PARTS):
+            these = [row for row in rows if row.part == part]
+            errors = [[r.rate.median - r.rate.low for r in these], [r.rate.high - r.rate.median for r in these]]
+            names = [f"{row.ranks} rank{'s' if row.ranks > 1 else ''}" for row in these]
+            look: dict[str, Any] = {"color": charts.SERIES[0], "capsize": 3}
+            ink = {"color": charts.INK, "markerfacecolor": charts.INK}
+            bars = panel.bar(names, [row.rate.median for row in these], 0.6, yerr=errors, error_kw=ink, **look)
+            panel.bar_label(bars, [f"{row.rate.median:,.0f}" for row in these], label_type="center", color="white")
+            charts.plain(panel, "y", f"{part}, tokens/s")
+            charts.counts(panel.yaxis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,27 +250,24 @@ def as_json(rows: Sequence[Row], costs: Costs) -> dict[str, object]:
     return {"unit": "µs", "links": links, "FLOP/s": rates, "rows": [asdict(row) for row in rows]}
 
 
-def draw(rows: Sequence[Row], path: str) -> None:
-    """The share of what could be hidden that was, a panel for each size and dtype."""
-    import matplotlib
+def draw(rows: Sequence[Row], path: Path, note: str = "") -> None:
+    """The share of what could be hidden that was, a panel for each size and dtype; note: of the machine."""
+    from matplotlib.ticker import PercentFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from shardgrad import charts  # matplotlib takes its time
 
     panels = list(dict.fromkeys((row.dtype, row.size) for row in rows))
     names = list(dict.fromkeys(row.name for row in rows))
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3 * len(panels)), sharex=True, squeeze=False)
-    for axis, (dtype, size) in zip(axes[:, 0], panels):
-        for at, name in enumerate(names):
-            these = [r for r in rows if (r.dtype, r.size, r.name) == (dtype, size, name)]
-            places = [CASES.index(row.case) + 0.15 * (at - len(names) / 2) for row in these]
-            errors = [[r.hidden.median - r.hidden.low for r in these], [r.hidden.high - r.hidden.median for r in these]]
-            axis.errorbar(places, [r.hidden.median for r in these], errors, fmt="o", capsize=2, label=name)
-        axis.set(title=f"{dtype} {list(size)}", ylabel="share hidden")
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.grid(axis="y", alpha=0.3)
-    axes[-1, 0].set_xticks(range(len(CASES)), [case.replace(", ", ",\n") for case in CASES], fontsize=8)
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    title = "Communication hidden behind products, of what could be"
+    with charts.chart(path, title, (10.5, 1.2 + 2.6 * len(panels)), note) as figure:
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, (dtype, size) in zip(axes, panels):
+            for at, name in enumerate(names):
+                these = [row for row in rows if (row.dtype, row.size, row.name) == (dtype, size, name)]
+                places = [CASES.index(row.case) + 0.12 * (at - (len(names) - 1) / 2) for row in these]
+                charts.spreads(panel, places, [row.hidden for row in these], at, name, line=False)
+            charts.line_at(panel, 0)
+            charts.plain(panel, "y", f"{dtype}, {' × '.join(map(str, size))}")
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[-1].set_xticks(range(len(CASES)), [case.replace(", ", ",\n").replace(" + ", " +\n") for case in CASES])
+        charts.legend_of(figure, axes[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -145,33 +146,29 @@ def _rows(dtype: str, size: Size, times: dict[tuple[str, str], list[float]]) -> 
     return rows
 
 
-def draw(found: Found, path: str) -> None:
-    """How many times as long as the hand-written pair each contender takes, with its interval; a panel a backend."""
-    import matplotlib
+def draw(found: Found, path: Path, note: str = "") -> None:
+    """How many times as long as the hand-written pair each contender takes, with its interval; a panel a backend.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    note: of the machine.
+    """
+    from shardgrad import charts  # matplotlib takes its time
 
     rows = [row for row in found.rows if row.to_hand is not None and row.name != peers.HAND]
     backends = list(dict.fromkeys(row.backend for row in rows))
     cases = list(dict.fromkeys((row.dtype, row.size) for row in rows))
     names = list(dict.fromkeys(row.name for row in rows))
-    figure, panels = pyplot.subplots(len(backends), 1, figsize=(9, 3.2 * len(backends)), sharex=True, squeeze=False)
-    for panel, backend in zip(panels[:, 0], backends):
-        for at, name in enumerate(names):
-            these = {(r.dtype, r.size): r.to_hand for r in rows if (r.name, r.backend) == (name, backend)}
-            points = [(cases.index(case) + 0.12 * (at - len(names) / 2), spread) for case, spread in these.items()]
-            errors = [
-                [s.median - s.low for _, s in points if s],
-                [s.high - s.median for _, s in points if s],
-            ]
-            heights = [s.median for _, s in points if s]
-            panel.errorbar([place for place, _ in points], heights, errors, fmt="o", label=name, capsize=2)
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(title=backend, ylabel="time / hand-written", yscale="log")
-        panel.grid(axis="y", alpha=0.3)
-    panels[-1, 0].set_xticks(range(len(cases)), [f"{dtype}\n{list(size)}" for dtype, size in cases], fontsize=7)
-    panels[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    title = "A step of Linear–GELU–Linear, over the hand-written one"
+    with charts.chart(path, title, (9, 1.2 + 2.8 * len(backends)), note) as figure:
+        axes = figure.subplots(len(backends), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, backend in zip(axes, backends):
+            for at, name in enumerate(names):
+                these = {(r.dtype, r.size): r.to_hand for r in rows if (r.name, r.backend) == (name, backend)}
+                places = [cases.index(case) + 0.12 * (at - (len(names) - 1) / 2) for case in these]
+                charts.spreads(panel, places, these.values(), at, name, line=False)
+            charts.line_at(panel, 1)
+            charts.plain(panel, "y", backend)
+            ends = [end for row in rows if row.backend == backend and (s := row.to_hand) for end in (s.low, s.high)]
+            charts.ratios(panel, ends)
+        labels = [f"{dtype}\n{' × '.join(map(str, size))}" for dtype, size in cases]
+        axes[-1].set_xticks(range(len(cases)), labels, fontsize=7.5)
+        charts.legend_of(figure, axes[0])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_exact, bench_gpu, bench_model, bench_overhead, bench_overlap, bench_step
+from shardgrad.cli import bench_exact, bench_gpu, bench_model, bench_options, bench_overhead, bench_overlap, bench_step
 from shardgrad.cli import ranks as start_ranks
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -37,7 +37,7 @@ def collectives(
     sizes: Annotated[str, typer.Option(help="of the tensors, separated by commas")] = "2KiB,64KiB,512KiB,8MiB",
     turns: Annotated[int, typer.Option(min=1, help="how often gloo and shm take turns at each size")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[Path | None, typer.Option(help="also draw the times into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(help="also draw the times into this file")] = None,
 ) -> None:
     """Compare gloo with shared memory: medians in microseconds, and how many times faster shared memory is.
 
@@ -46,18 +46,20 @@ def collectives(
     wanted = operations.split(",")
     parsed = [_size(text) for text in sizes.split(",")]
     _check_operations(wanted)
+    bench_options.check_picture(draw)
     start_ranks.start(ranks)
     from rich.console import Console
     from rich.table import Table
 
     from shardgrad.bench import collectives as bench
 
+    machine = bench_options.machine()
     with start_ranks.joined() as first:
         rows = bench.measure(wanted, parsed, turns, lambda row: None)
     if not first:
         return
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if as_json:
         typer.echo(json.dumps(bench.as_json(rows), indent=1))
         return
@@ -140,7 +142,7 @@ def bytes_sent(
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
 ) -> None:
     """Compare what layouts send for Y, dX and dW with the least that any layout of P-th parts can send.
 
@@ -158,9 +160,10 @@ def bytes_sent(
         if set(pairs) != set("ndm") or not all(pairs.values()):
             raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
         wanted.append((pairs["n"], pairs["d"], pairs["m"]))
+    bench_options.check_picture(draw)
     rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, draw)
     if as_json:
         style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
         return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = style.examples(
     "shardgrad bench exact",
-    "shardgrad bench exact --sizes 512x1024x4096 --dtypes bf16 --pieces 8 --model none --picture exact.png",
+    "shardgrad bench exact --sizes 512x1024x4096 --dtypes bf16 --pieces 8 --model none --draw exact.png",
 )
 
 
@@ -31,9 +31,7 @@ def exact(
     ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "shm",
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
 ) -> None:
     """Time products (forward + backward) and a training step (forward, backward, clipping, AdamW) in exact mode, beside
     the same without it: V pieces on every p ranks that divide them. Fails, with status 1, if exact mode sends more
@@ -52,7 +50,7 @@ def exact(
     heads = max(8, *counts)
     if which != "none" and (d_model % (2 * heads) or any(heads % count for count in counts)):
         raise style.refuse(f"d-model {d_model} must be a multiple of {2 * heads}, and pieces must divide {heads} heads")
-    bench_options.check_picture(picture)
+    bench_options.check_picture(draw)
     processes.start(ranks)
 
     from shardgrad.bench import exact as bench
@@ -66,8 +64,8 @@ def exact(
         )
     broken = bench.broken(rows)
     if first:
-        if picture is not None:
-            bench.draw(rows, str(picture))
+        if draw is not None:
+            bench.draw(rows, draw, bench_options.describe_machine(machine))
         if json:
             made = {"machine": machine, "unit": "ms", "backend": how, "model": which, "rows": bench.as_json(rows)}
             style.print_json({**made, "broken": broken})

@@ -26,9 +26,7 @@ def model(
     ranks: Annotated[int, typer.Option(min=2, help="processes of this machine, compared with one")] = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "shm",
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also draw the rates", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the rates", show_default=False)] = None,
 ) -> None:
     """Time a block (forward + backward) and a training step (and AdamW) of a GPT, tensor and sequence parallel, on one
     rank and on several, in turns; and the bytes of tensors at the height of a step (torch's allocator, by its profiler:
@@ -40,7 +38,7 @@ def model(
         raise style.refuse(f"d-model {d_model} is no multiple of {heads} heads")
     if seq_len % ranks:
         raise style.refuse(f"seq-len {seq_len} is no multiple of {ranks} ranks")
-    bench_options.check_picture(picture)
+    bench_options.check_picture(draw)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints its own beginning and end otherwise
     processes.start(ranks)
 
@@ -51,8 +49,8 @@ def model(
         rows = bench.measure(bench.Shape(layers, d_model, heads, seq_len, batch, vocab, kind), how, rounds)
     if not first:
         return
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "unit": "ms", "backend": how, "rows": bench.as_json(rows)})
         return

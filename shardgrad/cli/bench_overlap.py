@@ -29,9 +29,7 @@ def overlap(
     ] = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "gloo",
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also draw the shares", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the shares", show_default=False)] = None,
 ) -> None:
     """Time products alone, communication alone, and both in one call; the share of what could be hidden that was. With
     whole products, with `sg.set_overlap(mesh, sg.measure_costs(mesh))`, and in DTensor, fairscale and Megatron-core.
@@ -42,7 +40,7 @@ def overlap(
     parsed = bench_options.read_sizes(sizes, ranks, tokens_too=True)
     kinds = bench_options.read_dtypes(dtypes)
     (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
-    bench_options.check_picture(picture)
+    bench_options.check_picture(draw)
     processes.start(ranks)
 
     from shardgrad.bench import overlap as bench
@@ -52,8 +50,8 @@ def overlap(
         rows, costs = bench.measure(parsed, kinds, rounds, how)
     if not first:
         return
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "backend": how, **bench.as_json(rows, costs)})
         return

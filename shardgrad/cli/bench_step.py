@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = style.examples(
     "shardgrad bench step",
-    "shardgrad bench step --sizes 8x64x256,64x256x1024 --dtypes bf16 --rounds 41 --picture step.png",
+    "shardgrad bench step --sizes 8x64x256,64x256x1024 --dtypes bf16 --rounds 41 --draw step.png",
 )
 
 
@@ -28,9 +28,7 @@ def step(
     ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
     backends: Annotated[str, typer.Option(help="gloo, shm")] = "gloo,shm",
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
 ) -> None:
     """Time forward + backward of Linear–GELU–Linear, tensor parallel: shardgrad, autograd Functions by hand, DTensor,
     fairscale, Megatron-core, and the local products alone.
@@ -40,7 +38,7 @@ def step(
     parsed = bench_options.read_sizes(sizes, ranks)
     kinds = bench_options.read_dtypes(dtypes)
     wanted = bench_options.read_choice(backends, ("gloo", "shm"), "backends")
-    bench_options.check_picture(picture)
+    bench_options.check_picture(draw)
     processes.start(ranks)
 
     from shardgrad.bench import step as bench
@@ -50,8 +48,8 @@ def step(
         found = bench.measure(parsed, kinds, rounds, wanted)
     if not first:
         return
-    if picture is not None:
-        bench.draw(found, str(picture))
+    if draw is not None:
+        bench.draw(found, draw, bench_options.describe_machine(machine))
     if json:
         style.print_json({"machine": machine, "ranks": ranks, "rounds": rounds, **found.as_json()})
         return

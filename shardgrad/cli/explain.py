@@ -11,6 +11,7 @@ import typer
 
 from shardgrad.cli import style
 from shardgrad.errors import LayoutError
+from shardgrad.layout import idle
 from shardgrad.layout.cost import itemsize
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.presets import PRESETS
@@ -185,6 +186,8 @@ def _print(walked: Timeline, rank: int) -> None:
         total=("", "sent in forward and backward", *totals),
         on=on,
     )
+    for note in idle.notes(walked.layout, walked.sizes, walked.mesh):
+        style.say(note, on=on)
 
 
 def _numbers(found: Any) -> str:
@@ -279,6 +282,7 @@ def _as_json(walked: Timeline, rank: int) -> dict[str, Any]:
         "rank": rank,
         "tensors": _tensors(walked, rank),
         "phases": phases,
+        "idle": idle.notes(walked.layout, walked.sizes, walked.mesh),
         "bytes": sum(_sent(step)[rank] for step in walked.steps),
         "bytes_all_ranks": sum(sum(_sent(step)) for step in walked.steps),
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,6 @@ EPILOG = style.examples(
     "shardgrad scale configs/scaling/ranks-1024.yaml --dry-run --rank 1023",
     "shardgrad scale --compare runs/scaling/strong runs/scaling/strong-new",
 )
-_TABLE = 160  # columns of table.txt
 _INTERRUPTED = 130
 
 
@@ -115,11 +113,11 @@ def _run(experiment: Experiment, retry: bool, draw: Path | None, json: bool) -> 
     with (experiment.dir / "table.txt").open("w", encoding="utf-8") as file:
         from rich.console import Console
 
-        _print(experiment, lines, rows, Console(file=file, width=_TABLE, highlight=False, color_system=None))
+        _print(experiment, lines, rows, Console(file=file, width=style.WIDTH, highlight=False, color_system=None))
     if json:
         style.print_json(lines)
     else:
-        _print(experiment, lines, rows, style.console(None if sys.stdout.isatty() else _TABLE))
+        _print(experiment, lines, rows, style.console())
         style.say(
             f"left in {experiment.dir}: results.jsonl, table.txt; pictures: {', '.join(map(str, left)) or 'none'}"
         )
@@ -129,25 +127,27 @@ def _run(experiment: Experiment, retry: bool, draw: Path | None, json: bool) -> 
 def _print(experiment: Experiment, lines: list[Line], rows: list[Any], on: Console) -> None:
     from shardgrad.scale import machine, table
 
-    style.table(
-        table.COLUMNS,
-        [table.cells(row) for row in rows],
-        title=experiment.config.title,
-        numbers=table.NUMBERS,
-        on=on,
-    )
+    left_out = _columns(experiment.config.title, table.columns(rows), table.DISPENSABLE, on)
     run = experiment.config.run
     said = sorted({machine.describe_machine(line["machine"]) for line in lines})
     style.say(
         f"median of {run.repeats} step{'s' if run.repeats > 1 else ''} (each as long as on its slowest rank) after "
         f"{run.warmup} of warm-up, on {'; '.join(said)}. "
-        "comm.: share of the time that ranks spend starting collectives and blocked on them; predicted, traced: bytes "
-        "that the rank which sends most sends in a step; memory: the most a rank needed beyond the interpreter and its "
-        "libraries.",
+        "comm.: share of the time that ranks spend starting collectives and blocked on them; sent: bytes that the rank "
+        "which sends most sends in a step, as predicted where no ! stands; memory: the most a rank needed beyond the "
+        "interpreter and its libraries."
+        + (f" Left out for want of room: {', '.join(left_out)} (results.jsonl has all)." if left_out else ""),
         on=on,
     )
     for note in table.notes(rows):
         style.say(f"- {note}", on=on)
+
+
+def _columns(title: str, columns: dict[str, list[str]], dispensable: Sequence[str], on: Console) -> list[str]:
+    """Print those columns for which there is room; returns the names of the others."""
+    kept, left_out = style.fit(columns, dispensable, on.width)
+    style.table(list(kept), zip(*kept.values()), title=title, numbers=list(kept)[1:], on=on)
+    return left_out
 
 
 @contextmanager
@@ -185,40 +185,27 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
     from dataclasses import asdict
 
     from shardgrad.layout.units import format_si
-    from shardgrad.scale.dry import rehearse
+    from shardgrad.scale import dry, idle
 
     found = [
-        (planned, rehearse(planned.cell, min(rank, planned.cell.world - 1), experiment.config.run.seed))
+        (planned, dry.rehearse(planned.cell, min(rank, planned.cell.world - 1), experiment.config.run.seed))
         for planned in experiment.planned
     ]
     if json:
-        style.print_json([{"name": p.name, "cell": p.cell.model_dump(), **asdict(one)} for p, one in found])
+        style.print_json(
+            [
+                {"name": p.name, "cell": p.cell.model_dump(), **asdict(one), "idle": idle.notes(p.cell)}
+                for p, one in found
+            ]
+        )
         return
-    on = style.console(None if sys.stdout.isatty() else _TABLE)
-    numbers = (
-        "rank", "of", "stored", "gradients", "moments", "saved", "all", "FLOP of a step", "predicted", "traced"
-    )  # fmt: skip
-    style.table(
-        ("cell", *numbers),
-        [
-            (
-                planned.name,
-                str(one.rank),
-                str(planned.cell.world),
-                *(format_si(amount, "B") for amount in (one.parameters, one.gradients, one.moments, one.saved)),
-                format_si(one.parameters + one.gradients + one.moments + one.saved, "B"),
-                format_si(one.flops_per_rank, "FLOP"),
-                format_si(sum(one.predicted.values()), "B"),
-                format_si(sum(one.traced.values()), "B") + ("" if one.predicted == one.traced else " !"),
-            )
-            for planned, one in found
-        ],
-        title=f"{experiment.config.title}: rehearsed, nothing was run",
-        numbers=numbers,
-        on=on,
-    )
+    on = style.console()
+    title = f"{experiment.config.title}: rehearsed, nothing was run"
+    left_out = _columns(title, dry.columns(found), dry.DISPENSABLE, on)
     for planned, one in found:
-        style.say(planned.name, on=on)
+        style.say(f"{planned.name}: rank {one.rank:,} of {planned.cell.world:,}", on=on)
+        for note in idle.notes(planned.cell):
+            style.say(f"  {note}", on=on)
         shapes: dict[str, int] = {}
         for name, shape in one.shapes.items():
             text = "×".join(map(str, shape)) or "1"
@@ -229,16 +216,16 @@ def _rehearse(experiment: Experiment, rank: int, json: bool) -> None:
         for name, count in one.traced.items():
             style.say(f"  {one.counts[name]} {name}: {format_si(count, 'B')}", on=on)
     style.say(
-        "stored: parameters and inputs; saved: what forward keeps for backward. One rank was built as torch's fake "
-        "backend has it, in shapes alone: bytes are those of tensors, without what an allocator adds or a product "
-        "needs for a while.",
+        "stored: parameters and inputs; saved: what forward keeps for backward; sent: as predicted where no ! stands. "
+        "One rank was built as torch's fake backend has it, in shapes alone: bytes are those of tensors, without what "
+        "an allocator adds or a product needs for a while."
+        + (f" Left out for want of room: {', '.join(left_out)}." if left_out else ""),
         on=on,
     )
 
 
 def _compare(a: Path, b: Path, json: bool) -> None:
     from shardgrad.scale import compare, machine, results
-    from shardgrad.scale.table import seconds, sent
     from shardgrad.settings import ConfigError
 
     first, second = results.read(a), results.read(b)
@@ -262,7 +249,7 @@ def _compare(a: Path, b: Path, json: bool) -> None:
             }
         )  # fmt: skip
         return
-    on = style.console(None if sys.stdout.isatty() else _TABLE)
+    on = style.console()
     for name, path, about in (("A", a, abouts[0]), ("B", b, abouts[1])):
         host = about["machine"]
         facts = machine.describe_machine(host) if isinstance(host, dict) else f"{len(host)} machines"
@@ -270,23 +257,9 @@ def _compare(a: Path, b: Path, json: bool) -> None:
         at = f"{len(commit)} commits" if isinstance(commit, list) else f"commit {str(commit)[:10]}"
         torch = about["versions"]["torch"] if isinstance(about["versions"], dict) else "several versions"
         style.say(f"{name}: {path} ({at}, torch {torch}, {facts})", on=on)
-    style.table(
-        ("cell", "A", "B", "B / A", "", "bytes A", "bytes B"),
-        [
-            (
-                pair.name,
-                seconds(pair.a["seconds"]),
-                seconds(pair.b["seconds"]),
-                f"{pair.ratio:.2f}",
-                pair.verdict,
-                sent(pair.a["bytes_traced"]),
-                sent(pair.b["bytes_traced"]),
-            )
-            for pair in both
-        ],
-        numbers=("A", "B", "B / A", "bytes A", "bytes B"),
-        on=on,
-    )
+    kept, _ = style.fit(compare.columns(both), compare.DISPENSABLE, on.width)
+    numbers = [name for name in kept if name not in ("cell", "")]
+    style.table(list(kept), zip(*kept.values()), numbers=numbers, on=on)
     style.say("within the spread: the quartiles of A and B overlap.", on=on)
     for name, lines in (("A", only_a), ("B", only_b)):
         if lines:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +50,48 @@ def table(
     if total:
         made.add_row(*(escape(cell) for cell in total), style="bold")
     (on or console()).print(made)
+
+
+def fit(
+    columns: Mapping[str, Sequence[str]], dispensable: Sequence[str], width: int
+) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """The columns for which there is room, and what had to be left out, the first of `dispensable` first.
+
+    columns: cells by heading, whose first line is the column's name; the first column is broken after commas.
+    """
+    kept = dict(columns)
+    first = next(iter(kept))
+    least = max(len(part) for text in kept[first] for part in _parts(text))
+    left_out = []
+    for name in dispensable:
+        if least <= width - _others(kept):
+            break
+        heading = next((heading for heading in kept if heading.partition("\n")[0] == name), None)
+        if heading is not None:
+            del kept[heading]
+            left_out.append(name)
+    room = width - _others(kept)
+    return {**kept, first: [_broken(text, room) for text in kept[first]]}, left_out
+
+
+def _others(columns: Mapping[str, Sequence[str]]) -> int:
+    """The width of all columns but the first."""
+    _, *others = columns.items()
+    return 2 + sum(3 + max(len(line) for text in (name, *cells) for line in text.split("\n")) for name, cells in others)
+
+
+def _parts(text: str) -> list[str]:
+    return re.split("(?<=,) ", text)
+
+
+def _broken(text: str, width: int) -> str:
+    lines = [""]
+    for part in _parts(text):
+        if lines[-1] and len(lines[-1]) + 1 + len(part) > width:
+            lines.append(part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip()
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:

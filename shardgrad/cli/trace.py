@@ -51,13 +51,15 @@ def trace(
     profiles = _profiles(config, overrides or [], ranks)
     if profiles is None:
         return
+    from shardgrad.comm.backend import choose
     from shardgrad.draw.timeline import lanes, merged, summary
 
     found = lanes(profiles)
     if draw is not None:
         from shardgrad.draw.timeline_picture import draw as draw_step
 
-        draw_step(found, f"One training step of {config} on {ranks} rank{'s' if ranks > 1 else ''}", draw)
+        how = f"{ranks} rank{'s' if ranks > 1 else ''}, {choose('cpu')}"
+        draw_step(found, f"One training step of {config} on {how}", draw)
     if perfetto is not None:
         perfetto.write_text(json_text.dumps(merged(profiles)), encoding="utf-8")
     summaries = [asdict(summary(lane)) for lane in found]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
+from shardgrad.comm.backend import choose
 from shardgrad.comm.rendezvous import start_process_group
 from shardgrad.comm.watch import Watch
 from shardgrad.draw.timeline import PHASES, STEP
@@ -37,7 +38,7 @@ def read(path: str, overrides: Sequence[str], ranks: int) -> Config:
 
 def join(config: Config) -> tuple[int, Watch]:
     """Meet the other ranks that torchrun started, or be alone; returns this rank, and what to tell that it leaves."""
-    watch = start_process_group("gloo", timedelta(seconds=config.mesh.timeout_s))
+    watch = start_process_group(choose("cpu"), timedelta(seconds=config.mesh.timeout_s))
     return dist.get_rank(), watch
 
 

@@ -36,7 +36,7 @@ def verify(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    picture: Annotated[Path | None, typer.Option(help="write a picture of the errors (.png, .svg or .pdf)")] = None,
+    draw: Annotated[Path | None, typer.Option(help="write a picture of the errors (.png, .svg or .pdf)")] = None,
     rows: Annotated[int, typer.Option(min=1, help="tensors to list, worst first")] = 20,
 ) -> None:
     """Hold one step of a configuration's run against one device, tensor by tensor.
@@ -64,7 +64,7 @@ def verify(
     from shardgrad.comm.rendezvous import start_process_group
     from shardgrad.train.build import mesh_shape
     from shardgrad.train.verify import verify_run
-    from shardgrad.verification.picture import draw
+    from shardgrad.verification.picture import draw as draw_report
 
     watch = start_process_group(choose(read.mesh.device), _PATIENCE)
     first = dist.get_rank() == 0
@@ -88,7 +88,7 @@ def verify(
             typer.echo(report.to_json())
         elif first:
             report.show(style.console(), rows)
-        if first and picture is not None:
-            draw(report, picture)
+        if first and draw is not None:
+            draw_report(report, draw)
     dist.destroy_process_group()
     processes.end(status)

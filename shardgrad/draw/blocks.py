@@ -1,8 +1,9 @@
 """Which rank holds which block of a tensor, as rectangles: a tensor of any dims laid flat, in sheets where it must be.
 
 The letters of a matrix drawn fall into three groups: those along its height, along its width, and those that all three
-tensors of a product carry (sheets). In a group only the letters that some axis shards are drawn, nested in their order;
-the others are whole wherever they occur.
+tensors of a product carry (sheets). In a group the letters that some axis shards are drawn, nested in their order, and
+those that stand before such a one, as the q, k, v of a fused weight `W[c,h/tp,k,d]` do: what a rank holds lies in
+strides. The others are whole wherever they occur.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from shardgrad.layout.plan import Dims
 from shardgrad.layout.sizes import slab
 from shardgrad.layout.steps import Timeline
 
+MOST_STRIDES = 8  # of a letter before a sharded one; of a larger one the picture shows one index for all
 Interval = tuple[float, float]  # start and length, as parts of 1
 Rectangle = tuple[float, float, float, float]  # left, top, width, height, as parts of 1
 
@@ -66,15 +68,32 @@ def listed(ranks: Sequence[int]) -> str:
 
 
 class Rulers:
-    """Where shards of a letter end anywhere in the picture, and with that how parts of it are laid along an edge."""
+    """Where shards of a letter end anywhere in the picture, and with that how parts of it are laid along an edge.
+
+    repeated: letters before a sharded one that are too large for strides; every index of them is sharded alike.
+    """
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
         self.borders: dict[str, list[int]] = {}
+        self.repeated: list[str] = []
         for step in timeline.steps:
             for travel in (*step.reads, step.made, *((step.bias,) if step.bias else ())):
                 for dims in (travel.before, travel.after):
                     self._note(dims)
+        for group in (timeline.layout.rows, timeline.layout.contracted, timeline.layout.columns):
+            self._strides(group)
+
+    def _strides(self, group: Sequence[str]) -> None:
+        last = max((at for at, letter in enumerate(group) if letter in self.borders), default=0)
+        for letter in group[:last]:
+            size = self.timeline.sizes[letter]
+            if letter in self.borders or size < 2:
+                continue
+            if size <= MOST_STRIDES:
+                self.borders[letter] = list(range(size + 1))
+            else:
+                self.repeated.append(letter)
 
     def _note(self, dims: Dims) -> None:
         for dim in dims:
@@ -92,7 +111,12 @@ class Rulers:
     def intervals(self, dims: Dims, rank: int) -> list[Interval]:
         """The parts of an edge that a rank has; dims: those along the edge, in order."""
         drawn = [dim for dim in dims if dim.letter in self.borders]
-        return self._nested(drawn, rank)
+        joined: list[Interval] = []
+        for start, length in self._nested(drawn, rank):
+            if joined and abs(sum(joined[-1]) - start) < 1e-9:
+                start, length = joined[-1][0], joined.pop()[1] + length
+            joined.append((start, length))
+        return joined
 
     def _nested(self, dims: Sequence[Dim], rank: int) -> list[Interval]:
         if not dims:
@@ -161,6 +185,12 @@ def sheets(
             blocks.append(Block(tuple(ranks), tuple(map(tuple, filter(None, all_terms))), rectangles))
         made.append(Sheet(part, term, tuple(blocks)))
     return tuple(made)
+
+
+def none(sheets: Iterable[Sheet], ranks: int) -> tuple[int, ...]:
+    """The ranks, of so many, that hold no element of a tensor."""
+    held = {rank for sheet in sheets for block in sheet.blocks for rank in block.ranks}
+    return tuple(rank for rank in range(ranks) if rank not in held)
 
 
 def edge(dims: Dims, letters: Sequence[str], sizes: Mapping[str, int], mesh: Mapping[str, int]) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from shardgrad.draw import blocks
 from shardgrad.draw.blocks import Block, Rulers, Sheet
 from shardgrad.draw.paper import ENDINGS, FAINT, GREY, Paper, colour, extent
 from shardgrad.errors import LayoutError
+from shardgrad.layout import idle
 from shardgrad.layout.plan import Dims
 from shardgrad.layout.sizes import rule
 from shardgrad.layout.steps import Moved, Step, TensorFlow, Timeline
@@ -143,7 +144,6 @@ class _Matrix:
                 paper.rectangle(*box, [colour(rank) for rank in block.ranks])
                 if back == 0:
                     _label(paper, box, block)
-        # What no rank holds (a shard of no elements has no block) is left white, its outline drawn.
         if back == 0:
             return
         if sheet.term and self.offset >= 0.1:
@@ -266,10 +266,14 @@ class _Panel:
                 batched, [dim.letter for dim in batched], self.timeline.sizes, self.timeline.mesh
             )
             note = f"{f'{note}, ' if note else ''}sheets {text} = {numbers}"
+        sheets = blocks.sheets(self.rulers, dims, partial, height, width)
+        if missing := blocks.none(sheets, len(self.timeline.ranks)):
+            text = f"nothing on {'rank' if len(missing) == 1 else 'ranks'} {blocks.listed(missing)}"
+            note = f"{note}, {text}" if note else text
         return _Matrix(
             flow.name + ("ᵀ" if turned else ""),
             note,
-            blocks.sheets(self.rulers, dims, partial, height, width),
+            sheets,
             self._edge(dims, width),
             self._edge(dims, height),
             self.lengths[width] if any(letter in letters for letter in width) else _STRIP,
@@ -363,7 +367,7 @@ def _footer(paper: Paper, timeline: Timeline, panels: Sequence[_Panel], y: float
     """The mesh in the ranks' colours, what the signs mean, and what is sent in all."""
     end = _mesh(paper, timeline, y)
     x, at = end + 0.45, y + 0.06
-    for line in _signs(panels):
+    for line in [*_signs(panels), *idle.notes(timeline.layout, timeline.sizes, timeline.mesh)]:
         paper.text(x, at, line, 7)
         at += 0.16
     sums = []
@@ -384,7 +388,17 @@ def _signs(panels: Sequence[_Panel]) -> list[str]:
         signs.append("sheets with +: each rank holds one term of a sum")
     if any(sheet.batch for matrix in matrices for sheet in matrix.sheets):
         signs.append("sheets without +: parts of a letter that all three tensors carry")
+    repeated = panels[0].rulers.repeated
+    if repeated:
+        signs.append(f"drawn once for every {', '.join(repeated)}: each is sharded alike")
+    if any(_idle(panels[0].timeline)):
+        signs.append("crossed out: computes nothing")
     return signs
+
+
+def _idle(timeline: Timeline) -> list[bool]:
+    """Of each rank, whether no phase gives it a product."""
+    return [not any(step.flops[rank] for step in timeline.steps) for rank in range(len(timeline.ranks))]
 
 
 def _mesh(paper: Paper, timeline: Timeline, y: float) -> float:
@@ -393,7 +407,7 @@ def _mesh(paper: Paper, timeline: Timeline, y: float) -> float:
     across = axes[-1] if axes else ("", 1)
     down = axes[-2] if len(axes) > 1 else ("", 1)
     outer = axes[:-2]
-    cell = 0.26
+    cell, idle_ranks = 0.26, _idle(timeline)
     paper.text(0, y + 0.02, "mesh", 9, bold=True)
     x, top = (0.08 + extent(down[0], 8)[0] if down[0] else 0.0), y + 0.45 + (0.16 if outer else 0.0)
     per = across[1] * down[1]
@@ -413,6 +427,8 @@ def _mesh(paper: Paper, timeline: Timeline, y: float) -> float:
             rank = number * per + at
             box = (x + at % across[1] * cell, top + at // across[1] * cell, cell, cell)
             paper.rectangle(*box, [colour(rank)])
+            for low, high in ((0.0, 0.3), (0.7, 1.0)) if idle_ranks[rank] else ():  # past the number
+                paper.line([(box[0] + part * cell, box[1] + (1 - part) * cell) for part in (low, high)])
             paper.text(box[0] + cell / 2, box[1] + cell / 2, str(rank), 7, align="center")
         width = max(across[1] * cell, extent(label, 7)[0], extent(f"{across[0]} →", 8)[0])
         right = max(right, x + width)

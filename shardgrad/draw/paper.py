@@ -15,7 +15,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import BoxStyle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.textpath import TextPath
 
-INK, GREY, FAINT, PAPER = "#1a1a1a", "#5c5c5c", "#d0d0d0", "#ffffff"
+from shardgrad.charts import GREY as GREY
+from shardgrad.charts import INK as INK
+
+FAINT, PAPER = "#d0d0d0", "#ffffff"
 FONT, MONO = "DejaVu Sans", "DejaVu Sans Mono"  # both come with matplotlib
 # Paul Tol's light palette: made for cells that are labelled, distinct to every kind of colour vision.
 RANKS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#99DDFF", "#AAAA00", "#BBCC33")

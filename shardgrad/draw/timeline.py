@@ -182,15 +182,18 @@ def _named(
 def _asked(
     starts: list[tuple[str, float, float]], waits: list[tuple[str, float, float]]
 ) -> list[tuple[str, float, float]]:
-    """Where the backend does not say when it carried what: from the start to the end of the wait."""
+    """Where the backend does not say when it carried what: from the start to the end of the wait.
+
+    What was done as soon as it was started is not waited for: a wait is for the last of its name that was started.
+    """
+    open_starts = sorted(starts, key=lambda s: s[1])
     spans = []
-    left = sorted(waits, key=lambda s: s[1])
-    for name, begin, end in sorted(starts, key=lambda s: s[1]):
-        until = next((w for w in left if w[0] == name and w[1] >= begin), None)
-        if until is not None:
-            left.remove(until)
-        spans.append((name, begin, until[2] if until else end))
-    return spans
+    for name, begin, end in sorted(waits, key=lambda s: s[1]):
+        mine = next((s for s in reversed(open_starts) if s[0] == name and s[1] <= begin), None)
+        if mine is not None:
+            open_starts.remove(mine)
+            spans.append((name, mine[1], end))
+    return sorted([*spans, *open_starts], key=lambda s: s[1])
 
 
 def summary(lane: Lane) -> Summary:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shardgrad.charts import OPERATIONS
 from shardgrad.draw.paper import ENDINGS, FAINT, GREY, INK, PAPER, Paper, extent
 from shardgrad.draw.timeline import Lane, Pair, Span, summary, union, without
 
 _WIDTH = 10.0  # inches of the whole step
 _BAR, _TRAVEL, _RANK = 0.3, 0.28, 0.42  # heights: of the thread's lane, of the collectives', between ranks
 _PRODUCT, _OPERATION, _START, _WAIT = "#77AADD", "#DDDDDD", "#AA4499", "#CC3311"
-_OPERATIONS = {"all-gather": "#44BB99", "reduce-scatter": "#EEDD88", "all-reduce": "#EE8866"}
-_OTHER = "#FFAABB"
 
 
 def draw(lanes: Sequence[Lane], title: str, path: Path) -> None:
@@ -92,7 +91,7 @@ def _travels(paper: Paper, lane: Lane, at: Callable[[float], float], y: float, s
     for span, row in placed:
         operation = span.name.split()[0]
         low, wide, top = at(span.start), (span.end - span.start) * scale, y + row * height
-        fill = _OPERATIONS.get(operation, _OTHER)
+        fill = OPERATIONS.get(operation, OPERATIONS["other"])
         paper.rectangle(low, top, wide, height, [fill], edge=INK if wide > 0.03 else "none")
         head = span.name.partition(" over ")[0]
         for label in (span.name, head, head.removeprefix(operation).strip()):
@@ -137,8 +136,7 @@ def _legend(paper: Paper, x: float, y: float) -> None:
         ("other operations", [_OPERATION]),
         ("starting a collective", [_START]),
         ("waiting for one", [_WAIT, PAPER]),
-        *((name, [fill]) for name, fill in _OPERATIONS.items()),
-        ("other collectives", [_OTHER]),
+        *((name.replace("other", "other collectives"), [fill]) for name, fill in OPERATIONS.items()),
     ]
     for name, fills in signs:
         paper.rectangle(x, y, 0.22, 0.14, fills)

@@ -6,6 +6,7 @@
 | `rule`        | what an axis splits, what is communicated, and what makes a layout illegal      |
 | `nearest`     | the nearest legal layouts to an illegal one                                     |
 | `sizes`       | how axes shard letters, nested, and what one rank knows from its shards         |
+| `idle`        | ranks that have no part of a letter                                             |
 | `plan`        | the routes by which each tensor comes to where it is used, and back             |
 | `schedule`    | the instructions that a layout becomes                                          |
 | `tree`        | the one tree in which the pieces of a sum are added                             |

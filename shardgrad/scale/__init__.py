@@ -15,6 +15,7 @@
 | `machine`  | where and with what a result was measured                           |
 | `results`  | results on disk                                                     |
 | `table`    | rows for the table and the pictures                                 |
+| `idle`     | ranks of a cell that have no part of it                             |
 | `pictures` | an experiment drawn                                                 |
 | `compare`  | two results of the same cells                                       |
 | `dry`      | one rank of a cell in shapes alone, without its machines            |

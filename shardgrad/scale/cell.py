@@ -58,7 +58,7 @@ class Cell(Section):
         "square matrix)",
     )
     sequence_parallel: bool = Field(
-        default=True, description="of a block: whether rows are sharded between its products"
+        default=True, description="of a block or a step: whether rows are sharded between its products"
     )
     ranks: _Count | None = Field(default=None, description="processes; null: what the mesh has")
     mesh: dict[str, _Count] | None = Field(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardgrad.layout.units import Aligned
 from shardgrad.scale.results import Line
 
 
@@ -31,6 +32,27 @@ class Pair:
         if not self.apart:
             return "within the spread"
         return "slower" if self.ratio > 1 else "faster"
+
+
+DISPENSABLE = ("bytes A", "bytes B")
+
+
+def columns(both: Sequence[Pair]) -> dict[str, list[str]]:
+    """The table, cells by heading; bytes only where any cell's differ."""
+    times = Aligned.of([line["seconds"] for pair in both for line in (pair.a, pair.b)], prefixes="mµ")
+    sent = [(max(pair.a["bytes_traced"]), max(pair.b["bytes_traced"])) for pair in both]
+    amounts = Aligned.of([count for pair in sent for count in pair])
+    made = {
+        "cell": [pair.name for pair in both],
+        f"A\n{times.prefix}s": [times.text(pair.a["seconds"]) for pair in both],
+        f"B\n{times.prefix}s": [times.text(pair.b["seconds"]) for pair in both],
+        "B / A": [f"{pair.ratio:.2f}" for pair in both],
+        "": [pair.verdict for pair in both],
+    }
+    if any(a != b for a, b in sent):
+        made[f"bytes A\n{amounts.prefix}B"] = [amounts.text(a) for a, _ in sent]
+        made[f"bytes B\n{amounts.prefix}B"] = [amounts.text(b) for _, b in sent]
+    return made
 
 
 def latest(lines: Sequence[Line]) -> dict[str, Line]:

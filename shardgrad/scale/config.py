@@ -177,7 +177,7 @@ def _label(cell: Cell, key: str) -> str:
     if key == "kind":
         return "" if value == "layer" else str(value)
     if key == "sequence_parallel":
-        return "" if cell.kind != "block" else "sequence parallel" if value else "replicated rows"
+        return "" if cell.kind == "layer" else "sequence parallel" if value else "replicated rows"
     if key == "bias":
         return "bias" if value else ""
     if key == "train":

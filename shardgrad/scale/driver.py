@@ -114,8 +114,7 @@ def _least_bytes(cell: Cell) -> int:
     if cell.kind == "step":
         from shardgrad.scale import training
 
-        assert cell.train is not None
-        config = training.read(cell.train, cell.set, cell.sizes, cell.mesh, cell.world, cell.dtype, cell.device)
+        config = training.read(cell, cell.sizes, cell.world)
         held = training.least_bytes(config, cell.world)
     return held + cell.world * _RANK
 

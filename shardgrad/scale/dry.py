@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -11,8 +12,10 @@ from torch import Tensor
 from shardgrad.bench.memory import kept_bytes
 from shardgrad.comm import shim
 from shardgrad.comm.trace import trace_collectives
+from shardgrad.layout.units import Aligned
 from shardgrad.scale import work
 from shardgrad.scale.cell import Cell
+from shardgrad.scale.config import Planned
 from shardgrad.scale.measure import by_kind
 
 
@@ -57,6 +60,33 @@ def rehearse(cell: Cell, rank: int, seed: int = 0) -> Rehearsed:
     finally:
         dist.destroy_process_group()
         gc.collect()
+
+
+DISPENSABLE = ("gradients", "moments")
+
+
+def columns(found: Sequence[tuple[Planned, Rehearsed]]) -> dict[str, list[str]]:
+    """The table, cells by heading; without columns of which no rank has any."""
+    ones = [one for _, one in found]
+    held = {
+        "stored": [one.parameters for one in ones],
+        "gradients": [one.gradients for one in ones],
+        "moments": [one.moments for one in ones],
+        "saved": [one.saved for one in ones],
+    }
+    made = {name: amounts for name, amounts in held.items() if any(amounts)}
+    made["all"] = [sum(amounts) for amounts in zip(*held.values())]
+    unit = Aligned.of([amount for amounts in made.values() for amount in amounts])
+    work, sent = Aligned.of([one.flops_per_rank for one in ones]), [sum(one.traced.values()) for one in ones]
+    moved = Aligned.of(sent)
+    return {
+        "cell": [planned.name for planned, _ in found],
+        **{f"{name}\n{unit.prefix}B": [unit.text(amount) for amount in amounts] for name, amounts in made.items()},
+        f"{work.prefix}FLOP": [work.text(one.flops_per_rank) for one in ones],
+        f"sent\n{moved.prefix}B": [
+            moved.text(count) + ("" if one.predicted == one.traced else " !") for count, one in zip(sent, ones)
+        ],
+    }
 
 
 def _rehearsed(made: work.Work, rank: int, cell: Cell) -> Rehearsed:

@@ -26,8 +26,7 @@ def resolve(cell: Cell) -> Cell:
 
         ranks = _ranks(cell)
         sizes = _grown(cell, ranks)
-        assert cell.train is not None
-        config = training.read(cell.train, cell.set, sizes, cell.mesh, ranks, cell.dtype, cell.device)
+        config = training.read(cell, sizes, ranks)
         if (needed := training.least_bytes(config, ranks)) > _MOST_ELEMENTS:
             raise ConfigError(f"sizes of {cell.train}: {needed:.1e} bytes at the least are more than can be counted")
         mesh = training.shape(config)
@@ -54,9 +53,8 @@ def _layout(cell: Cell) -> Layout | None:
     for key in (*foreign, *(() if cell.kind == "layer" else ("bias", "keep"))):
         if getattr(cell, key):
             raise ConfigError(f"{key} is for another kind of cell than a {cell.kind}")
-    if not cell.sequence_parallel and cell.kind != "block":
-        where = "write it into the layout" if cell.kind == "layer" else "the training program's model always has it"
-        raise ConfigError(f"sequence_parallel is for a block: {where}")
+    if not cell.sequence_parallel and cell.kind == "layer":
+        raise ConfigError("sequence_parallel is for a block or a step: write it into the layout")
     if cell.kind == "step" and cell.train is None:
         raise ConfigError("train is missing: a step needs a training configuration, such as configs/quickstart.yaml")
     if cell.kind == "block":

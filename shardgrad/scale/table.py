@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shardgrad.layout.units import format_si
+from shardgrad.layout.units import Aligned, format_si
+from shardgrad.scale import idle
 from shardgrad.scale.config import Planned
 from shardgrad.scale.results import Line
 
-COLUMNS = (
-    "cell",
-    "ranks",
-    "time",
-    "quartiles",
-    "comm.",
-    "speed-up",
-    "effic.",
-    "tokens/s",
-    "predicted",
-    "traced",
-    "memory",
-)
-NUMBERS = COLUMNS[1:]
+DISPENSABLE = ("quartiles", "effic.", "memory", "speed-up")  # where a table is too wide: all of it is in the pictures
 
 
 @dataclass(frozen=True)
@@ -70,27 +58,46 @@ def rows(planned: Sequence[Planned], lines: Sequence[Line]) -> list[Row]:
     return found
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table."""
-    name, ranks, line = row.planned.name, str(row.ranks), row.line
-    if not row.ok:
-        return name, ranks, line["status"], *["–"] * (len(COLUMNS) - 3)
-    low, high = line["quartiles"]
-    communicating = line["communicating"]
-    memory = line["peak_memory"]
-    return (
-        name,
-        ranks,
-        seconds(line["seconds"]),
-        f"{seconds(low)} – {seconds(high)}",
-        "–" if communicating is None else f"{communicating / line['seconds']:.0%}",
-        "–" if row.speed_up is None else f"{row.speed_up:.2f}",
-        "–" if row.efficiency is None else f"{row.efficiency:.0%}",
-        f"{line['tokens_per_second']:,.0f}",
-        sent(line["bytes_predicted"]),
-        sent(line["bytes_traced"]) + ("" if line["as_predicted"] else " !"),
-        "–" if memory is None else format_si(memory, "B"),
-    )
+def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The table, cells by heading (a name, and below it the unit); without columns that would be empty."""
+    ok = [row.line for row in rows if row.ok]
+    times = Aligned.of([line["seconds"] for line in ok], prefixes="mµ")
+    bytes_sent = Aligned.of([max(line["bytes_traced"]) for line in ok])
+    memory = Aligned.of([line["peak_memory"] or 0 for line in ok])
+
+    def quartiles(row: Row) -> str:
+        low, high = row.line["quartiles"]
+        return f"{times.text(low)}–{times.text(high)}"
+
+    def share(row: Row) -> str:
+        talking = row.line["communicating"]
+        return "" if talking is None else f"{talking / row.line['seconds']:.0%}"
+
+    made: dict[str, Callable[[Row], str]] = {
+        f"time\n{times.prefix}s": lambda row: times.text(row.line["seconds"]),
+        f"quartiles\n{times.prefix}s": quartiles,
+        "comm.": share,
+        "speed-up": lambda row: "" if row.speed_up is None else f"{row.speed_up:.2f}",
+        "effic.": lambda row: "" if row.efficiency is None else f"{row.efficiency:.0%}",
+        rate_unit(rows): lambda row: f"{row.line['tokens_per_second']:,.0f}",
+        f"sent\n{bytes_sent.prefix}B": lambda row: (
+            bytes_sent.text(max(row.line["bytes_traced"])) + ("" if row.line["as_predicted"] else " !")
+        ),
+        f"memory\n{memory.prefix}B": lambda row: (
+            "" if row.line["peak_memory"] is None else memory.text(row.line["peak_memory"])
+        ),
+    }
+    filled = {name: [cell(row) if row.ok else "" for row in rows] for name, cell in made.items()}
+    time = next(iter(filled))
+    filled[time] = [text if row.ok else row.line["status"] for row, text in zip(rows, filled[time])]
+    shown = {name: [text or "–" for text in found] for name, found in filled.items() if any(found) or name == time}
+    return {"cell": [row.planned.name for row in rows], **shown}
+
+
+def rate_unit(rows: Sequence[Row]) -> str:
+    """What a second's rate counts: rows of a layer, tokens of what has a sequence."""
+    layers = {row.planned.cell.kind == "layer" for row in rows}
+    return "rows/s" if layers == {True} else "tokens/s" if layers == {False} else "rows/s or\ntokens/s"
 
 
 def sent(by_rank: Sequence[int]) -> str:
@@ -112,7 +119,9 @@ def notes(found: Sequence[Row]) -> list[str]:
         if not row.ok:
             said.append(f"{row.planned.name}: {row.line['status']}: {row.line['reason']}")
         elif not row.line["as_predicted"]:
-            said.append(f"{row.planned.name}: sent other bytes than predicted (!)")
+            predicted = sent(row.line["bytes_predicted"])
+            said.append(f"{row.planned.name}: sent {sent(row.line['bytes_traced'])}, predicted {predicted} (!)")
+        said += [f"{row.planned.name}: {note}" for note in idle.notes(row.planned.cell)]
     ok = [row.line for row in found if row.ok]
     if len({line["commit"] for line in ok}) > 1:
         said.append("measured at several commits: " + ", ".join(sorted({str(line["commit"])[:8] for line in ok})))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.layout.cost import Collective
 from shardgrad.nn.shardings import named_shardings
-from shardgrad.scale.cell import STEP
+from shardgrad.scale.cell import STEP, Cell
 from shardgrad.train.build import build, mesh_shape
 from shardgrad.train.config import Config, check_ranks, decoder_sizes, load
 from shardgrad.train.data import BYTES
@@ -33,26 +33,22 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
 
 
-def read(
-    path: str,
-    given: Sequence[str],
-    sizes: Mapping[str, int],
-    mesh: Mapping[str, int] | None,
-    ranks: int,
-    dtype: str,
-    device: str,
-) -> Config:
-    """The training configuration of a cell, its ranks resolved.
+def read(cell: Cell, sizes: Mapping[str, int], ranks: int) -> Config:
+    """The training configuration of a cell of so many ranks, with these sizes in place of its own, its ranks resolved.
 
     Raises:
         ConfigError: it cannot be used, here or on such a mesh.
     """
-    overrides = [f"{STEP[name]}={size}" for name, size in sizes.items()]
+    assert cell.train is not None
+    mesh, overrides = cell.mesh, [f"{STEP[name]}={size}" for name, size in sizes.items()]
     if mesh is not None and set(mesh) == set(GRID):
         overrides.append(f"mesh.grid={[mesh[axis] for axis in GRID]}")
     elif mesh is not None:
         overrides += [f"mesh.{axis}={size}" for axis, size in {"dp": 1, "tp": 1, **mesh}.items()]
-    config = check_ranks(load(path, [*given, *overrides, f"mesh.device={device}", f"train.dtype={dtype}"]), ranks)
+    if not cell.sequence_parallel:
+        overrides.append("mesh.sequence_parallel=false")
+    overrides += [f"mesh.device={cell.device}", f"train.dtype={cell.dtype}"]
+    config = check_ranks(load(cell.train, [*cell.set, *overrides]), ranks)
     decoder_sizes(config)
     return config
 
@@ -60,6 +56,17 @@ def read(
 def shape(config: Config) -> dict[str, int]:
     """The mesh of a configuration whose ranks are resolved."""
     return mesh_shape(config)
+
+
+def parts(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
+    """What ranks share out among them: a name, its global size, the axes that shard it."""
+    model = decoder_sizes(config)
+    grid = config.mesh.grid is not None
+    return [
+        ("sequence", config.train.batch // config.train.accumulate, ("z",) if grid else ("dp",)),
+        ("position", model.seq_len, ("y",) if grid else ("tp",) if config.mesh.sequence_parallel else ()),
+        ("head", model.heads, ("y", "x") if grid else ("tp",)),
+    ]
 
 
 def make(config: Config, mesh: DeviceMesh) -> TrainingStep:

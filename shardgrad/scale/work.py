@@ -105,8 +105,7 @@ def _block(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
 def _step(cell: Cell, mesh: DeviceMesh, seed: int) -> Work:
     from shardgrad.scale import training  # takes its time, and its libraries
 
-    assert cell.train is not None
-    config = training.read(cell.train, cell.set, cell.sizes, cell.on, cell.world, cell.dtype, cell.device)
+    config = training.read(cell, cell.sizes, cell.world)
     made = training.make(config, mesh)
     stored = {
         f"{group}.{at}": parameter

@@ -92,6 +92,7 @@ def build(config: Config, vocab: int, mesh: DeviceMesh) -> Decoder:
             settings.pop(key)
         more.pop("data")
         return Grid(**settings, **more)
+    more["sequence_parallel"] = config.mesh.sequence_parallel
     if model.kind == "llama":
         return Llama(**settings, **more)
     settings.pop("rope_theta")

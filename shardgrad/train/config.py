@@ -50,6 +50,10 @@ class Mesh(_Section):
     balanced: bool = Field(
         default=False, description="shard 9 heads over 4 ranks as 3, 2, 2, 2, not as torch.chunk does: 3, 3, 3, 0"
     )
+    sequence_parallel: bool = Field(
+        default=True,
+        description="whether a built-in decoder's activations are sharded over tp along the sequence, between products",
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where tensors live")
     timeout_s: Number = Field(
         default=120.0, ge=1, le=10**6, description="seconds after which a collective that waits is an error"
@@ -311,6 +315,8 @@ def _decoder_disagreements(model: Model, mesh: Mesh) -> Iterator[str]:
             yield "mesh.grid is for model.kind = llama, without model.kv_heads and model.tied"
         if mesh.dp not in (None, 1) or mesh.tp is not None or mesh.fully_sharded:
             yield "mesh.grid stands instead of mesh.dp, mesh.tp and mesh.fully_sharded: leave them out"
+        if not mesh.sequence_parallel:
+            yield "mesh.sequence_parallel = false is for mesh.tp: in a 3D layout the sequence is always sharded"
     if model.kind == "llama" and model.d_model % model.heads == 0 and (model.d_model // model.heads) % 2:
         yield (
             f"model.d_model / model.heads = {model.d_model // model.heads} must be even: rotary positions turn pairs "
@@ -329,6 +335,8 @@ def _transformers_disagreements(model: TransformersModel, config: Config) -> Ite
         yield "model.made_by leaves model.pretrained: say where"
     if config.mesh.grid is not None:
         yield "mesh.grid is for model.kind = llama: a model of transformers is sharded over mesh.tp"
+    if not config.mesh.sequence_parallel:
+        yield "mesh.sequence_parallel is for the built-in decoders: of a model of transformers say model.sequence"
     if config.train.recompute == "attention":
         yield "train.recompute = 'attention' is for the built-in decoders: a model of transformers has 'full' alone"
 

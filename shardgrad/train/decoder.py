@@ -32,7 +32,8 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """X + drop(Attention(norm(X))), then X + drop(MLP(norm(X))); X is [b/dp, s/tp, d] throughout."""
+    """X + drop(Attention(norm(X))), then X + drop(MLP(norm(X))); X is [b/dp, s/tp, d] throughout,
+    or [b/dp, s, d] without sequence parallelism."""
 
     def __init__(self, attention_norm: nn.Module, attention: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Decoder(LanguageModel):
 
     Args:
         parallel: its axis shards vocabulary, heads, hidden features, and between the products the sequence; its `data`
-            the batch. As of layers, but with sequence_dim 1, which need not be said.
+            the batch. As of layers, but sequence_dim, which is 1, need not be said.
         seq_len: the longest sequence.
         vocab: the number of token ids.
         width: of the residual stream.
@@ -65,6 +66,8 @@ class Decoder(LanguageModel):
             attention layers, whose queries, keys and values are much of what a block keeps.
         dropout: the probability with which, in training, an element is zeroed of the embedded ids and of what attention
             and feed-forward add to the residual stream; by `Dropout`, so that masks do not depend on the mesh.
+        sequence_parallel: whether the axis shards the sequence between the products; if not, every rank of the axis
+            holds the residual stream whole.
         stream: how the residual stream is stored; None: X[b/dp,s/tp,d], with the axes' own names.
     """
 
@@ -83,17 +86,19 @@ class Decoder(LanguageModel):
         dropout: float,
         compute_dtype: torch.dtype | None,
         recompute: Recompute,
+        sequence_parallel: bool = True,
         stream: str | None = None,
     ) -> None:
         super().__init__()
         if parallel.sequence_dim not in (None, 1):
             raise ShapeError(f"x is [b, s, d] in decoders, so sequence_dim is 1, not {parallel.sequence_dim}")
-        self.parallel = parallel = replace(parallel, sequence_dim=1)
+        self.parallel = parallel = replace(parallel, sequence_dim=1 if sequence_parallel else None)
         self.mesh, self.axis, self.data = parallel.mesh, parallel.axis, parallel.data
         self.seq_len, self.vocab, self.width = seq_len, vocab, width
         self.compute_dtype, self.recompute = compute_dtype, recompute
         batch = "b" if self.data is None else f"b/{self.data.axis}"
-        stream = f"X[{batch},s/{self.axis},d]" if stream is None else stream
+        sequence = f"s/{self.axis}" if sequence_parallel else "s"
+        stream = f"X[{batch},{sequence},d]" if stream is None else stream
         self.dropout = Dropout(dropout, stream, mesh=self.mesh)
 
     def forward(self, ids: Tensor, batch: int | None = None, part: tuple[int, int] | None = None) -> Tensor:

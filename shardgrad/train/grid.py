@@ -73,7 +73,7 @@ class Grid(Decoder):
     ) -> None:
         parallel = Parallel.of("Grid", where, OnMesh)
         parallel = replace(parallel, axis="y", data=BatchAxis("z", shard_params=True))
-        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, _STREAM)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, stream=_STREAM)
         parallel = self.parallel
         linear = partial(Linear, bias=False, parallel=parallel)
         hidden = hidden_features(d_model) if d_ff is None else d_ff

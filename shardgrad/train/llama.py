@@ -50,10 +50,11 @@ class Llama(Decoder):
         dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
+        sequence_parallel: bool = True,
         **where: Unpack[Where],
     ) -> None:
         parallel = Parallel.of("Llama", where, Where)
-        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, sequence_parallel)
         parallel = self.parallel
         rotary = Rotary(d_model // heads, rope_theta)
         hidden = hidden_features(d_model) if d_ff is None else d_ff

@@ -29,7 +29,7 @@ class GPT(Decoder):
         seq_len: the longest sequence, the number of positions.
         tied: whether the head multiplies by the embedding's table.
         norm_eps: added to the variance in norms.
-        vocab, dropout, compute_dtype, recompute: as of `Decoder`.
+        vocab, dropout, compute_dtype, recompute, sequence_parallel: as of `Decoder`.
         parallel, or mesh, axis, data, reduce_dtype, device, dtype: as of `sg.Parallel`.
 
     Initial values are GPT-2's (see `Decoder.reset_parameters`), drawn by counter: the same on any mesh after the same
@@ -53,10 +53,11 @@ class GPT(Decoder):
         dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         recompute: Recompute = "none",
+        sequence_parallel: bool = True,
         **where: Unpack[Where],
     ) -> None:
         parallel = Parallel.of("GPT", where, Where)
-        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute)
+        super().__init__(parallel, seq_len, vocab, d_model, dropout, compute_dtype, recompute, sequence_parallel)
         parallel = self.parallel
         hidden = MLP_RATIO * d_model if d_ff is None else d_ff
 

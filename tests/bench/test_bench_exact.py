@@ -45,7 +45,7 @@ def test_every_case_is_measured(tmp_path: Path, rank: int, model: str) -> None:
             assert row.most == row.each.bit_length()
     assert json.dumps(exact.as_json(rows))
     if rank == 0:
-        exact.draw(rows, str(tmp_path / "exact.png"))
+        exact.draw(rows, tmp_path / "exact.png")
         assert (tmp_path / "exact.png").stat().st_size > 5000
 
 

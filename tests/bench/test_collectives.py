@@ -32,7 +32,7 @@ def test_sizes_and_operations_are_checked_before_ranks_start() -> None:
 
 def test_picture_and_texts(tmp_path: Path) -> None:
     rows = [Row("all-reduce", size, 2, 300.0, 15.0) for size in (2048, 2**20)]
-    draw(rows, str(tmp_path / "times.png"))
+    draw(rows, tmp_path / "times.png")
     assert (tmp_path / "times.png").stat().st_size > 5000
     assert rows[0].ratio == pytest.approx(20)
     assert [size_text(n) for n in (12, 2048, 3 * 2**19)] == ["12 B", "2 KiB", "1.5 MiB"]

@@ -80,7 +80,7 @@ def test_the_step_is_measured_of_every_contender(tmp_path: Path, rank: int) -> N
         assert on_shm == same if backend == "shm" else on_shm > 0
     assert json.dumps(found.as_json())
     if rank == 0:
-        step.draw(found, str(tmp_path / "step.png"))
+        step.draw(found, tmp_path / "step.png")
         assert (tmp_path / "step.png").stat().st_size > 5000
 
 
@@ -98,7 +98,7 @@ def test_overlap_is_measured_in_every_case(tmp_path: Path, rank: int) -> None:
         assert (row.unwaited is None) == (row.name not in (overlap.WHOLE, overlap.CHUNKED))
     assert json.dumps(overlap.as_json(rows, costs))
     if rank == 0:
-        overlap.draw(rows, str(tmp_path / "overlap.png"))
+        overlap.draw(rows, tmp_path / "overlap.png")
 
 
 @distributed(world_size=2)
@@ -115,7 +115,7 @@ def test_the_model_is_measured_on_one_rank_and_on_two(tmp_path: Path, rank: int)
     assert least < one.peak
     assert two.peak < one.peak < 10 * least
     if rank == 0:
-        model.draw(rows, str(tmp_path / "model.png"))
+        model.draw(rows, tmp_path / "model.png")
 
 
 @distributed(world_size=1)
@@ -159,8 +159,8 @@ def test_llamas_sizes() -> None:
         (["overlap", "--sizes", "7x64x256"], "multiple of 2"),
         (["step", "--dtypes", "fp8"], "is not one of"),
         (["step", "--backends", "nccl"], "is not one of"),
-        (["step", "--picture", "/nowhere/at/all.png"], "there is no folder"),
-        (["overlap", "--picture", "times.txt"], "a picture ends in"),
+        (["step", "--draw", "/nowhere/at/all.png"], "there is no folder"),
+        (["overlap", "--draw", "times.txt"], "a picture ends in"),
         (["model", "--heads", "3"], "no multiple of 3 heads"),
         (["model", "--seq-len", "7"], "no multiple of 2 ranks"),
     ],

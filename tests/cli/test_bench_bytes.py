@@ -21,7 +21,7 @@ def test_layouts_that_store_a_part_are_held_to_the_bound(tmp_path: Path) -> None
         "--ranks",
         "4,16",
         "--json",
-        "--picture",
+        "--draw",
         str(picture),
     ]
     ran = CliRunner().invoke(app, arguments)

@@ -11,7 +11,7 @@ import torch
 from layouts import random_layout, random_sizes
 
 from shardgrad import PRESETS, Balanced, Layout
-from shardgrad.draw.blocks import Rulers, Sheet, edge, listed, sheets
+from shardgrad.draw.blocks import Rulers, Sheet, edge, listed, none, sheets
 from shardgrad.layout.steps import Timeline, timeline
 
 
@@ -39,6 +39,8 @@ def test_a_rank_without_elements_has_no_block() -> None:
     walked = timeline(layout, {"n": 3, "d": 5, "m": 4}, {"tp": 3})  # chunks of 2, 2, 0
     (sheet,) = drawn(layout, walked, "W", "d", "m")
     assert [block.label for block in sheet.blocks] == ["0", "1"]
+    assert none([sheet], 3) == (2,)
+    assert none(drawn(layout, walked, "X", "n", "d"), 3) == ()
 
 
 def test_balanced_columns() -> None:
@@ -94,6 +96,41 @@ def test_what_is_not_contiguous_is_several_rectangles() -> None:
         ("2", ((0.0, 0.25, 0.5, 0.25), (0.0, 0.75, 0.5, 0.25))),
         ("3", ((0.5, 0.25, 0.5, 0.25), (0.5, 0.75, 0.5, 0.25))),
     ]
+
+
+def test_a_fused_weight_is_strides() -> None:
+    """q, k and v before the heads: each rank has a third of its features in each third, as torch shards the dim."""
+    layout = Layout("X[n,d] W[c,h/tp,k,d] -> Y[n,c,h/tp,k]")
+    sizes = {"n": 2, "d": 5, "c": 3, "h": 5, "k": 2}
+    walked = timeline(layout, sizes, {"tp": 3})
+    (w,) = drawn(layout, walked, "W", ("c", "h", "k"), "d")
+    flat = torch.arange(3 * 5 * 2).reshape(3, 5, 2)
+    assert [block.label for block in w.blocks] == ["0", "1", "2"]
+    for block, part in zip(w.blocks, flat.chunk(3, dim=1)):
+        assert len(block.rectangles) == 3
+        for (_, top, _, high), run in zip(block.rectangles, part.flatten(1).tolist()):
+            assert (30 * top, 30 * high) == pytest.approx((run[0], len(run)))
+    (x,) = drawn(layout, walked, "X", "n", "d")
+    assert [block.rectangles for block in x.blocks] == [((0.0, 0.0, 1.0, 1.0),)]
+
+
+def test_a_letter_after_the_sharded_one_and_a_large_one_before_it_make_no_strides() -> None:
+    for text in ("X[n,d] W[h/tp,c,d] -> Y[n,h/tp,c]", "X[n,d] W[c,h/tp,d] -> Y[n,c,h/tp]"):
+        layout = Layout(text)
+        walked = timeline(layout, {"n": 2, "d": 5, "c": 9, "h": 4}, {"tp": 2})
+        rulers = Rulers(walked)
+        (w,) = sheets(rulers, layout["W"].dims, (), ("c", "h"), "d")
+        assert [len(block.rectangles) for block in w.blocks] == [1, 1]
+        assert rulers.repeated == (["c"] if "c,h" in text else [])
+
+
+def test_what_is_whole_is_one_rectangle_though_it_is_sharded_elsewhere() -> None:
+    layout = Layout("X[b,s/tp,d] W[d,m/tp] -> Y[b,s,m/tp]")
+    walked = timeline(layout, {"b": 2, "s": 4, "d": 3, "m": 6}, {"tp": 2})
+    (stored,) = drawn(layout, walked, "X", ("b", "s"), "d")
+    assert [len(block.rectangles) for block in stored.blocks] == [2, 2]
+    (y,) = drawn(layout, walked, "Y", ("b", "s"), "m")
+    assert [len(block.rectangles) for block in y.blocks] == [1, 1]
 
 
 def test_batched_letters_are_sheets() -> None:

@@ -17,12 +17,13 @@ from shardgrad.draw.paper import Paper, colour
 from shardgrad.layout.steps import timeline
 
 ROOT = Path(__file__).parents[2]
-SIZES = (4096, 1024, 4096, 8)
+SIZES = (4096, 1024, 4096, 8, 2)
 OTHERS = (
     "X[b/dp,s/tp,d] W[f/tp,d]{dp} -> Y[b/dp,s,f/tp] + B[f/tp]{dp}",
     "X[n/dp,d] W[d/dp,m] -> Y[n/dp,m] + B[m/dp]",
     "X[e/ep,n/dp,d/tp] W[e/ep,d/tp,m] -> Y[e/ep,n/dp,m] + B[m]",
     "X[d/tp] W[d/tp,m] -> Y[m]",
+    "X[n,d] W[c,h/tp,k,d] -> Y[n,c,h/tp,k]",
 )
 
 
@@ -102,6 +103,20 @@ def test_edges_that_meet_are_of_one_length() -> None:
 def test_uneven_ranks_are_told_apart() -> None:
     walked = timeline(PRESETS["row"], {"n": 1, "d": 4, "m": 5}, {"tp": 3})
     assert "at most 28 B" in [t.text for t in picture(walked).texts]
+
+
+def test_a_rank_that_has_nothing_is_shown() -> None:
+    """m = 3 on 4 ranks: the last has no part of W, Y, dY, dW and computes nothing, but holds X and a term of dX."""
+    paper = picture(timeline(PRESETS["column"], {"n": 5, "d": 6, "m": 3}, {"tp": 4}))
+    texts = [t.text for t in paper.texts]
+    assert texts.count("nothing on rank 3") == 6  # W, Y; dY, Wᵀ; dY, dW
+    assert texts.count("1 of 4 ranks has no m (3/4), and nothing to compute") == 1
+    assert texts.count("crossed out: computes nothing") == 1
+    number = next(t for t in reversed(paper.texts) if t.text == "3")  # in the mesh
+    crossing = [where for kind, where, _ in paper.patches if kind == "line" and max(y for _, y in where) > number.y]
+    assert len(crossing) == 1
+    full = picture(timeline(PRESETS["column"], {"n": 5, "d": 6, "m": 4}, {"tp": 4}))
+    assert not [t for t in full.texts if "nothing" in t.text or "of 4 ranks" in t.text]
 
 
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:

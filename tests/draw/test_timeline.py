@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardgrad.draw.timeline import STEP, Span, lanes, length, merged, summary, union, without
+from shardgrad.draw.timeline import STEP, Span, _asked, lanes, length, merged, summary, union, without
 from shardgrad.draw.timeline_picture import draw, picture
 
 MAIN, GLOO = 11, 12
@@ -125,3 +125,18 @@ def test_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "step.svg").read_text().count("<!-- rank ") == 2
     with pytest.raises(ValueError, match="a picture ends in"):
         draw(found, "a step", tmp_path / "step.jpg")
+
+
+def test_a_wait_is_for_the_last_start_of_its_name() -> None:
+    """Of two reduce-scatters of one name the first was done at once; an all-reduce travels past both."""
+    starts = [
+        ("all-reduce dW over dp", 0.0, 1.0),
+        ("reduce-scatter over tp", 2.0, 3.0),
+        ("reduce-scatter over tp", 8.0, 9.0),
+    ]
+    waits = [("reduce-scatter over tp", 12.0, 15.0), ("all-reduce dW over dp", 16.0, 20.0)]
+    assert _asked(starts, waits) == [
+        ("all-reduce dW over dp", 0.0, 20.0),
+        ("reduce-scatter over tp", 2.0, 3.0),
+        ("reduce-scatter over tp", 8.0, 15.0),
+    ]

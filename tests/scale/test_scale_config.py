@@ -60,6 +60,14 @@ def test_sizes_grow_with_the_ranks_and_widths_divide_by_heads(file: Path) -> Non
     assert len({planned.series for planned in load(file, block).planned}) == 1
 
 
+def test_a_step_with_and_without_sequence_parallelism_is_two_series(file: Path) -> None:
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    step = [f"matrix.train={quickstart}", "matrix.kind=step", "matrix.layout=null", "matrix.sizes={}"]
+    found = load(file, [*step, "matrix.ranks=[1, 2]", "matrix.sequence_parallel=[true, false]"]).planned
+    assert [planned.label for planned in found] == ["sequence parallel", "replicated rows"] * 2
+    assert len({planned.cell.key for planned in found}) == 4
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_what_is_shipped_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -86,7 +94,7 @@ def test_what_is_shipped_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("matrix.sizes={n: 3, d: 4}", "m"),
         ("matrix.grow={k: 1}", "grow.k: there is no sizes.k to grow from"),
         ("matrix.kind=block", "layout is for another kind of cell than a block"),
-        ("matrix.sequence_parallel=false", "sequence_parallel is for a block: write it into the layout"),
+        ("matrix.sequence_parallel=false", "sequence_parallel is for a block or a step: write it into the layout"),
         ("cells=[{kind: step, layout: null}]", "train is missing"),
         ("cells=[{kind: step, layout: null, train: nowhere.yaml, sizes: {}}]", "cannot read the configuration nowhere"),
         ("matrix.layout=X[n/tp,d] W[d/tp,m] -> Y[n,m]", "tp"),

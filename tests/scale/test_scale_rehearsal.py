@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import shardgrad as sg
+from shardgrad.scale import idle
 from shardgrad.scale.cell import Cell
 from shardgrad.scale.dry import rehearse
 from shardgrad.scale.resolve import resolve
 from shardgrad.testing import distributed
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_product_on_a_thousand_ranks() -> None:
@@ -56,6 +60,25 @@ def test_a_block_saves_activations_and_sends_what_its_layers_say(sequence_parall
     assert found.saved > 4 * rows * 12
     assert "all-reduce over tp" in found.traced
     assert ("all-gather over tp" in found.traced) == sequence_parallel
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_training_step_with_rows_sharded_and_replicated(kind: str, sequence_parallel: bool) -> None:
+    """On 3 ranks, each with some of 7 positions or with all."""
+    set_ = [f"model.kind={kind}", "model.layers=1", "model.heads=4", "model.d_model=24", "train.clip=null"]
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    sizes = {"sequence": 7, "batch": 2}
+    cell = resolve(
+        Cell(kind="step", train=quickstart, set=set_, sizes=sizes, mesh={"tp": 3}, sequence_parallel=sequence_parallel)
+    )
+    found = rehearse(cell, 2)
+    assert found.predicted == found.traced != {}
+    assert ("reduce-scatter over tp" in found.traced) == sequence_parallel
+    rows, whole = 2 * 7, 4 * 2 * (3 - 1) * 24  # all-reduce: 2 (p - 1) / p of each element of fp32
+    if not sequence_parallel:  # the sums of two products forward, of two inputs backward, embedding and head
+        assert found.traced["all-reduce over tp"] >= 6 * rows * whole // 3
+    assert idle.notes(cell) == ["1 of 3 ranks has no head (4/3)"]
 
 
 @distributed(world_size=[2, 3])

@@ -49,6 +49,18 @@ def test_loss_gradients_and_bytes(world_size: int, way: str) -> None:
         check(model, reference(values, **keys), accumulate)
 
 
+@distributed(world_size=[2, 3], timeout=120, backend="shm")
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_rows_replicated_over_tp(world_size: int, kind: str) -> None:
+    """Without sequence parallelism every rank's gradients of norms are complete by themselves."""
+    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp"))
+    model, values = decoder(mesh, kind=kind, tied=True, kv_heads=1, sequence_parallel=False)
+    assert model.embedding(tokens(BATCH)[0]).shape[1] == SEQUENCE
+    check(model, reference(values, kind=kind, tied=True, kv_heads=1), 1)
+    sharded, _ = decoder(mesh, kind=kind, tied=True, kv_heads=1)
+    assert sharded.embedding(tokens(BATCH)[0]).shape[1] < SEQUENCE
+
+
 @distributed(world_size=[1, 2, 4, 8], timeout=120, backend="shm")
 def test_three_axes(world_size: int) -> None:
     """Each axis of the 3D layout alone, in pairs, and all three; sizes that divide by none."""

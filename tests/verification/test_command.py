@@ -10,6 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -31,7 +32,7 @@ def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[s
 
 
 def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
-    status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--picture", tmp_path / "errors.png")
+    status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--draw", tmp_path / "errors.png")
     assert status == 0, told
     found = json.loads(told[0])
     assert found["ok"] is True
@@ -39,7 +40,7 @@ def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
     assert {row["kind"] for row in found["rows"]} == {
         "output", "output gradient", "gradient", "loss", "norm", "step", "second step"
     }  # fmt: skip
-    assert imread(tmp_path / "errors.png").shape[:2] == (750, 1500)
+    assert imread(tmp_path / "errors.png").shape[:2] == (800, 1600)
 
 
 def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
@@ -82,6 +83,33 @@ def test_a_picture_of_what_is_missing_or_infinite(tmp_path: Path) -> None:
     )
     report = Report(rows, (), {}, {"tp": 2}, "float32", 9)
     draw(report, tmp_path / "errors.svg")
-    assert (tmp_path / "errors.svg").stat().st_size > 10_000
+    said = (tmp_path / "errors.svg").read_text()
+    for text in ("d a.weight", "d b.weight", "b", "∞", "≤ 0.001", "1,000", "forward", "backward", "accused"):
+        assert f"<!-- {text} -->" in said, text
+    assert "<!-- first: " not in said  # a value has no place in the picture
     assert report.first is not None
     assert report.first.name == "v"
+
+
+@pytest.mark.parametrize("first", [0, 20, 39])
+def test_the_first_that_is_accused_is_pointed_at_from_above_past_all_others(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    rows = [row(f"layer.{at}.weight", "gradient", at, 0.1, "rounding") for at in range(40)]
+    rows[first] = row(f"layer.{first}.weight", "gradient", first, 300.0, "bug")
+    for at in {39, first + 1} & set(range(first + 1, 40)):
+        rows[at] = row(f"layer.{at}.weight", "gradient", at, 3e6, "missing" if at == 39 else "bug")
+    draw(Report(tuple(rows), (), {}, {"tp": 2}, "float32", 9), tmp_path / "errors.svg")
+    (axes,) = figures[0].axes
+    (pointer,) = (text for text in axes.texts if text.get_text() == f"first: gradient of layer.{first}.weight")
+    assert pointer.xy[0] == pointer.xyann[0] == first
+    assert pointer.xy[1] == rows[first].score
+    points = [tuple(point) for some in axes.collections for point in some.get_offsets()]
+    assert max(y for _, y in points) < pointer.xyann[1] < axes.get_ylim()[1]
+    assert {y for x, y in points if x == first} == {rows[first].score}
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert f"d layer.{first}.weight" in ticks
+    assert len(set(ticks)) == len(ticks)
+    assert 8 < len(ticks) < 17
