@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
 from shardgrad.bench.timing import Spread, in_turns, ratio, slowest_rank
+from shardgrad.comm import shim
 from shardgrad.comm.mesh import view
 from shardgrad.layout.layout import Layout
 from shardgrad.layout.sizes import chunk
@@ -122,17 +123,18 @@ def contenders(ranks: int) -> dict[str, Callable[[Case], Tensor]]:
     return found | ({TORCH: _torchs} if ranks == 1 and hasattr(F, "linear_cross_entropy") else {})
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that a call has allocated at once, of those that it allocates: told by torch's CPU allocator."""
+def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """The most bytes that a call has allocated at once, of those that it allocates, and its largest tensor: told by
+    torch's allocator of CPU memory."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = call()  # held to the end
-    changes = sorted((e.time_range.start, e.self_cpu_memory_usage) for e in record.events() if e.name == "[memory]")
     del kept
     now = most = 0
-    for _, change in changes:
+    changes = shim.allocations(record)
+    for change in changes:
         now += change
         most = max(most, now)
-    return most
+    return most, max(changes)
 
 
 def _step(loss: Callable[[Case], Tensor], case: Case) -> None:
@@ -169,7 +171,7 @@ def measure(sizes: Sequence[Size], dtypes: Sequence[torch.dtype], rounds: int) -
             peaks = {}
             for name, step in steps.items():
                 case.x.grad = case.w.grad = None
-                peaks[name] = int(slowest_rank([float(peak_bytes(step))])[0]) - case.x.nbytes - case.w.nbytes
+                peaks[name] = int(slowest_rank([float(peak_bytes(step)[0])])[0]) - case.x.nbytes - case.w.nbytes
             times = (
                 in_turns(steps, rounds, turn=0.0, meet=dist.barrier, slowest=slowest_rank, warm_up=0) if rounds else {}
             )

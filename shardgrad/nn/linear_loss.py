@@ -31,7 +31,7 @@ from shardgrad.ops.bound import bind
 from shardgrad.ops.exact import checked
 from shardgrad.ops.micro_batches import held
 
-_ELEMENTS = 2**23
+ELEMENTS = 2**23
 """Logits of one chunk on one rank: 32 MiB in float32. More were not faster on CPUs, fewer are (W is read once each)."""
 
 
@@ -211,7 +211,7 @@ def linear_loss_collectives(
         others: as of `cross_entropy_collectives`.
     """
     mesh_view = view(mesh)
-    size = _tokens_of_chunk(vocab_size, mesh_view, axis) if chunk_tokens is None else chunk_tokens
+    size = tokens_of_chunk(vocab_size, mesh_view, axis) if chunk_tokens is None else chunk_tokens
     pieces = prod(pieces_here(mesh_view, name) for name in token_axes)
     each = tokens // pieces
     found = [
@@ -320,12 +320,13 @@ def _chunk(head: Head, vocab_size: int, chunk_tokens: int | None) -> int:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
         return chunk_tokens
-    return _tokens_of_chunk(vocab_size, head.view, head.over)
+    return tokens_of_chunk(vocab_size, head.view, head.over)
 
 
-def _tokens_of_chunk(vocab_size: int, mesh_view: MeshView, axis: str) -> int:
+def tokens_of_chunk(vocab_size: int, mesh_view: MeshView, axis: str) -> int:
+    """Of a chunk, where nobody says how many."""
     pieces = exact(mesh_view) or mesh_view.shape
-    return max(16, _ELEMENTS // -(-vocab_size // pieces[axis]) // 16 * 16)
+    return max(16, ELEMENTS // -(-vocab_size // pieces[axis]) // 16 * 16)
 
 
 def _losses(values: Values, rows: slice, *, ignored: Tensor, smoothing: float, z_loss: float) -> Tensor:
