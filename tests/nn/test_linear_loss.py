@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import shardgrad as sg
+from shardgrad.bench.head import peak_bytes
 from shardgrad.comm.mesh import view
 from shardgrad.nn.linear_loss import linear_loss_collectives
 from shardgrad.testing import distributed
@@ -454,3 +455,27 @@ def test_compiled(world_size: int) -> None:
         assert one is not None
         assert two is not None
         assert_close(two, one, "compiled")
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grads", ["backward", "forward"])
+def test_no_more_than_a_chunk_of_logits_exists(world_size: int, dtype: torch.dtype, grads: Any) -> None:
+    """By the allocator: the largest tensor, and the most bytes at once, above dX and dW."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    tokens, d, words, size = 512, 8, 2000, 32
+    chunk = size * words // 2 * 4  # of a rank, in float32
+    x, w = randn(tokens, d, seed=1).to(dtype).requires_grad_(), randn(words // 2, d, seed=2).to(dtype).requires_grad_()
+    target = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(4))
+
+    def step() -> None:
+        x.grad = w.grad = None
+        layout = "X[n,d] W[v/tp,d] -> Z[n,v/tp]"
+        how = {"vocab_size": words, "grads": grads, "chunk_tokens": size}
+        sg.linear_cross_entropy(x, w, target, layout, mesh, **how).backward()  # type: ignore[arg-type]
+
+    step()
+    most, largest = peak_bytes(step)
+    assert largest <= chunk
+    wide = 4 * w.numel() + 4 * x.numel()  # dW in float32, and small numbers of each token
+    assert most - x.nbytes - w.nbytes <= 4 * chunk + wide < tokens * words // 2 * dtype.itemsize
