@@ -33,6 +33,12 @@
 | `vocabulary`     | how logits over a sharded vocabulary are stored and read                   |
 | `token_sums`     | numbers of each token's distribution, from one pass and two reductions     |
 | `token_statistics` | the same, differentiable                                                 |
+| `logits`         | logits over a sharded vocabulary as a distribution of tokens               |
+| `largest`        | the k largest of them                                                      |
+| `sampling`       | ids drawn from them, the same on every rank                                |
+| `linear_loss`    | the product of a head and its loss in one, in chunks of tokens             |
+| `linear_statistics` | the same as one differentiable operation                                |
+| `linear_sums`    | the product to a sharded vocabulary in chunks, and its gradients           |
 | `dropout`        | dropout whose mask does not depend on the mesh                             |
 | `counter`        | random bits as a function of the global element                            |
 | `init`           | initial values as a function of the global element                         |

@@ -26,7 +26,7 @@ from shardgrad.nn.linear_statistics import Call, LinearStatistics, LossWithGradi
 from shardgrad.nn.linear_sums import Head
 from shardgrad.nn.loss import cross_entropy_collectives
 from shardgrad.nn.token_sums import Asked, Values, statistics_collectives
-from shardgrad.nn.vocabulary import NO_ID, Vocabulary, masked
+from shardgrad.nn.vocabulary import Vocabulary, masked
 from shardgrad.ops.bound import bind
 from shardgrad.ops.exact import checked
 from shardgrad.ops.micro_batches import held
@@ -108,7 +108,7 @@ def linear_cross_entropy(
     asked = Asked(vocabulary, logsumexp=z_loss != 0, mean=label_smoothing > 0)
     call = Call((head,), asked, _chunk(head, vocab_size, chunk_tokens))
     chosen = masked(target, ignore_index).reshape(-1, 1)
-    vocabulary.check_ids(chosen, "target", NO_ID)
+    vocabulary.check_ids(chosen)
     ignored = (target == ignore_index).reshape(-1)
     loss = partial(_losses, ignored=ignored, smoothing=label_smoothing, z_loss=z_loss)
     total = partial(_total, head=head, mesh=mesh)
@@ -136,10 +136,12 @@ def linear_statistics(
     bias: Tensor | None = None,
     *,
     vocab_size: int,
-    chosen: Tensor | None = None,
+    tokens: Tensor | None = None,
     logsumexp: bool = False,
     entropy: bool = False,
+    mean_log_prob: bool = False,
     kl: Sequence[Tensor] | None = None,
+    ignore_index: int = -100,
     temperature: float = 1.0,
     soft_cap: float | None = None,
     chunk_tokens: int | None = None,
@@ -148,47 +150,46 @@ def linear_statistics(
 ) -> Values:
     """`VocabParallelLogits.statistics` of the product of a layout, whose logits exist a chunk of tokens at a time.
 
-        now = sg.linear_statistics(x, w, layout, mesh, vocab_size=32000, chosen=tokens, entropy=True, kl=(x_ref, w_ref))
+        now = sg.linear_statistics(x, w, layout, mesh, vocab_size=32000, tokens=ids, entropy=True, kl=(x_ref, w_ref))
 
     Each number is differentiable, and float32 for 16-bit tensors; backward computes each chunk's logits again. Whatever
     is asked for, a chunk has two small all-reduces in forward, and none in backward.
 
     Args:
         x, weight, bias, layout, mesh, vocab_size: as of `linear_cross_entropy`.
-        chosen: [...] or [..., k] ids of which log_prob is wanted, stored as target is there; a negative one is none,
-            and has 0.
-        logsumexp, entropy: whether they are wanted.
+        tokens: [...] or [..., k] ids of which log_prob is wanted, stored as target is there.
+        logsumexp, entropy, mean_log_prob, ignore_index: as of `VocabParallelLogits.statistics`.
         kl: x, weight and, if there is one, bias of a second product, of the same layout, perhaps of other features:
             KL(first ‖ second), whose gradient goes to those of the six tensors that want it.
         temperature, soft_cap: as of `VocabParallelLogits`, of both products.
         chunk_tokens, save_gathered, reduce_dtype: as of `linear_cross_entropy`.
 
     Returns:
-        What was asked for, [...] each (log_prob as chosen), alike on every rank of the axis; None for the rest.
+        What was asked for, [...] each (log_prob as tokens), alike on every rank of the axis; None for the rest.
 
     Raises:
         LayoutError, ShapeError, IndexError, RuntimeError: as of `linear_cross_entropy`.
         ValueError: nothing is asked for.
     """
-    if chosen is None and not (logsumexp or entropy or kl):
-        raise ValueError("linear_statistics: nothing is asked for: chosen=…, logsumexp=True, entropy=True or kl=…")
+    if tokens is None and not (logsumexp or entropy or mean_log_prob or kl):
+        raise ValueError("statistics of nothing: give tokens, or ask for logsumexp, entropy, mean_log_prob or kl")
     given = [_present(x, weight, bias), *([] if kl is None else [_present(*kl)])]
-    rows = None if chosen is None else chosen.shape[: x.dim() - 1]
-    heads = tuple(_head(layout, each, vocab_size, mesh, rows, "chosen", save_gathered, reduce_dtype) for each in given)
+    rows = None if tokens is None else tokens.shape[: x.dim() - 1]
+    heads = tuple(_head(layout, each, vocab_size, mesh, rows, "tokens", save_gathered, reduce_dtype) for each in given)
     if heads[-1].rows != heads[0].rows:
         raise ShapeError(f"x of kl= has rows {list(heads[-1].rows)}, the first x {list(heads[0].rows)}")
     vocabulary = Vocabulary(vocab_size, heads[0].view.axes[heads[0].over], temperature, soft_cap)
-    asked = Asked(vocabulary, logsumexp, entropy, other=None if kl is None else vocabulary)
+    asked = Asked(vocabulary, logsumexp, entropy, mean_log_prob, other=None if kl is None else vocabulary)
     call = Call(heads, asked, _chunk(heads[0], vocab_size, chunk_tokens))
     ids = None
-    if chosen is not None:
-        ids = chosen.long().reshape(prod(heads[0].rows), -1)
-        vocabulary.check_ids(ids.clamp(min=0), "chosen")
+    if tokens is not None:
+        ids = masked(tokens, ignore_index).reshape(prod(heads[0].rows), -1)
+        vocabulary.check_ids(ids)
     tensors = [one for head, each in zip(heads, given) for one in _operands(head, each)]
     with torch.autocast(heads[0].view.device.type, enabled=False):
         values = Values(*LinearStatistics.apply(call, ids, *tensors))
     shaped = [None if one is None else one.view(heads[0].rows) for one in values[1:]]
-    log_prob = None if values.log_prob is None or chosen is None else values.log_prob.view(chosen.shape)
+    log_prob = None if values.log_prob is None or tokens is None else values.log_prob.view(tokens.shape)
     return Values(log_prob, *shaped)
 
 

@@ -35,7 +35,7 @@ def statistics(
         made = torch.ops.shardgrad.token_statistics(logits, chosen, other, size, over.mesh, over.name, numbers, *kinds)
         return _as_values(made, asked, chosen)
     if chosen is not None and not shim.transforming():  # there the lookup looks at ids
-        asked.vocabulary.check_ids(chosen, "target")
+        asked.vocabulary.check_ids(chosen)
     if shim.beyond_backward():
         return composed(logits, asked, chosen, other)
     return Values(*_Statistics.apply(logits, other, chosen, asked.vocabulary.over, asked, blocks))
@@ -169,7 +169,7 @@ def _compiled(
     numbers: temperature and soft cap (0: none) of both logits."""
     asked = _asked(other, vocab_size, axis_of(mesh, axis), numbers, logsumexp, entropy, mean)
     if chosen is not None:
-        asked.vocabulary.check_ids(chosen, "target")
+        asked.vocabulary.check_ids(chosen)
     values, saved = forward(logits, asked, chosen, other)
     return [each.clone() for each in (*values, *saved) if each is not None]  # no views of one another
 

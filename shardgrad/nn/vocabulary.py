@@ -75,21 +75,21 @@ class Vocabulary:
                 f"{self.over.index} of them {here} (torch.chunk){hint}"
             )
 
-    def check_ids(self, ids: Tensor, name: str, ignore: int = NO_ID) -> None:
-        """Raise where ids are none of the vocabulary; on the CPU, where looking costs no wait.
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise where ids are neither of the vocabulary nor `NO_ID`; on the CPU, where looking costs no wait.
 
         Raises:
             IndexError: they are not.
         """
         if ids.device.type == "cpu" and not shim.is_fake(ids):
-            wrong = (ids != ignore) & ((ids < 0) | (ids >= self.size))
+            wrong = (ids != NO_ID) & ((ids < 0) | (ids >= self.size))
             if bool(wrong.any()):
-                raise IndexError(f"{name} {int(ids[wrong][0])} is outside the vocabulary of {self.size}")
+                raise IndexError(f"target {int(ids[wrong][0])} is outside the vocabulary of {self.size}")
 
 
 def masked(ids: Tensor, ignore_index: int) -> Tensor:
     """The ids as int64, `NO_ID` where they are to be ignored."""
-    return ids.long().masked_fill(ids == ignore_index, NO_ID) if ignore_index != NO_ID else ids.long()
+    return ids.long().masked_fill(ids == ignore_index, NO_ID)
 
 
 def wider(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

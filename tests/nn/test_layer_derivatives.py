@@ -88,6 +88,23 @@ def _loss(mesh: DeviceMesh, kind: Kind) -> Call:
     return call
 
 
+def _statistics(mesh: DeviceMesh, kind: Kind) -> Call:
+    tokens = torch.tensor([[1, 5], [5, 0], [-100, 2], [3, 3]])
+
+    def call(x: Tensor) -> Tensor:
+        part = sg.slice_replicated(x, mesh, "tp", 1)
+        p, q = (
+            sg.VocabParallelLogits(z, vocab_size=6, mesh=mesh, temperature=0.8, soft_cap=cap)
+            for z, cap in ((part, 4.0), (part.cos(), None))
+        )
+        found = p.statistics(tokens, logsumexp=True, entropy=True, mean_log_prob=True, kl=q)
+        some = [value for value in found if value is not None]
+        shared = sg.gather_replicated(p.log_softmax().square(), mesh, "tp", 1, size=6)
+        return torch.cat([some[0], torch.stack(some[1:], -1), p.topk(3).values, shared], -1)
+
+    return call
+
+
 def _embedding(mesh: DeviceMesh, kind: Kind) -> Call:
     table = sg.VocabParallelEmbedding(9, 6, **kind)
     ids = torch.tensor([8, 2, 0, 5])
@@ -160,6 +177,7 @@ EVERYTHING: dict[str, Make] = {
     "matmul": _matmul,
     "convolve": _convolve,
     "vocab_parallel_cross_entropy": _loss,
+    "VocabParallelLogits": _statistics,
     "Attention": lambda mesh, kind: (lambda layer: lambda x: layer(x.unsqueeze(0))[0])(sg.Attention(6, 3, **kind)),
     "ColumnParallelLinear": _layer("ColumnParallelLinear", 6, 7, gather_output=True),
     "Conv1d": lambda mesh, kind: (lambda f: lambda x: f(x.unsqueeze(1)))(_gathered("Conv1d", 1, 1, 5, 3)(mesh, kind)),

@@ -159,6 +159,7 @@ def test_statistics(world_size: int, words: int) -> None:
         p.gather(-1, chosen),
         logits[0].logsumexp(-1),
         -(p.exp() * p).sum(-1),
+        p.mean(-1),
         (p.exp() * (p - q)).sum(-1),
     ]
     weights = [randn(*one.shape, seed=40 + at) for at, one in enumerate(right)]
@@ -171,15 +172,16 @@ def test_statistics(world_size: int, words: int) -> None:
             mesh,
             mine[2],
             vocab_size=words,
-            chosen=shard_rows_of(chosen, layout, mesh),
+            tokens=shard_rows_of(chosen, layout, mesh),
             logsumexp=True,
             entropy=True,
+            mean_log_prob=True,
             kl=mine[3:],
             temperature=2.0,
             soft_cap=1.4,
             chunk_tokens=4,
         )
-        each = (found.log_prob, found.logsumexp, found.entropy, found.kl)
+        each = (found.log_prob, found.logsumexp, found.entropy, found.mean_log_prob, found.kl)
         total = torch.zeros((), dtype=torch.float64)
         for one, expected, weight in zip(each, right, weights):
             assert one is not None
@@ -431,7 +433,7 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         call(grads="forward", reduction="none")
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, not 0"):
         call(chunk_tokens=0)
-    with pytest.raises(ValueError, match="nothing is asked for"):
+    with pytest.raises(ValueError, match="statistics of nothing"):
         sg.linear_statistics(x, w, ROWS, mesh, vocab_size=6)
 
 
