@@ -11,6 +11,7 @@
 | `model`       | a GPT's block and training step on one rank and on all    |
 | `exact`       | what exact mode costs, beside the same without it         |
 | `gpu`         | one GPU's share of a large model                          |
+| `head`        | a head's product and its loss in one, in chunks           |
 | `bytes`       | what layouts send, over the least possible                |
 | `memory`      | what layers keep for backward                             |
 """
