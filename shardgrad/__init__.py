@@ -32,6 +32,7 @@ _NAMES = {
     "nn.global_ops": "clip_grad_norm_ num_parameters",
     "nn.group_norm": "GroupNorm",
     "nn.linear": "ColumnParallelLinear RowParallelLinear",
+    "nn.linear_loss": "linear_cross_entropy linear_statistics",
     "nn.logits": "VocabParallelLogits",
     "nn.loss": "vocab_parallel_cross_entropy",
     "nn.mlp": "MLP SwiGLU",

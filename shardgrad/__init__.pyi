@@ -38,6 +38,8 @@ from shardgrad.nn.global_ops import num_parameters as num_parameters
 from shardgrad.nn.group_norm import GroupNorm as GroupNorm
 from shardgrad.nn.linear import ColumnParallelLinear as ColumnParallelLinear
 from shardgrad.nn.linear import RowParallelLinear as RowParallelLinear
+from shardgrad.nn.linear_loss import linear_cross_entropy as linear_cross_entropy
+from shardgrad.nn.linear_loss import linear_statistics as linear_statistics
 from shardgrad.nn.logits import VocabParallelLogits as VocabParallelLogits
 from shardgrad.nn.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
 from shardgrad.nn.mlp import MLP as MLP

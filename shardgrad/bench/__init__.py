@@ -12,6 +12,7 @@
 | `exact`       | what exact mode costs, beside the same without it         |
 | `gpu`         | one GPU's share of a large model                          |
 | `gpu_check`   | what only a GPU can tell, in ten minutes on one           |
+| `head`        | a head's product and its loss in one, in chunks           |
 | `bytes`       | what layouts send, over the least possible                |
 | `memory`      | what layers keep for backward                             |
 """

@@ -22,5 +22,6 @@
 | `bench_model`    | `bench model`                                             |
 | `bench_exact`    | `bench exact`                                             |
 | `bench_gpu`      | `bench gpu`                                               |
+| `bench_head`     | `bench head`                                              |
 | `bench_options`  | what the commands of `bench` read alike                   |
 """

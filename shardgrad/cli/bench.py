@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_exact, bench_gpu, bench_model, bench_options, bench_overhead, bench_overlap, bench_step
+from shardgrad.cli import (
+    bench_exact,
+    bench_gpu,
+    bench_head,
+    bench_model,
+    bench_options,
+    bench_overhead,
+    bench_overlap,
+    bench_step,
+)
 from shardgrad.cli import ranks as start_ranks
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -18,6 +27,7 @@ app.command(name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhe
 app.command(name="model", epilog=bench_model.EPILOG)(bench_model.model)
 app.command(name="overlap", epilog=bench_overlap.EPILOG)(bench_overlap.overlap)
 app.command(name="exact", epilog=bench_exact.EPILOG)(bench_exact.exact)
+app.command(name="head", epilog=bench_head.EPILOG)(bench_head.head)
 app.command(name="gpu", epilog=bench_gpu.EPILOG)(bench_gpu.gpu)
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -338,6 +338,13 @@ def storage_number(x: torch.Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+def allocations(record: Any) -> list[int]:
+    """Bytes that torch's allocator of CPU memory gave (and, below 0, took back), one after the other, in a block of
+    `torch.profiler.profile(profile_memory=True)`."""
+    events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+
+
 def in_backward() -> bool:
     """Whether this thread runs a backward: in a forward then, one that is recomputed."""
     return torch._C._current_graph_task_id() != -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ def parallelize(
     sequence: bool | Mapping[str, str] = False,
     data: BatchAxis | None = None,
     reduce_dtype: torch.dtype | None = None,
+    loss: Literal["sharded", "fused"] = "sharded",
 ) -> M:
     """Shard a model over an axis of a mesh, in place: a module of transformers, or one of your own.
 
@@ -69,6 +70,8 @@ def parallelize(
         data: an axis over which the batch is sharded: gradients are then summed over it as well, and the loss is the
             mean over the tokens of all. (Or leave it out, and use DistributedDataParallel or FSDP2 over that axis.)
         reduce_dtype: as of `sg.Parallel`.
+        loss: "fused" has the output layer's product and the loss of given labels in one (`sg.linear_cross_entropy`,
+            gradients made in forward): `outputs.logits` is then None.
 
     Derived: which layers share an input, whose gradient is then summed once; parameters between sharded layers whose
     gradients are sums (watched in the first call of each kind); KV heads that ranks share; ranks without heads.
@@ -115,6 +118,7 @@ def parallelize(
     groups = ties.tied(model)
     ties.check(groups, made, model)
     hooks = _hooks(model, streams, parallel, strict=not isinstance(sequence, bool))
+    _check_loss(loss, base, made)
     # Nothing has been changed so far.
     for new, old in {id(made[path]): (made[path], old) for path, old in every if path in made}.values():
         fill(new, old)
@@ -127,7 +131,8 @@ def parallelize(
     for one, number in numbers:
         _set_number(one.module, one.attribute, number)
     _share_kv_heads(model, made, builder)
-    Root(model, [model] if base is model else [model, base], parallel, _head(base, parallel))
+    head = _head(base, parallel, loss == "fused")
+    Root(model, [model] if base is model else [model, base], parallel, head)
     for module, hook in hooks:
         hook.register(module)
     if data is not None:
@@ -242,13 +247,34 @@ def _set_number(module: Any, attribute: str, number: int) -> None:
     setattr(module, attribute.removeprefix("config."), number)
 
 
-def _head(base: Any, parallel: Parallel) -> Head | None:
+def _check_loss(loss: str, base: Any, made: Mapping[str, ShardedModule]) -> None:
+    """Refuse a fused loss of an output layer whose logits it could not make.
+
+    Raises:
+        ValueError: an unknown one.
+        LayoutError: the output layer's vocabulary is not sharded, or it has adapters or a transposed weight.
+    """
+    if loss not in ("sharded", "fused"):
+        raise ValueError(f"loss must be 'sharded' or 'fused', not {loss!r}")
+    if loss == "sharded":
+        return
+    outer: Any = getattr(base, "get_output_embeddings", lambda: None)()
+    path = next((name for name, module in base.named_modules() if module is outer), None)
+    ours = [one for name, one in made.items() if path is not None and name.endswith(path)]
+    if not ours or not isinstance(ours[0], FeatureLinear) or ours[0].transposed or ours[0].kind != "column":
+        raise LayoutError(
+            f"loss='fused': the output layer of this {type(base).__name__} is no plain linear layer with a sharded "
+            "vocabulary (without adapters): use loss='sharded'"
+        )
+
+
+def _head(base: Any, parallel: Parallel, fused: bool) -> Head | None:
     """What minds the labels and logits of a model whose output layer leaves a sharded vocabulary."""
     outer: Any = getattr(base, "get_output_embeddings", lambda: None)()
     inner = getattr(outer, "base_layer", outer)
     if not isinstance(inner, FeatureLinear) or inner.kind != "column" or inner.features.gathered:
         return None
-    return Head(base, outer, inner.out_features, parallel)
+    return Head(base, outer, inner.out_features, parallel, inner if fused else None)
 
 
 def _share_kv_heads(model: nn.Module, made: Mapping[str, ShardedModule], builder: Builder) -> None:

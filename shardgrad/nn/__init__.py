@@ -37,6 +37,9 @@
 | `logits`         | logits over a sharded vocabulary as a distribution of tokens               |
 | `largest`        | the k largest of them                                                      |
 | `sampling`       | ids drawn from them, the same on every rank                                |
+| `linear_loss`    | the product of a head and its loss in one, in chunks of tokens             |
+| `linear_statistics` | the same as one differentiable operation                                |
+| `linear_sums`    | the product to a sharded vocabulary in chunks, and its gradients           |
 | `dropout`        | dropout whose mask does not depend on the mesh                             |
 | `counter`        | random bits as a function of the global element                            |
 | `philox`         | the same bits, compared with a threshold on any device                     |

@@ -164,7 +164,7 @@ class BoundMatmul:
     def _resolve(
         self, key: object, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
     ) -> Executable:
-        sizes, exchanged = self._sizes(tensors, given, needs)
+        sizes, exchanged = self._learn_or_exchange(tensors, given, needs)
         # Where sizes are exchanged, the local shapes do not give them; they are exchanged at every call.
         where = (key, tuple(sorted(sizes.known.items()))) if exchanged else key
         found = self._executables.get(where)
@@ -212,7 +212,14 @@ class BoundMatmul:
         key = None if pieces is None else tuple(pieces.items())
         self._executables = self._by_pieces.setdefault(key, {})
 
-    def _sizes(
+    def sizes(self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]) -> Sizes:
+        """Those of a call, looked at and compared with the other ranks' as a call's are; exchanged where they must be.
+
+        needs: of each tensor, whether it needs a gradient.
+        """
+        return self._learn_or_exchange(tensors, given, needs)[0]
+
+    def _learn_or_exchange(
         self, tensors: Sequence[Tensor], given: Mapping[str, int] | None, needs: tuple[bool, ...]
     ) -> tuple[Sizes, bool]:
         sizes, missing = self._learn(tensors, given, needs)
@@ -269,7 +276,7 @@ class BoundMatmul:
                 raise ShapeError(f"{name} is a DTensor: pass its local shard, tensor.to_local() (in {self.name})")
             if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
                 raise ShapeError(f"{name} is {unusual(tensor)}: products take dense tensors (in {self.name})")
-        wide = self._reduced_in(first.dtype)
+        wide = self.reduced_in(first.dtype)
         if wide is not None and wide.itemsize < first.dtype.itemsize:
             raise ShapeError(
                 f"reduce_dtype {self.reduce_dtype} is narrower than {first.dtype} of {names[0]}: sums would lose "
@@ -278,13 +285,13 @@ class BoundMatmul:
         if first.dtype.is_complex:
             raise ShapeError(f"{names[0]} is {first.dtype}: complex products are not supported (in {self.name})")
 
-    def _reduced_in(self, dtype: Any) -> torch.dtype | None:
+    def reduced_in(self, dtype: Any) -> torch.dtype | None:
         """`reduce_dtype` for operands of a dtype; float64 is left alone, as autocast leaves it."""
         return None if str(dtype).endswith("float64") else self.reduce_dtype
 
     def _products(self, sizes: Sizes, dtype: Any) -> Products:
         """What lowering needs to know."""
-        wide = self._reduced_in(dtype)
+        wide = self.reduced_in(dtype)
         reduce_dtype = None if wide in (None, dtype) else str(wide).removeprefix("torch.")
         return Products(
             self.plans,
@@ -314,7 +321,7 @@ class BoundMatmul:
         """
         from shardgrad.layout import cost, predict
 
-        wire, reduce_wire = predict.widths(dtype, self._reduced_in(dtype))
+        wire, reduce_wire = predict.widths(dtype, self.reduced_in(dtype))
         products = self._products(sizes, dtype)
         made = self._instructions(products, gradients=True)
         if products.pieces is not None:

@@ -53,7 +53,9 @@ def build_model(config: Config, vocab: int, mesh: DeviceMesh) -> LanguageModel:
         ConfigError, LayoutError, ValueError, OSError: as `build_causal_lm`.
     """
     if isinstance(config.model, Model):
-        return build(config, vocab, mesh)
+        made = build(config, vocab, mesh)
+        made.fused_loss = None if config.train.loss is None else config.train.loss == "fused"
+        return made
     _balance(config, mesh)
     return build_causal_lm(config, vocab, mesh, batch_axis(config, view(mesh).shape["dp"]), **_dtypes(config))
 

@@ -109,7 +109,8 @@ def build_causal_lm(
     torch.manual_seed(config.run.seed)
     base: Any = about.make("cpu" if about.folder is None else "meta")
     lm = base if section.lora is None else lora.wrap(base, section.lora)
-    parallelize(lm, mesh, sequence=section.sequence, data=data, reduce_dtype=reduce_dtype)
+    loss = config.train.loss or "sharded"
+    parallelize(lm, mesh, sequence=section.sequence, data=data, reduce_dtype=reduce_dtype, loss=loss)
     if about.folder is None:
         lm.to(device)
     else:

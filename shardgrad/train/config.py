@@ -174,6 +174,11 @@ class Train(_Section):
     recompute: Literal["none", "full", "attention"] = Field(
         default="none", description="what backward computes again instead of keeping: whole blocks, or attention layers"
     )
+    loss: Literal["fused", "sharded"] | None = Field(
+        default=None,
+        description="fused: the head's product and the loss in one, in chunks of tokens, gradients made in forward; "
+        "sharded: of all logits; null: fused for a decoder whose logits on a rank make several chunks",
+    )
     exact: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
         description="the same bits on every number of ranks that divides this: of all axes, or by axis, "
@@ -253,6 +258,8 @@ def _disagreements(config: Config) -> Iterator[str]:
     if train.batch % train.accumulate:
         yield f"train.batch = {train.batch} does not divide into train.accumulate = {train.accumulate} micro-batches"
     yield from _exact_disagreements(config)
+    if train.loss == "fused" and config.mesh.grid is not None:
+        yield "train.loss = fused is not for mesh.grid, whose logits are sums over x: leave it out, or say sharded"
     if train.dtype == "float32" and train.reduce_dtype == "bfloat16":
         yield "train.reduce_dtype = bfloat16 is narrower than train.dtype = float32: sums would lose what is there"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from shardgrad.comm.pieces import pieces_here
 from shardgrad.errors import ShapeError
 from shardgrad.nn import init
 from shardgrad.nn.dropout import Dropout
+from shardgrad.nn.linear import ColumnParallelLinear
+from shardgrad.nn.linear_loss import linear_cross_entropy, tokens_of_chunk
 from shardgrad.nn.loss import vocab_parallel_cross_entropy
 from shardgrad.nn.module import ShardedModule
 from shardgrad.nn.parallel import Parallel
@@ -69,7 +71,12 @@ class Decoder(LanguageModel):
         sequence_parallel: whether the axis shards the sequence between the products; if not, every rank of the axis
             holds the residual stream whole.
         stream: how the residual stream is stored; None: X[b/dp,s/tp,d], with the axes' own names.
+
+    fused_loss: whether `loss` has the head's product and the cross-entropy in one, its gradients made in forward; None:
+    where the logits that a rank has of a micro-batch are several chunks.
     """
+
+    fused_loss: bool | None = None
 
     embedding: nn.Module
     positions: LearnedPositions | None
@@ -110,6 +117,14 @@ class Decoder(LanguageModel):
         Raises:
             ShapeError: ids are not [b, s] with s of at most seq_len.
         """
+        with self._computing(ids):
+            return self.head(self._stream(ids, batch, part), ids.shape[1])
+
+    def _computing(self, ids: Tensor) -> torch.autocast:
+        return torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
+
+    def _stream(self, ids: Tensor, batch: int | None, part: tuple[int, int] | None) -> Tensor:
+        """What the head multiplies: X[b/dp,s/tp,d], normed. Arguments as of a call."""
         if ids.dim() != 2 or ids.shape[1] > self.seq_len:
             raise ShapeError(
                 f"ids must be [b, s] with at most {self.seq_len} positions (seq_len), got {tuple(ids.shape)}"
@@ -117,28 +132,57 @@ class Decoder(LanguageModel):
         sequence = ids.shape[1]
         sizes = {"s": sequence, "d": self.width} | ({} if batch is None else {"b": batch})
         drop = partial(self.dropout, sizes=sizes, part=None if part is None else {"b": part})
-        with torch.autocast(ids.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            x = self.embedding(ids)
-            if self.positions is not None:
-                x = self.positions.add_to(x, sequence)
-            x = drop(x)
-            for block in self.blocks:
-                if self.recompute == "full" and torch.is_grad_enabled():
-                    x = checkpoint(block, x, sequence, drop=drop, use_reentrant=False)
-                else:
-                    x = block(x, sequence, self.recompute, drop)
-            return self.head(self.norm(x), sequence)
+        x = self.embedding(ids)
+        if self.positions is not None:
+            x = self.positions.add_to(x, sequence)
+        x = drop(x)
+        for block in self.blocks:
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(block, x, sequence, drop=drop, use_reentrant=False)
+            else:
+                x = block(x, sequence, self.recompute, drop)
+        normed: Tensor = self.norm(x)
+        return normed
 
     def loss(self, ids: Tensor, targets: Tensor, batch: int | None = None) -> Tensor:
-        return self._loss(self(ids, batch), targets, "mean")
+        return self._loss(ids, targets, "mean", batch)
 
     def loss_sum(self, ids: Tensor, targets: Tensor, batch: int, part: tuple[int, int]) -> Tensor:
         """The sum of the losses of a micro-batch's tokens; otherwise as `loss`. part: as of a call."""
-        return self._loss(self(ids, batch, part), targets, "sum")
+        return self._loss(ids, targets, "sum", batch, part)
 
-    def _loss(self, logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
+    def fuses(self, tokens: int) -> bool:
+        """Whether the loss of so many tokens of a rank is fused with the head's product."""
+        if self.fused_loss is not None or not isinstance(self.head, ColumnParallelLinear):
+            return bool(self.fused_loss)
+        here = view(self.mesh)
+        pieces = prod(pieces_here(here, axis) for axis in self.token_axes)  # exact mode: alike for any number of ranks
+        return tokens // pieces > tokens_of_chunk(self.vocab, here, self.axis)
+
+    def _loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        reduction: Literal["mean", "sum"],
+        batch: int | None,
+        part: tuple[int, int] | None = None,
+    ) -> Tensor:
+        if self.fuses(targets.numel()):
+            head: Any = self.head
+            with self._computing(ids):
+                return linear_cross_entropy(
+                    self._stream(ids, batch, part),
+                    head.weight,
+                    targets,
+                    head.layout(3),
+                    self.mesh,
+                    vocab_size=self.vocab,
+                    reduction=reduction,
+                    grads="forward",
+                    reduce_dtype=head.reduce_dtype,
+                )
         return vocab_parallel_cross_entropy(
-            logits,
+            self(ids, batch, part),
             targets,
             vocab_size=self.vocab,
             mesh=self.mesh,

@@ -6,6 +6,7 @@ import torch
 
 from shardgrad.hardware import memory
 from shardgrad.layout.units import format_si
+from shardgrad.nn.linear_loss import ELEMENTS
 from shardgrad.train.config import Config, ConfigError, Model
 from shardgrad.train.data import BYTES
 from shardgrad.train.foreign import describe
@@ -31,14 +32,16 @@ def parameters(model: Model, vocab: int) -> int:
 
 def least_bytes(config: Config, ranks: int) -> int:
     """What the ranks of a decoder's training hold together at the least: parameters, gradients and moments, and of
-    one micro-batch each block's input and the logits. 0 of a model of transformers, which says its sizes itself."""
+    one micro-batch each block's input and the logits, or a chunk of them. 0 of a model of transformers, which says its
+    sizes itself."""
     model, train, mesh = config.model, config.train, config.mesh
     if not isinstance(model, Model):
         return 0
     vocab = config.data.vocab or BYTES
     copies = 1 if mesh.fully_sharded or mesh.grid is not None else mesh.dp or 1
     rows = train.batch // train.accumulate * model.seq_len
-    kept = rows * (model.layers * model.d_model * (2 if train.dtype == "bfloat16" else 4) + 4 * vocab)
+    logits = min(rows * vocab, ranks * ELEMENTS) if train.loss != "sharded" and mesh.grid is None else rows * vocab
+    kept = rows * model.layers * model.d_model * (2 if train.dtype == "bfloat16" else 4) + 4 * logits
     ids = 16 * train.batch * model.seq_len // max(train.accumulate, 1)
     return copies * _STATE * parameters(model, vocab) + kept + ids + ranks * model.layers * _BLOCK
 

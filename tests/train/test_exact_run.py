@@ -73,6 +73,7 @@ def grids(ranks: int) -> list[tuple[int, int, int]]:
     ("kind", "settings"),
     [
         ("gpt", {}),
+        pytest.param("gpt", {"loss": "fused"}, marks=pytest.mark.slow),
         pytest.param(
             "llama",
             {"fully_sharded": True, "dtype": "bfloat16", "reduce_dtype": "float32", "recompute": "full"},

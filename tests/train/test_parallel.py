@@ -12,6 +12,8 @@ from tiny import SEQUENCE, SIZES, VOCAB, decoder, fill, reference, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.comm.mesh import view
+from shardgrad.nn.linear_loss import tokens_of_chunk
 from shardgrad.testing import distributed
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.grid import Grid
@@ -59,6 +61,20 @@ def test_rows_replicated_over_tp(world_size: int, kind: str) -> None:
     check(model, reference(values, kind=kind, tied=True, kv_heads=1), 1)
     sharded, _ = decoder(mesh, kind=kind, tied=True, kv_heads=1)
     assert sharded.embedding(tokens(BATCH)[0]).shape[1] < SEQUENCE
+
+
+@distributed(world_size=[1, 2, 3, 4], timeout=120, backend="shm")
+def test_loss_in_one_with_the_heads_product(world_size: int) -> None:
+    """The same, bytes too; where nobody says so, it is fused once a rank's logits are several chunks."""
+    for way in ("replicated", "deferred", "sharded"):
+        switches, accumulate, recompute, keys = WAYS[way]
+        for grid in GRIDS[world_size]:
+            mesh = init_device_mesh("cpu", grid, mesh_dim_names=("dp", "tp"))
+            model, values = decoder(mesh, data=sg.BatchAxis("dp", **switches), recompute=recompute, **keys)
+            few = tokens_of_chunk(VOCAB, view(mesh), "tp")
+            assert (model.fuses(few), model.fuses(few + 1)) == (False, True)
+            model.fused_loss = True
+            check(model, reference(values, **keys), accumulate)
 
 
 @distributed(world_size=[1, 2, 4, 8], timeout=120, backend="shm")

@@ -113,6 +113,14 @@ def test_adapters_of_a_pretrained_model(world_size: int, tmp_path: Path) -> None
 
 
 @distributed(world_size=[2], backend="shm")
+def test_the_loss_in_one_with_the_heads_product(world_size: int) -> None:
+    config, mesh = meshed(config_of({"tp": 2}, {"d_model": 8, "kind": "gpt"}, loss="fused"))
+    found = whole.verify_run(config, mesh)
+    assert found.ok, found.table()
+    assert any(row.name == "head.weight" and row.kind == "gradient" for row in found.rows)
+
+
+@distributed(world_size=[2], backend="shm")
 def test_exact_mode(world_size: int) -> None:
     config, mesh = meshed(config_of({"tp": 2}, {"d_model": 8, "kind": "gpt"}, exact=2))
     found = whole.verify_run(config, mesh)
