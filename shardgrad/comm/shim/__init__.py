@@ -1,4 +1,10 @@
-"""The one place that knows torch's private or renamed names."""
+"""The one place that knows torch's private or renamed names.
+
+| file    | concept                                                 |
+| ------- | ------------------------------------------------------- |
+| `late`  | what the late backend needs                             |
+| `fused` | products over symmetric memory                          |
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,14 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_iter as tree_iter
+
+from .fused import as_own_tensor as as_own_tensor
+from .fused import begin_symmetric_memory as begin_symmetric_memory
+from .fused import fused_products as fused_products
+from .fused import lacks_fused_products as lacks_fused_products
+from .late import all_to_all_of as all_to_all_of
+from .late import batch_of_messages as batch_of_messages
+from .late import no_modes as no_modes
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -376,78 +390,6 @@ def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     local = getattr(value, "_local_tensor", None)
     if local is not None:  # a DTensor's data are those of a tensor that it holds
         tensor._local_tensor, tensor._spec = local, value._spec  # type: ignore[attr-defined]
-
-
-# For the late backend (shardgrad/testing/late)
-
-
-def all_to_all_of(group: Any) -> Any:
-    """That which swaps parts of one tensor: `(out, whole, out_splits, in_splits, options) -> work`."""
-    return getattr(group, "all_to_all_single", None) or group.alltoall_base
-
-
-@contextmanager
-def no_modes() -> Iterator[None]:
-    """A block whose operations no mode sees, neither of PyTorch's dispatcher nor of its functions."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        yield
-
-
-def batch_of_messages() -> bool:
-    """Whether the message that is being started belongs to the same call of `batch_isend_irecv` as the one before it.
-
-    Torch tells backends in Python nothing of a batch: it is read from the function's own count of works.
-    """
-    frame: Any = sys._getframe(1)
-    for _ in range(12):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "batch_isend_irecv":
-            return len(frame.f_locals.get("reqs", ())) > 0
-        frame = frame.f_back
-    return False
-
-
-# Symmetric memory: torch's products that communicate as they multiply.
-
-_FUSED = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
-
-
-def fused_products() -> tuple[Any, Any]:
-    """torch's product with a gathered tensor, `(shard, rights, dim, group's name, return_A=)`, and its product with a
-    reduce-scatter, `(left, right, "sum", dim, group's name)`. They define themselves when their module is imported."""
-    import torch.distributed._symmetric_memory
-
-    gathering, reducing = (getattr(torch.ops.symm_mem, name).default for name in _FUSED)
-    return gathering, reducing
-
-
-def lacks_fused_products(device: torch.device) -> str | None:
-    """Why a device cannot run `fused_products`; None if nothing is known against it."""
-    try:
-        fused_products()
-    except (ImportError, AttributeError):
-        return f"torch {torch.__version__} has no products over symmetric memory"
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not all(has(f"symm_mem::{name}", device.type.upper()) for name in _FUSED):
-        return f"its tensors are on {device.type}, and torch's products over symmetric memory run on CUDA alone"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
-
-
-def begin_symmetric_memory(group: dist.ProcessGroup) -> None:
-    """Have the ranks of a group map some of one another's memory: where that is impossible, it raises."""
-    from torch.distributed._symmetric_memory import get_symm_mem_workspace
-
-    get_symm_mem_workspace(cast(Any, group.group_name), 2**20)
-
-
-def as_own_tensor(x: torch.Tensor, shape: Any) -> torch.Tensor:
-    """A contiguous result in another shape, and not as a view: no view may leave an autograd Function and be changed in
-    place."""
-    made: torch.Tensor = torch.ops.aten._unsafe_view.default(x.contiguous(), shape)
-    return made
 
 
 def group_named(name: str) -> dist.ProcessGroup:
