@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,27 +189,28 @@ def measure(sizes: Sequence[Size], dtypes: Sequence[torch.dtype], rounds: int) -
                 )
 
 
-def draw(rows: Sequence[Row], path: str) -> None:
-    """Peak memory and time of each contender to those of the logits at once, a panel each."""
-    import matplotlib
+def draw(rows: Sequence[Row], path: Path, note: str = "") -> None:
+    """Peak memory and time of each contender, over those of the logits at once; a panel each.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    note: of the machine.
+    """
+    from shardgrad import charts  # matplotlib takes its time
 
     cases = list(dict.fromkeys((row.dtype, row.size) for row in rows))
     names = [name for name in dict.fromkeys(row.name for row in rows) if name != UNFUSED]
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for at, name in enumerate(names):
-        these = [(cases.index((row.dtype, row.size)) + 0.18 * at, row) for row in rows if row.name == name]
-        panels[0].bar([x for x, _ in these], [row.peak_ratio for _, row in these], width=0.17, label=name)
-        timed = [(x, row.time_ratio) for x, row in these if row.time_ratio is not None]
-        errors = [[r.median - r.low for _, r in timed], [r.high - r.median for _, r in timed]]
-        panels[1].errorbar([x for x, _ in timed], [r.median for _, r in timed], errors, fmt="o", capsize=2)
-    for panel, what, bar in zip(panels, ("peak memory", "time"), (1 / 8, 1.25)):
-        panel.set(ylabel=f"{what} / logits at once", ylim=(0, None))
-        panel.axhline(bar, color="black", linewidth=0.8, linestyle=":")
-        panel.set_xticks([at + 0.25 for at in range(len(cases))], [f"{dtype}\n{list(size)}" for dtype, size in cases])
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with charts.chart(path, "A head's product and its loss in one, over logits at once", (9, 3.8), note) as figure:
+        memory, time = figure.subplots(1, 2)
+        for at, name in enumerate(names):
+            these = [row for row in rows if row.name == name]
+            places = [cases.index((row.dtype, row.size)) + 0.12 * (at - (len(names) - 1) / 2) for row in these]
+            memory.plot(places, [row.peak_ratio for row in these], linestyle="", label=name, **charts.look(at))
+            timed = [(place, row.time_ratio) for place, row in zip(places, these) if row.time_ratio is not None]
+            charts.spreads(time, [x for x, _ in timed], [ratio for _, ratio in timed], at, name, line=False)
+        for panel, what, bar in ((memory, "peak memory; dashed: 1/8", 1 / 8), (time, "time", 1)):
+            charts.line_at(panel, bar)
+            charts.plain(panel, "y", what)
+            panel.set_xticks(
+                range(len(cases)), [f"{dtype}\n{' × '.join(map(str, size))}" for dtype, size in cases], fontsize=7.5
+            )
+        memory.set_ylim(bottom=0)
+        charts.legend_of(figure, memory)

@@ -22,9 +22,7 @@ def head(
     rounds: Annotated[int, typer.Option(min=0, help="how often every contender has its turn; 0: no times")] = 5,
     ranks: Annotated[int, typer.Option(min=1, help="processes of this machine")] = 2,
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
 ) -> None:
     """Measure the loss of a head's product, forward and backward: peak memory above x, W, dX and dW, and time, with the
     logits at once, in chunks by shardgrad, by hand and, on one rank, by torch.
@@ -33,7 +31,8 @@ def head(
     """
     parsed = bench_options.read_sizes(sizes, ranks)
     kinds = bench_options.read_dtypes(dtypes)
-    bench_options.check_picture(picture)
+    bench_options.check_picture(draw)
+    bench_options.quiet_profiler()
     processes.start(ranks)
 
     from shardgrad.bench import head as bench
@@ -43,8 +42,8 @@ def head(
         rows = list(bench.measure(parsed, kinds, rounds))
     if not first:
         return
-    if picture is not None:
-        bench.draw(rows, str(picture))
+    if draw is not None:
+        bench.draw(rows, draw, bench_options.describe_machine(machine))
     if json:
         found = {"machine": machine, "ranks": ranks, "rounds": rounds, "rows": [row.as_json() for row in rows]}
         style.print_json(found)

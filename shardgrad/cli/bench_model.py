@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +38,7 @@ def model(
     if seq_len % ranks:
         raise style.refuse(f"seq-len {seq_len} is no multiple of {ranks} ranks")
     bench_options.check_picture(draw)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints its own beginning and end otherwise
+    bench_options.quiet_profiler()
     processes.start(ranks)
 
     from shardgrad.bench import model as bench

@@ -1,7 +1,8 @@
-"""What the commands of `shardgrad bench` read alike: sizes, dtypes, and where a picture goes."""
+"""What the commands of `shardgrad bench` have alike: how sizes and dtypes read, where a picture goes, a quiet profiler."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,3 +101,8 @@ def describe_machine(found: dict[str, Any]) -> str:
         f"{found['processor']}, {found['cores']} cores, {threads} a rank, torch {found['torch']}; load average before: "
         f"{found['load before']}"
     )
+
+
+def quiet_profiler() -> None:
+    """Have torch's profiler not print its own beginning and end: before the ranks start, or torch does."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

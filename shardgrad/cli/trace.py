@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from shardgrad.cli import bench_options, style
 from shardgrad.cli import ranks as processes
-from shardgrad.cli import style
 
 EPILOG = style.examples(
     "shardgrad trace configs/quickstart.yaml",
     "shardgrad trace configs/quickstart.yaml model.layers=1 --ranks 4 --draw step.svg --perfetto step.json",
 )
-_QUIET = "99"  # torch's profiler prints its own beginning and end otherwise
 _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts and allocate
 
 
@@ -46,7 +44,7 @@ def trace(
     """Run a few training steps on random tokens and show the last: products, collectives, what overlaps, what waits."""
     if not processes.inside():
         _check(config, overrides or [], ranks, draw, perfetto)
-        os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
+        bench_options.quiet_profiler()
         processes.start(ranks)
     profiles = _profiles(config, overrides or [], ranks)
     if profiles is None:
