@@ -1,4 +1,4 @@
-"""What the commands of `shardgrad bench` have alike: how sizes and dtypes read, where a picture goes, a quiet profiler."""
+"""What the commands of `shardgrad bench` have alike: how sizes and dtypes read, where a picture goes."""
 
 from __future__ import annotations
 
