@@ -156,7 +156,9 @@ class Decoder(LanguageModel):
         if self.fused_loss is not None or not isinstance(self.head, ColumnParallelLinear):
             return bool(self.fused_loss)
         here = view(self.mesh)
-        pieces = prod(pieces_here(here, axis) for axis in self.token_axes)  # exact mode: alike for any number of ranks
+        pieces = prod(
+            [pieces_here(here, axis) for axis in self.token_axes]
+        )  # exact mode: alike for any number of ranks
         return tokens // pieces > tokens_of_chunk(self.vocab, here, self.axis)
 
     def _loss(

@@ -60,22 +60,17 @@ class _Gather(nn.Module):
 
 def _sequence(name: str, *args: Any) -> Make:
     """A layer over rows that the axis shards."""
-
-    def make(mesh: DeviceMesh, kind: Kind) -> Call:
-        layer = getattr(sg, name)(*args, sequence_dim=0, **kind)
-        return _Around(layer, mesh)
-
-    return make
+    return lambda mesh, kind: _Around(getattr(sg, name)(*args, sequence_dim=0, **kind), mesh, 0)
 
 
 class _Around(nn.Module):
-    def __init__(self, layer: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, layer: nn.Module, mesh: DeviceMesh, dim: int) -> None:
         super().__init__()
-        self.layer, self.mesh = layer, mesh
+        self.layer, self.mesh, self.dim = layer, mesh, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(sg.slice_replicated(x, self.mesh, "tp", 0))
-        return sg.gather_replicated(y, self.mesh, "tp", 0, size=x.shape[0])
+        y = self.layer(sg.slice_replicated(x, self.mesh, "tp", self.dim))
+        return sg.gather_replicated(y, self.mesh, "tp", self.dim, size=x.shape[self.dim])
 
 
 def _loss(mesh: DeviceMesh, kind: Kind) -> Call:
@@ -183,6 +178,7 @@ EVERYTHING: dict[str, Make] = {
     "Conv1d": lambda mesh, kind: (lambda f: lambda x: f(x.unsqueeze(1)))(_gathered("Conv1d", 1, 1, 5, 3)(mesh, kind)),
     "Conv2d": lambda mesh, kind: (lambda f: lambda x: f(x[None, None]))(_gathered("Conv2d", 1, 1, 5, 3)(mesh, kind)),
     "Dropout": _dropout,
+    "GroupNorm": lambda mesh, kind: _Around(sg.GroupNorm(3, 6, **kind), mesh, 1),
     "LayerNorm": _sequence("LayerNorm", 6),
     "LearnedPositions": _positions,
     "Linear": _gathered("Linear", 1, 6, 7, layout="X[n,d] W[m/tp,d] -> Y[n,m/tp]"),

@@ -1,6 +1,6 @@
 """No host waits for its device in a warm step whose sizes are told, but MoE's, once: shown without a GPU.
 
-On one, `tests/gpu/test_streams.py` has torch itself refuse to wait.
+On one, `tests/gpu/test_gpu_streams.py` has torch itself refuse to wait.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert leaving.value.code == 0
     told = capsys.readouterr().out
-    assert "launch/train.py CONFIG.yaml [section.key=value ...]" in told
+    assert "-m shardgrad.train CONFIG.yaml [section.key=value ...]" in told
     assert re.search(r"train\.lr +highest learning rate \(required\)", told)
     assert re.search(r"mesh\.timeout_s .* \(default 120\.0\)", told)
 

@@ -176,7 +176,7 @@ def test_the_vocabulary_is_the_runs(tmp_path: Path) -> None:
             "tiny-llama", ["train.batch=99999"], "it takes about 787 GB to verify a step on 2 ranks",
             marks=pytest.mark.slow,
         ),
-        ("finetune", ["model.pretrained=nowhere"], "before model.made_by = configs/tiny-llama.yaml has been run"),
+        ("finetune", ["model.pretrained=nowhere"], "configs/tiny-llama.yaml has been run"),
         ("quickstart", ["train.exact=2", "train.accumulate=2"], "verify it with train.accumulate=1"),
         ("quickstart", ["data.tokenizer=nowhere.json"], "data.tokenizer: cannot read nowhere.json"),
     ],

@@ -1,10 +1,4 @@
-"""The one place that knows torch's private or renamed names.
-
-| file    | concept                                                 |
-| ------- | ------------------------------------------------------- |
-| `late`  | what the late backend needs                             |
-| `fused` | products over symmetric memory                          |
-"""
+"""The one place that knows torch's private or renamed names, with `shim_fused` and `shim_late` beside it."""
 
 from __future__ import annotations
 
@@ -22,13 +16,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_iter as tree_iter
 
-from .fused import as_own_tensor as as_own_tensor
-from .fused import begin_symmetric_memory as begin_symmetric_memory
-from .fused import fused_products as fused_products
-from .fused import lacks_fused_products as lacks_fused_products
-from .late import all_to_all_of as all_to_all_of
-from .late import batch_of_messages as batch_of_messages
-from .late import no_modes as no_modes
+from shardgrad.comm.shim_fused import as_own_tensor as as_own_tensor
+from shardgrad.comm.shim_fused import begin_symmetric_memory as begin_symmetric_memory
+from shardgrad.comm.shim_fused import fused_products as fused_products
+from shardgrad.comm.shim_fused import lacks_fused_products as lacks_fused_products
+from shardgrad.comm.shim_late import all_to_all_of as all_to_all_of
+from shardgrad.comm.shim_late import batch_of_messages as batch_of_messages
+from shardgrad.comm.shim_late import no_modes as no_modes
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
