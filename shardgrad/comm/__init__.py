@@ -3,6 +3,8 @@
 | file             | concept                                                                   |
 | ---------------- | ------------------------------------------------------------------------- |
 | `shim`           | the one place that knows torch's private or renamed names                 |
+| `shim_fused`     | of it: products over symmetric memory                                     |
+| `shim_late`      | of it: what the late backend needs                                        |
 | `processes`      | the other ranks as processes of this host: at work, stopped, or gone      |
 | `ask`            | questions to the store, with a limit                                      |
 | `standing`       | how far this rank has come in a group, and who else is in it              |

@@ -155,10 +155,10 @@ class Decoder(LanguageModel):
         """Whether the loss of so many tokens of a rank is fused with the head's product."""
         if self.fused_loss is not None or not isinstance(self.head, ColumnParallelLinear):
             return bool(self.fused_loss)
+        if torch.compiler.is_compiling():  # where it would break the graph
+            return False
         here = view(self.mesh)
-        pieces = prod(
-            [pieces_here(here, axis) for axis in self.token_axes]
-        )  # exact mode: alike for any number of ranks
+        pieces = prod(pieces_here(here, axis) for axis in self.token_axes)  # in exact mode: alike whatever the ranks
         return tokens // pieces > tokens_of_chunk(self.vocab, here, self.axis)
 
     def _loss(
