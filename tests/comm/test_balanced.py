@@ -99,7 +99,7 @@ def test_collectives_forward_and_backward(world_size: int, dim: int, size: int) 
 
 
 @distributed(world_size=[2, 3, 4], timeout=120)
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
 def test_random_layouts_with_predicted_bytes(world_size: int, seed: int) -> None:
     rng = random.Random(100 * world_size + seed)
     for dims in (1, 2):

@@ -118,12 +118,12 @@ def test_a_language_models_ends(world_size: int, vocabulary: int) -> None:
 
 
 @distributed(world_size=[2, 3, 4])
-def test_state_and_checkpoints_are_those_of_any_mesh(world_size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_state_and_checkpoints_are_those_of_any_mesh(world_size: int, tmp_path: Path) -> None:
     expected = filled(1).state_dict()
     grids = [(1, world_size), (world_size, 1)] + [(2, 2)] * (world_size == 4)
     made = [balanced(*grid, names=("dp", "tp")) for grid in grids]
     other = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "tp"))
-    folder = Path(shared_folder(tmp_path_factory, made[0]))
+    folder = tmp_path
     for at, mesh in enumerate(made):
         model, plain = Model(mesh), Model(other)
         sg.load_state_dict(model, expected)
@@ -138,16 +138,8 @@ def test_state_and_checkpoints_are_those_of_any_mesh(world_size: int, tmp_path_f
         assert_same_state(sg.state_dict(model), expected)
 
 
-def shared_folder(factory: pytest.TempPathFactory, mesh: DeviceMesh) -> str:
-    """A folder of the first rank's, on every rank."""
-    from shardgrad.comm.agree import text_of_first
-    from shardgrad.comm.mesh import view
-
-    return text_of_first(str(factory.mktemp("state")), view(mesh))
-
-
 @distributed(world_size=[2, 3, 4])
-def test_dtensors_at_the_border(world_size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_dtensors_at_the_border(world_size: int, tmp_path: Path) -> None:
     """What torch.chunk shards alike becomes a DTensor; what it does not is told; what comes as one is converted."""
     mesh = balanced(world_size)
     whole_weight = randn(2 * world_size + 1, 3, seed=1)
@@ -164,7 +156,7 @@ def test_dtensors_at_the_border(world_size: int, tmp_path_factory: pytest.TempPa
     even = sg.ColumnParallelLinear(3, 2 * world_size, mesh=mesh, dtype=D)
     state = sg.state_dict(even, as_dtensor=True)
     assert all(isinstance(one, DTensor) and one.placements == (Shard(0),) for one in state.values())
-    folder = shared_folder(tmp_path_factory, mesh)
+    folder = str(tmp_path)
     dcp.save(state, checkpoint_id=folder)
     dcp.load(state, checkpoint_id=folder)
     theirs = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
@@ -212,6 +204,7 @@ def test_torchs_own_shards_stay_torch_chunks(world_size: int) -> None:
     assert torch.equal(here, right)
 
 
+@pytest.mark.slow
 @distributed(world_size=3)
 def test_under_torch_compile(world_size: int) -> None:
     mesh = tp(world_size)

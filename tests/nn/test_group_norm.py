@@ -161,6 +161,7 @@ def test_behind_a_convolution_with_its_state(world_size: int) -> None:
     assert torch.equal(again[1].weight, 2 * norm.weight)
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_under_torch_compile(world_size: int) -> None:
     mesh = tp(2)

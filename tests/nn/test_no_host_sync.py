@@ -11,6 +11,7 @@ from pathlib import Path
 import forked
 import pytest
 
+pytestmark = pytest.mark.slow  # some 12 s for one process
 PROGRAM = Path(__file__).with_name("no_host_sync_program.py")
 ONCE = "waits 1 times in forward, 0 in backward"
 

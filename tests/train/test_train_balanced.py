@@ -20,7 +20,16 @@ from shardgrad.train.build import build_model
 
 
 @distributed(world_size=[2, 3, 4], timeout=120, backend="shm")
-@pytest.mark.parametrize("way", ["replicated, micro-batches", "sharded", "sharded, deferred, recomputed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "sharded",
+        *(
+            pytest.param(w, marks=pytest.mark.slow)
+            for w in ("replicated, micro-batches", "sharded, deferred, recomputed")
+        ),
+    ],
+)
 def test_loss_gradients_and_bytes(world_size: int, way: str) -> None:
     switches, accumulate, recompute, keys = WAYS[way]
     for grid in GRIDS[world_size]:

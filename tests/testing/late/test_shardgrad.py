@@ -160,9 +160,11 @@ class Waits:
 @pytest.mark.parametrize(
     "name",
     [
-        "column_sequence",
         "data",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("column", "row_sequence", "fully_sharded")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("column", "column_sequence", "row_sequence", "fully_sharded")
+        ),
     ],
 )
 def test_every_wait_is_needed(world_size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
