@@ -123,7 +123,11 @@ def linear_cross_entropy(
             if reduction == "none":
                 return each.view(target.shape)
             summed = total(each)
-        return summed if reduction == "sum" else summed / _count(ignored, summed.dtype, head)
+        if reduction == "sum":
+            return summed
+        count = _count(ignored, summed.dtype, head)
+        # Of no token NaN, as torch, whose gradients are zeros.
+        return (summed / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 
 @told

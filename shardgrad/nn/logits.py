@@ -15,6 +15,7 @@ from shardgrad.comm.adjoint import along
 from shardgrad.comm.mesh import axis_on, view
 from shardgrad.comm.pieces import pieces_here, refuse_exact_on
 from shardgrad.errors import ShapeError
+from shardgrad.layout.sizes import chunks
 from shardgrad.nn.init import draw_seed
 from shardgrad.nn.largest import Largest, largest
 from shardgrad.nn.sampling import draw
@@ -212,9 +213,12 @@ class VocabParallelLogits(metaclass=TellingType):
 
     def _comparable(self, other: VocabParallelLogits) -> Tensor:
         mine, its = self.vocabulary, other.vocabulary
-        if mine.size != its.size or mine.over != its.over or self.logits.shape != other.logits.shape:
+        alike = mine.size == its.size and mine.over == its.over and self.logits.shape == other.logits.shape
+        # Axes that shard otherwise are equal, and on some ranks the parts are: all ranks must come to the same end.
+        if not alike or chunks(mine.size, mine.over.size) != chunks(its.size, its.over.size):
             raise ShapeError(
-                f"kl of {self!r} and {other!r}: both must be of the same tokens and vocabulary, over the same axis"
+                f"kl of {self!r} and {other!r}: both must be of the same tokens and vocabulary, over the same axis, "
+                "which shards alike (sg.set_balanced)"
             )
         return other.logits
 

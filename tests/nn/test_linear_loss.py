@@ -344,8 +344,11 @@ def test_a_rank_without_tokens_and_no_token_that_counts(world_size: int, grads: 
         assert reference.grad is not None
         assert_close(unsharded(one.grad, spec, mesh, sizes), reference.grad, spec.name)
     none = torch.full_like(tokens, -100)
+    mine = shards(layout, mesh, full)
     loss = sg.linear_cross_entropy(*mine[:2], none, layout, mesh, mine[2], **how)  # type: ignore[arg-type]
+    loss.backward()
     assert bool(loss.isnan())  # as torch's 0 / 0
+    assert all(one.grad is not None and not bool(one.grad.any()) for one in mine)  # as torch's
 
 
 @distributed(world_size=2)
