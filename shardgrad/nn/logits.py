@@ -4,7 +4,7 @@ the largest, and samples, without whole logits anywhere."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from shardgrad.nn.largest import Largest, largest
 from shardgrad.nn.sampling import draw
 from shardgrad.nn.token_statistics import statistics
 from shardgrad.nn.token_sums import Asked, Values
-from shardgrad.nn.vocabulary import Vocabulary, masked
+from shardgrad.nn.vocabulary import Vocabulary, check_reading, masked
 
 
 class VocabParallelLogits(metaclass=TellingType):
@@ -60,9 +60,7 @@ class VocabParallelLogits(metaclass=TellingType):
         soft_cap: float | None = None,
         token_axes: str | Sequence[str] = (),
     ) -> None:
-        for name, number in (("temperature", temperature), ("soft_cap", soft_cap)):
-            if number is not None and not (number > 0 and isfinite(number)):
-                raise ValueError(f"{name} must be a positive number, not {number} (argmax() takes the likeliest token)")
+        check_reading(temperature, soft_cap)
         over = axis_on(mesh, axis, "VocabParallelLogits")
         self.logits, self.mesh = logits, mesh
         self.vocabulary = Vocabulary(

@@ -438,6 +438,11 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         call(chunk_tokens=0)
     with pytest.raises(ValueError, match="statistics of nothing"):
         sg.linear_statistics(x, w, ROWS, mesh, vocab_size=6)
+    with pytest.raises(ValueError, match="soft_cap must be a positive number, not 0"):
+        call(soft_cap=0)
+    for wrong in ("temperature", "soft_cap"):
+        with pytest.raises(ValueError, match=f"{wrong} must be a positive number, not -1.5"):
+            sg.linear_statistics(x, w, ROWS, mesh, vocab_size=6, entropy=True, **{wrong: -1.5})
 
 
 @pytest.mark.slow
