@@ -26,7 +26,7 @@ from shardgrad.nn.linear_statistics import Call, LinearStatistics, LossWithGradi
 from shardgrad.nn.linear_sums import Head
 from shardgrad.nn.loss import cross_entropy_collectives
 from shardgrad.nn.token_sums import Asked, Values, statistics_collectives
-from shardgrad.nn.vocabulary import Vocabulary, masked
+from shardgrad.nn.vocabulary import Vocabulary, check_reading, masked
 from shardgrad.ops.bound import bind
 from shardgrad.ops.exact import checked
 from shardgrad.ops.micro_batches import held
@@ -85,7 +85,7 @@ def linear_cross_entropy(
         LayoutError: the layout is no such product: its contracted letter is sharded, or the product itself is reduced.
         ShapeError: tensors do not fit the layout, the vocabulary or one another.
         IndexError: a target is outside the vocabulary.
-        ValueError: an unknown reduction or place of gradients; smoothing outside [0, 1].
+        ValueError: an unknown reduction or place of gradients; smoothing outside [0, 1]; a soft_cap that is none.
         RuntimeError: a second derivative is asked for, or it is reached within torch.func.
     Source: Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024, arXiv 2410.10989 (gradients in forward); the z-loss:
         Chowdhery et al. 2022, arXiv 2204.02311.
@@ -100,6 +100,7 @@ def linear_cross_entropy(
         raise ValueError(
             "grads='forward' makes the gradients of one number: reduction must be 'mean' or 'sum', or grads='backward'"
         )
+    check_reading(1.0, soft_cap)
     if target.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"target must hold integer ids, got {target.dtype}")
     tensors = _present(x, weight, bias)
@@ -123,7 +124,11 @@ def linear_cross_entropy(
             if reduction == "none":
                 return each.view(target.shape)
             summed = total(each)
-        return summed if reduction == "sum" else summed / _count(ignored, summed.dtype, head)
+        if reduction == "sum":
+            return summed
+        count = _count(ignored, summed.dtype, head)
+        # Of no token NaN, as torch, whose gradients are zeros.
+        return (summed / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 
 @told
@@ -169,10 +174,11 @@ def linear_statistics(
 
     Raises:
         LayoutError, ShapeError, IndexError, RuntimeError: as of `linear_cross_entropy`.
-        ValueError: nothing is asked for.
+        ValueError: nothing is asked for; a temperature or soft_cap that is none.
     """
     if tokens is None and not (logsumexp or entropy or mean_log_prob or kl):
         raise ValueError("statistics of nothing: give tokens, or ask for logsumexp, entropy, mean_log_prob or kl")
+    check_reading(temperature, soft_cap)
     given = [_present(x, weight, bias), *([] if kl is None else [_present(*kl)])]
     rows = None if tokens is None else tokens.shape[: x.dim() - 1]
     heads = tuple(_head(layout, each, vocab_size, mesh, rows, "tokens", save_gathered, reduce_dtype) for each in given)

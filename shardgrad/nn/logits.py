@@ -4,7 +4,7 @@ the largest, and samples, without whole logits anywhere."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from shardgrad.comm.adjoint import along
 from shardgrad.comm.mesh import axis_on, view
 from shardgrad.comm.pieces import pieces_here, refuse_exact_on
 from shardgrad.errors import ShapeError
+from shardgrad.layout.sizes import chunks
 from shardgrad.nn.init import draw_seed
 from shardgrad.nn.largest import Largest, largest
 from shardgrad.nn.sampling import draw
 from shardgrad.nn.token_statistics import statistics
 from shardgrad.nn.token_sums import Asked, Values
-from shardgrad.nn.vocabulary import Vocabulary, masked
+from shardgrad.nn.vocabulary import Vocabulary, check_reading, masked
 
 
 class VocabParallelLogits(metaclass=TellingType):
@@ -59,9 +60,7 @@ class VocabParallelLogits(metaclass=TellingType):
         soft_cap: float | None = None,
         token_axes: str | Sequence[str] = (),
     ) -> None:
-        for name, number in (("temperature", temperature), ("soft_cap", soft_cap)):
-            if number is not None and not (number > 0 and isfinite(number)):
-                raise ValueError(f"{name} must be a positive number, not {number} (argmax() takes the likeliest token)")
+        check_reading(temperature, soft_cap)
         over = axis_on(mesh, axis, "VocabParallelLogits")
         self.logits, self.mesh = logits, mesh
         self.vocabulary = Vocabulary(
@@ -212,9 +211,12 @@ class VocabParallelLogits(metaclass=TellingType):
 
     def _comparable(self, other: VocabParallelLogits) -> Tensor:
         mine, its = self.vocabulary, other.vocabulary
-        if mine.size != its.size or mine.over != its.over or self.logits.shape != other.logits.shape:
+        alike = mine.size == its.size and mine.over == its.over and self.logits.shape == other.logits.shape
+        # Axes that shard otherwise are equal, and on some ranks the parts are: all ranks must come to the same end.
+        if not alike or chunks(mine.size, mine.over.size) != chunks(its.size, its.over.size):
             raise ShapeError(
-                f"kl of {self!r} and {other!r}: both must be of the same tokens and vocabulary, over the same axis"
+                f"kl of {self!r} and {other!r}: both must be of the same tokens and vocabulary, over the same axis, "
+                "which shards alike (sg.set_balanced)"
             )
         return other.logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -85,6 +86,17 @@ class Vocabulary:
             wrong = (ids != NO_ID) & ((ids < 0) | (ids >= self.size))
             if bool(wrong.any()):
                 raise IndexError(f"target {int(ids[wrong][0])} is outside the vocabulary of {self.size}")
+
+
+def check_reading(temperature: float, soft_cap: float | None) -> None:
+    """Raise where logits cannot be read so.
+
+    Raises:
+        ValueError: temperature or soft_cap is not a positive number.
+    """
+    for name, number in (("temperature", temperature), ("soft_cap", soft_cap)):
+        if number is not None and not (number > 0 and isfinite(number)):
+            raise ValueError(f"{name} must be a positive number, not {number} (argmax() takes the likeliest token)")
 
 
 def masked(ids: Tensor, ignore_index: int) -> Tensor:

@@ -349,8 +349,11 @@ def test_a_rank_without_tokens_and_no_token_that_counts(world_size: int, grads: 
         assert reference.grad is not None
         assert_close(unsharded(one.grad, spec, mesh, sizes), reference.grad, spec.name)
     none = torch.full_like(tokens, -100)
+    mine = shards(layout, mesh, full)
     loss = sg.linear_cross_entropy(*mine[:2], none, layout, mesh, mine[2], **how)  # type: ignore[arg-type]
+    loss.backward()
     assert bool(loss.isnan())  # as torch's 0 / 0
+    assert all(one.grad is not None and not bool(one.grad.any()) for one in mine)  # as torch's
 
 
 @distributed(world_size=2)
@@ -440,6 +443,11 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         call(chunk_tokens=0)
     with pytest.raises(ValueError, match="statistics of nothing"):
         sg.linear_statistics(x, w, ROWS, mesh, vocab_size=6)
+    with pytest.raises(ValueError, match="soft_cap must be a positive number, not 0"):
+        call(soft_cap=0)
+    for wrong in ("temperature", "soft_cap"):
+        with pytest.raises(ValueError, match=f"{wrong} must be a positive number, not -1.5"):
+            sg.linear_statistics(x, w, ROWS, mesh, vocab_size=6, entropy=True, **{wrong: -1.5})
 
 
 @pytest.mark.slow

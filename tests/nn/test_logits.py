@@ -199,3 +199,14 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
     with pytest.raises(ValueError, match="seed or generator, not both"):
         logits.sample(seed=1, generator=torch.Generator())
     assert "(4, 3) of 6" in repr(logits)
+
+
+@distributed(world_size=3)
+def test_divergence_from_logits_of_a_mesh_that_shards_otherwise_is_refused_on_every_rank(world_size: int) -> None:
+    """4 words as 2, 2, 0 and as 2, 1, 1: on rank 0 the parts have one shape, and the axes are equal."""
+    plain, even = (init_device_mesh("cpu", (3,), mesh_dim_names=("tp",)) for _ in range(2))
+    sg.set_balanced(even)
+    sizes = zip((plain, even), ((2, 2, 0), (2, 1, 1)))
+    p, q = (sg.VocabParallelLogits(torch.randn(5, n[m.get_local_rank()]), vocab_size=4, mesh=m) for m, n in sizes)
+    with pytest.raises(sg.ShapeError, match="shards alike"):
+        p.kl_div(q)

@@ -68,6 +68,13 @@ class Case:
             "grpo": -surrogate + 0.1 * (far.exp() - far - 1),
             "ppo": -surrogate - 0.2 * entropy + 0.3 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1),
             "distillation": 9 * F.kl_div(soft, softer, log_target=True, reduction="none").sum(-1),
+            "smoothed": 0.9 * nll - 0.1 * log_p.mean(-1),
+            "likeliest": F.kl_div(
+                log_p.gather(-1, other.topk(3).indices),
+                other.topk(3).values.log_softmax(-1),
+                log_target=True,
+                reduction="none",
+            ).sum(-1),
             "z-loss": nll + 1e-2 * logits.exp().sum(-1).log().square(),
         }[name]
         return each[counts].mean()
@@ -85,6 +92,15 @@ class Case:
         policy, reference = (sg.VocabParallelLogits(x, **made) for x in (parts[0], parts[1].detach()))
         if name == "z-loss":
             return page["language_model_loss"](policy, tokens, z_loss=1e-2, **over)  # type: ignore[no-any-return]
+        if name == "smoothed":
+            found = policy.statistics(tokens, mean_log_prob=True)
+            each = -0.9 * found.log_prob - 0.1 * found.mean_log_prob  # type: ignore[operator]
+            return page["mean_of_tokens"](each, tokens != -100, **over)  # type: ignore[no-any-return]
+        if name == "likeliest":
+            best = reference.topk(3)
+            log_q = best.values.log_softmax(-1)
+            each = (log_q.exp() * (log_q - policy.log_prob(best.ids))).sum(-1)
+            return page["mean_of_tokens"](each, tokens != -100, **over)  # type: ignore[no-any-return]
         if name == "grpo":
             more = {"reference": reference.log_prob(tokens), "kl": 0.1}
         else:
@@ -93,7 +109,7 @@ class Case:
 
 
 @distributed(world_size=[2, 3, 4])
-@pytest.mark.parametrize("name", ["grpo", "ppo", "distillation", "z-loss"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "distillation", "likeliest", "z-loss", "smoothed"])
 def test_losses_of_the_page(world_size: int, name: str) -> None:
     data = 2 if world_size == 4 else 1
     mesh = init_device_mesh("cpu", (data, world_size // data), mesh_dim_names=("dp", "tp"))
