@@ -40,6 +40,7 @@ from shardgrad.ops.overlap import WHOLE, Chunking, OverlapDecision, choose, choo
 
 _EMPTY, _UNEVEN = "it is empty", "its shards are not of one size"
 _SEVERAL = "it is one of several steps"
+_OTHER = "ranks of its axis hold different sizes, and might chunk another collective of the product"
 _NOT_BY_ROWS = {"all-reduce": "an all-reduce", "reduce-scatter": "a reduce-scatter along columns"}
 
 
@@ -54,9 +55,10 @@ class _Chunker:
         self._sizes, self._dtype = namespace.sizes, dtype
         self._symmetric = symmetric(view)
         self._why: dict[int, str] = {}  # for the collectives that stay whole in one pass, by id
+        self._tried: dict[int, set[str]] = {}  # axes of the collectives that a product might be done with, by its id
 
     def __call__(self, instructions: Instructions) -> Instructions:
-        self._why = {}
+        self._why, self._tried = {}, {}
         made = self._passed(instructions)
         for one in communication(made):
             why = self._why.get(id(one), "nothing runs beside it" if one.blocking else "it runs under other products")
@@ -291,6 +293,9 @@ class _Chunker:
         if not isinstance(contraction, Contraction) or not contraction.rows:
             return "the product has batched letters, or its result is permuted"
         axis, layout, same = self._view.axes[move.move.axis], self._layouts[product.index], True
+        tried = self._tried.setdefault(id(product), set())
+        others = tried - {axis.name}
+        tried.add(axis.name)
         for spec in (layout.lhs, layout.rhs, layout.out):
             for dim in spec.dims:
                 if axis.name in dim.axes:
@@ -299,6 +304,8 @@ class _Chunker:
                         if dim.letter in moved.letters:
                             return _UNEVEN
                         same = False
+        if not same and others:
+            return _OTHER  # what became of others depends on sizes that other ranks of this axis do not have
         size = 0
         if move.move.kind == "all-gather":
             gathered = move.move.after[move.move.dim]

@@ -175,6 +175,30 @@ def test_sizes_that_do_not_divide_and_empty_ones_are_not_cut(world_size: int, te
     sg.set_overlap(mesh, None)
 
 
+@distributed(world_size=4, backend="late")
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X[n/a,d/b] W[d/b/a,m] -> Y[n/a/b,m]",
+        "X[n/a/b,d] W[d/a,m/b] -> Y[n/a,m/b]",
+        "X[n/a,d/b] W[d/a,m/b] -> Y[n/a,m/b]",
+    ],
+)
+def test_ranks_of_one_axis_with_sizes_that_divide_on_another_for_some(world_size: int, text: str, told: bool) -> None:
+    """11 rows are 6 and 5 over `a`, and of these 6 alone are even over `b`: all must chunk the same collectives over
+    `a`."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    layout = Layout(text)
+    sizes = {"n": 11, "d": 8, "m": 10}
+    given = sizes if told else None
+    shards = sharded(layout, sizes, mesh)
+    whole, _ = once(*shards, layout, mesh, given)
+    sg.set_overlap(mesh, 3)
+    for one, other in zip(whole, once(*shards, layout, mesh, given)[0], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_number_of_pieces_follows_from_the_costs() -> None:
     """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 chunks leave 1/6 of it in sight."""
     f32 = torch.float32

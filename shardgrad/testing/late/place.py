@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import typing_extensions
 
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _MACHINERY = (
     str(Path(torch.__file__).parent) + os.sep,
     str(Path(__file__).parents[1]) + os.sep,
+    typing_extensions.__file__,  # torch's deprecated functions, such as all_gather_into_tensor, are wrapped in it
     "<frozen",
     "<string>",
 )
