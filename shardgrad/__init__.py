@@ -71,10 +71,22 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("shardgrad")
     if name not in _HOME:
-        raise AttributeError(f"module 'shardgrad' has no attribute {name!r}")
+        near = "" if name.startswith("_") else _nearest(name)
+        raise AttributeError(f"module 'shardgrad' has no attribute {name!r}{near}", name=name)
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
+
+
+def _nearest(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, __all__, n=3)
+    return f"; the nearest are {', '.join(near)}" if near else ""
 
 
 def __dir__() -> list[str]:

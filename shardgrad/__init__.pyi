@@ -78,3 +78,5 @@ from shardgrad.verification.replicas import check_replicas as check_replicas
 from shardgrad.verification.report import Report as Report
 from shardgrad.verification.same_bits import verify_exact as verify_exact
 from shardgrad.verification.verify import verify as verify
+
+__version__: str

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+PICTURES = (".svg", ".png", ".pdf")  # endings of the pictures that can be written
+
 
 def to_disk(path: Path) -> None:
     """Return when a file, or the names in a folder, are on the disk."""

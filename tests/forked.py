@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import shardgrad
-from shardgrad.cli import entry
 
 PRELOADED = ["torch", "torch.distributed.device_mesh", "shardgrad.train.launch", *sorted(set(shardgrad._HOME.values()))]
 PRELOADED += ["transformers.models.llama.modeling_llama"]  # most of what a model of transformers imports: 2 s a rank
@@ -35,7 +34,7 @@ def run(
 
 def command(ranks: int, *arguments: object, timeout: float = 200) -> tuple[int | None, list[str]]:
     """The ranks of a `shardgrad` command, as the command itself would start them; what each wrote to stdout."""
-    program = Path(entry.__file__).with_name("__main__.py")
+    program = Path(shardgrad.__file__).with_name("__main__.py")
     status, printed, _ = _run(program, ranks, timeout, arguments, None, errors_too=False)
     return status, printed
 

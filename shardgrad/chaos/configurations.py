@@ -67,7 +67,7 @@ def run(seed: int, count: int) -> list[Row]:
             tally.note(kind, failure and f"{given}: {failure}")
             if at % _COMMANDS == _COMMANDS - 1:
                 read, name = (experiments.load, "scale") if load is experiments.load else (training.load, "trace")
-                command = [sys.executable, "-m", "shardgrad.cli", name, str(path), *overrides]
+                command = [sys.executable, "-m", "shardgrad", name, str(path), *overrides]
                 if all("\0" not in one and len(one) < 10**5 for one in command) and _refuses(read, path, overrides):
                     failure = _failure_of_command(command)
                     tally.note("commands", failure and f"{given}: {failure}")

@@ -3,7 +3,6 @@
 | file             | concept                                                   |
 | ---------------- | --------------------------------------------------------- |
 | `entry`          | what the installed program starts                         |
-| `__main__`       | `python -m shardgrad.cli`                                 |
 | `app`            | the list of commands                                      |
 | `style`          | one style for every command: tables, JSON, errors         |
 | `ranks`          | start the ranks of a command                              |

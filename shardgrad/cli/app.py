@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench, chaos, explain, mutants, scale, trace, train, verify
+import shardgrad
+from shardgrad.cli import bench, chaos, explain, mutants, scale, style, trace, train, verify
 
 app = typer.Typer(
     name="shardgrad",
     help="Sharded matrix products whose backward is derived from how the tensors are stored.",
-    no_args_is_help=True,
+    cls=style.Group,
+    invoke_without_command=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -22,21 +23,22 @@ app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
 app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
 app.command(name="verify", epilog=verify.EPILOG)(verify.verify)
-app.command(name="mutants")(mutants.mutants)
-app.command(name="chaos")(chaos.chaos)
+app.command(name="mutants", epilog=mutants.EPILOG)(mutants.mutants)
+app.command(name="chaos", epilog=chaos.EPILOG)(chaos.chaos)
 app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("shardgrad"))
+        typer.echo(shardgrad.__version__)
         raise typer.Exit
 
 
 @app.callback()
 def _root(
+    context: typer.Context,
     _: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
     ] = False,
 ) -> None:
-    """A callback, so that typer keeps subcommands even while there is one."""
+    style.help_if_alone(context)

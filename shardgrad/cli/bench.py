@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +17,11 @@ from shardgrad.cli import (
     bench_overhead,
     bench_overlap,
     bench_step,
+    style,
 )
 from shardgrad.cli import ranks as start_ranks
 
-app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure on this machine.", invoke_without_command=True)
 app.command(name="step", epilog=bench_step.EPILOG)(bench_step.step)
 app.command(name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhead)
 app.command(name="model", epilog=bench_model.EPILOG)(bench_model.model)
@@ -34,11 +34,16 @@ _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @app.callback()
-def _root() -> None:
-    """A callback, so that typer keeps subcommands even while there is one."""
+def _root(context: typer.Context) -> None:
+    style.help_if_alone(context)
 
 
-@app.command()
+@app.command(
+    epilog=style.examples(
+        "shardgrad bench collectives",
+        "shardgrad bench collectives --ranks 4 --operations all-reduce,barrier --sizes 2KiB --draw times.svg",
+    )
+)
 def collectives(
     ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
     operations: Annotated[str, typer.Option(help="which, separated by commas")] = (
@@ -47,19 +52,17 @@ def collectives(
     sizes: Annotated[str, typer.Option(help="of the tensors, separated by commas")] = "2KiB,64KiB,512KiB,8MiB",
     turns: Annotated[int, typer.Option(min=1, help="how often gloo and shm take turns at each size")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(help="also draw the times into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the times", show_default=False)] = None,
 ) -> None:
     """Compare gloo with shared memory: medians in microseconds, and how many times faster shared memory is.
 
-    Both are measured in the same processes, in turns. Example: `shardgrad bench collectives --ranks 4`
+    Both are measured in the same processes, in turns.
     """
     wanted = operations.split(",")
     parsed = [_size(text) for text in sizes.split(",")]
     _check_operations(wanted)
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     start_ranks.start(ranks)
-    from rich.console import Console
-    from rich.table import Table
 
     from shardgrad.bench import collectives as bench
 
@@ -71,19 +74,30 @@ def collectives(
     if draw is not None:
         bench.draw(rows, draw, bench_options.describe_machine(machine))
     if as_json:
-        typer.echo(json.dumps(bench.as_json(rows), indent=1))
+        style.print_json(bench.as_json(rows))
         return
-    table = Table(title=f"{rows[0].ranks} ranks, float32, medians in µs")
-    table.add_column("operation")
-    for name in ("size", "gloo", "shm", "times faster"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        size = bench.size_text(row.bytes) if row.bytes else "–"
-        table.add_row(row.operation, size, f"{row.gloo:,.0f}", f"{row.shm:,.0f}", f"{row.ratio:.1f}")
-    Console().print(table)
+    numbers = ("size", "gloo", "shm", "times faster")
+    style.table(
+        ("operation", *numbers),
+        [
+            (
+                row.operation,
+                bench.size_text(row.bytes) if row.bytes else "–",
+                f"{row.gloo:,.0f}",
+                f"{row.shm:,.0f}",
+                f"{row.ratio:.1f}",
+            )
+            for row in rows
+        ],
+        title=f"{rows[0].ranks} ranks, float32, medians in µs",
+        numbers=numbers,
+    )
+    style.say(bench_options.describe_machine(machine))
 
 
-@app.command()
+@app.command(
+    epilog=style.examples("shardgrad bench memory", "shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4")
+)
 def memory(
     sizes: Annotated[
         list[str] | None, typer.Option(help="s, b, h and a of a block, as s=128,b=2,h=256,a=4; may stand several times")
@@ -93,12 +107,11 @@ def memory(
 ) -> None:
     """Count what a transformer block keeps for backward on one rank, in bfloat16, against published formulas.
 
-    One process: nothing is communicated. Example: `shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4`
+    One process: nothing is communicated.
     """
     from dataclasses import asdict
 
     from shardgrad.bench import memory as bench
-    from shardgrad.cli import style
 
     example = "s=128,b=2,h=256,a=4"
     wanted: list[bench.Sizes] = []
@@ -106,16 +119,14 @@ def memory(
     for text in sizes or [example]:
         pairs = style.read_pairs(text, example)
         if set(pairs) != set("sbha") or not all(pairs.values()):
-            raise typer.BadParameter(f"{text!r} does not give s, b, h and a, as {example}", param_hint="--sizes")
+            raise style.refuse(f"{text!r} does not give s, b, h and a, as {example}", "--sizes")
         for count in ranks.split(","):
             x = bench.Sizes(**pairs, t=_count(count))
             divided = not (x.h % x.a or x.a % x.t or x.s % x.t)
             (wanted if divided else skipped).append(x)
     left_out = "; ".join(f"s={x.s}, b={x.b}, h={x.h}, a={x.a} on {x.t} ranks" for x in skipped)
     if not wanted:
-        raise typer.BadParameter(
-            f"the formulas are of sizes that divide, which none do: {left_out}", param_hint="--sizes"
-        )
+        raise style.refuse(f"the formulas are of sizes that divide, which none do: {left_out}", "--sizes")
     rows = bench.measure(wanted)
     if as_json:
         listed = [asdict(row) for row in rows]
@@ -145,32 +156,36 @@ def memory(
         style.say(f"left out, for the formulas are of sizes that divide: {left_out}")
 
 
-@app.command(name="bytes")
+@app.command(
+    name="bytes",
+    epilog=style.examples(
+        "shardgrad bench bytes", "shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64 --draw bytes.svg"
+    ),
+)
 def bytes_sent(
     sizes: Annotated[
         list[str] | None, typer.Option(help="n, d and m of a product, as n=4096,d=1024,m=1024; may stand several times")
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(help="also draw the ratios into this file")] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
 ) -> None:
     """Compare what layouts send for Y, dX and dW with the least that any layout of P-th parts can send.
 
-    Nothing is run: the layouts say it. Example: `shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64`
+    Nothing is run: the layouts say it.
     """
     from dataclasses import asdict
 
     from shardgrad.bench import bytes as bench
-    from shardgrad.cli import style
 
     example = "n=4096,d=1024,m=1024"
     wanted = []
     for text in sizes or ["n=4096,d=4096,m=4096", "n=65536,d=1024,m=4096"]:
         pairs = style.read_pairs(text, example)
         if set(pairs) != set("ndm") or not all(pairs.values()):
-            raise typer.BadParameter(f"{text!r} does not give n, d and m, as {example}", param_hint="--sizes")
+            raise style.refuse(f"{text!r} does not give n, d and m, as {example}", "--sizes")
         wanted.append((pairs["n"], pairs["d"], pairs["m"]))
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     rows = bench.rows(wanted, [_count(text) for text in ranks.split(",")])
     if draw is not None:
         bench.draw(rows, draw)
@@ -201,14 +216,14 @@ def bytes_sent(
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
-        raise typer.BadParameter(f"{text!r} is no number of ranks", param_hint="--ranks")
+        raise style.refuse(f"{text!r} is no number of ranks", "--ranks")
     return int(text)
 
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is no size: write 4096, 2KiB or 8MiB", param_hint="--sizes")
+        raise style.refuse(f"{text!r} is no size: write 4096, 2KiB or 8MiB", "--sizes")
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -218,4 +233,4 @@ def _check_operations(names: list[str]) -> None:
     for name in names:
         if name not in OPERATIONS:
             known = ", ".join(OPERATIONS)
-            raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="--operations")
+            raise style.refuse(f"{name!r} is not one of {known}", "--operations")

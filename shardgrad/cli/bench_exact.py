@@ -45,12 +45,12 @@ def exact(
         if any(size[at] % count for at in (0, 2) for count in counts):
             raise style.refuse(f"{'x'.join(map(str, size))}: every number of pieces divides tokens and hidden features")
     kinds = bench_options.read_dtypes(dtypes)
-    (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
-    (which,) = bench_options.read_choice(model, ("llama", "gpt", "none"), "models")
+    how = bench_options.read_one(backend, ("gloo", "shm"), "backends")
+    which = bench_options.read_one(model, ("llama", "gpt", "none"), "models")
     heads = max(8, *counts)
     if which != "none" and (d_model % (2 * heads) or any(heads % count for count in counts)):
         raise style.refuse(f"d-model {d_model} must be a multiple of {2 * heads}, and pieces must divide {heads} heads")
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     processes.start(ranks)
 
     from shardgrad.bench import exact as bench

@@ -31,7 +31,7 @@ def head(
     """
     parsed = bench_options.read_sizes(sizes, ranks)
     kinds = bench_options.read_dtypes(dtypes)
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     bench_options.quiet_profiler()
     processes.start(ranks)
 

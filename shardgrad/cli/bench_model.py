@@ -32,12 +32,12 @@ def model(
     parameters, gradients and the optimizer's state included, buffers of process groups not).
     """
     kind = bench_options.read_dtypes(dtype)[0]
-    (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
+    how = bench_options.read_one(backend, ("gloo", "shm"), "backends")
     if d_model % heads:
         raise style.refuse(f"d-model {d_model} is no multiple of {heads} heads")
     if seq_len % ranks:
         raise style.refuse(f"seq-len {seq_len} is no multiple of {ranks} ranks")
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     bench_options.quiet_profiler()
     processes.start(ranks)
 

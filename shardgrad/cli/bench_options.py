@@ -1,9 +1,8 @@
-"""What the commands of `shardgrad bench` have alike: how sizes and dtypes read, where a picture goes."""
+"""What the commands of `shardgrad bench` have alike: how sizes and dtypes read, and how the machine is told."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardgrad.cli import style
@@ -11,9 +10,6 @@ from shardgrad.hardware import cores, processor
 
 if TYPE_CHECKING:
     import torch
-
-DTYPES = ("float32", "bfloat16", "float64", "float16")
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64", "fp16": "float16"}
 
 
 def read_sizes(text: str, divisor: int, *, tokens_too: bool = False) -> list[tuple[int, int, int]]:
@@ -45,11 +41,7 @@ def read_dtypes(text: str) -> list[torch.dtype]:
     """
     import torch
 
-    names = [_SHORT.get(part.strip(), part.strip()) for part in text.split(",")]
-    for name in names:
-        if name not in DTYPES:
-            raise style.refuse(f"{name!r} is not one of {', '.join((*_SHORT, *DTYPES))}")
-    return [getattr(torch, name) for name in names]
+    return [getattr(torch, style.read_dtype(part)) for part in text.split(",")]
 
 
 def read_choice(text: str, known: tuple[str, ...], what: str) -> list[str]:
@@ -65,18 +57,15 @@ def read_choice(text: str, known: tuple[str, ...], what: str) -> list[str]:
     return names
 
 
-def check_picture(path: Path | None) -> None:
-    """Refuse a picture that could not be written, before anything is measured.
+def read_one(text: str, known: tuple[str, ...], what: str) -> str:
+    """One name, of those that are known.
 
     Raises:
-        typer.BadParameter: there is no such folder, or matplotlib does not know the ending.
+        typer.BadParameter: it is not.
     """
-    if path is None:
-        return
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise style.refuse(f"a picture ends in .png, .svg or .pdf, not {path.name!r}")
-    if not path.absolute().parent.is_dir():
-        raise style.refuse(f"there is no folder {path.absolute().parent}")
+    if text not in known:
+        raise style.refuse(f"{text!r} is not one of the {what} {', '.join(known)}")
+    return text
 
 
 def machine() -> dict[str, Any]:

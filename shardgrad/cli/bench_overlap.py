@@ -39,8 +39,8 @@ def overlap(
     ranks = processes.count() or ranks
     parsed = bench_options.read_sizes(sizes, ranks, tokens_too=True)
     kinds = bench_options.read_dtypes(dtypes)
-    (how,) = bench_options.read_choice(backend, ("gloo", "shm"), "backends")
-    bench_options.check_picture(draw)
+    how = bench_options.read_one(backend, ("gloo", "shm"), "backends")
+    style.check_file(draw)
     processes.start(ranks)
 
     from shardgrad.bench import overlap as bench

@@ -38,7 +38,7 @@ def step(
     parsed = bench_options.read_sizes(sizes, ranks)
     kinds = bench_options.read_dtypes(dtypes)
     wanted = bench_options.read_choice(backends, ("gloo", "shm"), "backends")
-    bench_options.check_picture(draw)
+    style.check_file(draw)
     processes.start(ranks)
 
     from shardgrad.bench import step as bench

@@ -12,6 +12,7 @@ from shardgrad.cli import style
 if TYPE_CHECKING:
     from shardgrad.chaos.tally import Row
 
+EPILOG = style.examples("shardgrad chaos", "shardgrad chaos layouts calls --seed 3 --count 200")
 _FEW = {"layouts": 2000, "calls": 1000, "configurations": 200, "checkpoints": 20, "deaths": 4}
 """Attacks of each kind without `--count`: some three minutes in all on two cores."""
 
@@ -31,8 +32,6 @@ def chaos(
 
     Right is a result, or an error that names what is wrong; of a rank that died or was stopped, that all others end
     within 30 s and name it. Ends with status 1 if anything did not hold; what failed is printed.
-
-    Example: `shardgrad chaos layouts calls --seed 3`
     """
     wrong = [kind for kind in kinds or () if kind not in _FEW]
     if wrong:

@@ -36,7 +36,8 @@ def explain(
     layout: Annotated[
         str | None,
         typer.Argument(
-            help=f"a layout, such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', or one by name: {', '.join(PRESETS)}",
+            help=f"a layout, such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', or one by name: {', '.join(PRESETS)}; "
+            "none: list those",
             autocompletion=_presets,
             show_default=False,
         ),
@@ -50,7 +51,9 @@ def explain(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="all axes shard 9 over 4 as 3, 2, 2, 2, not as torch.chunk: 3, 3, 3, 0")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="of the tensors: float64, float32, bfloat16 or float16")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help=f"of the tensors: {', '.join(style.DTYPES)}, or in short bf16, …")
+    ] = "float32",
     rank: Annotated[
         int, typer.Option(help="whose bytes and shapes; they differ between ranks if sizes are uneven")
     ] = 0,
@@ -70,38 +73,43 @@ def explain(
         bool, typer.Option("--code", help="print the Python that runs, forward and backward, and nothing else")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    list_presets: Annotated[bool, typer.Option("--list", help="list the layouts that have a name, and end")] = False,
 ) -> None:
     """Tell what each phase of a layout computes and communicates; with sizes and a mesh, in bytes; and draw it."""
-    if list_presets:
+    if layout is None:
         _list(json)
         return
-    if layout is None:
-        raise style.refuse("say a layout, or one of the names that --list lists")
-    with style.exit_on(ValueError):
-        itemsize(dtype)
+    dtype = style.read_dtype(dtype)
+    style.check_file(draw)
     with style.exit_on(LayoutError, OSError):
         given = _read(layout)
         if bias and not given.has_bias:
             given = Layout(f"{given} + {given.bias}")
+        unknown = [name for name in save_gathered or () if name not in (given.lhs.name, given.rhs.name)]
+        if unknown:
+            raise style.refuse(
+                f"{unknown[0]!r} is no operand of {given}: {given.lhs.name} or {given.rhs.name}", "--save-gathered"
+            )
         if balanced and not mesh:
             raise LayoutError(
                 _wanted(given, "--balanced says how the axes of a mesh shard, and also needs sizes and one")
             )
+        whole = style.read_pairs(sizes, _SIZES)
         shape = {axis: (Balanced if balanced else int)(ranks) for axis, ranks in style.read_pairs(mesh, _MESH).items()}
         if code:
             if draw or json:
                 raise LayoutError(f"--code prints a program: leave out {'--draw' if draw else '--json'}")
             typer.echo(_program(given, shape, rank, dtype, save_gathered or ()), nl=False)
             return
-        if not sizes and not mesh:
+        if not whole and not shape:
             if draw or json:
                 raise LayoutError(_wanted(given, f"{'--draw' if draw else '--json'} also needs sizes and a mesh"))
             typer.echo(given.explain())
             return
+        if not whole or (not shape and given.axes):
+            raise LayoutError(_wanted(given, "bytes need the size of every letter, and a mesh"))
         walked = timeline(
             given,
-            style.read_pairs(sizes, _SIZES),
+            whole,
             shape,
             dtype,
             save_gathered=save_gathered or (),

@@ -9,6 +9,8 @@ import typer
 from shardgrad.cli import ranks as started
 from shardgrad.cli import style
 
+EPILOG = style.examples('shardgrad mutants "by hand" --ranks 3', "shardgrad mutants --right attention")
+
 
 def mutants(
     only: Annotated[str, typer.Argument(help="those alone whose name or program contains this")] = "",
@@ -27,11 +29,10 @@ def mutants(
 
     `--right` verifies right programs instead, as users write them, each in several precisions: each passes, or it
     cannot be told, with why. Ends with status 0 if none is accused.
-
-    Examples: `shardgrad mutants "by hand" --ranks 3`, `shardgrad mutants --right attention`
     """
     if ranks < 2 and not right:
         raise style.refuse("a bug needs two ranks")
+    _check(only, right)
     started.start(ranks)
     if right:
         _right(only, markdown, json)
@@ -57,6 +58,24 @@ def mutants(
     dist.destroy_process_group()
     bad = [one for one in found if not one.named or one.caught != (one.name != "(none)")]
     started.end(1 if bad else 0)
+
+
+def _check(only: str, right: bool) -> None:
+    """Find that nothing is called so before any rank is started."""
+    if right:
+        from shardgrad.mutants.right import table
+
+        known = {kind.name for kind in table.KINDS}
+        names = known
+    else:
+        from shardgrad.mutants import run
+
+        known = {one.program for one in run.mutants()}
+        names = known | {one.name for one in run.mutants()}
+    if not any(only in name for name in names):
+        raise style.refuse(
+            f"no name of a bug or program contains {only!r}; the programs are {', '.join(sorted(known))}"
+        )
 
 
 def _right(only: str, markdown: bool, json: bool) -> NoReturn:

@@ -40,7 +40,7 @@ def start(ranks: int) -> None:
     with TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         environment = {"OMP_NUM_THREADS": "1", **os.environ, _STATUS: str(status_file)}
-        done = subprocess.run([*torchrun, "-m", "shardgrad.cli", *sys.argv[1:]], env=environment, check=False)
+        done = subprocess.run([*torchrun, "-m", "shardgrad", *sys.argv[1:]], env=environment, check=False)
         status = int(status_file.read_text()) if done.returncode == 0 and status_file.exists() else done.returncode
     raise typer.Exit(status)
 

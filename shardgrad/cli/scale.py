@@ -74,7 +74,7 @@ def scale(
     if config is None:
         from shardgrad import shipped
 
-        style.table(("name", "what it measures"), [(name, shipped.purpose(name)) for name in shipped.names("scaling")])
+        style.list_shipped(shipped.names("scaling"), "what it measures")
         return
     with style.exit_on(ConfigError):
         from shardgrad.scale.config import load

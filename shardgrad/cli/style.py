@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,7 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from shardgrad.files import PICTURES
+
 WIDTH = 100  # of what goes to a file or a pipe
+_SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = tuple(_SHORT.values())
 
 
 def console(width: int | None = None) -> Console:
@@ -115,9 +120,76 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-def refuse(message: str) -> typer.BadParameter:
-    """An error about what was typed; typer adds the usage line, and the status is 2."""
-    return typer.BadParameter(message)
+class Group(typer.core.TyperGroup):
+    """Commands whose errors about what was typed look like all others: words, and where help is, with status 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        standalone_mode = options.get("standalone_mode", True)
+        try:
+            status = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.Abort:
+            status = 1
+        except _TypedWrong as error:
+            if not standalone_mode:
+                raise
+            command = error.ctx.command_path if error.ctx else "shardgrad"
+            told = error.format_message().removeprefix("Invalid value: ")
+            typer.echo(f"{told}\n{command} --help says what can be given", err=True)
+            status = error.exit_code
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+
+_TypedWrong: Any = typer.BadParameter.__base__  # click's UsageError, which some versions of typer carry themselves
+
+
+def help_if_alone(context: typer.Context) -> None:
+    """For a group's callback: without a command, what the commands are."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def refuse(message: str, option: str | None = None) -> typer.BadParameter:
+    """An error about what was typed, in `option` where it is said; the status is 2."""
+    return typer.BadParameter(message, param_hint=option)
+
+
+def check_file(path: Path | None, what: str = "a picture", endings: Sequence[str] = PICTURES) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Raises:
+        typer.BadParameter: there is no such folder, the path is a folder, or its ending is none of `endings`.
+    """
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
+        raise refuse(f"{what} ends in {', '.join(endings[:-1])} or {endings[-1]}, not {path.name!r}")
+    if path.is_dir():
+        raise refuse(f"{path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise refuse(f"there is no folder {path.absolute().parent}")
+
+
+def read_dtype(name: str) -> str:
+    """`bfloat16`, or `bf16`, as torch names it.
+
+    Raises:
+        typer.BadParameter: it is no dtype that products are computed in.
+    """
+    full = _SHORT.get(name.strip(), name.strip())
+    if full not in DTYPES:
+        short = ", ".join(_SHORT)
+        raise refuse(f"{name!r} is no dtype: {', '.join(DTYPES)}, or in short {short}")
+    return full
+
+
+def list_shipped(names: Sequence[str], purpose: str) -> None:
+    """What a command without a configuration shows: the shipped ones that it takes, and what each is for."""
+    from shardgrad import shipped
+
+    table(("name", purpose), [(name, shipped.purpose(name)) for name in names])
 
 
 def read_pairs(text: str, example: str) -> dict[str, int]:

@@ -22,12 +22,23 @@ _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts 
 
 def trace(
     config: Annotated[
-        str, typer.Argument(help="a training configuration's file, or the name of a shipped one (shardgrad train)")
-    ],
+        str | None,
+        typer.Argument(
+            help="a training configuration's file, or the name of a shipped one; none: list those", show_default=False
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 2,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
+            "has two",
+            show_default=False,
+        ),
+    ] = None,
     draw: Annotated[
         Path | None, typer.Option(metavar="FILE", help="draw the step: a .svg, .png or .pdf", show_default=False)
     ] = None,
@@ -42,8 +53,16 @@ def trace(
     json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
     """Run a few training steps on random tokens and show the last: products, collectives, what overlaps, what waits."""
+    if config is None:
+        from shardgrad import shipped
+
+        style.list_shipped(shipped.names(), "what it trains")
+        return
     if not processes.inside():
-        _check(config, overrides or [], ranks, draw, perfetto)
+        style.check_file(draw)
+        style.check_file(perfetto, "a trace for Perfetto", ())
+    ranks = processes.count() or _ranks(config, overrides or [], ranks)
+    if not processes.inside():
         bench_options.quiet_profiler()
         processes.start(ranks)
     profiles = _profiles(config, overrides or [], ranks)
@@ -70,19 +89,16 @@ def trace(
                 style.say(f"{what} in {path}")
 
 
-def _check(config: str, overrides: list[str], ranks: int, draw: Path | None, perfetto: Path | None) -> None:
-    """Find what is wrong with the command line before any rank is started."""
+def _ranks(config: str, overrides: list[str], ranks: int | None) -> int:
+    """How many ranks are started; what is wrong with the configuration on them is told before any is."""
     from shardgrad.cli import training_step
-    from shardgrad.draw.paper import ENDINGS
-    from shardgrad.train.config import ConfigError
+    from shardgrad.train.config import ConfigError, load
+    from shardgrad.train.verify import default_ranks
 
     with style.exit_on(ConfigError):
+        ranks = ranks or default_ranks(load(config, overrides).mesh)
         training_step.read(config, overrides, ranks)
-    if draw is not None and draw.suffix not in ENDINGS:
-        raise style.refuse(f"a picture ends in {', '.join(ENDINGS)}, not {draw.name!r}")
-    for path in (draw, perfetto):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise style.refuse(f"there is no folder {path.absolute().parent}")
+    return ranks
 
 
 def _profiles(config_path: str, overrides: list[str], ranks: int) -> list[dict[str, Any]] | None:

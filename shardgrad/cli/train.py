@@ -45,7 +45,7 @@ def train(
     from shardgrad import shipped
 
     if config is None:
-        style.table(("name", "what it trains"), [(name, shipped.purpose(name)) for name in shipped.names()])
+        style.list_shipped(shipped.names(), "what it trains")
         return
     from shardgrad.train.config import ConfigError, check_ranks, load
     from shardgrad.train.data import DataError

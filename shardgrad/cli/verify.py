@@ -21,8 +21,11 @@ _PATIENCE = timedelta(minutes=30)  # for a rank that still computes its runs of 
 
 def verify(
     config: Annotated[
-        str, typer.Argument(help="a training configuration's file, or the name of a shipped one (shardgrad train)")
-    ],
+        str | None,
+        typer.Argument(
+            help="a training configuration's file, or the name of a shipped one; none: list those", show_default=False
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
     ] = None,
@@ -36,7 +39,9 @@ def verify(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    draw: Annotated[Path | None, typer.Option(help="write a picture of the errors (.png, .svg or .pdf)")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the errors: a .svg, .png or .pdf", show_default=False)
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="tensors to list, worst first")] = 20,
 ) -> None:
     """Hold one step of a configuration's run against one device, tensor by tensor.
@@ -46,6 +51,12 @@ def verify(
     large configuration small by overrides. Ends with status 0 if every tensor differs by rounding alone, 1 if not, 2 if
     the configuration cannot be used.
     """
+    if config is None:
+        from shardgrad import shipped
+
+        style.list_shipped(shipped.names(), "what it trains")
+        return
+    style.check_file(draw)
     from shardgrad.errors import LayoutError, ShapeError
     from shardgrad.train.config import ConfigError, check_ranks, load
     from shardgrad.train.data import DataError

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from shardgrad.draw import blocks
 from shardgrad.draw.blocks import Block, Rulers, Sheet
-from shardgrad.draw.paper import ENDINGS, FAINT, GREY, Paper, colour, extent
+from shardgrad.draw.paper import FAINT, GREY, Paper, colour, extent
 from shardgrad.errors import LayoutError
+from shardgrad.files import PICTURES
 from shardgrad.layout import idle
 from shardgrad.layout.plan import Dims
 from shardgrad.layout.sizes import rule
@@ -47,8 +48,8 @@ def draw(timeline: Timeline, path: Path) -> None:
     Raises:
         LayoutError: more ranks than can be distinguished, or an ending that is no picture's.
     """
-    if path.suffix not in ENDINGS:
-        raise LayoutError(f"a picture ends in {', '.join(ENDINGS)}, not {path.name!r}")
+    if path.suffix not in PICTURES:
+        raise LayoutError(f"a picture ends in {', '.join(PICTURES)}, not {path.name!r}")
     picture(timeline).save(path)
 
 

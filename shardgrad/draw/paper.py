@@ -180,7 +180,6 @@ class Paper:
             self.figure().savefig(path, dpi=_DPI, metadata=metadata)
 
 
-ENDINGS = (".svg", ".png", ".pdf")
 _STRIPE = 0.09  # inches, measured across
 
 

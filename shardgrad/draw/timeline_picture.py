@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shardgrad.charts import OPERATIONS
-from shardgrad.draw.paper import ENDINGS, FAINT, GREY, INK, PAPER, Paper, extent
+from shardgrad.draw.paper import FAINT, GREY, INK, PAPER, Paper, extent
 from shardgrad.draw.timeline import Lane, Pair, Span, summary, union, without
+from shardgrad.files import PICTURES
 
 _WIDTH = 10.0  # inches of the whole step
 _BAR, _TRAVEL, _RANK = 0.3, 0.28, 0.42  # heights: of the thread's lane, of the collectives', between ranks
@@ -20,8 +21,8 @@ def draw(lanes: Sequence[Lane], title: str, path: Path) -> None:
     Raises:
         ValueError: another ending.
     """
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"a picture ends in {', '.join(ENDINGS)}, not {path.name!r}")
+    if path.suffix not in PICTURES:
+        raise ValueError(f"a picture ends in {', '.join(PICTURES)}, not {path.name!r}")
     picture(lanes, title).save(path)
 
 

@@ -41,7 +41,7 @@ class Cell(Section):
         description="a layer: one product of any layout; a block: of a transformer; a step: of the training program",
     )
     layout: str | None = Field(
-        default=None, description="of a layer: a layout, or one by name (shardgrad explain --list)"
+        default=None, description="of a layer: a layout, or one by name (shardgrad explain lists them)"
     )
     bias: bool = Field(default=False, description="of a layer: whether to add one, stored as the layout says")
     keep: list[str] = Field(default=[], description="of a layer: operands kept as gathered from forward to backward")

@@ -157,7 +157,7 @@ def test_llamas_sizes() -> None:
         (["step", "--sizes", "8x64"], "is no size"),
         (["step", "--sizes", "8x64x255"], "multiple of 2"),
         (["overlap", "--sizes", "7x64x256"], "multiple of 2"),
-        (["step", "--dtypes", "fp8"], "is not one of"),
+        (["step", "--dtypes", "fp8"], "is no dtype"),
         (["step", "--backends", "nccl"], "is not one of"),
         (["step", "--draw", "/nowhere/at/all.png"], "there is no folder"),
         (["overlap", "--draw", "times.txt"], "a picture ends in"),

@@ -72,9 +72,9 @@ def test_two_ranks(config: Path, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (("model.layer=2",), "model.layer is no key; the nearest key is model.layers"),
-        (("mesh.tp=3",), "mesh.tp = 3, but --ranks is 2: give --ranks 3"),
+        (("mesh.tp=3", "--ranks", "2"), "mesh.tp = 3, but --ranks is 2: give --ranks 3"),
         (("mesh.device=cuda",), "a step is looked at on the CPU"),
-        (("--draw", "step.gif"), "a picture ends in .svg, .png, .pdf, not 'step.gif'"),
+        (("--draw", "step.gif"), "a picture ends in .svg, .png or .pdf, not 'step.gif'"),
         (("--perfetto", "/no/such/folder/step.json"), "there is no folder /no/such/folder"),
         (("--ranks", "0"), "Invalid value for '--ranks'"),
     ],

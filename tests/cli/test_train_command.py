@@ -58,7 +58,7 @@ def test_ranks_are_started_by_torchrun_as_many_as_the_mesh_needs(monkeypatch: py
 
 @pytest.mark.slow
 def test_a_run_from_another_folder_and_a_signal_that_ends_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shardgrad.cli", "train", "quickstart", "--ranks", "2", "model.layers=1"]
+    command = [sys.executable, "-m", "shardgrad", "train", "quickstart", "--ranks", "2", "model.layers=1"]
     short = ["train.warmup=1", "model.d_model=16", "model.seq_len=8", "sample.tokens=0"]
     done = subprocess.run(
         [*command, *short, "train.steps=2", "run.check=false"],

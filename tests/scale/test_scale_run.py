@@ -30,7 +30,7 @@ cells:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "shardgrad.cli", "scale", *arguments]
+    return [sys.executable, "-m", "shardgrad", "scale", *arguments]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

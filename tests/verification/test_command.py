@@ -26,7 +26,7 @@ TINY = ["model.layers=1", "model.heads=2", "model.d_model=6", "model.seq_len=4",
 
 def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `shardgrad verify` on two ranks, with another folder before the others that Python looks in."""
-    program = [sys.executable, "-m", "shardgrad.cli", "verify", CONFIG, *TINY, *arguments]
+    program = [sys.executable, "-m", "shardgrad", "verify", CONFIG, *TINY, *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
