@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "train"))
 
 import pytest
 import torch
+import torch.distributed as dist
 from exact import assert_same, integers, reference
 from launched import launched
 from torch import Tensor, nn
@@ -210,7 +211,9 @@ def test_a_buffer_that_is_used_again_too_early(
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_the_training_program(world_size: int, fully_sharded: bool, tmp_path: Path) -> None:
     """A few steps as the launcher does them, in micro-batches, with checkpoints, over each axis of the mesh."""
-    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(600)))
+    if dist.get_rank() == 0:  # which reads it first
+        (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(600)))
+    dist.barrier()
     for dp, tp in ((world_size, 1), (1, world_size)):
         config = Config(
             run=Run(dir=str(tmp_path / f"run{dp}"), seed=3),
