@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import shardgrad as sg
 from shardgrad import checkpoint
+from shardgrad.comm.mesh import view
 from shardgrad.layout.notation import Dim
 from shardgrad.layout.sizes import chunks
 from shardgrad.nn.dtensors import pieces
@@ -221,3 +222,86 @@ def test_under_torch_compile(world_size: int) -> None:
     found = torch.autograd.grad(compiled(x).square().sum(), list(layer.parameters()))
     for one, right in zip(found, expected, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-13, atol=1e-13)
+
+
+def in_turns(world_size: int) -> list[DeviceMesh]:
+    """Meshes that are equal to torch, and shard in turns as torch.chunk and balanced."""
+    made = [init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)) for _ in range(4)]
+    for mesh in made[1::2]:
+        sg.set_balanced(mesh)
+    return made
+
+
+@distributed(world_size=[2, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "X[n,d] W[f/tp,d] -> Y[n,f/tp]",
+        "X[n,f/tp] W[d,f/tp] -> Y[n/tp,d]",
+        "X[n/tp,d] W[f/tp,d] -> Y[n,f/tp]",
+    ],
+)
+def test_one_layout_and_sizes_on_meshes_that_shard_otherwise(world_size: int, text: str) -> None:
+    """Nothing that is remembered of one mesh is taken for the other, though the numbers of their ranks are equal."""
+    layout, sizes = sg.Layout(text), {"n": 4, "d": 5, "f": 10}
+    x, w = (randn(*[sizes[a] for a in spec.letters], seed=at) for at, spec in enumerate((layout.lhs, layout.rhs)))
+    plain = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    y = F.linear(*plain)
+    dy = randn(*y.shape, seed=3)
+    y.backward(dy)
+    for mesh in in_turns(world_size):
+        mine = [sg.shard(one, spec, mesh).requires_grad_() for one, spec in zip((x, w), (layout.lhs, layout.rhs))]
+        found = sg.matmul(*mine, layout, mesh, sizes=sizes)
+        with sg.trace_collectives() as traced:
+            sg.matmul(*mine, layout, mesh, sizes=sizes).backward(sg.shard(dy, layout.out, mesh))
+        torch.testing.assert_close(found.detach(), sg.shard(y.detach(), layout.out, mesh), rtol=1e-12, atol=1e-12)
+        for one, right, spec in zip(mine, plain, (layout.lhs, layout.rhs)):
+            assert one.grad is not None
+            assert right.grad is not None
+            torch.testing.assert_close(one.grad, sg.shard(right.grad, spec, mesh), rtol=1e-12, atol=1e-12)
+        here = view(mesh)
+        said = layout.collectives(sizes, here.shape, D, coordinate=here.coordinate)
+        sent = sorted((event.operation, event.axis, event.bytes) for event in traced)
+        assert sent == sorted((one.operation, one.axis, one.bytes) for one in said)
+        sg.check_product(layout, sizes, mesh, dtype=D).require()
+
+
+@distributed(world_size=3)
+def test_heads_and_statistics_on_meshes_that_shard_otherwise(world_size: int) -> None:
+    layout = sg.Layout("X[n,d] W[v/tp,d] -> Z[n,v/tp]")
+    x, w, target = randn(7, 5, seed=1), randn(10, 5, seed=2), torch.arange(7)
+    plain = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    logits = F.linear(*plain)
+    expected = F.cross_entropy(logits, target)
+    expected.backward()
+    for mesh in in_turns(world_size):
+        mine = [x.clone().requires_grad_(), sg.shard(w, layout.rhs, mesh).requires_grad_()]
+        loss = sg.linear_cross_entropy(*mine, target, layout, mesh, vocab_size=10, chunk_tokens=3)
+        loss.backward()
+        part = sg.shard(logits.detach(), layout.out, mesh)
+        entropy = sg.VocabParallelLogits(part, vocab_size=10, mesh=mesh).entropy()
+        right = [expected.detach(), torch.distributions.Categorical(logits=logits.detach()).entropy()]
+        torch.testing.assert_close([loss.detach(), entropy], right, rtol=1e-12, atol=1e-12)
+        for one, whole_one, spec in zip(mine, plain, (layout.lhs, layout.rhs)):
+            assert one.grad is not None
+            assert whole_one.grad is not None
+            torch.testing.assert_close(one.grad, sg.shard(whole_one.grad, spec, mesh), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@distributed(world_size=3, timeout=180)
+def test_a_compiled_function_on_meshes_that_shard_otherwise(world_size: int) -> None:
+    """Graphs are of one mesh, though torch takes the meshes for equal."""
+    layout = sg.Layout("X[n,d] W[f/tp,d] -> Y[n,f/tp]")
+    x, w = randn(4, 5, seed=1), randn(10, 5, seed=2)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(x: torch.Tensor, w: torch.Tensor, mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
+        y = sg.matmul(x, w, layout, mesh)
+        return y, sg.VocabParallelLogits(y, vocab_size=10, mesh=mesh).entropy()
+
+    right = F.linear(x, w)
+    for mesh in in_turns(world_size):
+        y, entropy = call(x, sg.shard(w, layout.rhs, mesh), mesh)
+        torch.testing.assert_close(y, sg.shard(right, layout.out, mesh), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=right).entropy())

@@ -85,7 +85,8 @@ def test_as_on_one_device_with_the_collectives_that_are_predicted(world_size: in
 @distributed(world_size=[2, 3])
 def test_second_derivatives_follow(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    for groups, stored, sizes in ((1, "c/tp", {"c": 5}), (2, "g,f/tp", {"g": 2, "f": 7})):
+    some_have_none = (2, "c/tp", {"c": 2})
+    for groups, stored, sizes in ((1, "c/tp", {"c": 5}), (2, "g,f/tp", {"g": 2, "f": 7}), some_have_none):
         sharded, plain = both(mesh, groups, stored, sizes)
         shape = (2, math.prod(sizes.values()), 3)
         whole = [randn(*shape, seed=seed) for seed in (1, 2, 3)]
