@@ -36,7 +36,8 @@ _FILL = ("fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli
 _FILLS = frozenset(f"aten::{name}" for name in _FILL)
 
 # Methods that read a tensor's memory past the dispatcher.
-_READERS = {getattr(Tensor, name): name for name in ("numpy", "tolist", "__array__", "__dlpack__")}
+_READ = ("numpy", "tolist", "__array__", "__dlpack__", "__repr__", "__format__", "__deepcopy__")
+_READERS = {getattr(Tensor, name): name for name in _READ}
 
 
 @contextmanager
