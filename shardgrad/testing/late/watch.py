@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -81,6 +83,9 @@ def _end(report: Report, before: int, failure: Exception | None) -> None:
     for finding in findings:
         report.add(finding)
     report.notes += notes
+    if not report.collectives and dist.is_initialized() and "late" not in (config := dist.get_backend_config()):
+        report.notes.append(f"nothing was watched: no collective ran on late, and the default group is on {config}")
+        warnings.warn(f"late_watch: {report.notes[-1]}", stacklevel=2)
 
 
 def _told(report: Report) -> str:

@@ -442,3 +442,10 @@ def test_outside_of_a_block_faults_are_raised(rank: int) -> None:
     with pytest.warns(UserWarning, match=r"dropped: the work of all-reduce"):
         del work
     dist.all_reduce(source, group=group)
+    with late_watch() as report:
+        dist.all_reduce(source, group=group)
+    assert report.notes == []
+    silent = pytest.warns(UserWarning, match=r"late_watch: nothing was watched: .* the default group is on .*gloo")
+    with silent, late_watch() as report:
+        dist.all_reduce(source)
+    assert "nothing was watched" in str(report)
