@@ -33,13 +33,13 @@ def test_every_question_is_answered_on_a_cpu(step: Step) -> None:
     if step.name in NEED:
         assert outcome == {"status": "needs a GPU"}
         return
-    assert outcome["status"] == "as assumed", outcome
+    assert outcome["status"] == "ran on a CPU", outcome
     assert outcome["figures"]
     json.dumps(outcome)
     text = run.told(3, step, {**outcome, "seconds": 1.5})
     assert text.startswith(f"3. {step.question}")
     assert all(name in text for name in outcome["figures"])
-    assert f"as assumed: {outcome['conclusion']}" in text
+    assert f"ran on a CPU: {outcome['conclusion']}" in text
 
 
 @distributed(world_size=[2, 3])
@@ -79,12 +79,15 @@ def test_steps_that_fail_or_hang_stop_no_other(
     assert run.run(steps, DRY, [], out, 600) == 3
     found = json.loads(out.read_text())
     statuses = [found["steps"][step.name]["status"] for step in steps]
-    assert statuses == ["needs a GPU", "failed", "too slow", "not as assumed", "as assumed"]
+    assert statuses == ["needs a GPU", "failed", "too slow", "not as assumed", "ran on a CPU"]
+    on_gpu = Setting(torch.device("cuda"), dry=True)
+    assert [run.find(step, on_gpu)["status"] for step in steps[-2:]] == ["not as assumed", "as assumed"]
     assert found["steps"]["well"]["figures"] == {"figure": 0.5}
     assert found["machine"]["torch"] == torch.__version__
     text = capsys.readouterr().out
     assert "this is what was raised" in text
-    assert "→ as assumed: all is well" in text
+    assert "→ ran on a CPU: all is well" in text
+    assert "5 steps in 0 s: needs a GPU: 1, failed: 1, too slow: 1, not as assumed: 1, ran on a CPU: 1; " in text
     assert run.run(steps[-1:], DRY, [], out, 0) == 1  # no time is left
 
 

@@ -24,7 +24,10 @@ def main() -> int:
     options = parser.parse_args()
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not options.dry:
-        parser.error(f"torch {torch.__version__} sees no CUDA device: install a CUDA build on a machine that has one")
+        parser.error(
+            f"torch {torch.__version__} sees no CUDA device: install a CUDA build on a machine that has one "
+            "(--dry is for others)"
+        )
     setting = Setting(torch.device("cuda" if has_gpu else "cpu"), options.dry)
     if options.step is None:
         return min(run(STEPS, setting, ["--dry"] * options.dry, options.out, options.limit), 1)

@@ -18,8 +18,10 @@ import torch
 from shardgrad.bench.gpu_check.finding import Finding, NeedsGpuError, Setting, Step
 
 Outcome = dict[str, Any]
-"""status: "as assumed", "not as assumed", "needs a GPU", "failed" or "too slow"; with figures and a conclusion,
-or the error."""
+"""status: "as assumed", "not as assumed", "needs a GPU", "failed", "too slow", or without a GPU, of which what ran then
+says nothing, "ran on a CPU"; with figures and a conclusion, or the error."""
+
+NO_GPU = "ran on a CPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def find(step: Step, setting: Setting) -> Outcome:
         return {"status": str(needs)}
     except Exception:
         return {"status": "failed", "error": traceback.format_exc()}
-    status = "as assumed" if found.ok else "not as assumed"
+    status = "not as assumed" if not found.ok else "as assumed" if setting.on_gpu else NO_GPU
     return {"status": status, "figures": found.figures, "conclusion": found.conclusion}
 
 
@@ -82,10 +84,10 @@ def run(steps: list[Step], setting: Setting, arguments: list[str], out: Path, to
     counts = [one["status"] for one in outcomes.values()]
     print(
         f"{len(steps)} steps in {time.monotonic() - begun:.0f} s: "
-        + ", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))
+        + ", ".join(f"{status}: {counts.count(status)}" for status in dict.fromkeys(counts))
         + f"; {out}"
     )
-    return sum(status not in ("as assumed", "needs a GPU") for status in counts)
+    return sum(status not in ("as assumed", "needs a GPU", NO_GPU) for status in counts)
 
 
 def told(number: int, step: Step, outcome: Outcome) -> str:

@@ -49,7 +49,7 @@ def _via_dispatcher(method: Callable[..., ShmWork]) -> Callable[..., ShmWork]:
         with shim.no_dispatch():
             return method(self, *args, **kwargs)
 
-    return call
+    return shim.untraced(call)
 
 
 class ShmGroup(dist.ProcessGroup):

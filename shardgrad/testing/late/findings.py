@@ -14,6 +14,7 @@ from torch import Tensor
 from .memory import Bytes, overlap
 from .order import Launch
 from .place import Place, here
+from .stuck import Count
 
 MOST_LAUNCHES = 50_000
 """So many of a rank's last collectives are compared with the other ranks' orders."""
@@ -41,8 +42,8 @@ class Open(Protocol):
 class Finding:
     """One fault.
 
-    kind: "read before wait", "written before wait", "changed before wait", "dropped", "refused by NCCL",
-        "order of ranks", "never called".
+    kind: "read before wait", "written before wait", "changed before wait", "freed before wait", "dropped",
+        "refused by NCCL", "order of ranks", "never called".
     what: the fault in a sentence. started, used: where the collective was started, and where the fault is.
     """
 
@@ -83,16 +84,21 @@ class Report:
 class Ledger:
     """What one process has under way, over all of its groups, and where its findings go.
 
-    reports: of the blocks that watch, the innermost last. launches: in the program's order. counts: of collectives
-        started, by group.
+    reports: of the blocks that watch, the innermost last. launches: in the program's order. counts: of what has been
+        started: collectives, by group, and messages sent, by group, sender and receiver.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.open: dict[int, Open] = {}
         self.reports: list[Report] = []
-        self.counts: dict[str, int] = {}
+        self.counts: dict[Count, int] = {}
         self.launches: deque[Launch] = deque(maxlen=MOST_LAUNCHES)
+
+    def forget_counts(self, group: str) -> None:
+        """Begin anew with a group's name."""
+        for count in [one for one in self.counts if one[0] == group]:
+            del self.counts[count]
 
     def find(self, finding: Finding) -> None:
         """Note a fault for the end of the block; outside of all blocks it is raised at once.

@@ -22,7 +22,7 @@ from .messages import Messages, Receive, Send
 from .nccl import check_lists, check_reduction, check_tensors
 from .order import Key, Launch
 from .place import here
-from .stuck import Waiting
+from .stuck import Count, Waiting
 from .transfer import Transfer, Wire
 from .work import LateWork
 
@@ -38,7 +38,7 @@ def _via_dispatcher(method: Callable[..., LateWork]) -> Callable[..., LateWork]:
         with shim.no_modes():
             return method(self, *args, **kwargs)
 
-    return call
+    return shim.untraced(call)
 
 
 class LateGroup(dist.ProcessGroup):
@@ -56,7 +56,7 @@ class LateGroup(dist.ProcessGroup):
         self._wire = Wire(store, rank, size, timeout)
         self._lane = Lane(self._wire, names, f"the group of ranks {', '.join(map(str, names))}")
         self._messages = Messages(self._wire, names)
-        ledger.counts.pop(group_id, None)
+        ledger.forget_counts(group_id)
         self._together: list[Transfer] | None = None
 
     # What torch reads of a group
@@ -224,7 +224,9 @@ class LateGroup(dist.ProcessGroup):
         what = f"{parts.named('send', x)} to rank {self._names[target]}"
         ledger.check_use(what, x, writes=False)
         pending = Send(what, [], [(x, parts.copied(x))])
-        self._launch([self._messages.key(self.group_name, self._rank, target, sends=True)], what, message=True)
+        key = self._messages.key(self.group_name, self._rank, target, sends=True)
+        self._launch([key], what, message=True)
+        ledger.counts[self.group_name, *key.ranks] = self._messages.sent(target) + 1
         self._messages.send(pending, x, target, tag)
         pending.begin()
         return LateWork(pending, [x])
@@ -235,8 +237,13 @@ class LateGroup(dist.ProcessGroup):
         x = tensors[0]
         what = f"{parts.named('recv', x)} from rank {self._names[source]}"
         ledger.check_use(what, x, writes=True, only_writes=True)
-        pending = Receive(what, x, source)
-        self._launch([self._messages.key(self.group_name, self._rank, source, sends=False)], what, message=True)
+        key, number = (
+            self._messages.key(self.group_name, self._rank, source, sends=False),
+            self._messages.received(source),
+        )
+        by: Count = (self.group_name, *key.ranks)
+        pending = Receive(what, x, source, lambda text: Waiting(by, key.ranks, number, text, ledger.counts))
+        self._launch([key], what, message=True)
         self._messages.receive(pending, x, tag)
         pending.begin()
         return LateWork(pending, [x])
@@ -266,10 +273,11 @@ class LateGroup(dist.ProcessGroup):
                 ledger.check_use(what, x, writes=False)
             for out in one.outs:
                 ledger.check_use(what, out, writes=True, only_writes=not one.in_place)
-        name, ranks, number = self.group_name, tuple(self._names), ledger.counts.get(self.group_name, 0)
-        collective = Collective(what, transfers, lambda text: Waiting(name, ranks, number, text, ledger.counts))
+        name, ranks = self.group_name, tuple(self._names)
+        number = ledger.counts.get((name,), 0)
+        collective = Collective(what, transfers, lambda text: Waiting((name,), ranks, number, text, ledger.counts))
         self._launch([Key(name, ranks, f"collective {number}")], what)
-        ledger.counts[name] = number + 1
+        ledger.counts[name,] = number + 1
         self._lane.start(collective)
         if opts is not None and not opts.asyncOp:
             collective.deliver(collective.result(None))

@@ -14,9 +14,8 @@ import numpy as np
 
 from shardgrad.errors import shorten
 
-from .memory import Bytes
-from .pending import Pending
-from .stuck import LOOK_S, DeadlockError, Waiting
+from .pending import Awaited
+from .stuck import Waiting
 from .transfer import Transfer, Wire
 
 _SIGNATURE = 4096
@@ -26,46 +25,17 @@ class MismatchError(RuntimeError):
     """The ranks of a group do not call the same collective: on NCCL they would hang, or take each other's data."""
 
 
-class Collective(Pending):
-    """A collective that a lane does, of one transfer or of several that were coalesced. waiting: for who waits long."""
+class Collective(Awaited):
+    """A collective that a lane does, of one transfer or of several that were coalesced."""
 
     def __init__(self, what: str, transfers: Sequence[Transfer], waiting: Callable[[str], Waiting]) -> None:
         super().__init__(
-            what, [out for one in transfers for out in one.outs], [kept for one in transfers for kept in one.kept]
+            what,
+            [out for one in transfers for out in one.outs],
+            [kept for one in transfers for kept in one.kept],
+            waiting,
         )
         self.transfers = list(transfers)
-        self._waiting = waiting
-        self.done = threading.Event()
-        self.error: Exception | None = None
-        self.brought: Bytes = np.empty(0, np.uint8)
-
-    def is_done(self) -> bool:
-        return self.done.is_set()
-
-    def result(self, seconds: float | None) -> Bytes:
-        if seconds is None:
-            self._wait_and_look()
-        elif not self.done.wait(seconds):
-            raise RuntimeError(f"{self.what} took longer than {seconds:g} s; started at {self.started}")
-        if self.error is not None:
-            self.settled = True
-            self.forget()
-            raise self.error
-        return self.brought
-
-    def _wait_and_look(self) -> None:
-        if self.done.wait(LOOK_S):
-            return
-        waiting = self._waiting(f"{self.what}, started at {self.started}")
-        try:
-            waiting.look()
-            while not self.done.wait(LOOK_S):
-                waiting.look()
-        except DeadlockError:
-            self.settled = True
-            self.forget()
-            raise
-        waiting.end()
 
 
 class Lane:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from .findings import Finding, ledger
 from .lane import MismatchError
 from .memory import Bytes, memory
 from .order import Key
-from .pending import Pending
+from .pending import Awaited, Pending
+from .stuck import Waiting
 from .transfer import Wire
 
 _HEADER = 2048
@@ -33,27 +34,12 @@ class Send(Pending):
         return True
 
 
-class Receive(Pending):
+class Receive(Awaited):
     """A message that is awaited. source: the sender's place in the group."""
 
-    def __init__(self, what: str, out: Tensor, source: int) -> None:
-        super().__init__(what, [out], [])
+    def __init__(self, what: str, out: Tensor, source: int, waiting: Callable[[str], Waiting]) -> None:
+        super().__init__(what, [out], [], waiting)
         self.source = source
-        self.done = threading.Event()
-        self.error: Exception | None = None
-        self.brought: Bytes = np.empty(0, np.uint8)
-
-    def is_done(self) -> bool:
-        return self.done.is_set()
-
-    def result(self, seconds: float | None) -> Bytes:
-        if not self.done.wait(seconds):
-            raise RuntimeError(f"{self.what} took longer than {seconds:g} s; started at {self.started}")
-        if self.error is not None:
-            self.settled = True
-            self.forget()
-            raise self.error
-        return self.brought
 
 
 class Messages:
@@ -84,6 +70,14 @@ class Messages:
         work = self._wire.gloo.recv([header], pending.source, 0)
         wanted = {"bytes": x.numel() * x.element_size(), "dtype": str(x.dtype), "shape": list(x.shape), "tag": tag}
         threading.Thread(target=self._await, args=(pending, work, header, wanted), daemon=True).start()
+
+    def sent(self, target: int) -> int:
+        """How many messages have been sent to a rank."""
+        return self._sent[target]
+
+    def received(self, source: int) -> int:
+        """How many messages of a rank have been awaited."""
+        return self._received[source]
 
     def key(self, group: str, rank: int, other: int, sends: bool) -> Key:
         """What the message that comes next is called by both ranks."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from .findings import Finding, ledger
 from .memory import Bytes, is_freed, is_poisoned, memory, overlap, poison
 from .place import here
+from .stuck import DeadlockError, Waiting
 
 Kept = tuple[Tensor, Bytes]
 
@@ -59,6 +61,8 @@ class Pending:
             self.forget()
             found = [self._fault("written before wait", "a result", at) for at in self._written()]
             found += [self._fault("changed before wait", "what was given", at) for at in self._changed()]
+            found += [self._fault("freed before wait", "a result", x) for x in self.outs if is_freed(x)]
+            found += [self._fault("freed before wait", "what was given", x) for x, _ in self.kept if is_freed(x)]
             self.deliver(result)
             self.outs, self.kept = [], []
         for finding in found:
@@ -85,16 +89,46 @@ class Pending:
             text = f"the work of {self.what} was dropped without wait()"
             ledger.find_later(Finding("dropped", text, self.started))
 
-    def _written(self) -> list[str]:
-        return [_shape(out) for out in self.outs if not is_poisoned(out)]
+    def _written(self) -> list[Tensor]:
+        return [out for out in self.outs if not is_poisoned(out)]
 
-    def _changed(self) -> list[str]:
-        return [_shape(x) for x, copy in self.kept if not is_freed(x) and bool((memory(x) != copy).any())]
+    def _changed(self) -> list[Tensor]:
+        return [x for x, copy in self.kept if not is_freed(x) and bool((memory(x) != copy).any())]
 
-    def _fault(self, kind: str, which: str, shape: str) -> Finding:
-        verb = "written" if kind == "written before wait" else "changed"
-        return Finding(kind, f"{which} {shape} of {self.what} was {verb} before wait()", self.started, here())
+    def _fault(self, kind: str, which: str, x: Tensor) -> Finding:
+        verb = kind.partition(" ")[0]
+        return Finding(kind, f"{which} {list(x.shape)} of {self.what} was {verb} before wait()", self.started, here())
 
 
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))
+class Awaited(Pending):
+    """One that other ranks have a part in, done by a thread, which sets `done`. waiting: for one who waits long."""
+
+    def __init__(
+        self, what: str, outs: Sequence[Tensor], kept: Sequence[Kept], waiting: Callable[[str], Waiting]
+    ) -> None:
+        super().__init__(what, outs, kept)
+        self._waiting = waiting
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self.brought: Bytes = np.empty(0, np.uint8)
+
+    def is_done(self) -> bool:
+        return self.done.is_set()
+
+    def result(self, seconds: float | None) -> Bytes:
+        if seconds is None:
+            try:
+                self._waiting(f"{self.what}, started at {self.started}").until(self.done)
+            except DeadlockError:
+                self._end()
+                raise
+        elif not self.done.wait(seconds):
+            raise RuntimeError(f"{self.what} took longer than {seconds:g} s; started at {self.started}")
+        if self.error is not None:
+            self._end()
+            raise self.error
+        return self.brought
+
+    def _end(self) -> None:
+        self.settled = True
+        self.forget()

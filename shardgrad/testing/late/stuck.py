@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ LOOK_S = 4.0
 """Seconds of waiting before a rank looks, and between its looks."""
 
 
+Count = tuple[str | int, ...]
+"""What is counted: the collectives of a group, or the messages of a group from one rank to another."""
+
+
 class DeadlockError(RuntimeError):
     """Ranks wait for each other in a circle, or for one that has ended its block."""
 
@@ -21,13 +26,27 @@ class DeadlockError(RuntimeError):
 class Waiting:
     """One wait.
 
-    group, number: what is awaited, in the group's order. counts: how many collectives this rank has started, by group.
+    of, number: what is awaited, in its order. ranks: those that have a part in it. counts: of what this rank has
+        started.
     """
 
-    def __init__(self, group: str, ranks: tuple[int, ...], number: int, text: str, counts: Mapping[str, int]) -> None:
-        self._mine = {"group": group, "ranks": ranks, "number": number, "text": text, "counts": dict(counts)}
+    def __init__(self, of: Count, ranks: tuple[int, ...], number: int, text: str, counts: Mapping[Count, int]) -> None:
+        self._of, self._ranks, self._number, self._text, self._counts = of, ranks, number, text, counts
+        self._mine: dict[str, Any] = {}
         self._seen = ""
-        self._published = False
+
+    def until(self, done: threading.Event) -> None:
+        """Wait, and look from time to time.
+
+        Raises:
+            DeadlockError: it will not be done.
+        """
+        if done.wait(LOOK_S):
+            return
+        self.look()
+        while not done.wait(LOOK_S):
+            self.look()
+        self.end()
 
     def look(self) -> None:
         """Say what this rank waits for, and read what the others do.
@@ -38,9 +57,10 @@ class Waiting:
         if not dist.is_initialized():
             return
         store = shim.store()
-        if not self._published:
+        if not self._mine:
+            waits = {"of": _name(self._of), "ranks": self._ranks, "number": self._number, "text": self._text}
+            self._mine = {**waits, "counts": _named(self._counts)}
             store.set(_key(dist.get_rank()), json.dumps(self._mine))
-            self._published = True
         said = {dist.get_rank(): self._mine}
         for rank in range(dist.get_world_size()):
             if rank not in said and store.check([_key(rank)]):
@@ -52,13 +72,13 @@ class Waiting:
 
     def end(self) -> None:
         """The wait is over."""
-        if self._published:
+        if self._mine:
             shim.store().delete_key(_key(dist.get_rank()))
 
 
-def ended(rank: int) -> None:
+def ended(rank: int, counts: Mapping[Count, int]) -> None:
     """Say that a rank has ended its block, and calls nothing any more until the others have too."""
-    shim.store().set(_key(rank), json.dumps({"ended": True}))
+    shim.store().set(_key(rank), json.dumps({"ended": True, "counts": _named(counts)}))
 
 
 def goes_on(rank: int) -> None:
@@ -86,7 +106,15 @@ def circle(said: Mapping[int, Any], start: int) -> str:
 
 
 def _has_not_come(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
-    return "ended" in other or other["counts"].get(one["group"], 0) <= one["number"]
+    return bool(other["counts"].get(one["of"], 0) <= one["number"])
+
+
+def _name(count: Count) -> str:
+    return " ".join(map(str, count))
+
+
+def _named(counts: Mapping[Count, int]) -> dict[str, int]:
+    return {_name(of): count for of, count in counts.items()}
 
 
 def _key(rank: int) -> str:

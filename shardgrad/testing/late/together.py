@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from shardgrad.comm import shim
 
-from .findings import MOST_LAUNCHES, Finding
+from .findings import MOST_LAUNCHES, Finding, ledger
 from .order import Key, Launch, inversions, unmatched
 from .stuck import ended, goes_on
 
@@ -42,7 +42,7 @@ def compare_orders(launches: Sequence[Launch], failed: bool) -> tuple[list[Findi
         if rank:
             _leave(f"shardgrad/late/{block}/left", rank)
         return [], []
-    ended(rank)
+    ended(rank, ledger.counts)
     try:
         return _compare(keys)
     finally:

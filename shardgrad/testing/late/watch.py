@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -36,7 +38,8 @@ _FILL = ("fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli
 _FILLS = frozenset(f"aten::{name}" for name in _FILL)
 
 # Methods that read a tensor's memory past the dispatcher.
-_READERS = {getattr(Tensor, name): name for name in ("numpy", "tolist", "__array__", "__dlpack__")}
+_READ = ("numpy", "tolist", "__array__", "__dlpack__", "__repr__", "__format__", "__deepcopy__")
+_READERS = {getattr(Tensor, name): name for name in _READ}
 
 
 @contextmanager
@@ -80,6 +83,9 @@ def _end(report: Report, before: int, failure: Exception | None) -> None:
     for finding in findings:
         report.add(finding)
     report.notes += notes
+    if not report.collectives and dist.is_initialized() and "late" not in (config := dist.get_backend_config()):
+        report.notes.append(f"nothing was watched: no collective ran on late, and the default group is on {config}")
+        warnings.warn(f"late_watch: {report.notes[-1]}", stacklevel=2)
 
 
 def _told(report: Report) -> str:

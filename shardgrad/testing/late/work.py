@@ -27,6 +27,7 @@ class LateWork(dist.Work):
         self._pending, self._results = pending, list(results)
         self._future: torch.futures.Future[Any] | None = None
 
+    @shim.untraced
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Bring the results. Until here they are poison.
 

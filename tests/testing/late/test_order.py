@@ -258,7 +258,7 @@ def test_what_else_nccl_refuses(rank: int, world_size: int) -> None:
 
 
 def waits(text: str, group: str, ranks: list[int], number: int, **counts: int) -> dict[str, object]:
-    return {"text": text, "group": group, "ranks": ranks, "number": number, "counts": counts}
+    return {"text": text, "of": group, "ranks": ranks, "number": number, "counts": counts}
 
 
 def test_circles_of_ranks_that_wait() -> None:
@@ -272,7 +272,9 @@ def test_circles_of_ranks_that_wait() -> None:
         "  rank 1 waits in B",
         "  for rank 0, which is above",
     ]
-    assert stuck.circle({0: first, 1: {"ended": True}}, 0).endswith("for rank 1, which has ended the block")
+    ended = {"ended": True, "counts": {"a": 0}}
+    assert stuck.circle({0: first, 1: ended}, 0).endswith("for rank 1, which has ended the block")
+    assert stuck.circle({0: first, 1: {**ended, "counts": {"a": 1}}}, 0) == ""  # it has come, and waited for nothing
     third = {1: waits("B", "b", [1, 2], 0, a=0, b=1), 2: waits("C", "c", [0, 2], 4, b=0, c=5)}
     assert stuck.circle({0: waits("A", "a", [0, 1], 0, a=1, c=4), **third}, 0).count("waits in") == 3
 
@@ -296,3 +298,22 @@ def test_a_rank_that_waits_for_one_that_has_ended_does_not_hang(rank: int, world
             with pytest.raises(DeadlockError, match=r"for rank 1, which has ended the block"):
                 dist.barrier()
     assert {one.kind for one in report.findings} == {"never called"}
+
+
+@pytest.mark.slow
+@distributed(world_size=[2, 3], backend="late")
+def test_messages_that_are_awaited_in_vain_do_not_hang(rank: int, world_size: int) -> None:
+    """All ranks of a ring receive before they send."""
+    x, group = torch.ones(2), dist.new_group()
+    circle = pytest.raises(
+        DeadlockError, match=r"rank . waits in recv of float32 \[2\] from rank .* at .*test_order\.py"
+    )
+    with late_watch(raises=False), circle:
+        dist.recv(x, (rank - 1) % world_size, group=group)
+    with late_watch(raises=False):
+        if rank == 0:  # what has been sent arrives, though its rank has ended the block; another one never comes
+            dist.recv(x, 1)
+            with pytest.raises(DeadlockError, match=r"for rank 1, which has ended the block"):
+                dist.recv(x, 1)
+        elif rank == 1:
+            dist.send(x, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +87,50 @@ def read_as_list() -> None:
     work = dist.all_reduce(x, async_op=True)  # started
     x.tolist()  # used
     work.wait()
+
+
+def read_by_print() -> None:
+    x = tensor(3)
+    work = dist.all_reduce(x, async_op=True)  # started
+    str(x)  # used
+    work.wait()
+
+
+def read_by_a_format_string() -> None:
+    x = tensor(3)
+    work = dist.all_reduce(x, async_op=True)  # started
+    f"{x}"  # used
+    work.wait()
+
+
+def read_by_a_deep_copy() -> None:
+    x = tensor(3)
+    work = dist.all_reduce(x, async_op=True)  # started
+    copy.deepcopy({"x": x})  # used
+    work.wait()
+
+
+def read_of_a_deprecated_name() -> None:
+    """Torch wraps its functions' old names in a decorator of another package."""
+    x, out = tensor(3), tensor(3 * dist.get_world_size())
+    with warnings.catch_warnings(action="ignore"):
+        work = dist.all_gather_into_tensor(out, x, async_op=True)  # started
+    out.sum()  # used
+    work.wait()
+
+
+def freed_while_sent() -> None:
+    x, out = tensor(3), tensor(3 * dist.get_world_size())
+    work = dist.all_gather_single(out, x, async_op=True)  # started
+    x.untyped_storage().resize_(0)
+    work.wait()  # used
+
+
+def freed_while_awaited() -> None:
+    x, out = tensor(3), tensor(3 * dist.get_world_size())
+    work = dist.all_gather_single(out, x, async_op=True)  # started
+    out.untyped_storage().resize_(0)
+    work.wait()  # used
 
 
 def read_of_a_bool() -> None:
@@ -282,6 +328,12 @@ PLANTED = {
     read_by_item: "read before wait",
     read_as_numpy: "read before wait",
     read_as_list: "read before wait",
+    read_by_print: "read before wait",
+    read_by_a_format_string: "read before wait",
+    read_by_a_deep_copy: "read before wait",
+    read_of_a_deprecated_name: "read before wait",
+    freed_while_sent: "freed before wait",
+    freed_while_awaited: "freed before wait",
     read_of_a_bool: "read before wait",
     write_to_the_input: "changed before wait",
     write_to_the_input_by_out: "changed before wait",
@@ -390,3 +442,10 @@ def test_outside_of_a_block_faults_are_raised(rank: int) -> None:
     with pytest.warns(UserWarning, match=r"dropped: the work of all-reduce"):
         del work
     dist.all_reduce(source, group=group)
+    with late_watch() as report:
+        dist.all_reduce(source, group=group)
+    assert report.notes == []
+    silent = pytest.warns(UserWarning, match=r"late_watch: nothing was watched: .* the default group is on .*gloo")
+    with silent, late_watch() as report:
+        dist.all_reduce(source)
+    assert "nothing was watched" in str(report)

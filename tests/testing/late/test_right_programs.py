@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -273,3 +274,22 @@ def test_views_beside_what_is_under_way(rank: int, world_size: int) -> None:
     work.wait()
     assert torch.equal(copied, x[3:])
     assert x[1].tolist() == [9, 11, 13, 15]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["late", "shm"])
+@distributed(world_size=2)
+def test_compiled_ddp(rank: int, backend: str) -> None:
+    """torch.compile comes upon the group's methods as DDP calls them, and leaves them alone."""
+    import shardgrad.comm.shm
+    import shardgrad.testing.late  # noqa: F401  # the names of both
+
+    net = DistributedDataParallel(model(), process_group=dist.new_group(backend=backend))
+    warnings.simplefilter("ignore", DeprecationWarning)  # of what torch.compile imports
+    compiled = torch.compile(net)
+    for _ in range(2):
+        net.zero_grad()
+        loss(compiled, batch(rank)).backward()
+    for a, b in zip(net.parameters(), averaged(2).parameters()):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, b.grad)
