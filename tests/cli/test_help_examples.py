@@ -43,7 +43,7 @@ CHEAP = {  # what an example is given besides, so that it does little; an option
     "mutants": "--steps 1",
     "scale": "run.repeats=1 run.warmup=1 matrix.ranks=[1,2] run.dir=mine",
     "trace": "model.layers=1 model.d_model=24 model.seq_len=9 train.batch=4",
-    "train": "train.steps=3 model.layers=1 run.check=false run.dir=mine",
+    "train": "train.steps=3 train.warmup=1 model.layers=1 run.check=false run.dir=mine",
     "verify": "model.layers=1 model.d_model=24 model.seq_len=9",
 }
 LONG = ("chaos", "mutants")

@@ -179,7 +179,7 @@ def test_tensorboard_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main([str(config), "run.tensorboard=true"]) == 2
-    assert "install it with  pip install 'shardgrad[tensorboard]'" in capsys.readouterr().err
+    assert "it is installed in a checkout of shardgrad by  pip install -e '.[tensorboard]'" in capsys.readouterr().err
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
