@@ -8,7 +8,7 @@ import sys
 try:
     from shardgrad.cli.app import app
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: install what the command line needs with  pip install 'shardgrad[cli]'")
+    sys.exit(f"{error}: install what the command line needs with  pip install -e '.[cli]'")
 
 if __name__ == "__main__":
     app(["scale", *sys.argv[1:]], prog_name="launch/scale.py")

@@ -8,7 +8,7 @@ import sys
 try:
     from shardgrad.train import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: install what training needs with  pip install 'shardgrad[train]'")
+    sys.exit(f"{error}: install what training needs with  pip install -e '.[train]'")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

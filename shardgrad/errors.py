@@ -25,6 +25,11 @@ class VerificationError(RuntimeError):
     """What was checked is wrong: an element outside of its bound, replicas that differ, a number that is not finite."""
 
 
+def install(extra: str) -> str:
+    """The command that installs what an extra of shardgrad's needs: from a checkout, for it is on no index yet."""
+    return f"in a checkout of shardgrad by  pip install -e '.[{extra}]'"
+
+
 def shorten(value: object, most: int = 200) -> str:
     """Somebody's text, or the repr of another value, as a message repeats it: at most `most` characters, and how many
     there were.

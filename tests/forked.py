@@ -32,10 +32,12 @@ def run(
     return status, told
 
 
-def command(ranks: int, *arguments: object, timeout: float = 200) -> tuple[int | None, list[str]]:
+def command(
+    ranks: int, *arguments: object, timeout: float = 200, directory: Path | None = None
+) -> tuple[int | None, list[str]]:
     """The ranks of a `shardgrad` command, as the command itself would start them; what each wrote to stdout."""
     program = Path(shardgrad.__file__).with_name("__main__.py")
-    status, printed, _ = _run(program, ranks, timeout, arguments, None, errors_too=False)
+    status, printed, _ = _run(program, ranks, timeout, arguments, directory, errors_too=False)
     return status, printed
 
 

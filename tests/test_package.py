@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,11 @@ def test_every_export_exists_and_is_the_one_that_type_checkers_see() -> None:
     for name in sg.__all__:
         assert getattr(sg, name) is not None
         assert name in dir(sg)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         _ = sg.nothing
+    with pytest.raises(AttributeError, match="no attribute 'matmull'; the nearest are matmul"):
+        _ = sg.matmull
+    assert sg.__version__ == version("shardgrad")
 
 
 @pytest.mark.parametrize("name", sg.__all__)

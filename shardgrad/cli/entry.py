@@ -2,6 +2,8 @@
 
 import sys
 
+from shardgrad.errors import install
+
 
 def main() -> None:
     """Run the command line."""
@@ -10,5 +12,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("shardgrad", "torch", "numpy"):
             raise
-        sys.exit(f"{error}: install what the command line needs with  pip install 'shardgrad[cli]'")
+        sys.exit(f"{error}; what the command line needs is installed {install('cli')}")
     app(prog_name="shardgrad")

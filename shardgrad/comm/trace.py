@@ -86,7 +86,8 @@ class Trace:
         return "\n".join(lines) or "no collectives"
 
     def __repr__(self) -> str:
-        return f"Trace({len(self.events)} collectives, {self.bytes:,} bytes sent by this rank)"
+        many = "" if len(self.events) == 1 else "s"
+        return f"Trace({len(self.events)} collective{many}, {self.bytes:,} bytes sent by this rank)"
 
     def __len__(self) -> int:
         return len(self.events)

@@ -159,9 +159,11 @@ class _Reader:
             at = match.end()
 
     def _failed(self, at: int, why: str) -> LayoutError:
+        a_name = re.fullmatch(r"[\w.]+", self.text.strip())
+        named = "\nlayouts with a name are in PRESETS: sg.PRESETS['column']" if a_name else ""
         return LayoutError(
             f"cannot read the layout\n{point(self.text, at)}\n{why}\n"
-            "a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]"
+            f"a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]{named}"
         )
 
     def _peek(self) -> tuple[str, str]:

@@ -29,7 +29,8 @@ class Linear(Layer):
         bias: whether to add one, stored as the layout writes it, else as `layout.bias`.
         layout: a `Layout` or its text.
         sizes: global sizes of letters: needed where several share in_features or out_features, and for letters of the
-            weight that all three tensors carry; of rows, where every call has the same.
+            weight that all three tensors carry; of rows, where every call has the same, so that an x that was not
+            sharded is an error, not the shard of a larger one.
         save_gathered: as of `matmul`.
         parallel, or mesh, reduce_dtype, device, dtype: as of `Parallel`; the axes are the layout's.
 

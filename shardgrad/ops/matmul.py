@@ -71,8 +71,10 @@ def matmul(
         mesh: a DeviceMesh with named axes, which has every axis that the layout mentions.
         bias: local shard of the bias, stored as `layout.bias`: as the layout writes it, else the product's column
             letters, split by the axes that split them. Added once, after the reduction.
-        sizes: global sizes of letters. Needed only for a letter that no tensor of the call holds unsharded by storage;
-            without it the ranks then exchange their sizes, one small exchange a call.
+        sizes: global sizes of letters. They guard against a tensor that was not sharded, which from local shapes alone
+            reads as the shard of a larger one: gradients are then wrong in silence, and with sizes an error. Needed
+            only for a letter that no tensor of the call holds unsharded by storage; without it the ranks then exchange
+            their sizes, one small exchange a call.
         save_gathered: names of operands that stay in memory as gathered until backward; the others are gathered again.
         reduce_dtype: the dtype in which partial sums are reduced, e.g. torch.float32 for 16-bit operands.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardgrad.errors import shorten
+from shardgrad.errors import install, shorten
 from shardgrad.models.architectures import KNOWN
 from shardgrad.models.root import is_dropout
 from shardgrad.settings import check_regular
@@ -168,7 +168,7 @@ def _config(values: Any, where: str) -> Any:
     try:
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
-        raise ConfigError(f"{where} is of a model of transformers:  pip install 'shardgrad[hf]'") from None
+        raise ConfigError(f"{where} is of a model of transformers; it is installed {install('hf')}") from None
     try:
         config = CONFIG_MAPPING[kind].from_dict({key: value for key, value in values.items() if key != "auto_map"})
     except Exception as error:  # whatever its own checks raise

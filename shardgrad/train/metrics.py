@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardgrad.errors import install
 from shardgrad.files import refuse_link, replace_text
 from shardgrad.train.config import ConfigError
 
@@ -109,7 +110,5 @@ def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(
-            f"run.tensorboard = true, but {error}: install it with  pip install 'shardgrad[tensorboard]'"
-        ) from None
+        raise ConfigError(f"run.tensorboard = true, but {error}; it is installed {install('tensorboard')}") from None
     return SummaryWriter

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ from shardgrad.train.data import Text
 from shardgrad.train.language_model import LanguageModel
 from shardgrad.verification import report as verification
 
-_WIDTH = 120  # of lines in a file or a pipe
+_WIDTH = 100  # of lines in a file or a pipe
 _SHOWN = 5  # tensors of the comparison that are listed
 Totals = Mapping[tuple[str, str], tuple[int, int]]
 
@@ -49,15 +50,13 @@ class Report:
         """The mesh, how every parameter is stored, and the products' layouts."""
         mesh_view = view(model.mesh)
         axes = ", ".join(f"{name} = {axis.size}" for name, axis in mesh_view.axes.items())
-        parameters = Table(
-            title=f"mesh: {axes} ({mesh_view.device.type})", title_justify="left", caption_justify="left"
-        )
+        parameters = _table(f"mesh: {axes} ({mesh_view.device.type})")
         for column in ("parameter", "stored as", "global shape", "on rank 0"):
             parameters.add_column(column, no_wrap=True)
         for name, stored, *sizes in _grouped(model):
             parameters.add_row(name, escape(stored), *("×".join(map(str, some)) for some in sizes))
         self.console.print(parameters)
-        products = Table(title="products", title_justify="left")
+        products = _table("products")
         products.add_column("layer", no_wrap=True)
         products.add_column("layout, from which forward and backward collectives are derived")
         seen = set()
@@ -112,7 +111,7 @@ class Report:
         if predicted is None:
             self._traced(traced, [sent for _, sent, _ in by_rank])
             return
-        table = Table(title="sent by rank 0 in a step", title_justify="left")
+        table = _table("sent by rank 0 in a step")
         for column in ("operation", "axis", "count predicted", "traced", "bytes predicted", "traced"):
             table.add_column(column, justify="left" if column in ("operation", "axis") else "right", no_wrap=True)
         for key in sorted({*predicted, *traced}):
@@ -129,7 +128,7 @@ class Report:
             )
 
     def _traced(self, traced: Totals, by_rank: list[int]) -> None:
-        table = Table(title="sent by rank 0 in a step", title_justify="left")
+        table = _table("sent by rank 0 in a step")
         for column in ("operation", "axis", "count traced", "bytes traced"):
             table.add_column(column, justify="left" if column in ("operation", "axis") else "right", no_wrap=True)
         for key, (count, size) in sorted(traced.items()):
@@ -238,3 +237,8 @@ def _grouped(model: LanguageModel) -> Iterator[tuple[str, str, Sequence[int], Se
             yield where, f"replicated{frozen}", parameter.shape, parameter.shape
         else:
             yield where, f"{sharding.spec}{frozen}", sharding.global_shape, sharding.local_shape
+
+
+def _table(title: str) -> Table:
+    """As the tables of all commands (shardgrad.cli.style)."""
+    return Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shardgrad.errors import install
 from shardgrad.settings import check_regular
 from shardgrad.train.data import BYTES, DataError
 
@@ -128,7 +129,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise DataError("data.tokenizer: needs the tokenizers library:  pip install 'shardgrad[train]'") from None
+        raise DataError(f"data.tokenizer needs the tokenizers library; it is installed {install('train')}") from None
     return tokenizers
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -41,13 +42,15 @@ CHEAP = {  # what an example is given besides, so that it does little; an option
     "bench step": "--rounds 1 --sizes 8x64x256",
     "chaos": "--count 1",
     "mutants": "--steps 1",
-    "scale": "run.repeats=1 run.warmup=1 matrix.ranks=[1,2] run.dir=mine",
+    "scale": "run.repeats=1 run.warmup=1 matrix.ranks=[1,2] matrix.layout=column run.dir=mine",
     "trace": "model.layers=1 model.d_model=24 model.seq_len=9 train.batch=4",
-    "train": "train.steps=3 model.layers=1 run.check=false run.dir=mine",
+    "train": "train.steps=3 train.warmup=1 model.layers=1 run.check=false run.dir=mine",
     "verify": "model.layers=1 model.d_model=24 model.seq_len=9",
 }
-LONG = ("chaos", "mutants")
-"""What takes minutes even so."""
+RANKS = ("bench collectives", "bench exact", "bench model", "bench overlap", "bench step", "mutants", "trace", "verify")
+"""What ranks run, which torchrun starts."""
+LONG = ("chaos", "mutants", "scale --compare", "train configs", "scale configs/scaling/strong.yaml run")
+"""What takes long even so, or much as another."""
 
 
 def begins(example: str, *beginnings: str) -> bool:
@@ -89,7 +92,8 @@ def test_examples_run_in_another_folder(example: str, tmp_path: Path, monkeypatc
             make_results(tmp_path / name)
     elif not begins(example, *QUICK):
         words += next((shlex.split(more) for start, more in CHEAP.items() if begins(example, start)), [])
-    status, printed, errors = run(words, here=begins(example, *QUICK, "scale --compare"))
+    how = "here" if begins(example, *QUICK, "scale --compare") else "ranks" if begins(example, *RANKS) else "alone"
+    status, printed, errors = run(words, how, tmp_path)
     if begins(example, "bench gpu"):
         assert (status, errors.splitlines()[0]) == (2, "torch sees no CUDA device here")
         return
@@ -99,20 +103,24 @@ def test_examples_run_in_another_folder(example: str, tmp_path: Path, monkeypatc
         assert (tmp_path / name).stat().st_size > 100
 
 
-def run(words: list[str], *, here: bool) -> tuple[int, str, str]:
-    """A command in this process, or, if it starts ranks, in one of its own."""
-    if here:
+def run(words: list[str], how: str, folder: Path) -> tuple[int | None, str, str]:
+    """A command's status, and what it prints: run in this process, on ranks forked for it, or in one of its own."""
+    if how == "here":
         ran = CliRunner().invoke(app, words)
         return ran.exit_code, ran.stdout, ran.stderr
+    if how == "ranks":
+        ranks = int(words[words.index("--ranks") + 1]) if "--ranks" in words else 2
+        status, printed = forked.command(ranks, *words, directory=folder)
+        return status, printed[0], "".join(printed[1:])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     command = [sys.executable, "-m", "shardgrad", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     return done.returncode, done.stdout, done.stderr
 
 
 def make_results(folder: Path) -> None:
-    words = ["scale", "configs/scaling/strong.yaml", "run.repeats=1", "run.warmup=0", "matrix.ranks=[1]"]
-    status, printed, errors = run([*words, f"run.dir={folder}"], here=False)
+    words = ["scale", "configs/scaling/strong.yaml", "run.repeats=1", "run.warmup=1", "matrix.ranks=[1]"]
+    status, printed, errors = run([*words, "matrix.layout=column", f"run.dir={folder}"], "alone", folder.parent)
     assert status == 0, printed + errors
 
 

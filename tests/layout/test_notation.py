@@ -59,6 +59,15 @@ def test_text_survives_a_round_trip() -> None:
     assert Layout(" X[n,d]W[d,m]  → Y[n,m] ") == Layout("X[n,d] W[d,m] -> Y[n,m]")
 
 
+@pytest.mark.parametrize("name", ["column", "2.5d"])
+def test_a_name_of_a_layout_is_told_from_a_layout(name: str) -> None:
+    with pytest.raises(LayoutError, match=r"layouts with a name are in PRESETS"):
+        Layout(name)
+    with pytest.raises(LayoutError) as other:
+        Layout("X[n,d")
+    assert "PRESETS" not in str(other.value)
+
+
 @pytest.mark.parametrize(
     ("text", "column", "why"),
     [
