@@ -452,6 +452,7 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo reads it
 @distributed(world_size=2, timeout=180)
 def test_compiled(world_size: int) -> None:
     """A function around it is compiled in two graphs, with this between."""
