@@ -143,12 +143,13 @@ def test_coalesced_and_in_place(rank: int, world_size: int) -> None:
 def coalesced(rank: int, world_size: int, asynchronous: bool) -> None:
     xs = [torch.full((n,), float(rank)) for n in (3, 5)]
     wholes = [torch.empty(world_size * 3), torch.empty(world_size * 5)]
+    spread = torch.full((2,), rank + 1.0)
     parts, terms = [torch.empty(2), torch.empty(1)], [torch.ones(2 * world_size), torch.ones(world_size)]
     calls = [
         (None, lambda: [dist.all_gather_single(y, each) for y, each in zip(wholes, xs)]),
         (None, lambda: [dist.reduce_scatter_single(y, each) for y, each in zip(parts, terms)]),
         (None, lambda: [dist.all_reduce(each) for each in xs]),
-        (torch.device("cpu"), lambda: [dist.broadcast(wholes[0][:1], 0), dist.all_reduce(wholes[1][:2])]),
+        (torch.device("cpu"), lambda: [dist.broadcast(spread, 0), dist.all_reduce(wholes[1][:2])]),
     ]
     for device, call in calls:
         with dist.distributed_c10d._coalescing_manager(device=device, async_ops=asynchronous) as held:
@@ -158,6 +159,7 @@ def coalesced(rank: int, world_size: int, asynchronous: bool) -> None:
     total = sum(range(world_size))
     assert wholes[0].tolist() == [float(r) for r in range(world_size) for _ in range(3)]
     assert wholes[1][:2].tolist() == [0.0, 0.0]
+    assert spread.tolist() == [1.0, 1.0]
     assert [part.tolist() for part in parts] == [[world_size] * 2, [world_size]]
     assert all(each.eq(total).all() for each in xs)
 

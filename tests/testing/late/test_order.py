@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shardgrad.testing import distributed
 from shardgrad.testing.late import DeadlockError, MismatchError, late_watch, stuck
+from shardgrad.testing.late.findings import ledger
 from shardgrad.testing.late.order import Key, Launch, inversions, unmatched
 
 A, B, C = (Key(group, (0, 1), "0") for group in "abc")
@@ -203,6 +204,7 @@ def test_messages_are_matched_by_order_as_nccl_does(rank: int) -> None:
         if rank == 0:
             for tag in (1, 2):
                 dist.send(torch.full((2,), float(tag)), 1, tag=tag)
+            assert list(ledger.counts.values())[-1] == 2
         else:
             x = torch.empty(2)
             dist.recv(x, 0, tag=2)
