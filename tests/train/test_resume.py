@@ -250,7 +250,8 @@ def test_the_page_needs_nothing_else(world_size: int, tmp_path: Path) -> None:
     go(config, world_size, page=True)
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 3  # one rank sends nothing
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert "&lt;b&gt;&amp;" in page
     assert "<b>&" not in page
     for told in (f"<b>{STEPS}</b><span>steps</span>", "agree with one device", "seq_len</td><td>5", torch.__version__):
