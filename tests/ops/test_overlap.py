@@ -199,6 +199,17 @@ def test_ranks_of_one_axis_with_sizes_that_divide_on_another_for_some(world_size
         assert torch.equal(one, other)
 
 
+@distributed(world_size=4)
+def test_one_collective_is_chunked_where_another_cannot_be_on_any_rank(world_size: int) -> None:
+    """10 rows are 5 and 5 over `a`, none of which are even over `b`: the ranks of `a` decide alike."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    layout, sizes = Layout("X[n/a,d/b] W[d/b/a,m] -> Y[n/a/b,m]"), {"n": 10, "d": 8, "m": 9}
+    shards = sharded(layout, sizes, mesh)
+    once(*shards, layout, mesh, sizes)
+    sg.set_overlap(mesh, 3)
+    assert once(*shards, layout, mesh, sizes)[1][0] == 3 + 1
+
+
 def test_the_number_of_pieces_follows_from_the_costs() -> None:
     """Communication of 10 ms and a product of 10 ms that can hide it wholly: 6 chunks leave 1/6 of it in sight."""
     f32 = torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +40,6 @@ def assert_named(report: Report, kind: str, function: Callable[..., object]) -> 
 
 
 def _shown() -> str:
-    import os
-
     return __file__.removeprefix(os.getcwd() + os.sep)
 
 
