@@ -49,8 +49,8 @@ CHEAP = {  # what an example is given besides, so that it does little; an option
 }
 RANKS = ("bench collectives", "bench exact", "bench model", "bench overlap", "bench step", "mutants", "trace", "verify")
 """What ranks run, which torchrun starts."""
-LONG = ("chaos", "mutants", "scale --compare", "train configs", "scale configs/scaling/strong.yaml run")
-"""What takes long even so, or much as another."""
+LONG = ("bench exact", "chaos", "mutants", "scale --compare")
+"""What takes long even so."""
 
 
 def begins(example: str, *beginnings: str) -> bool:
@@ -58,9 +58,13 @@ def begins(example: str, *beginnings: str) -> bool:
 
 
 def examples() -> Iterator[object]:
+    """Of a command's slow examples the first is slow, and the others are rare as well."""
+    seen: set[str] = set()
     for example in EXAMPLES:
+        command = next((command for command in CHEAP if begins(example, command)), example)
         marks = [] if begins(example, *QUICK) else [pytest.mark.slow]
-        marks += [pytest.mark.rare] if begins(example, *LONG) else []
+        marks += [pytest.mark.rare] if marks and (begins(example, *LONG) or command in seen) else []
+        seen.add(command)
         yield pytest.param(example, marks=marks, id=example)
 
 
