@@ -130,10 +130,12 @@ class GroupNorm(Layer):
         weight, bias = weight_and_bias(for_rows(parameters, list(self._shardings.values()), rows))
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype if weight is None else torch.promote_types(dtype, weight.dtype))
-        if not self._counts[0]:
-            groups = max(len(self._here), 1)  # of a rank without channels, what torch takes
-            return F.group_norm(wide, groups, weight, bias, self.eps).to(x.dtype)
-        wide = self._in_parts(wide)
+        if self._counts[0]:
+            wide = self._in_parts(wide)
+        elif self._at:
+            return F.group_norm(wide, len(self._here), weight, bias, self.eps).to(x.dtype)
+        else:  # no element, and as many derivatives as on the other ranks
+            wide = wide * wide
         if weight is not None and bias is not None:
             shape = (-1, *(1,) * (x.dim() - 2))
             wide = wide * weight.view(shape) + bias.view(shape)
