@@ -32,6 +32,10 @@ EXACT = 3
 """Of a test of exact mode on 4 ranks, which compares all meshes of up to so many, likewise one in so many."""
 
 
+MANY = 4
+"""So many ranks are slow where two or three are run too."""
+
+
 LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
 
@@ -65,8 +69,8 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
     seen: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
         size = _world_size(item)
-        trains = "train" in item.path.parts and size == 4 and sizes[_function(item)] & set(ALWAYS)
-        if size is not None and (size >= LARGE or trains):  # a whole training run is shown on fewer ranks
+        many = size == MANY and sizes[_function(item)] & set(ALWAYS)  # what is shown on fewer ranks as well
+        if size is not None and (size >= LARGE or many):
             item.add_marker(pytest.mark.slow)
         models = "models" in item.path.parts and size is not None
         exact = item.path.stem.startswith("test_exact") and size is not None and size >= 3  # for many meshes each

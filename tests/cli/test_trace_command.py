@@ -26,6 +26,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_ranks(config: Path, tmp_path: Path) -> None:
     picture, events = tmp_path / "step.svg", tmp_path / "step.json"
     more = ["--ranks", "2", "--json", "--draw", picture, "--perfetto", events]

@@ -66,9 +66,10 @@ def test_every_bug_is_caught_and_named(world_size: int, program: str) -> None:
         assert problems([], program, world_size) == []
 
 
+@pytest.mark.slow
 @distributed(world_size=[3], timeout=120.0, backend="shm")
 @pytest.mark.parametrize(
-    "program", [pytest.param(name, marks=() if name in LONG[1::3] else pytest.mark.slow) for name in LONG]
+    "program", [pytest.param(name, marks=() if name in LONG[1::3] else pytest.mark.rare) for name in LONG]
 )
 def test_some_of_the_long_lists(world_size: int, program: str) -> None:
     assert verified(programs(world_size)[program]()).ok

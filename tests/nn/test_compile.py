@@ -92,6 +92,7 @@ def test_layers(world_size: int) -> None:
     assert_same(free, [wide], free, "aot_eager")
 
 
+@pytest.mark.slow
 @distributed(world_size=3, timeout=200)
 def test_a_parallel_block_of_shared_heads(world_size: int) -> None:
     mesh = tp(world_size)

@@ -558,6 +558,7 @@ Current thread 0x00007f31e0e9cb80 (most recent call first):
     assert read_stacks("") == ("", "")
 
 
+@pytest.mark.slow
 def test_one_backend_for_all_tests_and_races_on_it(project: Project) -> None:
     """What passes on gloo, which it names, fails on the late backend, for a result that is dropped."""
     tests = """

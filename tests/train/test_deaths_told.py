@@ -19,7 +19,7 @@ sample: {tokens: 0}
 @pytest.mark.parametrize(
     ("odd", "said"),
     [
-        ("config", "rank 1 does not take part: cannot read the configuration"),
+        pytest.param("config", "rank 1 does not take part: cannot read the configuration", marks=pytest.mark.slow),
         ("memory", "rank 1 has ended: it ran out of memory: 17 GB were refused"),
         ("bug", "rank 1 has ended: KeyError: 'a bug'"),
     ],

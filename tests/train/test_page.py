@@ -63,7 +63,7 @@ def test_texts_of_others_are_text() -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, True)])
+@pytest.mark.parametrize(("width", "dark"), [pytest.param(1200, False, marks=pytest.mark.slow), (500, True)])
 def test_in_a_browser(width: int, dark: bool, tmp_path: Path) -> None:
     """A probe behind the page tells what the browser made of it."""
     probe = """<pre id="told"></pre><script>
