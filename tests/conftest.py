@@ -41,8 +41,8 @@ LARGE = 8
 
 
 RARE = 3
-"""Of a slow test of models or of exact mode, one set of parameters in so many is run with the slow tests, at each world
-size. The others are `rare`: run with `-m 'slow or rare'`."""
+"""Of a slow test of models or of exact mode, or on one, four or more ranks of what is run on two and three, one set of
+parameters in so many is run with the slow tests, at each world size. The others are `rare` (`-m "slow or rare"`)."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -83,17 +83,19 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
         if (models and size != 2) or at % (SAMPLE if models else EXACT if exact else SWEEP):
             item.add_marker(pytest.mark.slow)
-    _mark_what_is_rare(items)
+    _mark_what_is_rare(items, sizes)
 
 
-def _mark_what_is_rare(items: list[pytest.Item]) -> None:
+def _mark_what_is_rare(items: list[pytest.Item], sizes: dict[str, set[int]]) -> None:
     """Marks as rare, and no longer as slow, what of the slow tests repeats others at most cost."""
     seen: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
         exact = item.path.stem.startswith("test_exact") or item.path.stem == "test_same_bits"
-        if not item.get_closest_marker("slow") or not (exact or "models" in item.path.parts):
+        size = _world_size(item)
+        repeats = size is not None and size not in ALWAYS and sizes[_function(item)] & set(ALWAYS)
+        if not item.get_closest_marker("slow") or not (exact or repeats or "models" in item.path.parts):
             continue
-        key = _function(item), _world_size(item) or 0
+        key = _function(item), size or 0
         seen[key] += 1
         if (seen[key] - 1) % RARE:
             item.add_marker(pytest.mark.rare)

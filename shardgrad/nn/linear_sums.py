@@ -236,8 +236,8 @@ class Gradients:
         if not self.operands.is_exact:
             return self.head.reduced(role, grads[0][0])
         levels = self._levels if self.head.layout.plan.reduce["rhs"] else []
-        found = [self.head.summed(role, each, levels) for each in zip(*grads)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        joined = [parts[0] if len(parts) == 1 else torch.cat(list(parts)) for parts in grads]
+        return self.head.summed(role, joined, levels)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

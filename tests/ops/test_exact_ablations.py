@@ -149,8 +149,8 @@ def cross_entropy(mesh: DeviceMesh) -> dict[str, Tensor]:
 
 def mean_of_tokens(mesh: DeviceMesh) -> dict[str, Tensor]:
     spec = sg.Layout("X[n/tp,d] W[v/vocab,d] -> Y[n/tp,v/vocab]")["Y"]
-    logits = sg.shard(normal(4 * 29, 8, seed=1), spec, mesh)
-    target = sg.shard(torch.arange(4 * 29) % 8, sg.TensorSpec("t", spec.dims[:1]), mesh)
+    logits = sg.shard(normal(4 * 293, 8, seed=1), spec, mesh)
+    target = sg.shard(torch.arange(4 * 293) % 8, sg.TensorSpec("t", spec.dims[:1]), mesh)
     kinds = {"axis": "vocab", "token_axes": "tp"}
     return {"loss": sg.vocab_parallel_cross_entropy(logits, target, vocab_size=8, mesh=mesh, **kinds)}  # type: ignore[arg-type]
 
