@@ -16,7 +16,7 @@ import shardgrad as sg
 from shardgrad.comm.collectives import AllGather, AllReduce, Collective, ReduceScatter, keep_chunk
 from shardgrad.comm.mesh import Axis, view
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter
-from shardgrad.nn import dropout, loss, positions
+from shardgrad.nn import dropout, positions, token_statistics, vocabulary
 
 After = Callable[[Tensor, Tensor, Any], Tensor]
 """What a collective returns instead: of its result, of what it was given, and of itself."""
@@ -407,18 +407,21 @@ def _(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @patched("smoothing over the rank's own vocabulary")
 def _(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss._gradient
+    real = token_statistics.gradient
 
-    def gradient(grad: Tensor, saved: Any, vocab_size: int, smoothing: float) -> Tensor:
-        return real(grad, saved, saved[0].shape[-1], smoothing)
+    def gradient(logits: Tensor, asked: Any, values: Any, saved: Any, grads: Any, *others: Any) -> Tensor:
+        dz = real(logits, asked, values, saved, grads, *others)
+        if grads.mean_log_prob is None:
+            return dz
+        return dz + (grads.mean_log_prob * (1 / logits.shape[-1] - 1 / asked.vocabulary.size)).unsqueeze(-1)
 
-    monkeypatch.setattr(loss, "_gradient", gradient)
+    monkeypatch.setattr(token_statistics, "gradient", gradient)
 
 
 @patched("targets are looked for in the first rank's vocabulary")
 def _(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss.chunk
-    monkeypatch.setattr(loss, "chunk", lambda size, ranks, index: (0, real(size, ranks, index)[1]))
+    real = vocabulary.chunk
+    monkeypatch.setattr(vocabulary, "chunk", lambda size, ranks, index: (0, real(size, ranks, index)[1]))
 
 
 def _locally(model: nn.Module, most: float) -> Tensor:

@@ -75,6 +75,14 @@ def test_how_bugs_are_planted_is_no_bug(world_size: int, monkeypatch: pytest.Mon
     assert accused("sequence", "tp", world_size) == ""
 
 
+def test_every_bug_can_be_planted() -> None:
+    """What it alters in the library is still there."""
+    for bug in MUTANTS:
+        with pytest.MonkeyPatch.context() as patches:
+            if bug.patch is not None:
+                bug.patch(patches)
+
+
 @pytest.mark.slow
 @distributed(world_size=4, timeout=120.0)
 @pytest.mark.parametrize("name", BUGS)
