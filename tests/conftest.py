@@ -5,6 +5,7 @@ Helpers (`layouts`, `exact`, `plain`) can be imported by name from every folder 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -18,7 +19,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "nn")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALWAYS = (2, 3)
-"""Of a test on several world sizes, these are run with all parameters each time."""
+"""Of a test on several world sizes, these are run each time. Where it is run on both, each set of its parameters is run
+on one of them each time, in turns, and on the other one with the slow tests."""
 
 SWEEP = 5
 """Of its other sizes, one set of parameters in so many is run each time, and the rest is slow."""
@@ -60,6 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (not _needs_much(item), _world_size(item) is not None))
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: collections of garbage need not look through them."""
+    gc.freeze()
+
+
 def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
     """Marks as slow what shows a property at a world size where a part of its parameters shows it too."""
     sizes: dict[str, set[int]] = defaultdict(set)
@@ -67,10 +74,13 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         if size := _world_size(item):
             sizes[_function(item)].add(size)
     seen: dict[tuple[str, int], int] = defaultdict(int)
+    halves: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
         size = _world_size(item)
         many = size == MANY and sizes[_function(item)] & set(ALWAYS)  # what is shown on fewer ranks as well
         if size is not None and (size >= LARGE or many):
+            item.add_marker(pytest.mark.slow)
+        if _other_half(item, size, sizes, halves):
             item.add_marker(pytest.mark.slow)
         models = "models" in item.path.parts and size is not None
         exact = item.path.stem.startswith("test_exact") and size is not None and size >= 3  # for many meshes each
@@ -84,6 +94,17 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         if (models and size != 2) or at % (SAMPLE if models else EXACT if exact else SWEEP):
             item.add_marker(pytest.mark.slow)
     _mark_what_is_rare(items, sizes)
+
+
+def _other_half(
+    item: pytest.Item, size: int | None, sizes: dict[str, set[int]], seen: dict[tuple[str, int], int]
+) -> bool:
+    """Whether the test's parameters are run each time on the other of the two world sizes. seen: how many sets of its
+    function's parameters came before, at each size."""
+    if size not in ALWAYS or not sizes[_function(item)].issuperset(ALWAYS) or len(item.callspec.params) == 1:
+        return False
+    seen[_function(item), size] += 1
+    return (seen[_function(item), size] + ALWAYS.index(size)) % len(ALWAYS) == 0
 
 
 def _mark_what_is_rare(items: list[pytest.Item], sizes: dict[str, set[int]]) -> None:

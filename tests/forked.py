@@ -5,6 +5,7 @@ To start them by torchrun instead would import torch once a rank, some seconds o
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -89,6 +90,7 @@ def _rank(argv: list[str], environment: dict[str, str], log: str, errors: str, d
     os.environ.update(environment)
     os.chdir(directory)
     sys.argv = argv
+    gc.freeze()  # else a collection writes to every page shared with the process it was forked from
     import torch
 
     torch.set_num_threads(1)

@@ -47,7 +47,7 @@ def main(connection: Connection[Any, Any], directory: str, rank: str) -> None:
     connection.send(READY)
     membership = Membership(int(rank))
     while (task := inbox.get()) is not None:
-        connection.send(run(task, membership))
+        connection.send(run(task, membership, directory))
     membership.leave()
 
 
@@ -64,14 +64,14 @@ def listen(connection: Connection[Any, Any], inbox: queue.SimpleQueue[Task | Non
         os._exit(1)
 
 
-def run(task: Task, membership: Membership) -> Reply:
-    """Runs one task; whatever it raises becomes the reply."""
+def run(task: Task, membership: Membership, directory: str) -> Reply:
+    """Runs one task; whatever it raises becomes the reply. directory: as of `load`."""
     call = task.call
     try:
         sys.path[:] = call.sys_path
         os.chdir(call.directory)
         with _filtered(call.filters):
-            function = load(call.target, call.rewrite_asserts)
+            function = load(call.target, call.rewrite_asserts, directory)
             args = [_unpickled(str(position), value) for position, value in enumerate(call.args)]
             kwargs = {name: _unpickled(repr(name), value) for name, value in call.kwargs.items()}
         membership.enter(task.group)

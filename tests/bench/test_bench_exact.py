@@ -24,6 +24,7 @@ ONE = Spread(1, 1, 1)
 ROW = exact.Row("row", "float32", (8, 4, 16), 4, 1, True, ONE, ONE, ONE, ONE, (64, 64), (0, 0), 3)
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 @pytest.mark.parametrize(
     "model", [pytest.param(name, marks=pytest.mark.slow if at else ()) for at, name in enumerate(exact.MODELS)]

@@ -84,6 +84,7 @@ def test_the_step_is_measured_of_every_contender(tmp_path: Path, rank: int) -> N
         assert (tmp_path / "step.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_overlap_is_measured_in_every_case(tmp_path: Path, rank: int) -> None:
     rows, costs = overlap.measure([(6, 8, 10)], [torch.float32], 1, turn=0.001)
@@ -101,6 +102,7 @@ def test_overlap_is_measured_in_every_case(tmp_path: Path, rank: int) -> None:
         overlap.draw(rows, tmp_path / "overlap.png")
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_the_model_is_measured_on_one_rank_and_on_two(tmp_path: Path, rank: int) -> None:
     shape = model.Shape(layers=1, d_model=32, heads=2, seq_len=8, batch=2, vocab=64)

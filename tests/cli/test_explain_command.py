@@ -159,6 +159,7 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=everything, check=False)
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path: Path) -> None:
     done = shell("explain", "column", *SMALL, "--draw", str(tmp_path / "c.png"))
     assert (done.returncode, done.stderr) == (0, "")

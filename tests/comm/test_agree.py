@@ -98,6 +98,7 @@ def test_a_rank_that_never_comes_ends_in_a_named_timeout(world_size: int) -> Non
     assert f"rank {1 - dist.get_rank()} failed in: all-reduce of Y" in text
 
 
+@pytest.mark.slow
 @distributed(world_size=2, timeout=60)
 def test_ranks_that_wait_in_different_operations_are_told_of_each_other(world_size: int) -> None:
     mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=3)), "cpu", mesh_dim_names=("tp",))

@@ -140,6 +140,7 @@ def watches(store: Store, of: dict[int, Process]) -> tuple[dict[int, Watch], que
     return {rank: Watch(store, rank, of, ends.put) for rank in of if rank < 2}, ends
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_watch_ends_a_rank_whose_mate_died_but_not_when_it_left(child: subprocess.Popen[bytes]) -> None:
     store = Store()
@@ -167,6 +168,7 @@ def test_a_watch_hears_why_another_rank_has_ended() -> None:
     assert ends.get(timeout=5) == "rank 0 ends, for it cannot go on: rank 1 has ended: it ran out of memory"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_watch_does_not_wait_for_a_silent_store() -> None:
     store = Store()
@@ -180,6 +182,7 @@ def test_a_watch_does_not_wait_for_a_silent_store() -> None:
         one.leave()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_rank_of_another_host_is_missed_when_its_beat_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()

@@ -66,6 +66,7 @@ def test_a_rank_that_died_while_waiting_is_not_waited_for() -> None:
     assert found == [own, own]
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_is_waited_for_while_it_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = dist.HashStore()
     own = this_process()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # its scenes are waits
 HERE = Path(__file__).parent
 WELL_BEFORE_THE_TIMEOUT = 10  # seconds; the scenes give 20 where they do not say
 

@@ -207,8 +207,16 @@ COLD = re.compile(r"shardgrad (verify|mutants|scale|bench (overhead|memory))\b(?
 the same commands."""
 
 
+FIRST_READ = (README, ROOT / "docs" / "tutorial.md", ROOT / "docs" / "layouts.md")
+"""Pages whose programs with ranks are run each time; those of the others are slow."""
+
+
 def marks(path: Path, blocks: list[Block], index: int) -> tuple[pytest.MarkDecorator, ...]:
-    """Slow is a block that is run, not parsed alone, and of such a command."""
+    """Slow is a block that is run, not parsed alone, and of such a command; and a program on ranks of most pages, with
+    what it prints."""
+    info = blocks[index].info.strip()
+    if path not in FIRST_READ and (info.startswith("python ranks=") or info == "text output"):
+        return (pytest.mark.slow,)
     shell = [i for i, block in enumerate(blocks) if block.info.strip() == "sh"]
     run = index in shell and not (path == README and index in shell[:README_COMMANDS])
     return (pytest.mark.slow,) if run and COLD.search(blocks[index].text) else ()

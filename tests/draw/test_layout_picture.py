@@ -32,7 +32,9 @@ def made(text: str, ranks: int = 2) -> Paper:
     return picture(timeline(layout, dict(zip(layout.letters, SIZES)), dict.fromkeys(layout.axes, ranks), "bfloat16"))
 
 
-@pytest.mark.parametrize("text", [*PRESETS, *OTHERS])
+@pytest.mark.parametrize(
+    "text", [*OTHERS, *(pytest.param(text, marks=[pytest.mark.slow] * (at % 3 > 0)) for at, text in enumerate(PRESETS))]
+)
 def test_no_text_overlaps_another_or_leaves_the_picture(text: str) -> None:
     for ranks in (2, 4) if len(walk_axes(text)) < 3 else (2,):
         paper = made(text, ranks)
@@ -119,6 +121,7 @@ def test_a_rank_that_has_nothing_is_shown() -> None:
     assert not [t for t in full.texts if "nothing" in t.text or "of 4 ranks" in t.text]
 
 
+@pytest.mark.slow
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     walked = timeline(PRESETS["row"], {"n": 4, "d": 8, "m": 4}, {"tp": 2})
     for ending in ("svg", "png"):

@@ -33,6 +33,7 @@ def adapted(model: Any, name: str) -> Any:
         return peft.get_peft_model(model, config)
 
 
+@pytest.mark.slow
 @distributed(world_size=[2, 3])
 @pytest.mark.parametrize("name", TARGETS)
 def test_adapters_from_peft_and_back(world_size: int, name: str, tmp_path: Path) -> None:

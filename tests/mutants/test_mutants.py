@@ -87,6 +87,7 @@ def test_the_programs_are_not_accused_in_bfloat16(world_size: int) -> None:
             assert report.ok, report.table()
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_passes_the_usual_checks() -> None:
     status, told = forked.command(2, "mutants", "one rank scales", "--json", "--steps", "10")
     assert status == 0, told

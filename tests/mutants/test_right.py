@@ -114,6 +114,7 @@ def test_ranks_store_what_torch_chunk_gives_them(world_size: int) -> None:
     assert torch.equal(kinds.part(whole, None, tp), whole)
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_is_said_of_each() -> None:
     status, told = forked.command(2, "mutants", "--right", "two KV heads", "--json")
     assert status == 0, told

@@ -128,6 +128,7 @@ def test_autocast_around_and_inside(world_size: int) -> None:
     assert_alike(inside(layer), Counted(inside(layer), fullgraph=True), x, parameters=parameters)
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_checkpoints_around_and_inside(world_size: int) -> None:
     """What is inside a graph's checkpoint is computed again as ever: before torch 2.15 outside of it, in graphs of its

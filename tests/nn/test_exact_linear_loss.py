@@ -65,6 +65,7 @@ def run(mesh: DeviceMesh, layout: sg.Layout, dtype: torch.dtype, micro: int = 1,
     return found
 
 
+@pytest.mark.slow
 @distributed(world_size=4)
 @pytest.mark.parametrize("grads", ["backward", "forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -283,6 +283,7 @@ def test_a_graph_is_not_used_for_a_layer_that_shards_another_dim(world_size: int
         torch.testing.assert_close(call(layer, x), layer(x, 8), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @distributed(world_size=4)
 def test_a_graph_is_not_used_for_a_layer_on_a_mesh_of_other_groups(world_size: int) -> None:
     torch.compiler.reset()

@@ -131,6 +131,7 @@ def test_nothing_that_could_run_here_is_no_success(tmp_path: Path) -> None:
     assert "no backend 'nosuch'" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_skipped_leaves_the_other_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     path, out = tmp_path / "short.yaml", tmp_path / "out"
     path.write_text(CONFIG.partition("cells:")[0] + "cells: [{ranks: 2, backend: nosuch}, {ranks: 1}]\n")

@@ -419,7 +419,7 @@ def test_ranks_that_hang_or_die(project: Project) -> None:
     assert_nothing_left(pytester, processes=(3 + 1) + 2 + 2 + 2 + 2)
 
 
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("way", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_the_end_of_pytest_is_the_end_of_the_ranks(project: Project, way: signal.Signals) -> None:
     pytester = project(
         test_inner="""
@@ -519,6 +519,7 @@ def _sum_of_ranks(factor: int, fail_on: int | None = None) -> tuple[int, int]:
     return dist.get_rank(), int(x)
 
 
+@pytest.mark.slow
 def test_run_distributed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_distributed(_sum_of_ranks, 2, 10) == [(0, 10), (1, 10)]
     with pytest.raises(RankError, match="1 of 1 ranks failed, rank 0: ValueError: as told"):

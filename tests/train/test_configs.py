@@ -32,10 +32,10 @@ def test_shipped_configurations_are_valid_on_the_ranks_they_name(path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "more", "ranks"),
     [
-        ("gpt2-124M", ["train.accumulate=2", "mesh.tp=1"], 2),
+        pytest.param("gpt2-124M", ["train.accumulate=2", "mesh.tp=1"], 2, marks=pytest.mark.slow),
         ("llama-1b", ["model.kv_heads=2", "model.d_ff=24", "train.accumulate=2", "mesh.tp=1"], 2),
-        ("dp-tp", ["mesh.tp=1"], 2),
-        ("fully-sharded", ["mesh.tp=1"], 2),
+        pytest.param("dp-tp", ["mesh.tp=1"], 2, marks=pytest.mark.slow),
+        pytest.param("fully-sharded", ["mesh.tp=1"], 2, marks=pytest.mark.slow),
         ("3d", ["mesh.grid=[1,2,1]"], 2),
     ],
 )

@@ -170,6 +170,7 @@ def test_as_on_one_device(world_size: int) -> None:
             torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], timeout=120, backend="shm")
 def test_runs_leave_equal_checkpoints(world_size: int, tmp_path: Path) -> None:
     found = []

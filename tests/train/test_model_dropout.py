@@ -151,6 +151,7 @@ def test_only_training_drops(world_size: int) -> None:
 DROPS = Model(layers=1, heads=3, d_model=12, seq_len=5, dropout=P)
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], timeout=120)
 @pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_goes_on_drops_the_same(

@@ -177,6 +177,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     )
 
 
+@pytest.mark.slow
 @distributed(world_size=[4], timeout=120, backend="shm")
 def test_on_other_meshes(world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ranks, then 1, then 4: the same batches, and the curve of 2 ranks within rounding."""

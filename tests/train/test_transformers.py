@@ -96,6 +96,7 @@ def first_comparison(run: Path) -> dict[str, Any]:
     return next(line for line in read(run / folder.METRICS) if line["kind"] == "comparison")
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], backend="shm")
 @pytest.mark.parametrize(
     ("values", "more"),

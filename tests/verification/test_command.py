@@ -31,6 +31,7 @@ def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_json_and_picture_of_a_right_model(tmp_path: Path) -> None:
     status, told = forked.command(2, "verify", CONFIG, *TINY, "--json", "--draw", tmp_path / "errors.png")
     assert status == 0, told

@@ -49,6 +49,7 @@ def test_all_ranks_name_tensor_rank_and_step(world_size: int, rank: int, bad: fl
     assert str(caught.value).count("value of 0.weight on rank ") == world_size
 
 
+@pytest.mark.slow
 @distributed(world_size=4)
 def test_the_other_axis_hears_of_it(world_size: int, rank: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

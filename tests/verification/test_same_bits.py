@@ -97,6 +97,7 @@ def accused(name: str, axis: str, ranks: int) -> str:
     return "" if report.ok else f"{name}: {report}"
 
 
+@pytest.mark.slow
 @distributed(world_size=[2])
 def test_some_right_programs_are_not_accused(world_size: int) -> None:
     assert accused("sequence", "tp", world_size) == ""
