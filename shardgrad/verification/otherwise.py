@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -103,7 +103,7 @@ def _predictions(
             yield own, f" (ranks of {list_of(axes)})"
 
 
-def _along(at: Any, mesh: Any, axes: Sequence[str]) -> int:
+def _along(at: Mapping[str, int], mesh: Mapping[str, int], axes: Sequence[str]) -> int:
     rank = 0
     for axis in axes:
         rank = rank * mesh[axis] + at[axis]
