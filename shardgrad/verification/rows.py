@@ -81,7 +81,7 @@ def rows_weighted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             blocks //= 2
         if seen.exact.numel() < blocks + _MORE:
             continue
-        terms = [[seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates] for full in fulls]
+        terms = [seen.parts(full) for full in fulls]
         left = torch.stack(
             [torch.cat([(term[rank] / seen.size[rank]).flatten() for rank in wrong]) for term in terms], 1
         )
