@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,11 +55,6 @@ def _outside(count: int) -> int:
 def ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     """How many times as long, of values taken in the same rounds: the median of each round's ratio."""
     return Spread.of([one / other for one, other in zip(times, base, strict=True)])
-
-
-def mean_ratio(ratios: Sequence[float]) -> float:
-    """The geometric mean, under which a ratio and its inverse cancel."""
-    return geometric_mean(ratios)
 
 
 def in_turns(

@@ -122,14 +122,14 @@ def forward_backward(
         held.setdefault(id(tensor), (name, tensor))
         recording.put((kind, name), tensor)
         if tensor.requires_grad:
-            handles.append(tensor.register_hook(partial(_keep, recording, ("output gradient", name))))
+            handles.append(tensor.register_hook(partial(recording.put, ("output gradient", name))))
 
     for path, module in model.named_modules():
         in_forward.append(module.register_forward_hook(partial(seen, path)))
     inputs, leaves = differentiable(batch) if inputs_too else (batch, {})
     for name, leaf in leaves.items():
         recording.inputs.add(name)
-        handles.append(leaf.register_hook(partial(_keep, recording, ("input gradient", name))))
+        handles.append(leaf.register_hook(partial(recording.put, ("input gradient", name))))
     for name, parameter in parameters.items():
         parameter.grad = None
         if getattr(parameter, "main_grad", None) is not None:
@@ -176,10 +176,6 @@ def forward_backward(
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """A parameter's gradient, or the buffer `main_grad` in which it is summed."""
     return parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
-
-
-def _keep(recording: Recording, key: Key, gradient: Tensor) -> None:
-    recording.put(key, gradient)
 
 
 def _keep_gradient(recording: Recording, key: Key, parameter: nn.Parameter) -> None:
