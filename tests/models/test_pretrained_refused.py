@@ -18,8 +18,8 @@ from shardgrad.models import weights_file
 from shardgrad.testing import distributed
 
 
-def _load_anew(folder: Path, name: str = "llama") -> Any:
-    model = spread_model(on_meta(name), line(dist.get_world_size()))
+def _load_anew(folder: Path) -> Any:
+    model = spread_model(on_meta("llama"), line(dist.get_world_size()))
     sg.load_pretrained(model, folder)
     return model
 

@@ -36,11 +36,11 @@ class Verdict:
     found: tuple[str, ...] = ()
 
 
-def chosen(only: str = "", dtypes: Sequence[str] = ()) -> Iterator[tuple[Kind, torch.dtype]]:
-    """The kinds whose name contains a text, in each of their precisions that is asked for (none: in all)."""
+def chosen(only: str) -> Iterator[tuple[Kind, torch.dtype]]:
+    """The kinds whose name contains a text, in each of their precisions."""
     for kind in KINDS:
         for dtype in kind.dtypes:
-            if only in kind.name and (not dtypes or str(dtype).removeprefix("torch.") in dtypes):
+            if only in kind.name:
                 yield kind, dtype
 
 
