@@ -72,15 +72,13 @@ def paper(x: Sizes, scheme: str, recompute: str) -> float:
     return sbh / x.t * (34 + scores)
 
 
-def expected(x: Sizes, scheme: str, recompute: str, width: int = 2, statistics: int = 2) -> float:
+def expected(x: Sizes, scheme: str, recompute: str) -> float:
     """Bytes that shardgrad's block keeps on a rank, where every size divides.
 
     The paper's terms without its two dropout masks, because the block has no dropout, and without the s² scores,
     because torch's fused attention keeps none: of each row and head one log-sum instead.
-
-    width: bytes of an activation. statistics: of a norm's mean, and of its inverse deviation; on CPUs in the
-    activations' dtype.
     """
+    width = statistics = 2  # bytes of an activation; of a norm's mean and inverse deviation, on CPUs in its dtype
     sbh, sb = x.s * x.b * x.h, x.s * x.b
     rows = x.t if scheme == "tp+sp" else 1
     residual = width * sbh / rows
@@ -114,12 +112,12 @@ class _Block(nn.Module):
         return x + self.mlp(self.second(x), self.sequence)
 
 
-def counted(x: Sizes, scheme: str, recompute: str, dtype: torch.dtype = torch.bfloat16) -> int:
+def counted(x: Sizes, scheme: str, recompute: str) -> int:
     """Bytes that the first of t ranks keeps for one block's backward, inside `one_rank_of(t)`."""
     mesh = init_device_mesh("cpu", (x.t,), mesh_dim_names=("tp",))
-    block = _Block(x, scheme, recompute, {"mesh": mesh, "dtype": dtype})
+    block = _Block(x, scheme, recompute, {"mesh": mesh, "dtype": torch.bfloat16})
     rows = x.s // x.t if scheme == "tp+sp" else x.s
-    inputs = torch.randn(x.b, rows, x.h).to(dtype).requires_grad_()
+    inputs = torch.randn(x.b, rows, x.h).bfloat16().requires_grad_()
     block(inputs)  # the first call compares layouts between ranks
     return kept_bytes(lambda: block(inputs), block.parameters())
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.bench import peers
-from shardgrad.bench.timing import Spread, in_turns, mean_ratio, ratio, slowest_rank
+from shardgrad.bench.timing import Spread, in_turns, ratio, slowest_rank
 from shardgrad.comm.shm.register import register
 
 BACKENDS = ("gloo", "shm")
@@ -55,8 +56,8 @@ class Found:
                 ratios.setdefault((row.name, row.backend), []).append((row.to_ours.median, on_shm))
         return {
             key: (
-                mean_ratio([same for same, _ in found]),
-                mean_ratio([on for _, on in found if on is not None]) if found[0][1] is not None else None,
+                geometric_mean([same for same, _ in found]),
+                geometric_mean([on for _, on in found if on is not None]) if found[0][1] is not None else None,
             )
             for key, found in ratios.items()
         }

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -57,17 +57,11 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([one / other for one, other in zip(times, base, strict=True)])
 
 
-def mean_ratio(ratios: Sequence[float]) -> float:
-    """The geometric mean, under which a ratio and its inverse cancel."""
-    return geometric_mean(ratios)
-
-
 def in_turns(
     contenders: Mapping[Any, Callable[[], object]],
     rounds: int,
     *,
     turn: float = 0.02,
-    most: int = 200,
     meet: Callable[[], object] = lambda: None,
     slowest: Callable[[list[float]], list[float]] = lambda seconds: seconds,
     clocks: Sequence[Clock] = (time.perf_counter,),
@@ -75,7 +69,7 @@ def in_turns(
 ) -> dict[Any, list[list[float]]]:
     """Seconds of one call of each contender: for each of `clocks`, one value a round.
 
-    In every round each contender has a turn of about `turn` seconds (at most `most` calls); each round begins with the
+    In every round each contender has a turn of about `turn` seconds (at most 200 calls); each round begins with the
     next one.
 
     meet: what ranks do before a turn, to begin it together. slowest: of every rank's figures, the largest.
@@ -86,7 +80,7 @@ def in_turns(
             call()
     # As many calls on every rank: by what the slowest needs.
     once = slowest([_turn(call, 1, meet, clocks[:1])[0] for call in contenders.values()])
-    calls = {name: max(1, min(most, int(turn / seconds))) for name, seconds in zip(contenders, once)}
+    calls = {name: max(1, min(200, int(turn / seconds))) for name, seconds in zip(contenders, once)}
     names = list(contenders)
     found: dict[Any, list[list[float]]] = {name: [[] for _ in clocks] for name in names}
     with _no_collector():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from shardgrad.chaos.tally import Row, Tally
+from shardgrad.comm.processes import ENDED, stat
 
 Backend = Literal["gloo", "shm"]
 How = Literal["killed", "stopped"]
@@ -102,7 +103,7 @@ def carry_out(attack: Attack) -> Outcome:
         (folder / "config.yaml").write_text(_CONFIG.replace("FOLDER", name))
         started = _start(attack, folder)
         try:
-            return _attacked(attack, folder, started)
+            return _attacked(attack, folder)
         finally:
             for pid in [*_pids(folder, attack.ranks).values(), *(one.pid for one in started)]:
                 _send(pid, signal.SIGKILL)
@@ -110,7 +111,7 @@ def carry_out(attack: Attack) -> Outcome:
                 one.wait()
 
 
-def _attacked(attack: Attack, folder: Path, started: list[subprocess.Popen[bytes]]) -> Outcome:
+def _attacked(attack: Attack, folder: Path) -> Outcome:
     time.sleep(attack.after)
     while attack.rank not in (pids := _pids(folder, attack.ranks)):
         time.sleep(0.05)
@@ -119,7 +120,7 @@ def _attacked(attack: Attack, folder: Path, started: list[subprocess.Popen[bytes
     seconds = None
     while time.monotonic() - began < _GIVEN_UP_S:
         pids = _pids(folder, attack.ranks)
-        lives = [rank for rank, pid in pids.items() if rank != attack.rank and _lives(pid, started)]
+        lives = [rank for rank, pid in pids.items() if rank != attack.rank and stat(pid)[0] not in ENDED]
         if len(pids) == attack.ranks and not lives:
             seconds = time.monotonic() - began
             break
@@ -171,16 +172,6 @@ def _pids(folder: Path, ranks: int) -> dict[int, int]:
         if path.exists() and (text := path.read_text()):
             found[rank] = int(text)
     return found
-
-
-def _lives(pid: int, started: list[subprocess.Popen[bytes]]) -> bool:
-    for one in started:
-        if one.pid == pid:
-            return one.poll() is None
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _send(pid: int, number: int) -> None:

@@ -55,16 +55,15 @@ def verify(path: str | Path, seal: str | None = None) -> Verified:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no checkpoint: there is no such folder")
-    sums = _sums(folder)
-    raw = {name: _read(folder / name) for name in (SUMS, STATE)}
-    found = hashlib.sha256(raw[SUMS]).hexdigest()
+    sums, found = _sums(folder)
+    state = _read(folder / STATE)
     if seal is not None and found != seal:
         raise DamagedError(
             f"{folder / SUMS} is not the one that the first rank has read: do all machines see one file?"
         )
     for name, wanted in sums.items():
         if name == STATE:
-            have = hashlib.sha256(raw[STATE]).hexdigest()
+            have = hashlib.sha256(state).hexdigest()
         elif seal is not None:
             continue
         else:
@@ -74,7 +73,7 @@ def verify(path: str | Path, seal: str | None = None) -> Verified:
                 f"{folder / name} is not the file that was saved: its SHA-256 is {have[:12]}…, and {SUMS} has "
                 f"{wanted[:12]}…"
             )
-    return Verified(found, _state(folder / STATE, raw[STATE]))
+    return Verified(found, _state(folder / STATE, state))
 
 
 @told
@@ -84,19 +83,21 @@ def digest(path: str | Path) -> str:
     Raises:
         DamagedError: its digests cannot be read.
     """
-    sums = _sums(Path(path))
+    sums, _ = _sums(Path(path))
     return hashlib.sha256(b"".join(bytes.fromhex(sums[name]) for name in (MODEL, OPTIMIZER))).hexdigest()[:16]
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def _sums(folder: Path) -> tuple[dict[str, str], str]:
+    """The files' digests, and the digest of the file that holds them."""
     if not (folder / SUMS).exists():
         _refuse_format_1(folder)
-    lines = _read(folder / SUMS).decode(errors="replace").split("\n")
+    raw = _read(folder / SUMS)
+    lines = raw.decode(errors="replace").split("\n")
     matched = [_LINE.fullmatch(line) for line in lines[:-1]]
     sums = {one[2]: one[1] for one in matched if one is not None}
     if lines[-1] or None in matched or sorted(sums) != sorted(set(FILES) - {SUMS}):
         raise DamagedError(f"{folder / SUMS} is not the file that was saved: it must have one line for each other file")
-    return sums
+    return sums, hashlib.sha256(raw).hexdigest()
 
 
 def _refuse_format_1(folder: Path) -> None:

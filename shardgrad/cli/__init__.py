@@ -5,6 +5,7 @@
 | `entry`          | what the installed program starts                         |
 | `app`            | the list of commands                                      |
 | `style`          | one style for every command: tables, JSON, errors         |
+| `options`        | arguments and options that several commands have          |
 | `ranks`          | start the ranks of a command                              |
 | `train`          | `train`: a training run on this machine                   |
 | `explain`        | `explain`: what each phase of a layout computes and sends |

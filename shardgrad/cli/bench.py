@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from shardgrad.cli import (
     bench_overhead,
     bench_overlap,
     bench_step,
+    options,
     style,
 )
 from shardgrad.cli import ranks as start_ranks
@@ -45,14 +45,14 @@ def _root(context: typer.Context) -> None:
     )
 )
 def collectives(
-    ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
+    ranks: options.Ranks = 2,
     operations: Annotated[str, typer.Option(help="which, separated by commas")] = (
         "all-reduce,all-gather,reduce-scatter,all-to-all,broadcast,barrier"
     ),
     sizes: Annotated[str, typer.Option(help="of the tensors, separated by commas")] = "2KiB,64KiB,512KiB,8MiB",
     turns: Annotated[int, typer.Option(min=1, help="how often gloo and shm take turns at each size")] = 15,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the times", show_default=False)] = None,
+    as_json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Compare gloo with shared memory: medians in microseconds, and how many times faster shared memory is.
 
@@ -103,7 +103,7 @@ def memory(
         list[str] | None, typer.Option(help="s, b, h and a of a block, as s=128,b=2,h=256,a=4; may stand several times")
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many tensor parallel ranks, separated by commas")] = "1,2,4,8",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Count what a transformer block keeps for backward on one rank, in bfloat16, against published formulas.
 
@@ -167,8 +167,8 @@ def bytes_sent(
         list[str] | None, typer.Option(help="n, d and m of a product, as n=4096,d=1024,m=1024; may stand several times")
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many ranks, separated by commas")] = "4,16,64,256",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
+    as_json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Compare what layouts send for Y, dX and dW with the least that any layout of P-th parts can send.
 

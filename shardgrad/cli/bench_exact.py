@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 if TYPE_CHECKING:
@@ -27,11 +26,11 @@ def exact(
     pieces: Annotated[str, typer.Option(help="V, separated by commas")] = "2,4,8",
     model: Annotated[str, typer.Option(help="of the training step: llama, gpt or none")] = "llama",
     d_model: Annotated[int, typer.Option(min=1)] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 11,
-    ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
+    rounds: options.Rounds = 11,
+    ranks: options.Ranks = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "shm",
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Time products (forward + backward) and a training step (forward, backward, clipping, AdamW) in exact mode, beside
     the same without it: V pieces on every p ranks that divide them. Fails, with status 1, if exact mode sends more

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 
 EPILOG = style.examples("shardgrad bench gpu", "shardgrad bench gpu --tokens 2048 --json")
 
@@ -14,8 +14,8 @@ EPILOG = style.examples("shardgrad bench gpu", "shardgrad bench gpu --tokens 204
 def gpu(
     tokens: Annotated[int, typer.Option(min=1, help="rows of X")] = 4096,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
-    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 21,
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    rounds: options.Rounds = 21,
+    json: options.Json = False,
 ) -> None:
     """Time forward + backward of each product of Llama 70B at its local size under 8 tensor parallel ranks, on one GPU,
     as the first of eight on the `fake` backend, which sends nothing: beside plain nn.Linear, and as a share of the

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 EPILOG = style.examples(
@@ -18,11 +17,11 @@ EPILOG = style.examples(
 
 def head(
     sizes: Annotated[str, typer.Option(help="tokens × features × words, separated by commas")] = "8192x512x32000",
-    dtypes: Annotated[str, typer.Option(help="fp32, bf16, …, separated by commas")] = "fp32,bf16",
+    dtypes: options.Dtypes = "fp32,bf16",
     rounds: Annotated[int, typer.Option(min=0, help="how often every contender has its turn; 0: no times")] = 5,
     ranks: Annotated[int, typer.Option(min=1, help="processes of this machine")] = 2,
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Measure the loss of a head's product, forward and backward: peak memory above x, W, dX and dW, and time, with the
     logits at once, in chunks by shardgrad, by hand and, on one rank, by torch.

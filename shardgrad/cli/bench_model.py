@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 EPILOG = style.examples("shardgrad bench model", "shardgrad bench model --d-model 512 --dtype bf16 --backend gloo")
@@ -24,8 +23,8 @@ def model(
     rounds: Annotated[int, typer.Option(min=1, help="how often each has its turn")] = 15,
     ranks: Annotated[int, typer.Option(min=2, help="processes of this machine, compared with one")] = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "shm",
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the rates", show_default=False)] = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Time a block (forward + backward) and a training step (and AdamW) of a GPT, tensor and sequence parallel, on one
     rank and on several, in turns; and the bytes of tensors at the height of a step (torch's allocator, by its profiler:

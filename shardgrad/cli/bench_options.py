@@ -70,8 +70,6 @@ def read_one(text: str, known: tuple[str, ...], what: str) -> str:
 
 def machine() -> dict[str, Any]:
     """What numbers are to be read with: the processor, its cores, torch, and how busy the machine was."""
-    import os
-
     import torch
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 
 EPILOG = style.examples("shardgrad bench overhead", "shardgrad bench overhead --rounds 1000 --json")
 
@@ -15,7 +15,7 @@ EPILOG = style.examples("shardgrad bench overhead", "shardgrad bench overhead --
 def overhead(
     rounds: Annotated[int, typer.Option(min=6, help="how often every contender has its turn, of about 1 ms")] = 800,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, …")] = "fp32",
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time forward + backward of Linear–GELU–Linear at [8, 64, 256] as the first of two ranks on the `fake` backend,
     which sends nothing and waits for nothing: products and host work alone.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 if TYPE_CHECKING:
@@ -19,17 +18,15 @@ EPILOG = style.examples(
 
 
 def overlap(
-    sizes: Annotated[str, typer.Option(help="tokens × features × hidden features, separated by commas")] = (
-        "256x512x2048,512x1024x4096"
-    ),
-    dtypes: Annotated[str, typer.Option(help="fp32, bf16, …, separated by commas")] = "fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 11,
+    sizes: options.Sizes = ("256x512x2048,512x1024x4096"),
+    dtypes: options.Dtypes = "fp32",
+    rounds: options.Rounds = 11,
     ranks: Annotated[
         int, typer.Option(min=2, help="processes of this machine; ignored where a launcher set WORLD_SIZE")
     ] = 2,
     backend: Annotated[str, typer.Option(help="gloo or shm")] = "gloo",
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the shares", show_default=False)] = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Time products alone, communication alone, and both in one call; the share of what could be hidden that was. With
     whole products, with `sg.set_overlap(mesh, sg.measure_costs(mesh))`, and in DTensor, fairscale and Megatron-core.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 if TYPE_CHECKING:
@@ -20,15 +19,13 @@ EPILOG = style.examples(
 
 
 def step(
-    sizes: Annotated[str, typer.Option(help="tokens × features × hidden features, separated by commas")] = (
-        "8x64x256,64x256x1024,256x512x2048,512x1024x4096,2048x1024x4096"
-    ),
-    dtypes: Annotated[str, typer.Option(help="fp32, bf16, …, separated by commas")] = "fp32,bf16",
-    rounds: Annotated[int, typer.Option(min=1, help="how often every contender has its turn")] = 11,
-    ranks: Annotated[int, typer.Option(min=2, help="processes of this machine")] = 2,
+    sizes: options.Sizes = ("8x64x256,64x256x1024,256x512x2048,512x1024x4096,2048x1024x4096"),
+    dtypes: options.Dtypes = "fp32,bf16",
+    rounds: options.Rounds = 11,
+    ranks: options.Ranks = 2,
     backends: Annotated[str, typer.Option(help="gloo, shm")] = "gloo,shm",
-    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the ratios", show_default=False)] = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
 ) -> None:
     """Time forward + backward of Linear–GELU–Linear, tensor parallel: shardgrad, autograd Functions by hand, DTensor,
     fairscale, Megatron-core, and the local products alone.

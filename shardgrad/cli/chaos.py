@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardgrad.cli import style
+from shardgrad.cli import options, style
 
 if TYPE_CHECKING:
     from shardgrad.chaos.tally import Row
@@ -26,7 +26,7 @@ def chaos(
         int | None, typer.Option(min=1, help="attacks of each kind; by default as many as take a minute")
     ] = None,
     ranks: Annotated[int, typer.Option(min=2, max=8, help="most ranks of a job, one of which dies")] = 3,
-    json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    json: options.Json = False,
 ) -> None:
     """Attack shardgrad: random wrong layouts, calls and configurations, damaged checkpoints, killed and stopped ranks.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from math import prod
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from shardgrad.cli import style
+from shardgrad.cli import options, style
 from shardgrad.errors import LayoutError
 from shardgrad.layout import idle
 from shardgrad.layout.cost import itemsize
@@ -66,13 +65,11 @@ def explain(
             help="an operand kept as gathered in forward, not gathered again; may be given twice",
         ),
     ] = None,
-    draw: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="draw it as well: a .svg, .png or .pdf", show_default=False)
-    ] = None,
+    draw: options.Draw = None,
     code: Annotated[
         bool, typer.Option("--code", help="print the Python that runs, forward and backward, and nothing else")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json: options.Json = False,
 ) -> None:
     """Tell what each phase of a layout computes and communicates; with sizes and a mesh, in bytes; and draw it."""
     if layout is None:

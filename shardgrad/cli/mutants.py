@@ -6,8 +6,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from shardgrad.cli import options, style
 from shardgrad.cli import ranks as started
-from shardgrad.cli import style
 
 EPILOG = style.examples('shardgrad mutants "by hand" --ranks 3', "shardgrad mutants --right attention")
 
@@ -20,7 +20,7 @@ def mutants(
     ranks: Annotated[int, typer.Option(min=1, max=4, help="processes; bugs need two")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="training steps for the usual checks")] = 30,
     markdown: Annotated[bool, typer.Option("--markdown", help="print a table for docs/mutants.md")] = False,
-    json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    json: options.Json = False,
 ) -> None:
     """Plant known bugs into working programs, one at a time, and see whether `sg.verify` finds and names them.
 

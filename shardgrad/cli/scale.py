@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardgrad.cli import style
+from shardgrad.cli import options, style
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,9 +31,7 @@ def scale(
         str | None,
         typer.Argument(help="an experiment's file, or the name of a shipped one; none: list those", show_default=False),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
-    ] = None,
+    overrides: options.Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="start nothing: say what one rank of each cell would hold and send")
     ] = False,
@@ -53,7 +51,7 @@ def scale(
             show_default=False,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json: options.Json = False,
 ) -> None:
     """Run a matrix of cells, each on ranks of its own under torchrun, and show times, efficiency, bytes and memory.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shardgrad.cli import bench_options, style
+from shardgrad.cli import bench_options, options, style
 from shardgrad.cli import ranks as processes
 
 EPILOG = style.examples(
@@ -21,27 +21,10 @@ _WARM_UP = 3  # steps before the one that is shown: first calls compare layouts 
 
 
 def trace(
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="a training configuration's file, or the name of a shipped one; none: list those", show_default=False
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
-            "has two",
-            show_default=False,
-        ),
-    ] = None,
-    draw: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="draw the step: a .svg, .png or .pdf", show_default=False)
-    ] = None,
+    config: options.Config = None,
+    overrides: options.Overrides = None,
+    ranks: options.RanksOfMesh = None,
+    draw: options.Draw = None,
     perfetto: Annotated[
         Path | None,
         typer.Option(
@@ -50,7 +33,7 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+    json: options.Json = False,
 ) -> None:
     """Run a few training steps on random tokens and show the last: products, collectives, what overlaps, what waits."""
     if config is None:

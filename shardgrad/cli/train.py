@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
 
-import typer
-
+from shardgrad.cli import options, style
 from shardgrad.cli import ranks as processes
-from shardgrad.cli import style
 
 EPILOG = style.examples(
     "shardgrad train quickstart",
@@ -18,24 +15,9 @@ EPILOG = style.examples(
 
 
 def train(
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="a configuration's file, or the name of a shipped one; none: list those", show_default=False
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
-            "has two",
-            show_default=False,
-        ),
-    ] = None,
+    config: options.Config = None,
+    overrides: options.Overrides = None,
+    ranks: options.RanksOfMesh = None,
 ) -> None:
     """Train a GPT, a Llama or a model of transformers on ranks of this machine.
 

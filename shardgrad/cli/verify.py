@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shardgrad.cli import options, style
 from shardgrad.cli import ranks as processes
-from shardgrad.cli import style
 
 EPILOG = style.examples(
     "shardgrad verify configs/quickstart.yaml train.batch=2 --ranks 3",
@@ -20,28 +19,11 @@ _PATIENCE = timedelta(minutes=30)  # for a rank that still computes its runs of 
 
 
 def verify(
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="a training configuration's file, or the name of a shipped one; none: list those", show_default=False
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values instead of the file's")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="processes on this machine; if not given, as many as the mesh needs, of which an axis that is null "
-            "has two",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    draw: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="draw the errors: a .svg, .png or .pdf", show_default=False)
-    ] = None,
+    config: options.Config = None,
+    overrides: options.Overrides = None,
+    ranks: options.RanksOfMesh = None,
+    json: options.Json = False,
+    draw: options.Draw = None,
     rows: Annotated[int, typer.Option(min=1, help="tensors to list, worst first")] = 20,
 ) -> None:
     """Hold one step of a configuration's run against one device, tensor by tensor.

@@ -16,8 +16,8 @@ class AllToAll(Collective):
 
     __slots__ = ("_concat", "_size", "_split")
 
-    def __init__(self, axis: Axis, split: int, concat: int, global_size: int, what: str = "all-to-all") -> None:
-        super().__init__(axis, what, dist.all_to_all_single, dist.all_to_all_single)
+    def __init__(self, axis: Axis, split: int, concat: int, global_size: int) -> None:
+        super().__init__(axis, "all-to-all", dist.all_to_all_single, dist.all_to_all_single)
         self._split, self._concat, self._size = split, concat, global_size
 
     def start(self, x: Tensor) -> Handle:

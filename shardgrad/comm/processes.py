@@ -12,6 +12,9 @@ from typing import Any, Literal
 STOPPED_S = 12.0
 """How long a rank may be stopped (by SIGSTOP, a debugger, a terminal's Ctrl-Z) before it counts as frozen."""
 
+ENDED = "ZXx"
+"""The letters of `stat` that say that a process has ended, whether its parent has asked for how or not."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -35,15 +38,15 @@ class Process:
 
     def state(self) -> Literal["at work", "stopped", "gone"]:
         """What /proc says; a process of this host alone may be asked."""
-        letter, started = _stat(self.pid)
-        if started != self.started or letter in "ZXx":
+        letter, started = stat(self.pid)
+        if started != self.started or letter in ENDED:
             return "gone"
         return "stopped" if letter in "Tt" else "at work"
 
 
 def this_process() -> Process:
     pid = os.getpid()
-    return Process(pid, _stat(pid)[1], place())
+    return Process(pid, stat(pid)[1], place())
 
 
 def place() -> tuple[str, str] | None:
@@ -93,7 +96,7 @@ class Processes:
         return "; ".join(said)
 
 
-def _stat(pid: int) -> tuple[str, int]:
+def stat(pid: int) -> tuple[str, int]:
     """The letter of a process's state, and when it started; ("X", 0) if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()

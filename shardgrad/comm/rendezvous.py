@@ -53,8 +53,8 @@ class Arrival:
         when it is known.
     """
 
-    def __init__(self, start: float = START_S) -> None:
-        self.start = start
+    def __init__(self) -> None:
+        self.start = START_S
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._opened = Question(self._come) if "RANK" in os.environ else None
 

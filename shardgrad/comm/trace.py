@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from shardgrad.comm import shim
 from shardgrad.comm.mesh import axis_name
-from shardgrad.layout.cost import sent
+from shardgrad.layout.cost import sent, totals
 
 # c10d operator -> (our word for it, position of the argument that holds the input)
 _OPERATORS = {
@@ -71,12 +70,7 @@ class Trace:
 
     def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Count and bytes by (operation, axis)."""
-        counts: Counter[tuple[str, str]] = Counter()
-        sums: Counter[tuple[str, str]] = Counter()
-        for event in self.events:
-            counts[event.operation, event.axis] += 1
-            sums[event.operation, event.axis] += event.bytes
-        return {key: (counts[key], sums[key]) for key in counts}
+        return totals(self.events)
 
     def __str__(self) -> str:
         lines = [

@@ -69,7 +69,7 @@ class TreeAllReduce(Collective):
 
     __slots__ = ("_plain", "_summed")
 
-    def __init__(self, axis: Axis, summed: Summed, what: str = "all-reduce in a tree") -> None:
+    def __init__(self, axis: Axis, summed: Summed, what: str) -> None:
         super().__init__(axis, what, _unused, _unused)
         self._summed = summed
         self._plain = _Plain.of(AllReduce(axis, what), summed)
@@ -109,7 +109,7 @@ class TreeReduceScatter(Collective):
 
     __slots__ = ("_dim", "_plain", "_summed")
 
-    def __init__(self, axis: Axis, dim: int, summed: Summed, what: str = "reduce-scatter in a tree") -> None:
+    def __init__(self, axis: Axis, dim: int, summed: Summed, what: str) -> None:
         super().__init__(axis, what, _unused, _unused)
         self._dim, self._summed = dim + summed.lead, summed
         self._plain = _Plain.of(ReduceScatter(axis, self._dim, what), summed)

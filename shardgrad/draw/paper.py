@@ -116,8 +116,8 @@ class Paper:
         for x, y in points:
             self._reach(x, y)
 
-    def arrow(self, x: float, y: float, to_x: float, to_y: float, ink: str = INK) -> None:
-        self.patches.append(("arrow", ((x, y), (to_x, to_y)), {"ink": ink}))
+    def arrow(self, x: float, y: float, to_x: float, to_y: float) -> None:
+        self.patches.append(("arrow", ((x, y), (to_x, to_y)), {"ink": INK}))
         self._reach(max(x, to_x), max(y, to_y))
 
     def put(self, other: Paper, x: float, y: float) -> None:
@@ -132,8 +132,9 @@ class Paper:
             self.texts.append(Text(t.x + x, t.y + y, t.text, t.size, t.align, t.ink, t.bold, t.mono))
         self._reach(other.right + x, other.bottom + y)
 
-    def figure(self, margin: float = 0.15) -> Figure:
+    def figure(self) -> Figure:
         """As a matplotlib figure of exactly this size."""
+        margin = 0.15
         width, height = self.right + 2 * margin, self.bottom + 2 * margin
         figure = Figure(figsize=(width, height), facecolor=PAPER)
         FigureCanvasAgg(figure)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Kind = Literal["phase", "product", "operation", "start", "wait", "travel"]
 Pair = tuple[float, float]
+_Timed = tuple[str, float, float]  # a name, from when, until when
 
 STEP = "shardgrad step"  # how the profiled program names the whole step, and its parts
 PHASES = ("forward", "backward", "optimizer")
@@ -124,7 +125,7 @@ class _Times:
         return start, start + float(event["dur"])
 
     def lane(self, rank: int, zero: float) -> Lane:
-        found: dict[Kind, list[tuple[str, float, float]]] = {}
+        found: dict[Kind, list[_Timed]] = {}
         for event in self.events:
             kind, name = self._kind(event)
             start, end = self._pair(event)
@@ -156,18 +157,16 @@ class _Times:
         return ("product" if short in _PRODUCTS or short.startswith(_ATTENTION) else "operation"), short
 
 
-def _outermost(spans: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+def _outermost(spans: list[_Timed]) -> list[_Timed]:
     """Those that no other contains."""
-    kept: list[tuple[str, float, float]] = []
+    kept: list[_Timed] = []
     for span in sorted(spans, key=lambda s: (s[1], -s[2])):
         if not kept or span[1] >= kept[-1][2] or span[0] in _CARRIED.values():
             kept.append(span)
     return kept
 
 
-def _named(
-    travels: list[tuple[str, float, float]], starts: list[tuple[str, float, float]]
-) -> list[tuple[str, float, float]]:
+def _named(travels: list[_Timed], starts: list[_Timed]) -> list[_Timed]:
     """What gloo's threads carried, by the names of what was started: in the order in which it was."""
     waiting = sorted(starts, key=lambda s: s[1])
     named = []
@@ -179,9 +178,7 @@ def _named(
     return named
 
 
-def _asked(
-    starts: list[tuple[str, float, float]], waits: list[tuple[str, float, float]]
-) -> list[tuple[str, float, float]]:
+def _asked(starts: list[_Timed], waits: list[_Timed]) -> list[_Timed]:
     """Where the backend does not say when it carried what: from the start to the end of the wait.
 
     What was done as soon as it was started is not waited for: a wait is for the last of its name that was started.

@@ -7,6 +7,7 @@ padded to the largest in their group, as torch.distributed's single-tensor colle
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,16 @@ class Collective:
     tensor: str
     axis: str
     bytes: int
+
+
+def totals(collectives: Iterable[Any]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Count and bytes by (operation, axis), of what is predicted or was traced."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sums: Counter[tuple[str, str]] = Counter()
+    for one in collectives:
+        counts[one.operation, one.axis] += 1
+        sums[one.operation, one.axis] += one.bytes
+    return {key: (counts[key], sums[key]) for key in counts}
 
 
 @told

@@ -151,7 +151,7 @@ def refusal(text: str, notation: Notation, wrong: Illegal) -> str:
     return "\n".join(lines)
 
 
-def locate(text: str, tensor: str, letter: str | None = None, axis: str | None = None) -> tuple[int, int]:
+def locate(text: str, tensor: str, letter: str | None, axis: str | None) -> tuple[int, int]:
     """Where a tensor, a letter of it, or an axis on that letter stands in the text: (column, width)."""
     start = re.search(rf"\b{re.escape(tensor)}\s*\[", text)
     if start is None:

@@ -112,7 +112,7 @@ def _check_tensors(layout: Notation) -> None:
                 )
 
 
-def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...], spatial: tuple[str, ...] = ()) -> str:
+def _letter_split_by(axis: str, tensors: tuple[TensorSpec, ...], spatial: tuple[str, ...]) -> str:
     """The one letter on which all its carriers have the axis. (Two such letters would meet in one tensor.)"""
     for letter in dict.fromkeys(t.letter_with(axis) for t in tensors):
         if (

@@ -157,6 +157,14 @@ class _Attend(nn.Module):
         return self.arrange((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
 
 
+def own_targets(tp: Group, logits: Tensor, targets: Tensor) -> Tensor:
+    """The logits of the targets that are among this rank's columns, zero for others."""
+    local = targets - tp.index * logits.shape[-1]
+    inside = (local >= 0) & (local < logits.shape[-1])
+    own = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+    return own.masked_fill(~inside, 0.0)
+
+
 class CrossEntropy(nn.Module):
     """Of logits [rows, vocab/tp]."""
 
@@ -167,10 +175,7 @@ class CrossEntropy(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits - self.tp.max(logits.detach().amax(-1))[:, None]
         total = self.sum(logits.exp().sum(-1))
-        local = targets - self.tp.index * logits.shape[-1]
-        inside = (local >= 0) & (local < logits.shape[-1])
-        own = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-        target = self.sum(own.masked_fill(~inside, 0.0))
+        target = self.sum(own_targets(self.tp, logits, targets))
         return (total.log() - target).mean() * self.scale
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.mutants.by_hand import Column, CrossEntropy, Embedding, Group, Row, Shard, drawn, program_of
+from shardgrad.mutants.by_hand import Column, CrossEntropy, Embedding, Group, Row, Shard, drawn, own_targets, program_of
 from shardgrad.mutants.mutant import Program
 
 ROWS, D, HEADS, KV_HEADS, HEAD_DIM, M, VOCAB = 24, 12, 48, 24, 4, 24, 36  # even over 1, 2, 3 and 4 ranks
@@ -130,10 +130,7 @@ class Smoothed(CrossEntropy):
         kept = targets != IGNORED
         logits = logits - self.tp.max(logits.detach().amax(-1))[:, None]
         total = self.total(logits.exp().sum(-1))
-        local = targets - self.tp.index * logits.shape[-1]
-        inside = (local >= 0) & (local < logits.shape[-1])
-        own = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-        loss = total.log() - self.sum(own.masked_fill(~inside, 0.0))
+        loss = total.log() - self.sum(own_targets(self.tp, logits, targets))
         rate = self.rate or 0.0
         loss = (1 - rate) * loss + rate * self.uniform(logits, total) if rate else loss
         return loss[kept].sum() / self.over(kept)

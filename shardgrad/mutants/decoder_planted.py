@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardgrad.mutants import decoder
+from shardgrad.mutants import decoder, mutant
 from shardgrad.mutants.by_hand import move
-from shardgrad.mutants.mutant import MADE_UP, Mutant, enters, on_gradient
+from shardgrad.mutants.mutant import Mutant, enters
 
 TP, SP = "decoder", "decoder, rows sharded"
 MUTANTS: list[Mutant] = []
 bug = enters(MUTANTS)
+sets, hooks = partial(mutant.sets, bug), partial(mutant.hooks, bug)
 _737 = "Megatron-LM #737"
-
-
-def sets(name: str, program: str, expected: str, path: str, value: Callable[[Any], Any], origin: str = MADE_UP) -> None:
-    """A bug that is another value of one attribute; `value` is given the model."""
-    owner, _, attribute = path.rpartition(".")
-
-    def plant(model: Any) -> None:
-        setattr(model.get_submodule(owner), attribute, value(model))
-
-    bug(name, program, expected, origin)(plant)
 
 
 def _narrow(model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -116,31 +108,14 @@ def _(model: Any) -> None:
 _BF16 = "rounded to bfloat16 in a reduction"
 
 
-@bug("terms of an output are summed in bfloat16", TP, _BF16, "compare pytorch #144359")
-def _(model: Any) -> None:
-    model.down.leave = move(_narrow(model, torch.bfloat16), model.tp.same)
-
-
-@bug("rows of the vocabulary are sent in bfloat16", TP, "rounded to a lower precision")
-def _(model: Any) -> None:
-    model.embedding.leave = move(_narrow(model, torch.bfloat16), model.tp.same)
-
-
-@bug("dX is summed in bfloat16", TP, _BF16)
-def _(model: Any) -> None:
-    model.head.enter = move(model.tp.same, _narrow(model, torch.bfloat16))
-
-
-@bug("a norm's gradient is summed in bfloat16", SP, _BF16)
-def _(model: Any) -> None:
-    model.norm1.share = move(model.tp.same, _narrow(model, torch.bfloat16))
-
-
-@bug("learned positions' gradient is summed in float16", SP, "rounded to a lower precision")
-def _(model: Any) -> None:
-    model.places.share = move(model.tp.same, _narrow(model, torch.float16))
-
-
-@bug("a gradient's rows are exchanged", TP, "rows in another order")
-def _(model: Any) -> None:
-    on_gradient(model, "up.weight", lambda g: g[[3, 1, 2, 0, *range(4, len(g))]])
+sets("terms of an output are summed in bfloat16", TP, _BF16, "down.leave",
+     lambda m: move(_narrow(m, torch.bfloat16), m.tp.same), "compare pytorch #144359")  # fmt: skip
+sets("rows of the vocabulary are sent in bfloat16", TP, "rounded to a lower precision", "embedding.leave",
+     lambda m: move(_narrow(m, torch.bfloat16), m.tp.same))  # fmt: skip
+sets("dX is summed in bfloat16", TP, _BF16, "head.enter", lambda m: move(m.tp.same, _narrow(m, torch.bfloat16)))
+sets("a norm's gradient is summed in bfloat16", SP, _BF16, "norm1.share",
+     lambda m: move(m.tp.same, _narrow(m, torch.bfloat16)))  # fmt: skip
+sets("learned positions' gradient is summed in float16", SP, "rounded to a lower precision", "places.share",
+     lambda m: move(m.tp.same, _narrow(m, torch.float16)))  # fmt: skip
+hooks("a gradient's rows are exchanged", TP, "rows in another order", "up.weight",
+      lambda m: lambda g: g[[3, 1, 2, 0, *range(4, len(g))]])  # fmt: skip

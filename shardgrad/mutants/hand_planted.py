@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,19 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardgrad.mutants import by_hand
+from shardgrad.mutants import by_hand, mutant
 from shardgrad.mutants.by_hand import move
-from shardgrad.mutants.mutant import MADE_UP, Mutant, Program, enters, on_gradient
+from shardgrad.mutants.mutant import MADE_UP, Mutant, Program, enters
 
 TP, SP = "by hand", "by hand, rows sharded"
 MUTANTS: list[Mutant] = []
 bug = enters(MUTANTS)
+sets, hooks = partial(mutant.sets, bug), partial(mutant.hooks, bug)
 _7452 = "Megatron-LM #7452, a list of wrong gradients and sums that nothing notices"
 _RETURN = "`all_reduce(x.contiguous()); return x`, found in three published frameworks"
-
-
-def in_program(name: str, program: str, expected: str, origin: str, plant: Callable[[Program], None]) -> None:
-    MUTANTS.append(Mutant(name, program, plant, origin, expected))
 
 
 @bug("the sum of a row-parallel product is dropped", TP, "sum over tp missing", _RETURN)
@@ -36,34 +32,16 @@ def _(model: Any) -> None:
     model.down.leave = move(dropped, tp.same)
 
 
-@bug("rows of the vocabulary are not summed", TP, "sum over tp missing", _7452)
-def _(model: Any) -> None:
-    model.embedding.leave = model.tp.same
-
-
-@bug("dX of the head is not summed", TP, "sum over tp missing", _7452)
-def _(model: Any) -> None:
-    model.head.enter = model.tp.same
-
-
-@bug("dX of one of two products of an input is not summed", TP, "sum over tp missing", _7452)
-def _(model: Any) -> None:
-    model.gate.enter = model.tp.same
-
-
-@bug("dX is summed twice", TP, "summed twice over tp", "pytorch #160285, gradients doubled by expert parallelism")
-def _(model: Any) -> None:
-    model.head.enter = lambda x: model.tp.copy(model.tp.copy(x))
-
-
-@bug("the sum's backward is a sum", TP, "summed twice over tp", "the backward of torch's functional all_reduce")
-def _(model: Any) -> None:
-    model.down.leave = move(model.tp.sum, model.tp.sum)
-
-
-@bug("mean of a product's terms", TP, "mean over tp where a sum belongs")
-def _(model: Any) -> None:
-    model.down.leave = move(lambda x: model.tp.sum(x) / model.tp.size, model.tp.same)
+sets("rows of the vocabulary are not summed", TP, "sum over tp missing", "embedding.leave", lambda m: m.tp.same, _7452)
+sets("dX of the head is not summed", TP, "sum over tp missing", "head.enter", lambda m: m.tp.same, _7452)
+sets("dX of one of two products of an input is not summed", TP, "sum over tp missing", "gate.enter",
+     lambda m: m.tp.same, _7452)  # fmt: skip
+sets("dX is summed twice", TP, "summed twice over tp", "head.enter", lambda m: lambda x: m.tp.copy(m.tp.copy(x)),
+     "pytorch #160285, gradients doubled by expert parallelism")  # fmt: skip
+sets("the sum's backward is a sum", TP, "summed twice over tp", "down.leave", lambda m: move(m.tp.sum, m.tp.sum),
+     "the backward of torch's functional all_reduce")  # fmt: skip
+sets("mean of a product's terms", TP, "mean over tp where a sum belongs", "down.leave",
+     lambda m: move(lambda x: m.tp.sum(x) / m.tp.size, m.tp.same))  # fmt: skip
 
 
 @bug("every rank adds the bias", TP, "bias counted by every rank of tp", "torchtitan #4245")
@@ -76,39 +54,16 @@ def _(model: Any) -> None:
     model.down.before, model.down.after = 1.0 / model.tp.size, 0.0
 
 
-@bug("a bias is left out", TP, "bias left out")
-def _(model: Any) -> None:
-    model.out.after = 0.0
-
-
-@bug(
-    "a norm's gradient is not summed over the rows' ranks",
-    SP,
-    "sum over tp missing",
-    "gpt-neox #1257, Megatron-LM #1446",
-)
-def _(model: Any) -> None:
-    model.norm1.share = model.tp.same
-
-
-@bug("a bias's gradient is not summed over the rows' ranks", SP, "sum over tp missing", "bigcode Megatron-LM #11 asks")
-def _(model: Any) -> None:
-    model.down.share = model.tp.same
-
-
-@bug("a norm's complete gradient is summed", TP, "summed twice over tp")
-def _(model: Any) -> None:
-    model.norm1.share = model.tp.copy
-
-
-@bug("a norm's gradient is averaged over the rows' ranks", SP, "mean over tp where a sum belongs")
-def _(model: Any) -> None:
-    model.norm2.share = move(model.tp.same, lambda g: model.tp.sum(g) / model.tp.size)
-
-
-@bug("the vocabulary is counted from the last rank", TP, "shards permuted")
-def _(model: Any) -> None:
-    model.embedding.start = (model.tp.size - 1 - model.tp.index) * model.embedding.weight.shape[0]
+sets("a bias is left out", TP, "bias left out", "out.after", lambda m: 0.0)
+sets("a norm's gradient is not summed over the rows' ranks", SP, "sum over tp missing", "norm1.share",
+     lambda m: m.tp.same, "gpt-neox #1257, Megatron-LM #1446")  # fmt: skip
+sets("a bias's gradient is not summed over the rows' ranks", SP, "sum over tp missing", "down.share",
+     lambda m: m.tp.same, "bigcode Megatron-LM #11 asks")  # fmt: skip
+sets("a norm's complete gradient is summed", TP, "summed twice over tp", "norm1.share", lambda m: m.tp.copy)
+sets("a norm's gradient is averaged over the rows' ranks", SP, "mean over tp where a sum belongs", "norm2.share",
+     lambda m: move(m.tp.same, lambda g: m.tp.sum(g) / m.tp.size))  # fmt: skip
+sets("the vocabulary is counted from the last rank", TP, "shards permuted", "embedding.start",
+     lambda m: (m.tp.size - 1 - m.tp.index) * m.embedding.weight.shape[0])  # fmt: skip
 
 
 @bug("the vocabulary starts one later", TP, "shifted")
@@ -116,9 +71,7 @@ def _(model: Any) -> None:
     model.embedding.start += 1
 
 
-@bug("ids of other ranks are not masked", TP, "wrong rows looked up")
-def _(model: Any) -> None:
-    model.embedding.masked = False
+sets("ids of other ranks are not masked", TP, "wrong rows looked up", "embedding.masked", lambda m: False)
 
 
 @bug("the query uses the key's weight", TP, "another tensor")
@@ -133,34 +86,15 @@ def _(model: Any) -> None:
     model.gate.forward, model.up.forward = up, gate
 
 
-@bug("heads and their features are interleaved", TP, "interleaved")
-def _(model: Any) -> None:
-    model.attend.arrange = lambda y: y.unflatten(1, (-1, by_hand.HEAD_DIM)).transpose(1, 2).flatten(1)
-
-
-@bug("scores are scaled by another dim", TP, "scores scaled by another constant")
-def _(model: Any) -> None:
-    model.attend.scale = by_hand.D**-0.5
-
-
-@bug("another epsilon", TP, "another epsilon")
-def _(model: Any) -> None:
-    model.norm2.eps = 1e-3
-
-
-@bug("the loss is divided by the ranks", TP, "mean over tp where a sum belongs", "compare Megatron-LM #673")
-def _(model: Any) -> None:
-    model.criterion.scale = 1.0 / model.tp.size
-
-
-@bug(
-    "the backward of the loss's sums is a sum",
-    TP,
-    "summed twice over tp",
-    "the backward of torch's functional all_reduce",
-)
-def _(model: Any) -> None:
-    model.criterion.sum = move(model.tp.sum, model.tp.sum)
+sets("heads and their features are interleaved", TP, "interleaved", "attend.arrange",
+     lambda m: lambda y: y.unflatten(1, (-1, by_hand.HEAD_DIM)).transpose(1, 2).flatten(1))  # fmt: skip
+sets("scores are scaled by another dim", TP, "scores scaled by another constant", "attend.scale",
+     lambda m: by_hand.D**-0.5)  # fmt: skip
+sets("another epsilon", TP, "another epsilon", "norm2.eps", lambda m: 1e-3)
+sets("the loss is divided by the ranks", TP, "mean over tp where a sum belongs", "criterion.scale",
+     lambda m: 1.0 / m.tp.size, "compare Megatron-LM #673")  # fmt: skip
+sets("the backward of the loss's sums is a sum", TP, "summed twice over tp", "criterion.sum",
+     lambda m: move(m.tp.sum, m.tp.sum), "the backward of torch's functional all_reduce")  # fmt: skip
 
 
 @bug(
@@ -181,32 +115,15 @@ def _(model: Any) -> None:
     model.criterion.forward = lambda logits, targets: criterion(times(logits), targets)
 
 
-@bug("every rank gets the first rank's rows of dX", SP, "another rank's shard", "nanotron #46")
-def _(model: Any) -> None:
-    tp = model.tp
-    model.head.enter = move(tp.cat, lambda g: tp.sum(g).chunk(tp.size)[0].contiguous())
-
-
-@bug("rows are gathered in reverse order of ranks", SP, "gathered in the wrong order")
-def _(model: Any) -> None:
-    tp = model.tp
-    model.head.enter = move(lambda x: torch.cat(tp.cat(x).chunk(tp.size)[::-1]), tp.sum_slice)
-
-
-@bug("each rank keeps the next rank's rows", SP, "shards permuted")
-def _(model: Any) -> None:
-    tp = model.tp
-    model.down.leave = move(lambda x: tp.sum(x).chunk(tp.size)[(tp.index + 1) % tp.size].contiguous(), tp.cat)
-
-
-@bug("rows are sharded without being summed", SP, "sum over tp missing", _7452)
-def _(model: Any) -> None:
-    model.down.leave = model.tp.slice_rows
-
-
-@bug("dX's rows are sharded without being summed", SP, "sum over tp missing", _7452)
-def _(model: Any) -> None:
-    model.head.enter = move(model.tp.cat, model.tp.slice)
+sets("every rank gets the first rank's rows of dX", SP, "another rank's shard", "head.enter",
+     lambda m: move(m.tp.cat, lambda g: m.tp.sum(g).chunk(m.tp.size)[0].contiguous()), "nanotron #46")  # fmt: skip
+sets("rows are gathered in reverse order of ranks", SP, "gathered in the wrong order", "head.enter",
+     lambda m: move(lambda x: torch.cat(m.tp.cat(x).chunk(m.tp.size)[::-1]), m.tp.sum_slice))  # fmt: skip
+sets("each rank keeps the next rank's rows", SP, "shards permuted", "down.leave",
+     lambda m: move(lambda x: m.tp.sum(x).chunk(m.tp.size)[m.tp.index + 1 - m.tp.size].clone(), m.tp.cat))  # fmt: skip
+sets("rows are sharded without being summed", SP, "sum over tp missing", "down.leave", lambda m: m.tp.slice_rows, _7452)
+sets("dX's rows are sharded without being summed", SP, "sum over tp missing", "head.enter",
+     lambda m: move(m.tp.cat, m.tp.slice), _7452)  # fmt: skip
 
 
 @bug("a replica has drifted", TP, "replicas have drifted apart")
@@ -221,56 +138,26 @@ def _(model: Any) -> None:
     up.forward = lambda x: F.linear(up.enter(x), up.weight.detach(), up.bias)
 
 
-@bug("a weight's gradient is never flushed", TP, "stale", "compare TransformerEngine #3437")
-def _(model: Any) -> None:
-    on_gradient(model, "up.weight", torch.zeros_like)
+hooks("a weight's gradient is never flushed", TP, "stale", "up.weight", lambda m: torch.zeros_like,
+      "compare TransformerEngine #3437")  # fmt: skip
+hooks("one rank scales its gradient", TP, "scaled by a constant", "up.weight",
+      lambda m: lambda g: g * (1.1 if m.tp.index == m.tp.size - 1 else 1.0))  # fmt: skip
+hooks("a gradient passes bfloat16", TP, "rounded to a lower precision", "up.weight",
+      lambda m: lambda g: g.bfloat16().to(g), "compare pytorch #144359")  # fmt: skip
+hooks("the gradient of a sharded weight is summed", TP, "shards summed over tp", "gate.weight", lambda m: m.tp.sum)
+hooks("the gradient of a sharded weight is averaged", TP, "shards averaged over tp", "gate.weight",
+      lambda m: lambda g: m.tp.sum(g) / m.tp.size)  # fmt: skip
+hooks("a gradient is a view instead of a transpose", TP, "transposed", "key.weight",
+      lambda m: lambda g: g.t().reshape(g.shape))  # fmt: skip
+hooks("the last row of a gradient is missing", TP, "stale", "value.weight",
+      lambda m: lambda g: torch.cat([g[:-1], torch.zeros_like(g[-1:])]))  # fmt: skip
+hooks("a gradient is one column off", TP, "shifted", "value.weight", lambda m: lambda g: g.roll(1, 1))
+hooks("an element is not a number", TP, "not finite", "head.weight",
+      lambda m: lambda g: g.index_fill(0, torch.tensor([0]), float("nan")))  # fmt: skip
 
 
-@bug("one rank scales its gradient", TP, "scaled by a constant")
-def _(model: Any) -> None:
-    on_gradient(model, "up.weight", lambda g: g * (1.1 if model.tp.index == model.tp.size - 1 else 1.0))
-
-
-@bug("a gradient passes bfloat16", TP, "rounded to a lower precision", "compare pytorch #144359")
-def _(model: Any) -> None:
-    on_gradient(model, "up.weight", lambda g: g.bfloat16().to(g))
-
-
-@bug("the gradient of a sharded weight is summed", TP, "shards summed over tp")
-def _(model: Any) -> None:
-    on_gradient(model, "gate.weight", model.tp.sum)
-
-
-@bug("the gradient of a sharded weight is averaged", TP, "shards averaged over tp")
-def _(model: Any) -> None:
-    on_gradient(model, "gate.weight", lambda g: model.tp.sum(g) / model.tp.size)
-
-
-@bug("a gradient is a view instead of a transpose", TP, "transposed")
-def _(model: Any) -> None:
-    on_gradient(model, "key.weight", lambda g: g.t().reshape(g.shape))
-
-
-@bug("the last row of a gradient is missing", TP, "stale")
-def _(model: Any) -> None:
-    on_gradient(model, "value.weight", lambda g: torch.cat([g[:-1], torch.zeros_like(g[-1:])]))
-
-
-@bug("a gradient is one column off", TP, "shifted")
-def _(model: Any) -> None:
-    on_gradient(model, "value.weight", lambda g: g.roll(1, 1))
-
-
-@bug("an element is not a number", TP, "not finite")
-def _(model: Any) -> None:
-    on_gradient(model, "head.weight", lambda g: g.index_fill(0, torch.tensor([0]), float("nan")))
-
-
-def _clip(times: int) -> Callable[[Program], None]:
-    def plant(program: Program) -> None:
-        program.clip = partial(by_hand.clip, times=times if times else program.mesh.size())
-
-    return plant
+def _clip(program: Program) -> None:
+    program.clip = partial(by_hand.clip, times=program.mesh.size())
 
 
 def _own_clip(program: Program) -> None:
@@ -282,15 +169,14 @@ def _forgetful(program: Program) -> None:
     program.optimizer = lambda ps: torch.optim.SGD([p for p in ps if p is not up], lr=0.05, foreach=False)
 
 
-in_program(
-    "the norm counts replicas p times", TP, "replicated gradients counted by every rank",
-    "NeMo-RL #3788, ROCm TransformerEngine #715", _clip(0),
-)  # fmt: skip
-in_program(
-    "the norm is each rank's own",
-    TP,
-    "sum over tp missing",
-    "torchtune #2420, clipping under tensor parallelism",
-    _own_clip,
-)
-in_program("a parameter is not given to the optimizer", TP, "stale", MADE_UP, _forgetful)
+MUTANTS += [
+    Mutant(
+        "the norm counts replicas p times", TP, _clip, "NeMo-RL #3788, ROCm TransformerEngine #715",
+        "replicated gradients counted by every rank",
+    ),
+    Mutant(
+        "the norm is each rank's own", TP, _own_clip, "torchtune #2420, clipping under tensor parallelism",
+        "sum over tp missing",
+    ),
+    Mutant("a parameter is not given to the optimizer", TP, _forgetful, MADE_UP, "stale"),
+]  # fmt: skip

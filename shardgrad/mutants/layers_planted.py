@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from typing import Any
@@ -19,13 +20,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm.mesh import view
 from shardgrad.mutants import released_planted
-from shardgrad.mutants.mutant import Mutant, Program, on_gradient
+from shardgrad.mutants.mutant import MADE_UP, Mutant, Program, on_gradient
 from shardgrad.nn.linear import ColumnParallelLinear, RowParallelLinear
 
 D, M, ROWS = 10, 24, 7
 SHARDGRAD, DTENSOR, MEGATRON, FAIRSCALE, DP = "shardgrad", "DTensor", "Megatron-core", "fairscale", "data parallel"
 _RETURN = "`all_reduce(x.contiguous()); return x`, found in three published frameworks"
-_SELF = "made up for this list"
 
 
 class _FeedForward(nn.Module):
@@ -158,13 +158,8 @@ def _patched(target: Any, name: str, change: Callable[[Any], Any]) -> Callable[[
     return plant
 
 
-def _patched_path(path: str, name: str, change: Callable[[Any], Any]) -> Callable[[Program], None]:
-    def plant(program: Program) -> None:
-        from importlib import import_module
-
-        _patched(import_module(path), name, change)(program)
-
-    return plant
+def _patched_path(path: str, change: Callable[[Any], Any]) -> Callable[[Program], None]:
+    return lambda program: _patched(import_module(path), "_reduce", change)(program)
 
 
 def _returns_its_input(start: Any) -> Any:
@@ -220,9 +215,13 @@ MUTANTS = [
         "torchtitan #4245",
         "bias counted by every rank of tp",
     ),
-    Mutant("the next rank's gradient", SHARDGRAD, _hooked("up.weight", _of_the_next_rank), _SELF, "shards permuted"),
+    Mutant("the next rank's gradient", SHARDGRAD, _hooked("up.weight", _of_the_next_rank), MADE_UP, "shards permuted"),
     Mutant(
-        "a DTensor's gradient has the wrong sign", DTENSOR, _hooked("up.weight", lambda g, p: -g), _SELF, "sign flipped"
+        "a DTensor's gradient has the wrong sign",
+        DTENSOR,
+        _hooked("up.weight", lambda g, p: -g),
+        MADE_UP,
+        "sign flipped",
     ),
     Mutant(
         "a DTensor's gradient is divided by the ranks",
@@ -242,22 +241,22 @@ MUTANTS = [
     Mutant(
         "Megatron-core's reduction does nothing",
         MEGATRON,
-        _patched_path("megatron.core.tensor_parallel.mappings", "_reduce", _identity),
-        _SELF,
+        _patched_path("megatron.core.tensor_parallel.mappings", _identity),
+        MADE_UP,
         "sum over tp missing",
     ),
     Mutant(
         "fairscale's reduction does nothing",
         FAIRSCALE,
-        _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _identity),
-        _SELF,
+        _patched_path("fairscale.nn.model_parallel.mappings", _identity),
+        MADE_UP,
         "sum over tp missing",
     ),
     Mutant(
         "fairscale reduces twice",
         FAIRSCALE,
-        _patched_path("fairscale.nn.model_parallel.mappings", "_reduce", _twice),
-        _SELF,
+        _patched_path("fairscale.nn.model_parallel.mappings", _twice),
+        MADE_UP,
         "summed twice over tp",
     ),
     *released_planted.MUTANTS,

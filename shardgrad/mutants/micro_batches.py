@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardgrad.mutants import mutant
 from shardgrad.mutants.by_hand import Group
-from shardgrad.mutants.mutant import Mutant, Program
+from shardgrad.mutants.mutant import MADE_UP, Mutant, Program, enters
 
 NAME = "micro-batches"
 ROWS, IDS, D, M, CLASSES, MICRO = 24, 20, 10, 14, 9, 2
 MUTANTS: list[Mutant] = []
-_SELF = "made up for this list"
+sets = partial(mutant.sets, enters(MUTANTS))
 
 
 class Model(nn.Module):
@@ -83,82 +85,31 @@ def _clip(model: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
-def bug(name: str, expected: str, origin: str = _SELF) -> Callable[[Callable[[Any], None]], None]:
-    def enter(plant: Callable[[Any], None]) -> None:
-        MUTANTS.append(Mutant(name, NAME, lambda p: plant(p.parallel), origin, expected))
-
-    return enter
-
-
 _LEFT, _WEIGHTED = "rows left out", "rows weighted otherwise"
 
 
-@bug("the last rank's term is dropped", _LEFT)
-def _(model: Any) -> None:
-    dp = model.dp
-    model.reduce = lambda g, name: dp.sum(g if dp.index < dp.size - 1 else torch.zeros_like(g))
-
-
-@bug("zero_grad between micro-batches", _LEFT)
-def _(model: Any) -> None:
-    model.between = lambda: model.zero_grad()
-
-
-@bug("the last micro-batch does not count", _LEFT)
-def _(model: Any) -> None:
-    model.weigh = lambda at: float(at < MICRO - 1)
-
-
-@bug("the first rank drops its last micro-batch", _LEFT)
-def _(model: Any) -> None:
-    model.weigh = lambda at: float(at < MICRO - 1 or model.dp.index > 0)
-
-
-@bug("a rank's gradient counts twice", _WEIGHTED)
-def _(model: Any) -> None:
-    dp = model.dp
-    model.reduce = lambda g, name: dp.sum(g * (2.0 if dp.index == 0 else 1.0))
-
-
-@bug("ranks that weigh their rows otherwise", _WEIGHTED, "a mean of means over ranks with unlike numbers of tokens")
-def _(model: Any) -> None:
-    model.weigh = lambda at: 0.8 + 0.3 * model.dp.index
-
-
-@bug("each rank clips its gradient before the sum", _WEIGHTED)
-def _(model: Any) -> None:
-    dp = model.dp
-    model.reduce = lambda g, name: dp.sum(g * torch.clamp(0.05 / g.norm(), max=1.0))
-
-
-@bug("every rank takes the first rank's rows", _WEIGHTED)
-def _(model: Any) -> None:
-    model.rows = lambda t: t.chunk(model.dp.size)[0]
-
-
-@bug("gradients are divided by a wrong number of rows", "scaled by a constant")
-def _(model: Any) -> None:
-    model.weigh = lambda at: 1 / (MICRO * model.dp.size * 1.25)
-
-
-@bug("gradients of micro-batches are summed in bfloat16", "rounded to bfloat16 in a reduction")
-def _(model: Any) -> None:
-    model.reduce = lambda g, name: model.dp.sum(g.bfloat16().to(g))
-
-
-@bug("gradients are summed in float16", "rounded to float16 in a reduction")
-def _(model: Any) -> None:
-    model.reduce = lambda g, name: model.dp.sum(g.half().to(g))
-
-
-@bug("gradients are not summed over the ranks", "sum over tp missing")
-def _(model: Any) -> None:
-    model.reduce = lambda g, name: g
-
-
-@bug("gradients are summed twice", "summed twice over tp")
-def _(model: Any) -> None:
-    model.reduce = lambda g, name: model.dp.sum(model.dp.sum(g))
+sets("the last rank's term is dropped", NAME, _LEFT, "reduce",
+     lambda m: lambda g, name: m.dp.sum(g if m.dp.index < m.dp.size - 1 else torch.zeros_like(g)))  # fmt: skip
+sets("zero_grad between micro-batches", NAME, _LEFT, "between", lambda m: lambda: m.zero_grad())
+sets("the last micro-batch does not count", NAME, _LEFT, "weigh", lambda m: lambda at: float(at < MICRO - 1))
+sets("the first rank drops its last micro-batch", NAME, _LEFT, "weigh",
+     lambda m: lambda at: float(at < MICRO - 1 or m.dp.index > 0))  # fmt: skip
+sets("a rank's gradient counts twice", NAME, _WEIGHTED, "reduce",
+     lambda m: lambda g, name: m.dp.sum(g * (2.0 if m.dp.index == 0 else 1.0)))  # fmt: skip
+sets("ranks that weigh their rows otherwise", NAME, _WEIGHTED, "weigh", lambda m: lambda at: 0.8 + 0.3 * m.dp.index,
+     "a mean of means over ranks with unlike numbers of tokens")  # fmt: skip
+sets("each rank clips its gradient before the sum", NAME, _WEIGHTED, "reduce",
+     lambda m: lambda g, name: m.dp.sum(g * torch.clamp(0.05 / g.norm(), max=1.0)))  # fmt: skip
+sets("every rank takes the first rank's rows", NAME, _WEIGHTED, "rows", lambda m: lambda t: t.chunk(m.dp.size)[0])
+sets("gradients are divided by a wrong number of rows", NAME, "scaled by a constant", "weigh",
+     lambda m: lambda at: 1 / (MICRO * m.dp.size * 1.25))  # fmt: skip
+sets("gradients of micro-batches are summed in bfloat16", NAME, "rounded to bfloat16 in a reduction", "reduce",
+     lambda m: lambda g, name: m.dp.sum(g.bfloat16().to(g)))  # fmt: skip
+sets("gradients are summed in float16", NAME, "rounded to float16 in a reduction", "reduce",
+     lambda m: lambda g, name: m.dp.sum(g.half().to(g)))  # fmt: skip
+sets("gradients are not summed over the ranks", NAME, "sum over tp missing", "reduce", lambda m: lambda g, name: g)
+sets("gradients are summed twice", NAME, "summed twice over tp", "reduce",
+     lambda m: lambda g, name: m.dp.sum(m.dp.sum(g)))  # fmt: skip
 
 
 def _own_norm(how: Callable[[Tensor, Any], Tensor]) -> Callable[[Program], None]:
@@ -190,4 +141,4 @@ for _name, _how in (
     ("the norm is of each rank's own gradients, before the sum", lambda square, dp: square.sqrt()),
     ("the norm adds up squares of gradients before the sum", lambda square, dp: dp.sum(square).sqrt()),
 ):
-    MUTANTS.append(Mutant(_name, NAME, _own_norm(_how), _SELF, "clipped before the reduction"))
+    MUTANTS.append(Mutant(_name, NAME, _own_norm(_how), MADE_UP, "clipped before the reduction"))

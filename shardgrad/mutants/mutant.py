@@ -83,6 +83,22 @@ def enters(mutants: list[Mutant]) -> Bug:
     return bug
 
 
+def sets(
+    bug: Bug, name: str, program: str, expected: str, path: str, value: Callable[[Any], Any], origin: str = MADE_UP
+) -> None:
+    """Enter a bug that is another value of one attribute; `value` is given the model."""
+    owner, _, attribute = path.rpartition(".")
+    bug(name, program, expected, origin)(lambda model: setattr(model.get_submodule(owner), attribute, value(model)))
+
+
+def hooks(
+    bug: Bug, name: str, program: str, expected: str, parameter: str, change: Callable[[Any], Any],
+    origin: str = MADE_UP,
+) -> None:  # fmt: skip
+    """Enter a bug that changes a parameter's gradient as it arrives; `change` is given the model."""
+    bug(name, program, expected, origin)(lambda model: on_gradient(model, parameter, change(model)))
+
+
 def on_gradient(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Change a parameter's gradient as it arrives."""
     model.get_parameter(name).register_hook(change)

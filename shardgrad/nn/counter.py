@@ -49,9 +49,12 @@ def _block(key: int, shape: Sequence[int], starts: Sequence[int], lengths: Seque
     for row, index in enumerate(product(*outer)):
         first = sum(at * stride for at, stride in zip((*index, starts[level]), strides))
         whole[row] = stream.take(first, size)
-    inside: tuple[Any, ...] = tuple(
-        slice(start, start + length) for start, length in zip(starts[level + 1 :], lengths[level + 1 :])
-    )
+    return block_of_runs(whole, level, shape, starts, lengths)
+
+
+def block_of_runs(whole: Any, level: int, shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> Any:
+    """The block out of its runs, which begin at dim `level` and hold the dims inside it whole."""
+    inside = tuple(slice(start, start + length) for start, length in zip(starts[level + 1 :], lengths[level + 1 :]))
     return whole.reshape(*lengths[: level + 1], *shape[level + 1 :])[..., *inside]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm.adjoint import along
-from shardgrad.comm.mesh import view
-from shardgrad.layout.cost import Collective, itemsize, sent
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn.vocabulary import Vocabulary
 
@@ -45,18 +42,6 @@ def largest(z: Tensor, vocabulary: Vocabulary, k: int) -> Largest:
         values, ids = values.index_select(-1, columns), ids.index_select(-1, columns)
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return Largest(values[..., :k], ids.gather(-1, order[..., :k]).long())
-
-
-def largest_collectives(tokens: int, k: int, dtype: Any, *, mesh: DeviceMesh, axis: str = "tp") -> list[Collective]:
-    """Every collective of `topk` of this rank's tokens; its backward has none. dtype: of the logits."""
-    over, width = view(mesh).axis(axis), max(itemsize(dtype), itemsize("float32"))
-    count = sent("all-gather", tokens * k, over.size)
-    if over.size == 1 or not tokens:
-        return []
-    return [
-        Collective("forward", "all-gather", f"top-k: {what}", axis, count * each)
-        for what, each in (("values", width), ("ids", itemsize("int32")))
-    ]
 
 
 def _places(z: Tensor, k: int) -> Tensor:

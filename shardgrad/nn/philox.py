@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from shardgrad.nn.counter import block_of_runs
 
 _MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # added to the key between rounds
@@ -52,10 +53,7 @@ def below(
         whole = made.narrow(1, first % _PER_COUNTER, size)
     else:
         whole = made.gather(1, (begins % _PER_COUNTER).unsqueeze(-1) + _range(size, device))
-    inside: tuple[Any, ...] = tuple(
-        slice(start, start + length) for start, length in zip(starts[level + 1 :], lengths[level + 1 :])
-    )
-    return whole.reshape(*lengths[: level + 1], *shape[level + 1 :])[..., *inside]
+    return block_of_runs(whole, level, shape, starts, lengths)
 
 
 def _below(threshold: int, counters: Tensor, key: int) -> Tensor:

@@ -93,13 +93,8 @@ class Contraction:
         if main.dtype == left.dtype:
             self(left, right, main)
         elif main.is_cuda and main.dtype == torch.float32 and self._is_matrix and main.is_contiguous():
-            if self._swap:
-                left, right = right, left
-            left = left if self._left is None else left.permute(self._left)
-            right = right if self._right is None else right.permute(self._right)
-            m, k = main.shape[0], right.shape[: right.dim() - 1].numel()
-            a, b = left.reshape(m, k), right.reshape(k, main.shape[1])
-            torch.addmm(main, a, b, out_dtype=torch.float32, out=main)
+            _, left, right = self.as_matrices(left, right)
+            torch.addmm(main, left, right, out_dtype=torch.float32, out=main)
         else:
             main.add_(self(left, right))
 

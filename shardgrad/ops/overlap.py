@@ -149,7 +149,7 @@ def _taken(
     compute: float,
     more: float,
     local_fraction: float | None,
-    tail: float = 0.0,
+    tail: float,
 ) -> float:
     """Seconds until the last chunk is there, if products follow one another, and so do collectives."""
     sent = 0.0

@@ -24,8 +24,6 @@ from shardgrad.scale.cell import Cell
 from shardgrad.scale.group import end_with_parent
 from shardgrad.scale.measure import Measured, measure, resident
 
-_GRACE_S = 5.0  # how long the other ranks leave the first that failed to be ended by torchrun
-
 
 def main(folder: Path) -> int:
     """Run as one rank; returns the exit status."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardgrad.comm.collectives import gather_ints
 from shardgrad.comm.mesh import MeshView, view
 from shardgrad.comm.trace import trace_collectives
+from shardgrad.layout.cost import totals
 from shardgrad.nn.global_ops import clip_grad_norm_
 from shardgrad.train import data
 from shardgrad.train.build import build_one_device, one_device_name
@@ -20,7 +21,7 @@ from shardgrad.train.config import Config
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.language_model import LanguageModel, evaluating
 from shardgrad.train.metrics import Metrics
-from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.predict import step_collectives
 from shardgrad.train.reference import name_here
 from shardgrad.train.report import Report
 from shardgrad.train.step import backward

@@ -26,9 +26,9 @@ def job(environment: Mapping[str, str] = os.environ) -> str:
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
-def restarts(environment: Mapping[str, str] = os.environ) -> int:
+def restarts() -> int:
     """How many times torchrun has started this job's processes before."""
-    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def find(wanted: str, resume: str | None) -> Path | None:

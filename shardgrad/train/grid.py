@@ -93,7 +93,14 @@ class Grid(Decoder):
         self.reset_parameters()
 
 
-class GridAttention(nn.Module):
+class _OfLinears(nn.Module):
+    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
+        """Every collective of this rank's forward and backward for x of a global shape."""
+        rows = {"b": shape[0], "s": shape[1]}
+        return [row for layer in self.children() if isinstance(layer, Linear) for row in layer.collectives(rows, dtype)]
+
+
+class GridAttention(_OfLinears):
     """Causal self-attention, each rank with its own heads, sharded over y and then x: x and y are X[b/z,s/y,d/x]."""
 
     def __init__(self, d_model: int, heads: int, rotary: Rotary, linear: partial[Linear]) -> None:
@@ -112,10 +119,6 @@ class GridAttention(nn.Module):
         a = in_pieces(_attend, self.output.mesh, [(0, ["z"]), (2, ["y", "x"])], q, k, v)
         return self.output(a, {"s": sequence})
 
-    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
-        """Every collective of this rank's forward and backward for x of a global shape."""
-        return _of_linears(self, shape, dtype)
-
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of some heads, [b, s, h, k] each."""
@@ -123,7 +126,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-class GridMLP(nn.Module):
+class GridMLP(_OfLinears):
     """SwiGLU: x and y are X[b/z,s/y,d/x]."""
 
     def __init__(self, d_model: int, hidden: int, linear: partial[Linear]) -> None:
@@ -136,10 +139,6 @@ class GridMLP(nn.Module):
         known = {"s": sequence}
         gate = in_pieces(F.silu, self.gate.mesh, [(0, ["z"]), (1, ["x"]), (2, ["y"])], self.gate(x, known))
         return self.down(gate * self.up(x, known), known)
-
-    def collectives(self, shape: Sequence[int], dtype: Any = "float32") -> list[Collective]:
-        """Every collective of this rank's forward and backward for x of a global shape."""
-        return _of_linears(self, shape, dtype)
 
 
 class GridHead(Linear):
@@ -197,8 +196,3 @@ class FeatureNorm(ShardedModule):
             *row_pieces_collectives("dW", [sharding], self.mesh, _ROWS, own),
             *norm_of_features_collectives("rms", rows, own, self.mesh, "x"),
         ]
-
-
-def _of_linears(module: nn.Module, shape: Sequence[int], dtype: Any) -> list[Collective]:
-    rows = {"b": shape[0], "s": shape[1]}
-    return [row for layer in module.modules() if isinstance(layer, Linear) for row in layer.collectives(rows, dtype)]

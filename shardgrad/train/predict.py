@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -95,13 +94,3 @@ def _of(layer: Any, model: Decoder, batch: int, sequence: int, dtype: Any) -> li
     if isinstance(layer, VocabParallelEmbedding):
         return layer.collectives((batch, sequence), dtype)
     return layer.collectives((batch, sequence, model.width), dtype)
-
-
-def totals(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Count and bytes by (operation, axis), as `Trace.totals`."""
-    counts: Counter[tuple[str, str]] = Counter()
-    sums: Counter[tuple[str, str]] = Counter()
-    for one in collectives:
-        counts[one.operation, one.axis] += 1
-        sums[one.operation, one.axis] += one.bytes
-    return {key: (counts[key], sums[key]) for key in counts}

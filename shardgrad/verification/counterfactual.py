@@ -91,14 +91,14 @@ def own_terms(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
                 runs += 1
                 if full is None or runs > _RUNS:
                     return
-                parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+                parts = seen.parts(full)
                 says, remedy = (
                     f"what comes back through {name} is {by:.4g} times what it should be",
                     "look at what reduces it",
                 )
                 yield Hypothesis(made_so, says, f"{remedy} over {list_of(each)} in backward", parts, seen.size, cost=1)
         for rank, full in enumerate(without):
-            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = seen.parts(full)
             says, remedy = (
                 f"the term of rank {rank}'s shard of {name} is not in it",
                 "let every rank take part in the sum",
@@ -125,7 +125,7 @@ def other_parameters(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             runs += 1
             if full is None or runs > _RUNS:
                 return
-            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = seen.parts(full)
             yield Hypothesis(made, says, remedy, parts, seen.size, cost=1)
 
 
@@ -204,7 +204,7 @@ def some_uses(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             ("one use counted twice", f"{which} is in it twice", total + term, "look for a gradient that is added by "
              "hand, or by two hooks, there"),
         ):  # fmt: skip
-            parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+            parts = seen.parts(full)
             yield Hypothesis(made, what, remedy, parts, seen.size, cost=1)
 
 

@@ -102,7 +102,7 @@ def padding_counted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         return
     inside = torch.zeros(seen.exact.shape, dtype=torch.bool)
     inside[tuple(slice(size) for size in real)] = True
-    mine = [seen.split.shard(inside, seen.mesh, c) for c in seen.found.coordinates]
+    mine = seen.parts(inside)
     wanted = [torch.where(m, right, held) for m, right, held in zip(mine, seen.right, seen.held)]
     says = "it is right but for what belongs to the padding, which should be zero"
     yield Hypothesis(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shardgrad.verification.record import WHOLE, tensors_in
+from shardgrad.verification.record import outputs_told
 
 Slot = int | str
 """Where a call has a number: the place of an argument, the name of a keyword, or `TIMES`."""
@@ -149,24 +149,8 @@ class Watch:
 
     @contextmanager
     def _around(self, model: nn.Module) -> Iterator[None]:
-        counts: dict[str, int] = {}
+        def seen(name: str, tensor: Tensor) -> None:
+            self.outputs[name], self.shapes[name] = len(self.calls), tuple(tensor.shape)
 
-        def seen(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-            for name, tensor in named_outputs(path, counts, output):
-                self.outputs[name], self.shapes[name] = len(self.calls), tuple(tensor.shape)
-
-        handles = [module.register_forward_hook(partial(seen, path)) for path, module in model.named_modules()]
-        try:
-            with _Mode({}, self.calls):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def named_outputs(path: str, counts: dict[str, int], output: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one call of a module, named as a recording names them; `counts` is of calls, by path."""
-    counts[path] = counts.get(path, 0) + 1
-    name = (path or WHOLE) + (f"#{counts[path]}" if counts[path] > 1 else "")
-    for at, tensor in enumerate(tensors_in(output)):
-        yield (f"{name}[{at}]" if at else name), tensor
+        with outputs_told(model, seen), _Mode({}, self.calls):
+            yield

@@ -139,6 +139,10 @@ class Evidence:
             for axes in combinations(fit, count):
                 yield axes, prod(self.mesh[axis] for axis in axes)
 
+    def parts(self, full: Tensor) -> list[Tensor]:
+        """What each rank would have of a global tensor."""
+        return [self.split.shard(full, self.mesh, at) for at in self.found.coordinates]
+
     def whole_along(self, dim: int, rank: int) -> tuple[Tensor, Tensor]:
         """The exact tensor and rounding's size, sharded as on this rank but whole along `dim`."""
         own = self.split.indices(self.exact.shape, self.mesh, self.found.coordinates[rank])

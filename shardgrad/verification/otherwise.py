@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -38,10 +38,6 @@ def _window(seen: Evidence, known: Context) -> tuple[list[Noted], list[Noted]]:
     ]  # fmt: skip
     start, end = earlier(name, watch.outputs, right), watch.outputs.get(name, len(watch.calls))
     return watch.calls[start:end], watch.calls[:start]
-
-
-def _parts(seen: Evidence, full: Tensor) -> list[Tensor]:
-    return [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
 
 
 def other_functions(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
@@ -81,7 +77,7 @@ def _predictions(
     if variant.kind == "alike" or variant.name.startswith("repeat"):
         full = under(0, 1)
         if full is not None:
-            yield _parts(seen, full), ""
+            yield seen.parts(full), ""
     if variant.kind == "alike":
         return
     tried = set()
@@ -92,7 +88,7 @@ def _predictions(
             tried.add(ranks)
             full = under(0, ranks)
             if full is not None:
-                yield _parts(seen, full), f" (ranks of {list_of(axes)})"
+                yield seen.parts(full), f" (ranks of {list_of(axes)})"
             continue
         index = [_along(at, seen.mesh, axes) for at in seen.found.coordinates]
         fulls = {rank: under(rank, ranks) for rank in sorted(set(index))}
@@ -103,7 +99,7 @@ def _predictions(
             yield own, f" (ranks of {list_of(axes)})"
 
 
-def _along(at: Any, mesh: Any, axes: Sequence[str]) -> int:
+def _along(at: Mapping[str, int], mesh: Mapping[str, int], axes: Sequence[str]) -> int:
     rank = 0
     for axis in axes:
         rank = rank * mesh[axis] + at[axis]
@@ -156,7 +152,7 @@ def _fitted(
             return made.with_number(slot, number)
 
         full = known.under((seen.kind, seen.name), calling({call.which: instead for call in calls}))
-        return None if full is None or not bool(full.isfinite().all()) else _parts(seen, full)
+        return None if full is None or not bool(full.isfinite().all()) else seen.parts(full)
 
     def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return sum(float((a[rank] / seen.size[rank] * (b[rank] / seen.size[rank])).sum()) for rank in wrong)
@@ -207,7 +203,7 @@ def epsilon_moved(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         if full is not None:
             says = f"it is what comes out with epsilon, {eps:.3g}, {where} the root"
             remedy = "let epsilon stand where it does on one device"
-            yield Hypothesis(f"epsilon {where} the root", says, remedy, _parts(seen, full), seen.size, cost=1)
+            yield Hypothesis(f"epsilon {where} the root", says, remedy, seen.parts(full), seen.size, cost=1)
 
 
 _SMALL = 0.1
@@ -248,13 +244,13 @@ def other_tables(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
         for says, name, length, step in by_rank:
             full = known.under(key, Change(partial(_read, True, buffers, length, step)))
             if full is not None:
-                yield Hypothesis(name, f"it is what comes out {says}", remedy, _parts(seen, full), seen.size, cost=1)
+                yield Hypothesis(name, f"it is what comes out {says}", remedy, seen.parts(full), seen.size, cost=1)
         steps = dict.fromkeys(step for *_, step in by_rank[1:])
         for by in dict.fromkeys((1, -1, *steps)):
             full = known.under(key, Change(partial(_read, False, buffers, 0, by)))
             if full is not None:
                 says = f"it is what comes out if tables of positions are read {by} rows later"
-                yield Hypothesis("positions shifted", says, remedy, _parts(seen, full), seen.size, cost=1)
+                yield Hypothesis("positions shifted", says, remedy, seen.parts(full), seen.size, cost=1)
         for axes, p in seen.axes():
             index = [_along(at, seen.mesh, axes) for at in seen.found.coordinates]
             for by in dict.fromkeys((*steps, 1)):

@@ -34,7 +34,7 @@ def parameters_of_the_first_step(seen: Evidence, known: Context) -> Iterator[Hyp
         full = known.again((seen.kind, seen.name), {name: known.values_before[name].to(value)}, False)
         if full is None:
             return
-        parts = [seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates]
+        parts = seen.parts(full)
         says = f"in the second step it is what comes out with the value that {name} had in the first one"
         remedy = f"look for a copy of {name} that is made once and kept (gathered, cast, transposed)"
         yield Hypothesis("parameter kept from the step before", says, remedy, parts, seen.size, cost=1)

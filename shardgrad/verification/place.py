@@ -72,10 +72,9 @@ class Placer:
         padded: Sequence[str],
         mesh: MeshView,
         given: how.Splits,
-        said: Mapping[str, StoredOutput] | None = None,
-        skip: Collection[str] = (),
+        said: Mapping[str, StoredOutput],
+        skip: Collection[str],
     ) -> None:
-        said = said or {}
         self._skip, self._skips = skip, set[str]()
         self.pairs, self.modules, self.mesh, self.given = {one.name: one for one in pairs}, modules, mesh, given
         self.longer = {

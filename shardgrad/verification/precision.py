@@ -63,7 +63,7 @@ def rounded_terms(seen: Evidence, terms: Sequence[Tensor], rest: Tensor, narrow:
         total = (total + term).to(narrow).double()
     what = str(narrow).removeprefix("torch.")
     for full in (sum(rounded[1:], rounded[0]), total):
-        wanted = [seen.split.shard(full + rest, seen.mesh, at) for at in seen.found.coordinates]
+        wanted = seen.parts(full + rest)
         near = [((a - b).abs() <= seen.allowed * s) for a, b, s in zip(seen.held, wanted, seen.size)]
         if sum(int(one.sum()) for one in near) < _MOSTLY * sum(one.numel() for one in near):
             continue

@@ -211,10 +211,7 @@ def transposed(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             continue
         remedy = f"dims {a} and {b}: look for a transpose that is missing or one too many, or a view where it belongs"
         for how in (_viewed, _viewed_back):
-            wanted, size = (
-                [seen.split.shard(how(t, a, b), seen.mesh, at) for at in seen.found.coordinates]
-                for t in (seen.exact, seen.scale)
-            )
+            wanted, size = (seen.parts(how(t, a, b)) for t in (seen.exact, seen.scale))
             yield Hypothesis("transposed", f"dims {a} and {b} of the whole are exchanged", remedy, wanted, size, cost=1)
             says = f"dims {a} and {b} of each rank's part are exchanged"
             wanted, size = ([how(t, a, b) for t in each] for each in (seen.right, seen.size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,32 +105,22 @@ def forward_backward(
     """
     recording, drawn = Recording(), torch.get_rng_state()
     held: dict[int, tuple[str, Tensor]] = {}  # outputs are kept alive, so that an id stays one tensor's
-    calls = recording.calls
     handles: list[RemovableHandle] = []
-    in_forward: list[RemovableHandle] = []
 
-    def seen(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        calls[path] = calls.get(path, 0) + 1
-        name = (path or WHOLE) + (f"#{calls[path]}" if calls[path] > 1 else "")
-        for at, tensor in enumerate(tensors_in(output)):
-            watch("output", f"{name}[{at}]" if at else name, tensor)
-
-    def watch(kind: Kind, name: str, tensor: Tensor) -> None:
+    def watch(name: str, tensor: Tensor) -> None:
         if id(tensor) in held:
             recording.same[name] = held[id(tensor)][0]
         if name.startswith(WHOLE):
             recording.ends |= {name, recording.same.get(name, name)}
         held.setdefault(id(tensor), (name, tensor))
-        recording.put((kind, name), tensor)
+        recording.put(("output", name), tensor)
         if tensor.requires_grad:
-            handles.append(tensor.register_hook(partial(_keep, recording, ("output gradient", name))))
+            handles.append(tensor.register_hook(partial(recording.put, ("output gradient", name))))
 
-    for path, module in model.named_modules():
-        in_forward.append(module.register_forward_hook(partial(seen, path)))
     inputs, leaves = differentiable(batch) if inputs_too else (batch, {})
     for name, leaf in leaves.items():
         recording.inputs.add(name)
-        handles.append(leaf.register_hook(partial(_keep, recording, ("input gradient", name))))
+        handles.append(leaf.register_hook(partial(recording.put, ("input gradient", name))))
     for name, parameter in parameters.items():
         parameter.grad = None
         if getattr(parameter, "main_grad", None) is not None:
@@ -139,9 +130,8 @@ def forward_backward(
                 parameter.register_post_accumulate_grad_hook(partial(_keep_gradient, recording, ("gradient", name)))
             )
     try:
-        found = loss(model, **inputs) if isinstance(inputs, Mapping) else loss(model, *inputs)
-        while in_forward:  # what backward recomputes is no further call
-            in_forward.pop().remove()
+        with outputs_told(model, watch, recording.calls):  # what backward recomputes is no further call
+            found = loss(model, **inputs) if isinstance(inputs, Mapping) else loss(model, *inputs)
         result = result_of(found)
         if result is None or not result.requires_grad:
             raise ValueError(
@@ -158,7 +148,7 @@ def forward_backward(
         if complete is not None:
             complete(model)
     finally:
-        for handle in [*handles, *in_forward]:
+        for handle in handles:
             handle.remove()
     recording.draws = not torch.equal(drawn, torch.get_rng_state())
     for name, buffer in model.named_buffers():
@@ -173,13 +163,30 @@ def forward_backward(
     return recording
 
 
+@contextmanager
+def outputs_told(
+    model: nn.Module, tell: Callable[[str, Tensor], None], calls: dict[str, int] | None = None
+) -> Iterator[None]:
+    """Tell of every tensor that a module returns, by its name in a recording; `calls` counts calls, by path."""
+    calls = {} if calls is None else calls
+
+    def seen(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        calls[path] = calls.get(path, 0) + 1
+        name = (path or WHOLE) + (f"#{calls[path]}" if calls[path] > 1 else "")
+        for at, tensor in enumerate(tensors_in(output)):
+            tell(f"{name}[{at}]" if at else name, tensor)
+
+    handles = [module.register_forward_hook(partial(seen, path)) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """A parameter's gradient, or the buffer `main_grad` in which it is summed."""
     return parameter.grad if parameter.grad is not None else getattr(parameter, "main_grad", None)
-
-
-def _keep(recording: Recording, key: Key, gradient: Tensor) -> None:
-    recording.put(key, gradient)
 
 
 def _keep_gradient(recording: Recording, key: Key, parameter: nn.Parameter) -> None:

@@ -129,7 +129,7 @@ class Report:
 
     __repr__ = __str__
 
-    def to_json(self, indent: int | None = 2) -> str:
+    def to_json(self) -> str:
         """Everything but the tensors. Infinite and undefined numbers are written as null."""
         first = self.first
         return json.dumps(
@@ -146,7 +146,7 @@ class Report:
                 "skipped": dict(self.skipped),
                 "notes": list(self.notes),
             },
-            indent=indent,
+            indent=2,
             allow_nan=False,
         )
 
@@ -179,7 +179,7 @@ class Report:
                              f"{_names(rows)}")  # fmt: skip
         return "\n".join((*lines, *self.notes))
 
-    def table(self, most: int = 20, *, width: int | None = None) -> str:
+    def table(self, most: int = 20) -> str:
         """The rows as a table for a terminal, worst first, and the summary.
 
         Args:
@@ -189,7 +189,7 @@ class Report:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=width or 100, highlight=False)
+        console = Console(file=StringIO(), width=100, highlight=False)
         self.show(console, most)
         return console.file.getvalue()  # type: ignore[attr-defined]
 

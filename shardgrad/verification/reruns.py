@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardgrad.verification.functions import Change, NotThis, Watch, named_outputs
+from shardgrad.verification.functions import Change, NotThis, Watch
 from shardgrad.verification.pairing import fit
-from shardgrad.verification.record import LOSS, WHOLE, Batch, Key, Loss, tensors_in
+from shardgrad.verification.record import LOSS, WHOLE, Batch, Key, Loss, outputs_told, tensors_in
 
 MOST = 96
 """What further steps may cost, where forward alone is 1: some thirty whole steps, or three times as many forwards."""
@@ -84,19 +82,12 @@ class Reruns:
 def forward(model: nn.Module, batch: Batch, loss: Loss) -> dict[Key, Tensor]:
     """Outputs and loss of a step without its backward."""
     found: dict[Key, Tensor] = {}
-    counts: dict[str, int] = {}
 
-    def seen(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.update(
-            (("output", name), tensor.detach().clone()) for name, tensor in named_outputs(path, counts, output)
-        )
+    def seen(name: str, tensor: Tensor) -> None:
+        found["output", name] = tensor.detach().clone()
 
-    handles = [module.register_forward_hook(partial(seen, path)) for path, module in model.named_modules()]
-    try:
+    with outputs_told(model, seen):
         made = loss(model, **batch) if isinstance(batch, Mapping) else loss(model, *batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for result in (getattr(made, "loss", None), made):
         tensor = next(iter(tensors_in(result)), None)
         if tensor is not None and tensor.dim() == 0:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardgrad.verification.functions import Change, named_outputs
+from shardgrad.verification.functions import Change
 from shardgrad.verification.hypothesis import Context, Evidence, Hypothesis, list_of
+from shardgrad.verification.record import outputs_told
 
 _MOST = 12
 """Blocks of rows at most; each needs a step."""
@@ -33,22 +34,16 @@ def _alone(named: tuple[Any, ...]) -> Change:
 @contextmanager
 def _one_block(output: str, dim: int, blocks: int, at: int, model: nn.Module) -> Iterator[None]:
     """Nothing comes back to other rows of an output."""
-    counts: dict[str, int] = {}
 
-    def seen(path: str, _module: nn.Module, _inputs: Any, made: Any) -> None:
-        for name, tensor in named_outputs(path, counts, made):
-            if name == output and tensor.requires_grad:
-                mask = torch.zeros(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
-                mask.chunk(blocks)[at].fill_(1)
-                mask = mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
-                tensor.register_hook(mask.mul)
+    def seen(name: str, tensor: Tensor) -> None:
+        if name == output and tensor.requires_grad:
+            mask = torch.zeros(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
+            mask.chunk(blocks)[at].fill_(1)
+            mask = mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+            tensor.register_hook(mask.mul)
 
-    handles = [module.register_forward_hook(partial(seen, path)) for path, module in model.named_modules()]
-    try:
+    with outputs_told(model, seen):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _last_rows(known: Context, ranks: int) -> Iterator[tuple[str, int, int]]:
@@ -81,7 +76,7 @@ def rows_weighted(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
             blocks //= 2
         if seen.exact.numel() < blocks + _MORE:
             continue
-        terms = [[seen.split.shard(full, seen.mesh, at) for at in seen.found.coordinates] for full in fulls]
+        terms = [seen.parts(full) for full in fulls]
         left = torch.stack(
             [torch.cat([(term[rank] / seen.size[rank]).flatten() for rank in wrong]) for term in terms], 1
         )

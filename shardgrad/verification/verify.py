@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -118,7 +118,7 @@ def verify(
     )
     replicas = [_replicas(one, value, parts, mesh_view) for one, value, parts in zip(pairs, values, held)]
     drifted = [one for one in judge(replicas, mesh_view).values() if not one.row.ok]
-    with _restored(parallel):
+    with _restored(parallel, attempt.buffers.values()):
         steps = Steps(attempt, seed, tell)
         found = {one.measured.key: one for one in drifted} | steps.judged()
     found = by_requires_grad(found, pairs, single, mesh_view)
@@ -204,10 +204,10 @@ def _refuse_dropout(*models: nn.Module) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers and gradients back as they were."""
+def _restored(model: nn.Module, buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Put parameters, buffers, of which these are copies, and gradients back as they were."""
     tensors = [*model.parameters(), *model.buffers()]
-    before = [local_part(tensor.detach()).clone() for tensor in tensors]
+    before = [*(local_part(parameter.detach()).clone() for parameter in model.parameters()), *buffers]
     kept = (getattr(parameter, "main_grad", None) for parameter in model.parameters())
     sums = [total for total in kept if isinstance(total, Tensor)]
     tensors += sums

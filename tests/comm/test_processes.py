@@ -30,7 +30,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def seen(child: subprocess.Popen[bytes]) -> Process:
-    return replace(this_process(), pid=child.pid, started=of_host._stat(child.pid)[1])
+    return replace(this_process(), pid=child.pid, started=of_host.stat(child.pid)[1])
 
 
 def until(state: str, process: Process) -> None:

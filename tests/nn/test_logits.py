@@ -14,7 +14,6 @@ from whole_logits import Read, logits_of, part, z_of
 import shardgrad as sg
 from shardgrad.layout.sizes import chunk
 from shardgrad.nn import sampling
-from shardgrad.nn.largest import largest_collectives
 from shardgrad.testing import distributed
 
 TIES = torch.tensor(
@@ -42,8 +41,9 @@ def test_the_largest_are_those_of_a_stable_sort(world_size: int, dtype: torch.dt
             local = part(full, mesh).requires_grad_()
             with sg.trace_collectives() as traced:
                 values, ids = logits_of(local, size, mesh).topk(k)
-            predicted = largest_collectives(len(full), k, dtype, mesh=mesh)
-            assert [(e.operation, e.bytes) for e in traced] == [(c.operation, c.bytes) for c in predicted]
+            each = len(full) * k * (world_size - 1)  # values, and ids of 4 bytes
+            sent = [("all-gather", each * width) for width in (wide.itemsize, 4)] if world_size > 1 else []
+            assert [(e.operation, e.bytes) for e in traced] == sent
             assert torch.equal(ids, order.indices[:, :k])
             torch.testing.assert_close(values.detach(), order.values[:, :k], rtol=0, atol=0, equal_nan=True)
             grad = randn(*values.shape, seed=2).to(values.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad import checkpoint
-from shardgrad.checkpoint import saving
+from shardgrad.checkpoint import saving, seal
 from shardgrad.testing import distributed
 from shardgrad.train.config import Train
 from shardgrad.train.model import GPT
@@ -262,3 +263,15 @@ def test_one_rank_reads_the_large_files_for_all(world_size: int, rank: int, tmp_
         checkpoint.load(tmp_path / "one", model)
     with pytest.raises(checkpoint.DamagedError, match=r"two/SHA256SUMS is not the one that the first rank has read"):
         checkpoint.load(tmp_path / "two", model, seal=seal)
+
+
+def test_the_digests_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seal is of the digests that the files were compared with, should another writer exchange them in between."""
+    for name in (seal.MODEL, seal.OPTIMIZER):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / seal.STATE).write_text(json.dumps({"format": seal.FORMAT, "optimizer": None}))
+    seal.write_sums(tmp_path)
+    read, seen = seal._read, []
+    monkeypatch.setattr(seal, "_read", lambda path: seen.append(path.name) or read(path))
+    checkpoint.verify(tmp_path)
+    assert sorted(seen) == sorted([seal.SUMS, seal.STATE])

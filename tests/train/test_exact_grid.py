@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 import shardgrad as sg
 from shardgrad import checkpoint
 from shardgrad.errors import LayoutError
+from shardgrad.layout.cost import totals
 from shardgrad.nn.pieces import in_pieces
 from shardgrad.ops import exact
 from shardgrad.ops import pieces as pieces_module
@@ -27,7 +28,7 @@ from shardgrad.train import folder, grid
 from shardgrad.train.build import build_reference
 from shardgrad.train.config import Model, Train, load, pieces
 from shardgrad.train.grid import Grid
-from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.predict import step_collectives
 from shardgrad.train.step import backward, train_step
 
 AXES = ("z", "x", "y")

@@ -10,10 +10,11 @@ from tiny import SEQUENCE, decoder, gpt, reference, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.layout.cost import totals
 from shardgrad.nn import norm
 from shardgrad.testing import distributed
 from shardgrad.train.first_step import compare
-from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.predict import step_collectives
 from shardgrad.train.step import backward
 from shardgrad.verification.gradients import FEW
 from shardgrad.verification.rounding import RUNS

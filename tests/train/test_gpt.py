@@ -9,11 +9,12 @@ from tiny import BATCH, SEQUENCE, SIZES, VOCAB, gpt, reference, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
+from shardgrad.layout.cost import totals
 from shardgrad.nn import norm
 from shardgrad.testing import distributed
 from shardgrad.train.generate import generate
 from shardgrad.train.model import GPT
-from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.predict import step_collectives
 
 
 @distributed(world_size=[1, 2, 3, 4])

@@ -13,11 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad.comm.mesh import view
+from shardgrad.layout.cost import totals
 from shardgrad.nn.linear_loss import tokens_of_chunk
 from shardgrad.testing import distributed
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.grid import Grid
-from shardgrad.train.predict import step_collectives, totals
+from shardgrad.train.predict import step_collectives
 from shardgrad.train.reference import Reference
 from shardgrad.train.step import backward
 

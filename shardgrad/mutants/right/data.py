@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from shardgrad.mutants.by_hand import Group
 from shardgrad.mutants.mutant import Program
 from shardgrad.mutants.right.kind import (
     FULL,
+    TERM,
     Column,
     Kind,
     Row,
@@ -27,16 +29,16 @@ from shardgrad.mutants.right.kind import (
     called,
     column,
     fill,
+    over_dp,
     part,
     program,
     randint,
     randn,
     row,
 )
-from shardgrad.mutants.right.mlps import Mlp
+from shardgrad.mutants.right.mlps import Between, Mlp
 
 D, M, OUT, ROWS = 10, 24, 3, 12
-TERM = {"loss": "L[]{dp}"}
 
 
 def _plain(act: Callable[[], nn.Module] = nn.GELU) -> nn.Module:
@@ -51,57 +53,12 @@ def _sum(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - 1).square().sum()
 
 
-def _by_hooks(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
-    """Each rank's loss is its term of the mean; gradients are summed as they arrive."""
-    mesh = called(mesh, "dp")
-    dp, parallel, single, x = Group(mesh, "dp"), _plain(), _plain(), randn(ROWS, D)
-    for parameter in parallel.parameters():
-        parameter.register_hook(dp.sum)
-    return program(
-        mesh, dtype, parallel, single, [x], axis="dp", loss=_mean, splits=TERM,
-        parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
-    )  # fmt: skip
+def _term(dp: Group, model: nn.Module, x: Tensor) -> Tensor:
+    return _mean(model, x) / dp.size
 
 
-def _sums(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
-    """The loss is a sum over rows, ReLU between; gradients are summed as they arrive."""
-    mesh = called(mesh, "dp")
-    dp, parallel, single, x = Group(mesh, "dp"), _plain(nn.ReLU), _plain(nn.ReLU), randn(4 * ROWS, D)
-    for parameter in parallel.parameters():
-        parameter.register_hook(dp.sum)
-    return program(
-        mesh, dtype, parallel, single, [x], axis="dp", loss=_sum, splits=TERM,
-        parallel_batch=[dp.slice(x).to(dtype)],
-    )  # fmt: skip
-
-
-def _uneven(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
-    """Ranks have different numbers of rows; the loss is a sum divided by all rows."""
-    mesh = called(mesh, "dp")
-    dp, parallel, single, x = Group(mesh, "dp"), _plain(), _plain(), randn(11, D)
-    for parameter in parallel.parameters():
-        parameter.register_hook(dp.sum)
-    own = part(x, 0, dp).to(dtype)
-    return program(
-        mesh, dtype, parallel, single, [x], axis="dp", loss=lambda model, x: _sum(model, x) / 11, splits=TERM,
-        parallel_batch=[own],
-    )  # fmt: skip
-
-
-def _stepped(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
-    """The loss itself is the mean over all ranks: what a rank differentiates is its term, what it reports the sum."""
-    mesh = called(mesh, "dp")
-    dp, parallel, single, x = Group(mesh, "dp"), _plain(), _plain(), randn(ROWS, D)
-    for parameter in parallel.parameters():
-        parameter.register_hook(dp.sum)
-
-    def whole(model: nn.Module, x: Tensor) -> Tensor:
-        return dp.reduce(_mean(model, x) / dp.size)
-
-    return program(
-        mesh, dtype, parallel, single, [x], axis="dp", loss=_mean, parallel_loss=whole,
-        parallel_batch=[dp.slice(x).to(dtype)],
-    )  # fmt: skip
+def _by_hooks(act: Callable[[], nn.Module], rows: int, loss: Callable[..., Tensor], **given: Any) -> Any:
+    return over_dp(lambda _: _plain(act), rows, loss, **given)
 
 
 def _summed(bucket: Any) -> torch.futures.Future[Tensor]:
@@ -119,7 +76,7 @@ def _ddp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     )  # it refuses other annotations than its own
     made = program(
         mesh, dtype, parallel, single, [x], axis="dp", loss=_mean, splits=TERM,
-        parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
+        parallel_loss=partial(_term, dp), parallel_batch=[dp.slice(x).to(dtype)],
         names={f"module.{name}": name for name, _ in single.named_parameters()},
     )  # fmt: skip
     made.names = lambda name: name.removeprefix("module.")
@@ -138,7 +95,7 @@ def _fsdp(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
         unit.set_force_sum_reduction_for_comms(True)
     return Program(
         parallel, single, [x.to(dtype)], mesh, lambda _: None, lambda _: 1.0, loss=_mean, splits=TERM,
-        parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
+        parallel_loss=partial(_term, dp), parallel_batch=[dp.slice(x).to(dtype)],
     )  # fmt: skip
 
 
@@ -148,20 +105,10 @@ def _micro(model: nn.Module, x: Tensor) -> Tensor:
     return parts[0] + parts[1]
 
 
-class _Accumulated(nn.Module):
-    """Backward of all micro-batches but the last is within forward, as a training step has it."""
-
-    def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        self.up, self.down = column(tp, D, M), row(tp, M, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
 def _accumulated(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
+    """Backward of all micro-batches but the last is within forward, as a training step has it."""
     return program(
-        mesh, dtype, _Accumulated(Group(mesh)), _Accumulated(None), [randn(ROWS, D)],
+        mesh, dtype, Between(Group(mesh), F.gelu, OUT), Between(None, F.gelu, OUT), [randn(ROWS, D)],
         loss=lambda model, x: (model(x) - 1).square().sum() / (OUT * len(x)), parallel_loss=_micro,
     )  # fmt: skip
 
@@ -178,27 +125,18 @@ class _Again(nn.Module):
         return checkpoint(self.blocks, x, use_reentrant=self.reentrant).square()
 
 
-class _Grid(nn.Module):
-    def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        self.up, self.down = column(tp, D, M), row(tp, M, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(x)))
-
-
 def _grid(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
     """Rows over dp, features over tp: of four ranks two each, of fewer all over dp or all over tp."""
     size = mesh.size()
     both_axes = init_device_mesh("cpu", (2, 2) if size == 4 else (1, size), mesh_dim_names=("dp", "tp"))
     dp, tp = Group(both_axes, "dp"), Group(both_axes, "tp")
-    parallel, single, x = _Grid(tp), _Grid(None), randn(ROWS, D)
+    parallel, single, x = Between(tp, F.silu, OUT), Between(None, F.silu, OUT), randn(ROWS, D)
     for parameter in parallel.parameters():
         parameter.register_hook(dp.sum)
     names = {"up.weight": "W[m/tp,d]", "up.bias": "b[m/tp]", "down.weight": "W[o,m/tp]", "up": "Y[n/dp,m/tp]"}
     return program(
         both_axes, dtype, parallel, single, [x], loss=_mean, splits={**TERM, **names},
-        parallel_loss=lambda model, x: _mean(model, x) / dp.size, parallel_batch=[dp.slice(x).to(dtype)],
+        parallel_loss=partial(_term, dp), parallel_batch=[dp.slice(x).to(dtype)],
     )  # fmt: skip
 
 
@@ -304,10 +242,13 @@ def _clip(model: nn.Module, max_norm: float) -> Tensor:
 
 
 KINDS = [
-    Kind("rows over dp, summed by hooks", _by_hooks),
-    Kind("rows over dp, a loss that is a sum, ReLU", _sums),
-    Kind("rows over dp, uneven", _uneven),
-    Kind("rows over dp, the loss summed", _stepped),
+    Kind("rows over dp, summed by hooks", _by_hooks(nn.GELU, ROWS, _mean, term=_term)),
+    Kind("rows over dp, a loss that is a sum, ReLU", _by_hooks(nn.ReLU, 4 * ROWS, _sum)),
+    Kind("rows over dp, uneven", _by_hooks(nn.GELU, 11, lambda model, x: _sum(model, x) / 11)),
+    Kind(
+        "rows over dp, the loss summed",
+        _by_hooks(nn.GELU, ROWS, _mean, splits={}, term=lambda dp, model, x: dp.reduce(_term(dp, model, x))),
+    ),
     Kind("DistributedDataParallel, summed", _ddp),
     Kind("fully_shard, summed", _fsdp),
     Kind("micro-batches", _accumulated),

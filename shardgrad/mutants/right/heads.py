@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardgrad.mutants.by_hand import Group, move
+from shardgrad.mutants.by_hand import Group, move, own_targets
 from shardgrad.mutants.mutant import Program
 from shardgrad.mutants.right.kind import Column, Kind, Stored, both, column, part, program, randint, randn
 
@@ -53,10 +53,7 @@ class VocabCrossEntropy(nn.Module):
         logits = logits.masked_fill(~words, -1e30)
         largest = tp.max(logits.detach().amax(-1))
         log_z = tp.reduce((logits - largest[:, None]).exp().sum(-1)).log() + largest
-        local = targets - start
-        inside = (local >= 0) & (local < logits.shape[-1])
-        own = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-        losses = log_z - tp.reduce(own.masked_fill(~inside, 0))
+        losses = log_z - tp.reduce(own_targets(tp, logits, targets))
         if self.smoothing:
             mean = tp.reduce(logits.masked_fill(~words, 0).sum(-1)) / self.real
             losses = (1 - self.smoothing) * losses + self.smoothing * (log_z - mean)

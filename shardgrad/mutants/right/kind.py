@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -18,6 +19,8 @@ from shardgrad.verification.record import mapped
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 FULL = (torch.float32,)
+TERM: Mapping[str, str] = {"loss": "L[]{dp}"}
+"""Of a rank over dp whose loss is a term of the sum."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,33 @@ def both(build: Build, batch: Any, **given: Any) -> Callable[[DeviceMesh, torch.
 
     def make(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
         return program(mesh, dtype, build(Group(mesh)), build(None), batch, **given)
+
+    return make
+
+
+def over_dp(
+    build: Build,
+    rows: int,
+    loss: Callable[..., Tensor],
+    *,
+    term: Callable[..., Tensor] | None = None,
+    splits: Mapping[str, str] = TERM,
+) -> Callable[[DeviceMesh, torch.dtype], Program]:
+    """A program of replicas, each with its own rows; gradients are summed as they arrive.
+
+    term: what a rank differentiates, `term(dp, model, x)`; by default its own loss. splits: that it is its term.
+    """
+
+    def make(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
+        mesh = called(mesh, "dp")
+        dp, single, x = Group(mesh, "dp"), build(None), randn(rows, 10)
+        parallel = build(dp)
+        for parameter in parallel.parameters():
+            parameter.register_hook(dp.sum)
+        return program(
+            mesh, dtype, parallel, single, [x], axis="dp", loss=loss, splits=splits,
+            parallel_loss=term and partial(term, dp), parallel_batch=[part(x, 0, dp).to(dtype)],
+        )  # fmt: skip
 
     return make
 

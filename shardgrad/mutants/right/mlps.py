@@ -44,6 +44,17 @@ class Mlp(nn.Module):
         return x
 
 
+class Between(nn.Module):
+    """Two products, and something done with the sharded features between them."""
+
+    def __init__(self, tp: Group | None, what: Act, out: int = D) -> None:
+        super().__init__()
+        self.up, self.what, self.down = column(tp, D, M), what, row(tp, M, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.what(self.up(x)))
+
+
 def _mlp(act: Act, scale: float = 1.0, rows: int = ROWS, **given: Any) -> Any:
     return both(lambda tp: Mlp(tp, act, **given), [randn(rows, given.get("d", D)) * scale])
 
@@ -185,20 +196,16 @@ class _Twice(nn.Module):
         return x
 
 
-class _Normalised(nn.Module):
+class _Normalised(Between):
     """Weight norm: rows of a direction scaled to a length, both sharded by rows."""
 
     def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        self.up = nn.utils.parametrizations.weight_norm(column(tp, D, M))
-        self.down = row(tp, M, D)
+        super().__init__(tp, F.gelu)
+        self.up = nn.utils.parametrizations.weight_norm(self.up)
         if tp is not None:
             self.storage: dict[str, Storage] = {
                 f"up.parametrizations.weight.original{at}": 0 for at in (0, 1)
             }  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
 
 
 class _LoRA(nn.Module):

@@ -17,8 +17,8 @@ from shardgrad.mutants.right.kind import (
     Kind,
     Stored,
     both,
-    called,
     column,
+    over_dp,
     part,
     program,
     randn,
@@ -31,10 +31,10 @@ D, M, ROWS, EPS = 10, 24, 12, 1e-5
 class _Norm(nn.Module):
     """A norm of the last dim by a function of rows, gain and bias."""
 
-    def __init__(self, function: Callable[..., Tensor], size: int = D) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
-        self.weight, self.bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+        self.weight, self.bias = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.weight, self.bias)
@@ -126,27 +126,16 @@ class _Inner(nn.Module):
         return self.down(self.norm(torch.tanh(self.up(x))))
 
 
-class _Groups(nn.Module):
-    """A GroupNorm whose groups are sharded."""
+class _Inside(nn.Module):
+    """A norm of sharded features, which are a rank's own: a BatchNorm, or a GroupNorm whose groups are sharded.
 
-    def __init__(self, tp: Group | None) -> None:
+    kind: makes one of so many features.
+    """
+
+    def __init__(self, tp: Group | None, kind: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        local = 12 if tp is None else part(torch.zeros(12), 0, tp).numel()
-        self.up, self.norm, self.down = column(tp, D, M), nn.GroupNorm(local, 2 * local), row(tp, M, D)
-        if tp is not None:
-            self.storage = {"norm.weight": 0, "norm.bias": 0}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.norm(self.up(x))))
-
-
-class _BatchFeatures(nn.Module):
-    """A BatchNorm of sharded features, over all rows; its running statistics are sharded too."""
-
-    def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        local = M if tp is None else part(torch.zeros(M), 0, tp).numel()
-        self.up, self.norm, self.down = column(tp, D, M), nn.BatchNorm1d(local), row(tp, M, D)
+        local = M if tp is None else part(torch.zeros(M // 2), 0, tp).numel() * 2
+        self.up, self.norm, self.down = column(tp, D, M), kind(local), row(tp, M, D)
         if tp is not None:
             self.storage = {"norm.weight": 0, "norm.bias": 0}
 
@@ -183,6 +172,14 @@ class _SyncBatch(nn.BatchNorm1d):
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
+def _square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def _term(dp: Group, model: nn.Module, x: Tensor) -> Tensor:
+    return _square(model, x) / dp.size
+
+
 class _DataNorm(nn.Module):
     def __init__(self, dp: Group | None) -> None:
         super().__init__()
@@ -192,24 +189,6 @@ class _DataNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.tanh(self.norm(self.up(x))))
-
-
-def _sync(mesh: DeviceMesh, dtype: torch.dtype) -> Program:
-    """Rows are sharded over dp, every rank's loss is its term, gradients are summed as they arrive."""
-    mesh = called(mesh, "dp")
-    dp = Group(mesh, "dp")
-    parallel, single, x = _DataNorm(dp), _DataNorm(None), randn(4 * ROWS // 4 * dp.size, D)
-    for parameter in parallel.parameters():
-        parameter.register_hook(dp.sum)
-
-    def term(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).square().mean() / dp.size
-
-    return program(
-        mesh, dtype, parallel, single, [x], axis="dp",
-        loss=lambda model, x: model(x).square().mean(), parallel_loss=term,
-        parallel_batch=[dp.slice(x.to(dtype))], splits={"loss": "L[]{dp}"},
-    )  # fmt: skip
 
 
 class _SequenceNorm(nn.Module):
@@ -250,10 +229,12 @@ KINDS = [
     Kind("norm by length", _block(length, length)),
     Kind("three blocks, two-pass", both(_deep(two_pass), [randn(ROWS, D)])),
     Kind("LayerNorm over sharded features", both(_Inner, [randn(ROWS, D)])),
-    Kind("GroupNorm, groups sharded", both(_Groups, [randn(ROWS, D)])),
-    Kind("BatchNorm of sharded features", both(_BatchFeatures, [randn(ROWS, D)])),
+    Kind(
+        "GroupNorm, groups sharded", both(lambda tp: _Inside(tp, lambda m: nn.GroupNorm(m // 2, m)), [randn(ROWS, D)])
+    ),
+    Kind("BatchNorm of sharded features", both(lambda tp: _Inside(tp, nn.BatchNorm1d), [randn(ROWS, D)])),
     Kind("BatchNorm of a replicated batch", both(_WholeBatch, [randn(ROWS, D)])),
     Kind("BatchNorm in eval", both(lambda tp: _WholeBatch(tp).eval(), [randn(ROWS, D)])),
-    Kind("BatchNorm over the rows of all ranks", _sync),
+    Kind("BatchNorm over the rows of all ranks", over_dp(_DataNorm, 4 * ROWS, _square, term=_term)),
     Kind("sharded rows, norms summed by hooks, mean 20", both(_SequenceNorm, [randn(ROWS, D) + 20])),
 ]

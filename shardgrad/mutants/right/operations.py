@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from shardgrad.mutants.by_hand import Group, move
 from shardgrad.mutants.right.kind import Kind, Stored, both, column, randn, row
+from shardgrad.mutants.right.mlps import Act, Between
 
 D, M, ROWS = 10, 24, 12
-Act = Callable[[Tensor], Tensor]
 
 
 class _ConvIn(Stored):
@@ -61,17 +60,6 @@ class _Convs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.pool(self.act(self.up(x))))
-
-
-class _Between(nn.Module):
-    """Something done with the sharded features, between the two products."""
-
-    def __init__(self, tp: Group | None, what: Act) -> None:
-        super().__init__()
-        self.up, self.what, self.down = column(tp, D, M), what, row(tp, M, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.what(self.up(x)))
 
 
 class _Recurrent(nn.Module):
@@ -162,26 +150,21 @@ class _SharedSoftmax(nn.Module):
         return self.down(powers / total)
 
 
-class _Frozen(nn.Module):
+def _frozen(tp: Group | None) -> nn.Module:
     """The first layer is frozen in both models."""
-
-    def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        self.up, self.down = column(tp, D, M).requires_grad_(False), row(tp, M, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+    model = Between(tp, F.gelu)
+    model.up.requires_grad_(False)
+    return model
 
 
-class _Buffers(nn.Module):
+class _Buffers(Between):
     """A running mean of what goes in, and a counter of integers."""
 
     mean: Tensor
     calls: Tensor
 
     def __init__(self, tp: Group | None) -> None:
-        super().__init__()
-        self.up, self.down = column(tp, D, M), row(tp, M, D)
+        super().__init__(tp, F.gelu)
         self.register_buffer("mean", torch.zeros(D))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
@@ -189,7 +172,7 @@ class _Buffers(nn.Module):
         with torch.no_grad():
             self.mean.lerp_(x.mean(0).to(self.mean), 0.1)
             self.calls.add_(1)
-        return self.down(F.gelu(self.up(x)))
+        return super().forward(x)
 
 
 def _pairs(h: Tensor) -> Tensor:
@@ -203,7 +186,7 @@ def _scatter(h: Tensor) -> Tensor:
 
 
 def _between(what: Act) -> Any:
-    return both(lambda tp: _Between(tp, what), [randn(ROWS, D)])
+    return both(lambda tp: Between(tp, what), [randn(ROWS, D)])
 
 
 def _einsum(h: Tensor) -> Tensor:
@@ -241,6 +224,6 @@ KINDS = [
     Kind("scatter-add", _between(_scatter)),
     Kind("sign of the input times it", _between(lambda h: h * h.sign())),
     Kind("rounded to an eighth, straight through", _between(lambda h: h + ((h * 8).round() / 8 - h).detach())),
-    Kind("frozen in both", both(_Frozen, [randn(ROWS, D)])),
+    Kind("frozen in both", both(_frozen, [randn(ROWS, D)])),
     Kind("buffers", both(_Buffers, [randn(ROWS, D)])),
 ]
