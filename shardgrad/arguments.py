@@ -92,7 +92,7 @@ def explain(
         misfit = None if argument in ("self", "where") else _misfit(value, hint)
         if misfit is not None:
             raise TypeError(
-                f"{name}: {argument} must be {_words(hint)}, not {_kind(value)}{_remedy(*misfit)}"
+                f"{name}: {argument} must be {_words(hint)}, not {_kind(value)}{_remedy(*misfit, value)}"
             ) from error
     plain = type(error) in (RuntimeError, NotImplementedError) or isinstance(error, ValueError)
     refused = kernels and plain and "memory" not in str(error)
@@ -214,7 +214,8 @@ _REMEDIES = {
     "sparse_csr tensor": "pass .to_dense()",
 }
 _PASS = {
-    "Tensor": "pass this rank's shard as a torch.Tensor",
+    "Tensor": "pass a torch.Tensor",
+    "dtype": "pass one of torch's, as torch.float32",
     "DeviceMesh": "make one with torch.distributed.init_device_mesh(…, mesh_dim_names=…)",
     "Module": "pass the model, or the part of it that is meant",
     "TensorSpec": "take it from a layout, as layout['W']",
@@ -225,14 +226,16 @@ def _kind(value: Any) -> str:
     special = unusual(value) if hasattr(value, "is_quantized") and hasattr(value, "layout") else ""
     if special or hasattr(value, "shape"):
         return f"a {special or type(value).__name__}"
-    return f"{type(value).__name__} {shorten(value)}"
+    return f"{type(value).__name__} {shorten(repr(value) if isinstance(value, str) else value)}"
 
 
-def _remedy(part: Any, kind: Any) -> str:
+def _remedy(part: Any, kind: Any, value: Any) -> str:
     named = _kind(part).removeprefix("a ")
     wanted = getattr(kind, "__name__", "")
     text = _REMEDIES.get(named if wanted == "Tensor" else "", "") or _PASS.get(wanted, "")
-    return f": {text}" if text else f" ({_words(kind)} is meant, and this has {named})"
+    if text:
+        return f": {text}"
+    return "" if part is value else f" ({_words(kind)} is meant, and this has {named})"
 
 
 def _words(hint: Any) -> str:
@@ -256,6 +259,7 @@ def _listed(given: dict[str, Any]) -> list[str]:
     found = []
     for name, value in given.items():
         if name not in ("self", "where"):
-            shape = getattr(value, "shape", None)
-            found.append(f"{name} {list(shape)}" if isinstance(shape, tuple) else f"{name} = {shorten(value, 60)}")
+            shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", "")).removeprefix("torch.")
+            tensor = f"{name}: {dtype} {list(shape)}" if isinstance(shape, tuple) else ""
+            found.append(tensor or f"{name} = {shorten(value, 60)}")
     return found[:6]

@@ -34,7 +34,7 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
     [
         (
             lambda mesh, x, w: sg.matmul([1], w, COLUMN, mesh),
-            "matmul: x must be Tensor, not list [1]: pass this rank's",
+            "matmul: x must be Tensor, not list [1]: pass a torch.Tensor",
         ),
         (lambda mesh, x, w: sg.matmul(x, w, COLUMN, mesh, bias=3), "matmul: bias must be Tensor | None, not int 3"),
         (lambda mesh, x, w: sg.matmul(x.numpy(), w, COLUMN, mesh), "not a ndarray: torch.from_numpy(…)"),
@@ -43,7 +43,7 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
             "X is sparse_coo tensor: products take dense tensors",
         ),
         (lambda mesh, x, w: sg.matmul(x, w, COLUMN, mesh, sizes=3), "matmul: sizes must be Mapping[str, int] | None"),
-        (lambda mesh, x, w: sg.ColumnParallelLinear("3", 2, mesh=mesh), "in_features must be int, not str 3"),
+        (lambda mesh, x, w: sg.ColumnParallelLinear("3", 2, mesh=mesh), "in_features must be int, not str '3'"),
         (lambda mesh, x, w: sg.ColumnParallelLinear(3, 2, mesh=mesh)(None), "ColumnParallelLinear: x must be Tensor"),
         (lambda mesh, x, w: sg.MLP(3, 4, mesh=mesh)(np.ones((2, 3))), "torch.from_numpy(…)"),
         (lambda mesh, x, w: sg.SwiGLU(3, 4, mesh=mesh)([x]), "SwiGLU: x must be Tensor, not list"),
