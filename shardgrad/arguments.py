@@ -205,13 +205,14 @@ def unusual(tensor: Any) -> str:
     return "" if str(tensor.layout) == "torch.strided" else f"{str(tensor.layout).removeprefix('torch.')} tensor"
 
 
-_REMEDIES = {
-    "ndarray": "torch.from_numpy(…)",
-    "DTensor": "pass its local shard, .to_local()",
-    "nested tensor": "torch.nested.to_padded_tensor(…, 0.0)",
-    "quantized tensor": "pass .dequantize()",
-    "sparse_coo tensor": "pass .to_dense()",
-    "sparse_csr tensor": "pass .to_dense()",
+_REMEDIES = {  # by what was given, and what should have been
+    ("ndarray", "Tensor"): "torch.from_numpy(…)",
+    ("DTensor", "Tensor"): "pass its local shard, .to_local()",
+    ("nested tensor", "Tensor"): "torch.nested.to_padded_tensor(…, 0.0)",
+    ("quantized tensor", "Tensor"): "pass .dequantize()",
+    ("sparse_coo tensor", "Tensor"): "pass .to_dense()",
+    ("sparse_csr tensor", "Tensor"): "pass .to_dense()",
+    ("DeviceMesh", "Mapping"): "pass the number of ranks of each axis, as {'tp': 2}",
 }
 _PASS = {
     "Tensor": "pass a torch.Tensor",
@@ -232,7 +233,7 @@ def _kind(value: Any) -> str:
 def _remedy(part: Any, kind: Any, value: Any) -> str:
     named = _kind(part).removeprefix("a ")
     wanted = getattr(kind, "__name__", "")
-    text = _REMEDIES.get(named if wanted == "Tensor" else "", "") or _PASS.get(wanted, "")
+    text = _REMEDIES.get((named, wanted), "") or _PASS.get(wanted, "")
     if text:
         return f": {text}"
     return "" if part is value else f" ({_words(kind)} is meant, and this has {named})"

@@ -51,6 +51,14 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
         (lambda mesh, x, w: sg.shard(3, sg.Layout(COLUMN)["X"], mesh), "shard: full must be Tensor, not int 3"),
         (lambda mesh, x, w: sg.all_gather(x, mesh, "tp", 99), "dim 99 is out of range"),
         (lambda mesh, x, w: sg.Layout(COLUMN).collectives({"n": 1, "d": "x", "m": 1}, {"tp": 2}), "size 'x' of letter"),
+        (
+            lambda mesh, x, w: sg.Layout(COLUMN).collectives({"n": 1, "d": 1, "m": 1}, mesh),
+            "mesh_shape must be Mapping[str, int], not a DeviceMesh: pass the number of ranks of each",
+        ),
+        (
+            lambda mesh, x, w: sg.VocabParallelEmbedding(5, 3, mesh=mesh)(x),
+            "look at ids: float32 [2, 3]",
+        ),
         (lambda mesh, x, w: sg.num_parameters(3), "expected a module, not int"),
         (lambda mesh, x, w: sg.shard(x), "shard: missing a required argument: 'spec'"),
     ],
