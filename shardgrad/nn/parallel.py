@@ -57,6 +57,8 @@ class Parallel:
     def __post_init__(self) -> None:
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise TypeError(f"dtype={self.dtype} takes no gradients: parameters are of a floating-point dtype")
+        if self.data is not None and not hasattr(self.data, "axis"):
+            raise TypeError(f"data must be a sg.BatchAxis, as sg.BatchAxis('dp'), not {self.data!r}")
         if self.sequence_dim is None:
             return
         if not isinstance(self.sequence_dim, int) or isinstance(self.sequence_dim, bool):

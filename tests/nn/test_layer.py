@@ -346,6 +346,8 @@ def test_keywords_and_dtypes_that_no_layer_has(world_size: int) -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     with pytest.raises(TypeError, match=r"'sequence_dims' \(sequence_dim is meant\?\): besides its own it takes"):
         sg.ColumnParallelLinear(3, 5, mesh=mesh, sequence_dims=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"data must be a sg.BatchAxis, as sg.BatchAxis\('dp'\), not 'dp'"):
+        sg.ColumnParallelLinear(3, 5, mesh=mesh, data="dp")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"dtype=torch.int32 takes no gradients"):
         sg.ColumnParallelLinear(3, 5, mesh=mesh, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"dtype must be dtype \| None, not str 'float32': .*torch.float32$"):
