@@ -92,7 +92,7 @@ def explain(
         misfit = None if argument in ("self", "where") else _misfit(value, hint)
         if misfit is not None:
             raise TypeError(
-                f"{name}: {argument} must be {_words(hint)}, not {_kind(value)}{_remedy(*misfit)}"
+                f"{name}: {argument} must be {_words(hint)}, not {_kind(value)}{_remedy(*misfit, value)}"
             ) from error
     plain = type(error) in (RuntimeError, NotImplementedError) or isinstance(error, ValueError)
     refused = kernels and plain and "memory" not in str(error)
@@ -205,16 +205,18 @@ def unusual(tensor: Any) -> str:
     return "" if str(tensor.layout) == "torch.strided" else f"{str(tensor.layout).removeprefix('torch.')} tensor"
 
 
-_REMEDIES = {
-    "ndarray": "torch.from_numpy(…)",
-    "DTensor": "pass its local shard, .to_local()",
-    "nested tensor": "torch.nested.to_padded_tensor(…, 0.0)",
-    "quantized tensor": "pass .dequantize()",
-    "sparse_coo tensor": "pass .to_dense()",
-    "sparse_csr tensor": "pass .to_dense()",
+_REMEDIES = {  # by what was given, and what should have been
+    ("ndarray", "Tensor"): "torch.from_numpy(…)",
+    ("DTensor", "Tensor"): "pass its local shard, .to_local()",
+    ("nested tensor", "Tensor"): "torch.nested.to_padded_tensor(…, 0.0)",
+    ("quantized tensor", "Tensor"): "pass .dequantize()",
+    ("sparse_coo tensor", "Tensor"): "pass .to_dense()",
+    ("sparse_csr tensor", "Tensor"): "pass .to_dense()",
+    ("DeviceMesh", "Mapping"): "pass the number of ranks of each axis, as {'tp': 2}",
 }
 _PASS = {
-    "Tensor": "pass this rank's shard as a torch.Tensor",
+    "Tensor": "pass a torch.Tensor",
+    "dtype": "pass one of torch's, as torch.float32",
     "DeviceMesh": "make one with torch.distributed.init_device_mesh(…, mesh_dim_names=…)",
     "Module": "pass the model, or the part of it that is meant",
     "TensorSpec": "take it from a layout, as layout['W']",
@@ -225,14 +227,16 @@ def _kind(value: Any) -> str:
     special = unusual(value) if hasattr(value, "is_quantized") and hasattr(value, "layout") else ""
     if special or hasattr(value, "shape"):
         return f"a {special or type(value).__name__}"
-    return f"{type(value).__name__} {shorten(value)}"
+    return f"{type(value).__name__} {shorten(repr(value) if isinstance(value, str) else value)}"
 
 
-def _remedy(part: Any, kind: Any) -> str:
+def _remedy(part: Any, kind: Any, value: Any) -> str:
     named = _kind(part).removeprefix("a ")
     wanted = getattr(kind, "__name__", "")
-    text = _REMEDIES.get(named if wanted == "Tensor" else "", "") or _PASS.get(wanted, "")
-    return f": {text}" if text else f" ({_words(kind)} is meant, and this has {named})"
+    text = _REMEDIES.get((named, wanted), "") or _PASS.get(wanted, "")
+    if text:
+        return f": {text}"
+    return "" if part is value else f" ({_words(kind)} is meant, and this has {named})"
 
 
 def _words(hint: Any) -> str:
@@ -256,6 +260,7 @@ def _listed(given: dict[str, Any]) -> list[str]:
     found = []
     for name, value in given.items():
         if name not in ("self", "where"):
-            shape = getattr(value, "shape", None)
-            found.append(f"{name} {list(shape)}" if isinstance(shape, tuple) else f"{name} = {shorten(value, 60)}")
+            shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", "")).removeprefix("torch.")
+            tensor = f"{name}: {dtype} {list(shape)}" if isinstance(shape, tuple) else ""
+            found.append(tensor or f"{name} = {shorten(value, 60)}")
     return found[:6]

@@ -29,7 +29,7 @@ class Axis:
     name: str
     size: int
     index: int
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup = field(repr=False)
     ranks: tuple[int, ...]
     mesh: str = field(compare=False)
     standing: Standing = field(compare=False, repr=False)
@@ -59,9 +59,9 @@ class MeshView:
     shape: dict[str, int]
     coordinate: dict[str, int]
     handle: str = ""
-    bound: dict[Any, Any] = field(default_factory=dict)
+    bound: dict[Any, Any] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
-    agreed: dict[str, set[str]] = field(default_factory=dict)
+    agreed: dict[str, set[str]] = field(default_factory=dict, repr=False)
 
     def axis(self, name: str, user: object = None) -> Axis:
         """One axis.

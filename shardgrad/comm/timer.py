@@ -42,6 +42,9 @@ class CommTimer:
                 self._spans.append((began, ended))
         return self._seconds
 
+    def __repr__(self) -> str:
+        return f"CommTimer({self.count} collectives, {self.seconds:.3g} s)"
+
     def add(self, seconds: float) -> None:
         """Count time of the host."""
         self._seconds += seconds

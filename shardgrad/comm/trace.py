@@ -86,6 +86,9 @@ class Trace:
     def __len__(self) -> int:
         return len(self.events)
 
+    def __getitem__(self, at: int) -> Event:
+        return self.events[at]
+
     def __iter__(self) -> Iterator[Event]:
         return iter(self.events)
 

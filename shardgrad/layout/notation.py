@@ -120,7 +120,7 @@ def parse(text: str) -> Notation:
         raise LayoutError(f"a layout is a string such as 'X[n,d] W[d,m/tp] -> Y[n,m/tp]', not {type(text).__name__}")
     if len(text) > MOST_TEXT:
         raise LayoutError(f"a layout of {len(text):,} characters, more than {MOST_TEXT}: {shorten(text)}")
-    return _Reader(text).layout()
+    return _Reader(text, _EXAMPLE).layout()
 
 
 def parse_tensor(text: str) -> TensorSpec:
@@ -133,15 +133,18 @@ def parse_tensor(text: str) -> TensorSpec:
         raise LayoutError(
             f"a tensor is a string such as 'W[m/tp,d]' of at most {MOST_TEXT} characters: {shorten(text)}"
         )
-    reader = _Reader(text)
+    reader = _Reader(text, "a tensor reads like  W[d,m/tp]")
     name, dims, marks = reader.tensor("a tensor")
     reader.end()
     return TensorSpec(name, dims, grad_partial=marks)
 
 
+_EXAMPLE = "a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]"
+
+
 class _Reader:
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, example: str) -> None:
+        self.text, self.example = text, example
         self.tokens = list(self._tokens())
         self.next = 0
 
@@ -161,10 +164,7 @@ class _Reader:
     def _failed(self, at: int, why: str) -> LayoutError:
         a_name = re.fullmatch(r"[\w.]+", self.text.strip())
         named = "\nlayouts with a name are in PRESETS: sg.PRESETS['column']" if a_name else ""
-        return LayoutError(
-            f"cannot read the layout\n{point(self.text, at)}\n{why}\n"
-            f"a layout reads like  X[n,d] W[d,m/tp] -> Y[n,m/tp]  or, with a bias,  … + B[m/tp]{named}"
-        )
+        return LayoutError(f"cannot read the layout\n{point(self.text, at)}\n{why}\n{self.example}{named}")
 
     def _peek(self) -> tuple[str, str]:
         return self.tokens[self.next][:2]

@@ -94,7 +94,11 @@ def _letters(text: str, whole: str, where: str) -> Letters:
     try:
         spec = parse_tensor(f"F[{text}]")
     except LayoutError as error:
-        raise LayoutError(f"{where}: {whole!r}: {error}") from None
+        why = str(error).splitlines()[-2]
+        raise LayoutError(
+            f"{where}: cannot read {text.strip()!r} of {whole!r}: {why}\n"
+            "a plan's text reads like  d -> f/tp  or, of a fused weight,  d -> c,h/tp,k"
+        ) from None
     if spec.grad_partial or spec.partial:
         raise LayoutError(f"{where}: {whole!r} marks a sum: a plan says how features are stored, sums follow")
     return spec.dims

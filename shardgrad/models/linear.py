@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardgrad.comm.adjoint import gather_replicated
 from shardgrad.comm.mesh import view
 from shardgrad.comm.pieces import refuse_exact_on
+from shardgrad.errors import LayoutError
 from shardgrad.layout.notation import Dim, TensorSpec
 from shardgrad.layout.sizes import slab
 from shardgrad.models.entrance import Entrance
@@ -193,6 +194,11 @@ class FeatureLinear(Layer):
             x = self.entrance(x)
         if 0 in self._in and x.shape[-1]:
             x = x.narrow(-1, 0, 0)  # what ranks without heads attend with
+        elif x.shape[-1:] == (self.in_features,) and prod(self._in) != self.in_features:
+            raise LayoutError(
+                f"{self.features} gets x whole, {tuple(x.shape)}, not this rank's {prod(self._in)} features: the plan "
+                f"lacks the layer before it, as 'd -> …/{self.axis}'"
+            )
         x = x.unflatten(-1, self._in) if len(self._in) > 1 else x
         made = self.multiply("X", x, sequence_size, operands=self._operands())
         outs = [self._flat(y, x.dim() - len(self._in), at) for at, y in enumerate(made)]

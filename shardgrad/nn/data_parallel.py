@@ -38,9 +38,9 @@ def check_replicas_alike(shardings: Mapping[str, ParamSharding], user: str) -> N
             axis, others = found
             remedy = "process_group=mesh.get_group('dp')" if caller == "DistributedDataParallel" else "mesh=mesh['dp']"
             raise MeshError(
-                f"{caller} takes ranks {_listed(ranks)} for replicas, but {user}.{name} is sharded over axis {axis!r}, "
-                f"along which {_listed(others)} of them hold other shards than this rank does: one shard would take "
-                "the place of another. Replicate over an axis of the mesh that shards no parameter: "
+                f"{caller} takes {_listed(ranks)} for replicas, but {user}.{name} is sharded over axis {axis!r}, "
+                f"along which other shards than this rank's are on {_listed(others)}: one would take the place of "
+                "another. Replicate over an axis of the mesh that shards no parameter: "
                 f"init_device_mesh(…, (…, …), mesh_dim_names=('dp', {axis!r})), "
                 f"then {caller}(model, {remedy})"
             )
@@ -62,4 +62,5 @@ def differing(sharding: ParamSharding, ranks: Sequence[int]) -> tuple[str, list[
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f", … ({len(ranks)})" if len(ranks) > 8 else "")
+    more = f", … ({len(ranks)})" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"

@@ -263,6 +263,7 @@ class Layer(ShardedModule):
         except Exception as error:
             if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
                 raise
+            self._name(error)
             explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
             raise
 
@@ -308,6 +309,12 @@ class Layer(ShardedModule):
     def transfers(self, sizes: Sizes, dims: int, dtype: Any) -> Iterable[Collective]:
         """What a layer sends besides its products, for x of so many dims; see `nn.transfer`."""
         return ()
+
+    def _name(self, error: Exception) -> None:
+        """Put this layer before what is said of its products' shapes."""
+        name = type(self).__name__
+        if isinstance(error, ShapeError) and not str(error).startswith(name):
+            error.args = (f"{name}({self.extra_repr()}): {error}",)
 
     def _flags(self) -> str:
         """How a layer is parallel, for its repr."""
@@ -355,6 +362,7 @@ class OneProduct(Layer):
         except Exception as error:
             if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
                 raise
+            self._name(error)
             explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
             raise
 

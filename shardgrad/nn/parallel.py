@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -54,6 +55,10 @@ class Parallel:
         return self  # a mesh holds process groups, which cannot be copied
 
     def __post_init__(self) -> None:
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise TypeError(f"dtype={self.dtype} takes no gradients: parameters are of a floating-point dtype")
+        if self.data is not None and not hasattr(self.data, "axis"):
+            raise TypeError(f"data must be a sg.BatchAxis, as sg.BatchAxis('dp'), not {self.data!r}")
         if self.sequence_dim is None:
             return
         if not isinstance(self.sequence_dim, int) or isinstance(self.sequence_dim, bool):
@@ -77,7 +82,11 @@ class Parallel:
         names = takes.__annotations__
         for name in where:
             if name not in names:
-                raise TypeError(f"{layer} got an unexpected keyword argument {name!r}: it takes {', '.join(names)}")
+                meant = "".join(f" ({one} is meant?)" for one in get_close_matches(name, names, 1))
+                raise TypeError(
+                    f"{layer} got an unexpected keyword argument {name!r}{meant}: besides its own it takes "
+                    f"{', '.join(names)}"
+                )
         parallel = where.get("parallel")
         if parallel is None:
             if "mesh" not in where:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from math import prod
 
@@ -18,7 +18,7 @@ from shardgrad.nn.features import MergedDim, Part
 from shardgrad.ops.shard import shard, unshard
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ParamSharding:
     """How a parameter is stored: which axes shard which of its dims, on which mesh, and its global shape.
 
@@ -37,6 +37,11 @@ class ParamSharding:
     parts: tuple[ParamSharding, ...] = ()
     dim: int = 0
     varies: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("spec", "shape")}
+        more = "".join(f", {name}={value!r}" for name, value in given.items() if value not in (None, (), 0))
+        return f"ParamSharding({self.spec}, {self.shape}{more})"
 
     def __deepcopy__(self, memo: object) -> ParamSharding:
         return self  # a mesh holds process groups, which cannot be copied

@@ -85,7 +85,9 @@ class Vocabulary:
         if ids.device.type == "cpu" and not shim.is_fake(ids):
             wrong = (ids != NO_ID) & ((ids < 0) | (ids >= self.size))
             if bool(wrong.any()):
-                raise IndexError(f"target {int(ids[wrong][0])} is outside the vocabulary of {self.size}")
+                raise IndexError(
+                    f"id {int(ids[wrong][0])} is outside the vocabulary of {self.size} (0 to {self.size - 1})"
+                )
 
 
 def check_reading(temperature: float, soft_cap: float | None) -> None:

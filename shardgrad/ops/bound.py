@@ -75,6 +75,9 @@ class BoundMatmul:
             self, f"{self.name} on {view.handle}, {biased}, {sorted(save_gathered)}, {reduce_dtype}, {operation}"
         )
 
+    def __repr__(self) -> str:
+        return f"BoundMatmul({self.name})"
+
     def __deepcopy__(self, memo: object) -> BoundMatmul:
         return self  # bound to process groups, and never changed by a call
 

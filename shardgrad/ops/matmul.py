@@ -59,7 +59,7 @@ def matmul(
     Differentiable: each gradient comes back stored as its tensor is, complete (but for axes marked `{axis}`), for one
     global scalar loss. What is not needed is neither computed nor communicated.
 
-        y = matmul(x, w, "X[n,d] W[d,m/tp] -> Y[n,m/tp]", mesh)
+        y = matmul(x, w, "X[n,d] W[d,m/tp] -> Y[n,m/tp]", mesh, sizes={"m": 5})
 
     Products of one input share its gather and the reduction of its gradient:
 

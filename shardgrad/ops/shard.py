@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import told
+from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import view
 from shardgrad.errors import ShapeError
 from shardgrad.layout.notation import Dim, TensorSpec, parse_tensor
@@ -53,12 +54,18 @@ def unshard(local: Tensor, spec: TensorSpec | str, mesh: DeviceMesh, sizes: Mapp
     A product marked `Y[n,m]{tp}` is summed over tp; a gradient is partial where its tensor is marked, so assemble it
     with `layout["X"].grad`. Not differentiable.
 
+        full = unshard(y, layout["Y"], mesh, sizes={"m": 5})
+
+    A tensor that is whole already reads as the shard of a larger one, and is put together with its copies, in silence.
+    With its `sizes` said it is an error.
+
     Args:
         local: this rank's shard, stored as `spec` (in whose text a mark is one of the value, as a product's).
         sizes: global sizes of letters; those missing are exchanged (one small exchange for each axis).
 
     Raises:
         ShapeError: the shards are not as the mesh shards, or contradict `sizes`.
+        DisagreementError: they differ in dtype, or in dims that no axis shards (compared when first seen).
         MeshError: the mesh lacks an axis of `spec`.
     """
     spec = _read(spec)
@@ -68,6 +75,11 @@ def unshard(local: Tensor, spec: TensorSpec | str, mesh: DeviceMesh, sizes: Mapp
     moves = route(spec.dims, whole, spec.partial)
     given = {letter: size for letter, size in (sizes or {}).items() if letter in spec.letters}
     known = sizing.learn([spec], [local], given, mesh_view, spec)
+    if len(given) < len(spec.dims):  # else each rank has seen by itself that its shard fits
+        whole_dims = [f"{dim.letter} = {size}" for dim, size in zip(spec.dims, local.shape) if not dim.axes]
+        said = "\n".join((str(spec), str(local.dtype), *whole_dims))
+        for name in dict.fromkeys((*spec.axes, *spec.partial)):
+            agree(mesh_view, mesh_view.axes[name], lambda: said, "a tensor to assemble")
     missing = sizing.unknown(moves, known)
     if missing:
         exchange(missing, known, mesh_view, spec)

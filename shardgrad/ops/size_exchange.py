@@ -81,7 +81,8 @@ def contradiction(
         parts = chunks(known, view.shape[axis])
         lines.append(f"  {known} over {axis} is sharded as {parts} ({rule(view.shape[axis])})")
         known = parts[view.coordinate[axis]]
-    lines.append("  shard tensors with sg.shard(full, layout[name], mesh)")
+    if axes:
+        lines.append("  shard tensors with sg.shard(full, layout[name], mesh)")
     if ";" in str(user):
         lines.append("  (a letter has one size in all layouts of a call: give another size another letter)")
     return "\n".join(lines)

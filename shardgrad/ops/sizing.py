@@ -33,9 +33,9 @@ def learn(
         if not any(letter in spec.letters for spec in specs):
             raise ShapeError(f"sizes names {letter!r}, which is no letter of {user}")
         if not isinstance(size, Integral | SymInt) or size < 0:
-            raise ShapeError(f"sizes says {letter} = {size!r}, which is not a number of elements (in {user})")
+            raise ShapeError(f"{letter} = {size!r} is given, which is not a number of elements (in {user})")
         sizes.known[letter, ()] = size
-        source[letter, ()] = f"sizes says {letter} = {size}"
+        source[letter, ()] = f"{letter} = {size} is given"
     found = []
     for spec, tensor in zip(specs, tensors):
         if tensor.dim() != len(spec.dims):

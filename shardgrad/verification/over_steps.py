@@ -57,7 +57,7 @@ def kept_by_the_optimizer(seen: Evidence, known: Context) -> Iterator[Hypothesis
 
 
 def made_by_the_optimizer(seen: Evidence, known: Context) -> Iterator[Hypothesis]:
-    if seen.kind == "step" and not {("gradient", seen.name), ("norm", "norm of all gradients")} & known.wrong:
+    if seen.kind == "step" and not {("gradient", seen.name), ("norm", "all gradients")} & known.wrong:
         says = "the gradient is right, and the value after the step is not"
         remedy = (
             "compare the optimizer's class, learning rate, epsilon, decay and groups of parameters, and look for what "

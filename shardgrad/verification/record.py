@@ -21,7 +21,7 @@ Batch = Sequence[Any] | Mapping[str, Any]
 Loss = Callable[..., Any]
 WHOLE = "(model)"
 LOSS: Key = ("loss", "loss")
-NORM: Key = ("norm", "norm of all gradients")
+NORM: Key = ("norm", "all gradients")
 _SECOND = 0.625
 """The second step's gradients, in those of the first."""
 
@@ -202,18 +202,22 @@ def result_of(found: Any) -> Tensor | None:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The floating tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    return (tensor for tensor in all_tensors_in(value) if tensor.is_floating_point())
+
+
+def all_tensors_in(value: Any) -> Iterator[Tensor]:
+    """The same, of every dtype."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
+        yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from tensors_in(part)
+            yield from all_tensors_in(part)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from tensors_in(part)
+            yield from all_tensors_in(part)
     elif dataclasses.is_dataclass(value):
         for one in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, one.name))
+            yield from all_tensors_in(getattr(value, one.name))
 
 
 def mapped(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import told
+from shardgrad.comm.agree import texts_of_all
 from shardgrad.comm.mesh import MeshView, view
+from shardgrad.errors import DisagreementError
 from shardgrad.nn.dropout import Dropout
 from shardgrad.verification import splits as how
 from shardgrad.verification.attempt import Attempt, Optimizer, Side
@@ -22,9 +25,10 @@ from shardgrad.verification.clipping import Clip, clip_of
 from shardgrad.verification.compare import VERDICTS, Measured, observe
 from shardgrad.verification.decide import Judged
 from shardgrad.verification.diagnose import MOST, Diagnosis, diagnose
+from shardgrad.verification.fingerprint import fingerprint
 from shardgrad.verification.pairing import Names, Pair, local_part, pair
 from shardgrad.verification.place import Placer, modules_of
-from shardgrad.verification.record import Batch, Key, Loss
+from shardgrad.verification.record import Batch, Key, Loss, all_tensors_in
 from shardgrad.verification.report import Report
 from shardgrad.verification.stated import stated
 from shardgrad.verification.steps import Steps, by_requires_grad, judge
@@ -66,7 +70,8 @@ def verify(
         parallel: shardgrad's layers, DTensors (`parallelize_module`), Megatron-core's or fairscale's, or any module
             whose parameters are local shards.
         single: the same model on one device; any values.
-        batch: what `loss` is given after the model: a tensor, a sequence, or a mapping of keywords; the whole of it.
+        batch: what `loss` is given after the model: a tensor, a sequence, or a mapping of keywords; the whole of it,
+            alike on every rank.
         mesh: the mesh over which `parallel` is split.
         loss: `loss(model, *batch)` returns a scalar loss, or an output, which is then given a random gradient. By
             default the model is called.
@@ -91,10 +96,12 @@ def verify(
     Raises:
         LayoutError: names or splits that are missing, unknown or ambiguous, with the nearest ones.
         ShapeError: shapes that do not fit together.
+        DisagreementError: the ranks were given different batches.
         ValueError: dropout is active, which makes runs differ.
     """
     _refuse_dropout(parallel, single)
     mesh_view = view(mesh)
+    _refuse_other_batches(_batch(batch), mesh_view)
     tell = progress or (lambda said: None)
     given = how.Splits(splits or {}, mesh_view)
     pairs, held = pair(parallel, single, mesh_view, given, names, list(padded))
@@ -188,6 +195,27 @@ def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _batch(batch: Tensor | Batch) -> Batch:
     return (batch,) if isinstance(batch, Tensor) else batch
+
+
+def _refuse_other_batches(batch: Batch, mesh: MeshView) -> None:
+    """Each rank computes `single` itself, of what should be one batch."""
+    parts = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    said = json.dumps({str(name): [_bits(tensor) for tensor in all_tensors_in(part)] for name, part in parts})
+    texts = texts_of_all(said, mesh)
+    differ = {
+        name for text in texts for name, bits in json.loads(text).items() if json.loads(texts[0]).get(name) != bits
+    }
+    if differ:
+        raise DisagreementError(
+            "verify: batch is the whole one, alike on every rank, but the ranks have different values in "
+            f"{', '.join(sorted(differ))}: make it from one seed on all of them, and give this rank's part as "
+            "parallel_batch"
+        )
+
+
+def _bits(tensor: Tensor) -> int:
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    return int(fingerprint(tensor)) if plain else 0
 
 
 _DROPOUT = (Dropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -34,7 +34,7 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
     [
         (
             lambda mesh, x, w: sg.matmul([1], w, COLUMN, mesh),
-            "matmul: x must be Tensor, not list [1]: pass this rank's",
+            "matmul: x must be Tensor, not list [1]: pass a torch.Tensor",
         ),
         (lambda mesh, x, w: sg.matmul(x, w, COLUMN, mesh, bias=3), "matmul: bias must be Tensor | None, not int 3"),
         (lambda mesh, x, w: sg.matmul(x.numpy(), w, COLUMN, mesh), "not a ndarray: torch.from_numpy(…)"),
@@ -43,7 +43,7 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
             "X is sparse_coo tensor: products take dense tensors",
         ),
         (lambda mesh, x, w: sg.matmul(x, w, COLUMN, mesh, sizes=3), "matmul: sizes must be Mapping[str, int] | None"),
-        (lambda mesh, x, w: sg.ColumnParallelLinear("3", 2, mesh=mesh), "in_features must be int, not str 3"),
+        (lambda mesh, x, w: sg.ColumnParallelLinear("3", 2, mesh=mesh), "in_features must be int, not str '3'"),
         (lambda mesh, x, w: sg.ColumnParallelLinear(3, 2, mesh=mesh)(None), "ColumnParallelLinear: x must be Tensor"),
         (lambda mesh, x, w: sg.MLP(3, 4, mesh=mesh)(np.ones((2, 3))), "torch.from_numpy(…)"),
         (lambda mesh, x, w: sg.SwiGLU(3, 4, mesh=mesh)([x]), "SwiGLU: x must be Tensor, not list"),
@@ -51,6 +51,14 @@ def test_many_random_wrong_calls_end_in_errors_of_ours() -> None:
         (lambda mesh, x, w: sg.shard(3, sg.Layout(COLUMN)["X"], mesh), "shard: full must be Tensor, not int 3"),
         (lambda mesh, x, w: sg.all_gather(x, mesh, "tp", 99), "dim 99 is out of range"),
         (lambda mesh, x, w: sg.Layout(COLUMN).collectives({"n": 1, "d": "x", "m": 1}, {"tp": 2}), "size 'x' of letter"),
+        (
+            lambda mesh, x, w: sg.Layout(COLUMN).collectives({"n": 1, "d": 1, "m": 1}, mesh),
+            "mesh_shape must be Mapping[str, int], not a DeviceMesh: pass the number of ranks of each",
+        ),
+        (
+            lambda mesh, x, w: sg.VocabParallelEmbedding(5, 3, mesh=mesh)(x),
+            "look at ids: float32 [2, 3]",
+        ),
         (lambda mesh, x, w: sg.num_parameters(3), "expected a module, not int"),
         (lambda mesh, x, w: sg.shard(x), "shard: missing a required argument: 'spec'"),
     ],

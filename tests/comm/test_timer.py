@@ -78,6 +78,7 @@ def test_inside_the_block_the_host_does_not_wait(device: Device) -> None:
     assert device.waited == 2
     assert clock.seconds == pytest.approx(7e-3, rel=1e-12)
     assert clock.count == 3
+    assert repr(clock) == "CommTimer(3 collectives, 0.007 s)"
 
 
 def test_every_open_timer_counts_every_call(device: Device) -> None:

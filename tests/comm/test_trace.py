@@ -43,6 +43,7 @@ def test_every_kind_of_collective_with_its_axis_and_bytes(world_size: int) -> No
     assert len(traced) == 7
     assert str(traced).splitlines()[0] == "all-reduce over dp: float32 [6, 2], 48 bytes sent"
     assert repr(traced) == f"Trace(7 collectives, {traced.bytes} bytes sent by this rank)"
+    assert traced[-1] is list(traced)[6]
     with sg.trace_collectives() as quiet:
         pass
     assert len(quiet) == 0

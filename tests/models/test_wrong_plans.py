@@ -112,7 +112,10 @@ BEFORE: dict[str, tuple[str, dict[str, Any], Change, str]] = {
         "llama", {}, beside("model.layers.0.mlp.up_proj", "d -> f/tp"),
         r"layers.0.mlp.up_proj is meant by '\*\*.layers.\*.mlp.up_proj' and .*: one entry for each module",
     ),
-    "no arrow": ("llama", {}, instead("up_proj", "d => f/tp"), r"mlp.up_proj: 'd => f/tp': cannot read the layout"),
+    "no arrow": (
+        "llama", {}, instead("up_proj", "d => f/tp"),
+        r"mlp.up_proj: cannot read 'd => f/tp' of .*\na plan's text reads like  d -> f/tp  or",
+    ),
     "too many arrows": ("llama", {}, instead("up_proj", "d -> f -> f/tp -> f"), r"up_proj: .* is not of the form 'in"),
     "gathers other letters": ("llama", {}, instead("lm_head", "d -> v/tp -> w"), r"lm_head: .* letters without axes"),
     "both sides": (
@@ -121,7 +124,7 @@ BEFORE: dict[str, tuple[str, dict[str, Any], Change, str]] = {
     "letter on both sides": (
         "llama", {}, instead("up_proj", "d -> d/tp"), r"mlp.up_proj: 'd -> d/tp' has d on both sides of the arrow",
     ),
-    "marks a sum": ("llama", {}, instead("down_proj", "f/tp -> d{tp}"), r"down_proj: 'f/tp -> d\{tp\}': cannot"),
+    "marks a sum": ("llama", {}, instead("down_proj", "f/tp -> d{tp}"), r"down_proj: cannot read 'd\{tp\}' of"),
     "not a text": (
         "llama", {}, instead("up_proj", 5), r"up_proj: a plan holds texts such as 'd -> h/tp,k', not int",  # type: ignore[arg-type]
     ),
@@ -253,6 +256,13 @@ CALL: dict[str, tuple[str, Change, str]] = {
     "no v": ("llama", without("v_proj"), rf"layers.0.self_attn: scaled_dot_product_attention {MIXED}"),
     "no up": ("llama", without("up_proj"), rf"layers.0.mlp: mul {MIXED}"),
     "no gate": ("llama", without("gate_proj"), rf"layers.0.mlp: mul {MIXED}"),
+    "no fc1": (
+        "opt", without("fc1"),
+        r"f/tp -> d gets x whole, \(14, \d+\), not this rank's \d+ features: the plan lacks the layer before it",
+    ),
+    "no q, k, v": (
+        "llama", without("q_proj", "k_proj", "v_proj"), r"h/tp,k -> d gets x whole, .* as 'd -> …/tp'",
+    ),
 }  # fmt: skip
 
 

@@ -323,3 +323,42 @@ def test_a_warm_call_passes_through_one_function_of_the_layers(world_size: int, 
     finally:
         sys.setprofile(None)
     assert frames == ["forward", "forward"]
+
+
+@distributed(world_size=[2, 3])
+def test_what_does_not_fit_is_told_of_the_layer(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    row, gated = sg.RowParallelLinear(7, 4, mesh=mesh), sg.SwiGLU(5, 9, mesh=mesh)
+    with pytest.raises(
+        sg.ShapeError, match=r"^RowParallelLinear\(in_features=7, .* X has local shape \(3, 7\)"
+    ) as told:
+        row(torch.ones(3, 7))
+    assert "because d = 7 is given" in str(told.value)
+    assert "shard tensors with sg.shard" in str(told.value)
+    with pytest.raises(sg.ShapeError, match=r"^SwiGLU\(embed_dim=5, .* X has local shape \(3, 4\)") as told:
+        gated(torch.ones(3, 4))
+    assert "sg.shard" not in str(told.value)  # no axis shards the dim that does not fit
+    with pytest.raises(sg.ShapeError, match=r"^ColumnParallelLinear\(in_features=5"):
+        sg.MLP(5, 9, mesh=mesh)(torch.ones(3, 4))
+
+
+@distributed(world_size=2)
+def test_keywords_and_dtypes_that_no_layer_has(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    with pytest.raises(TypeError, match=r"'sequence_dims' \(sequence_dim is meant\?\): besides its own it takes"):
+        sg.ColumnParallelLinear(3, 5, mesh=mesh, sequence_dims=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"data must be a sg.BatchAxis, as sg.BatchAxis\('dp'\), not 'dp'"):
+        sg.ColumnParallelLinear(3, 5, mesh=mesh, data="dp")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype=torch.int32 takes no gradients"):
+        sg.ColumnParallelLinear(3, 5, mesh=mesh, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"dtype must be dtype \| None, not str 'float32': .*torch.float32$"):
+        sg.ColumnParallelLinear(3, 5, mesh=mesh, dtype="float32")  # type: ignore[arg-type]
+
+
+@distributed(world_size=2)
+def test_how_a_parameter_is_stored_is_shown_in_a_line(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    stored = sg.ColumnParallelLinear(3, 5, mesh=mesh).shardings()["weight"]
+    assert repr(stored) == f"ParamSharding(W[m/tp,d], (5, 3), mesh={mesh!r})"
+    part = sg.ParamSharding(stored.spec, (5, 3), mesh, merged=(15,))
+    assert repr(part) == f"ParamSharding(W[m/tp,d], (5, 3), mesh={mesh!r}, merged=(15,))"

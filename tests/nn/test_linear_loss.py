@@ -430,7 +430,7 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         call(target=target[:2])
     with pytest.raises(sg.ShapeError, match="integer ids"):
         call(target=target.double())
-    with pytest.raises(IndexError, match="target 6 is outside the vocabulary of 6"):
+    with pytest.raises(IndexError, match="id 6 is outside the vocabulary of 6"):
         call(target=target + 6)
     with pytest.raises(ValueError, match="reduction must be"):
         call(reduction="median")

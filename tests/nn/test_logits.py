@@ -180,9 +180,9 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         logits.log_prob(torch.tensor([1, 2, 3]))
     with pytest.raises(sg.ShapeError, match="integer ids"):
         logits.log_prob(torch.ones(4))
-    with pytest.raises(IndexError, match="target 6 is outside the vocabulary of 6"):
+    with pytest.raises(IndexError, match="id 6 is outside the vocabulary of 6"):
         logits.log_prob(torch.tensor([1, 2, 6, -100]))
-    with pytest.raises(IndexError, match="target -100 is outside"):
+    with pytest.raises(IndexError, match="id -100 is outside"):
         logits.log_prob(torch.tensor([1, 2, 5, -100]), ignore_index=5)
     with pytest.raises(sg.ShapeError, match="both must be of the same tokens and vocabulary, over the same axis"):
         logits.kl_div(made(torch.randn(5, 3)))

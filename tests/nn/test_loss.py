@@ -132,7 +132,7 @@ def test_wrong_uses_are_refused(world_size: int) -> None:
         call(torch.randn(3, 3), target.float())
     with pytest.raises(sg.ShapeError, match="floating point"):
         call(torch.ones(3, 3, dtype=torch.long))
-    with pytest.raises(IndexError, match="target 6 is outside the vocabulary of 6"):
+    with pytest.raises(IndexError, match="id 6 is outside the vocabulary of 6"):
         call(torch.randn(3, 3), torch.tensor([0, 6, 1]))
     with pytest.raises(ValueError, match="reduction must be"):
         call(torch.randn(3, 3), reduction="median")

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import shardgrad as sg
 from shardgrad import Layout, ShapeError
+from shardgrad.layout.notation import parse_tensor
 from shardgrad.layout.sizes import chunk, slab
 from shardgrad.testing import distributed
 
@@ -86,7 +87,7 @@ def test_what_does_not_fit_is_said_with_the_numbers(world_size: int) -> None:
         (ShapeError, ["X[n,d] has 2 dims", "has 3: shape (1, 4, 5)"], {"x": torch.ones(1, 4, 5)}),
         (
             ShapeError,
-            ["its m/tp is 3 here", "should be 4", "sizes says m = 8", "8 over tp is sharded as [4, 4]"],
+            ["its m/tp is 3 here", "should be 4", "because m = 8 is given", "8 over tp is sharded as [4, 4]"],
             {"sizes": {"m": 8}},
         ),
         (ShapeError, ["sizes names 'z'"], {"sizes": {"z": 8}}),
@@ -113,6 +114,33 @@ def test_what_does_not_fit_is_said_with_the_numbers(world_size: int) -> None:
         sg.matmul(x, [(w, column), (w, "X[n/tp,d] W[d,m/tp] -> Y[n,m/tp]")], mesh)
     with pytest.raises(ShapeError, match="has 2 dims, but the tensor to shard has shape"):
         sg.shard(torch.ones(3), Layout(column)["X"], mesh)
+
+
+@distributed(world_size=[2, 3])
+def test_assembling_a_whole_tensor_is_an_error_with_its_size(world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    whole = torch.randn(4, 5)
+    with pytest.raises(ShapeError, match="because m = 5 is given"):
+        sg.unshard(whole, "Y[n,m/tp]", mesh, sizes={"m": 5})
+    assert torch.equal(sg.unshard(sg.shard(whole, "Y[n,m/tp]", mesh), "Y[n,m/tp]", mesh, sizes={"m": 5}), whole)
+
+
+@distributed(world_size=[2, 3])
+def test_shards_that_do_not_make_one_tensor_are_an_error_on_every_rank(world_size: int) -> None:
+    """gloo ends the process, or fills the rest with what lay there."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    rank = mesh.get_rank()
+    with pytest.raises(sg.DisagreementError, match=r"a tensor to assemble:\n(.*\n)*.*d = "):
+        sg.unshard(torch.ones(4 + rank, 5), "W[d,m/tp]", mesh)
+    with pytest.raises(sg.DisagreementError, match=r"torch\.float64"):
+        sg.unshard(torch.ones(4, 5, dtype=[torch.float32, torch.float64][rank % 2]), "W[d,m/tp]", mesh)
+    with pytest.raises(sg.DisagreementError, match="n = "):
+        sg.unshard(torch.ones(4 + rank, 5), "Y[n,m]{tp}", mesh)
+
+
+def test_a_text_that_is_no_tensor_is_told_with_a_tensor() -> None:
+    with pytest.raises(sg.LayoutError, match=r"\na tensor reads like  W\[d,m/tp\]$"):
+        parse_tensor("d,m/tp")
 
 
 @distributed(world_size=2)

@@ -141,3 +141,18 @@ def test_a_number_that_a_model_returns(world_size: int) -> None:
     report = sg.verify(Scalar(1.37), Scalar(), rows(), tp(world_size))
     assert report.first is not None
     assert (report.first.kind, report.first.name) == ("output", "(model)")
+
+
+@distributed(world_size=[2, 3])
+def test_ranks_with_different_batches_are_told_so_and_no_layer_is_accused(world_size: int) -> None:
+    """Ranks that were not seeded alike: of real numbers, of ids, and in a mapping."""
+    mesh = tp(world_size)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    other, ids = torch.randn(5, 6, generator=generator), torch.arange(5) + dist.get_rank()
+
+    def loss(model: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+        return model(x)[ids.new_zeros(())].square().mean()
+
+    for batch, name in ((other, "0"), ((rows(), ids), "1"), ({"x": rows(), "ids": ids}, "ids")):
+        with pytest.raises(sg.DisagreementError, match=f"different values in {name}: make it from one seed"):
+            sg.verify(Hand(mesh), Single(), batch, mesh, loss=None if name == "0" else loss)
