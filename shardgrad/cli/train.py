@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -63,7 +62,13 @@ def train(
         for stage in stages(read, ranks):
             if stage.data.tokens is None:
                 read_text(stage.data.files)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # In place of this process: signals reach the launcher, which ends the ranks, and its status is the command's.
-    os.execv(sys.executable, [*launcher, "-m", "shardgrad.train", config, *(overrides or [])])
+    try:  # in this process: signals reach the launcher, which passes them on and waits until its ranks have saved
+        torchrun.main(
+            ["--standalone", f"--nproc-per-node={ranks}", "-m", "shardgrad.train", config, *(overrides or [])]
+        )
+    except SignalException as stopped:  # what was saved, and how to go on, the first rank has said
+        raise typer.Exit(128 + stopped.sigval) from None
