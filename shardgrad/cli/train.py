@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -62,13 +61,4 @@ def train(
         for stage in stages(read, ranks):
             if stage.data.tokens is None:
                 read_text(stage.data.files)
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:  # in this process: signals reach the launcher, which passes them on and waits until its ranks have saved
-        torchrun.main(
-            ["--standalone", f"--nproc-per-node={ranks}", "-m", "shardgrad.train", config, *(overrides or [])]
-        )
-    except SignalException as stopped:  # what was saved, and how to go on, the first rank has said
-        raise typer.Exit(128 + stopped.sigval) from None
+    processes.torchrun(ranks, "shardgrad.train", config, *(overrides or []))

@@ -83,3 +83,24 @@ def test_a_run_from_another_folder_and_a_signal_that_ends_it(tmp_path: Path) -> 
             assert "Traceback" not in rest
         finally:
             running.kill()
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shardgrad", "bench", "collectives", "--turns", "1000000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        try:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            until = time.monotonic() + 100
+            while len(children.read_text().split()) < 2:
+                assert running.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            running.send_signal(signal.SIGINT)
+            rest = running.communicate(timeout=60)[0]
+            assert running.returncode == 128 + signal.SIGINT
+            assert "SignalException" not in rest
+        finally:
+            running.kill()
