@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node 2 launch/train.py configs/quickstart.yaml
 import sys
 
 try:
-    from shardgrad.train import main
+    from shardgrad.train.launch import main
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install what training needs with  pip install -e '.[train]'")
 

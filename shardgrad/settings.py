@@ -271,10 +271,13 @@ def nearest(model: type[Section], key: str) -> str:
     """What was probably meant by a key that is none."""
     key = key[:100]
     known = [name for name, _ in keys(model)]
+    sections = list(model.model_fields)
     by_last = {name.rpartition(".")[2]: name for name in known}
-    found = get_close_matches(key, [*known, *model.model_fields], n=1)
+    found = get_close_matches(key, [*known, *sections], n=1)
     found = found or [by_last[last] for last in get_close_matches(key.rpartition(".")[2], by_last, n=1)]
-    return f"; the nearest key is {found[0]}" if found else f"; the keys are {', '.join(known)}"
+    if found:
+        return f"; the nearest key is {found[0]}"
+    return f"; the keys are {', '.join(known)}" if "." in key else f"; the sections and keys are {', '.join(sections)}"
 
 
 def _problem(model: type[Section], detail: ErrorDetails) -> str:

@@ -24,7 +24,7 @@ def main(folder: Path, backend: Backend, what: str, config: str | None = None) -
         os.environ.pop("LOCAL_WORLD_SIZE", None)  # ranks that may be anywhere use gloo
     if what == "train":
         here()
-        from shardgrad.train import main as train
+        from shardgrad.train.launch import main as train
 
         return train([str(config)])
     return _layers(backend, here)

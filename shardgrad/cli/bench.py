@@ -21,14 +21,14 @@ from shardgrad.cli import (
 )
 from shardgrad.cli import ranks as start_ranks
 
-app = typer.Typer(help="Measure on this machine.", invoke_without_command=True)
-app.command(name="step", epilog=bench_step.EPILOG)(bench_step.step)
-app.command(name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhead)
-app.command(name="model", epilog=bench_model.EPILOG)(bench_model.model)
-app.command(name="overlap", epilog=bench_overlap.EPILOG)(bench_overlap.overlap)
-app.command(name="exact", epilog=bench_exact.EPILOG)(bench_exact.exact)
-app.command(name="head", epilog=bench_head.EPILOG)(bench_head.head)
-app.command(name="gpu", epilog=bench_gpu.EPILOG)(bench_gpu.gpu)
+app = typer.Typer(cls=style.Group, help="Measure on this machine.", invoke_without_command=True)
+app.command(cls=style.Command, name="step", epilog=bench_step.EPILOG)(bench_step.step)
+app.command(cls=style.Command, name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhead)
+app.command(cls=style.Command, name="model", epilog=bench_model.EPILOG)(bench_model.model)
+app.command(cls=style.Command, name="overlap", epilog=bench_overlap.EPILOG)(bench_overlap.overlap)
+app.command(cls=style.Command, name="exact", epilog=bench_exact.EPILOG)(bench_exact.exact)
+app.command(cls=style.Command, name="head", epilog=bench_head.EPILOG)(bench_head.head)
+app.command(cls=style.Command, name="gpu", epilog=bench_gpu.EPILOG)(bench_gpu.gpu)
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -39,10 +39,11 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command(
+    cls=style.Command,
     epilog=style.examples(
         "shardgrad bench collectives",
         "shardgrad bench collectives --ranks 4 --operations all-reduce,barrier --sizes 2KiB --draw times.svg",
-    )
+    ),
 )
 def collectives(
     ranks: options.Ranks = 2,
@@ -96,7 +97,8 @@ def collectives(
 
 
 @app.command(
-    epilog=style.examples("shardgrad bench memory", "shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4")
+    cls=style.Command,
+    epilog=style.examples("shardgrad bench memory", "shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4"),
 )
 def memory(
     sizes: Annotated[
@@ -109,7 +111,7 @@ def memory(
 
     One process: nothing is communicated.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from shardgrad.bench import memory as bench
 
@@ -132,31 +134,34 @@ def memory(
         listed = [asdict(row) for row in rows]
         style.print_json([{**row.pop("sizes"), **row} for row in listed])
         return
-    numbers = ("counted", "expected", "paper", "counted / paper")
-    style.table(
-        ("s, b, h, a", "t", "sharded", "computed again", *numbers),
-        [
-            (
-                f"{x.s}, {x.b}, {x.h}, {x.a}",
-                str(x.t),
-                row.scheme,
-                row.recompute,
-                f"{row.counted:,}",
-                f"{row.expected:,.0f}",
-                f"{row.paper:,.0f}",
-                f"{row.counted / row.paper:.3f}",
-            )
-            for row in rows
-            for x in (row.sizes,)
-        ],
-        title="bytes that one rank keeps for the backward of a block",
-        numbers=("t", *numbers),
-    )
+    numbers = ("counted", "expected", "paper", "/ paper")
+    for sizes_of in dict.fromkeys(replace(row.sizes, t=1) for row in rows):
+        style.table(
+            ("t", "sharded", "computed again", *numbers),
+            [
+                (
+                    str(row.sizes.t),
+                    row.scheme,
+                    row.recompute,
+                    f"{row.counted:,}",
+                    f"{row.expected:,.0f}",
+                    f"{row.paper:,.0f}",
+                    f"{row.counted / row.paper:.3f}",
+                )
+                for row in rows
+                if replace(row.sizes, t=1) == sizes_of
+            ],
+            title=f"bytes that a rank of t keeps for the backward of a block: s={sizes_of.s}, b={sizes_of.b}, "
+            f"h={sizes_of.h}, a={sizes_of.a}",
+            numbers=("t", *numbers),
+            dispensable=("expected",),
+        )
     if skipped:
         style.say(f"left out, for the formulas are of sizes that divide: {left_out}")
 
 
 @app.command(
+    cls=style.Command,
     name="bytes",
     epilog=style.examples(
         "shardgrad bench bytes", "shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64 --draw bytes.svg"
@@ -192,26 +197,26 @@ def bytes_sent(
     if as_json:
         style.print_json([{**asdict(row), "ratios": row.ratios} for row in rows])
         return
-    numbers = ("P", "Y", "dX", "dW", "bound", "stored × P")
-    style.table(
-        ("layout", "n, d, m", "grid", *numbers, "over the bound"),
-        [
-            (
-                row.layout,
-                f"{row.n}, {row.d}, {row.m}",
-                "×".join(map(str, row.grid.values())),
-                str(row.ranks),
-                *(f"{row.words[phase]:,}" for phase in bench.PHASES),
-                f"{row.least:,.0f}",
-                f"{row.stored:.2f}",
-                " ".join(f"{ratio:.2f}" for ratio in row.ratios.values()) if row.ratios else "replicates",
-            )
-            for row in rows
-        ],
-        title="elements that one rank sends; over the bound: Y, dX, dW",
-        numbers=numbers,
-        on=style.console(140),
-    )
+    numbers = ("Y", "dX", "dW", "stored × P")
+    for n, d, m, count, least in dict.fromkeys((row.n, row.d, row.m, row.ranks, row.least) for row in rows):
+        style.table(
+            ("layout", "grid", *numbers, "over the bound"),
+            [
+                (
+                    row.layout,
+                    "×".join(map(str, row.grid.values())),
+                    *(f"{row.words[phase]:,}" for phase in bench.PHASES),
+                    f"{row.stored:.2f}",
+                    " ".join(f"{ratio:.2f}" for ratio in row.ratios.values()) if row.ratios else "replicates",
+                )
+                for row in rows
+                if (row.n, row.d, row.m, row.ranks) == (n, d, m, count)
+            ],
+            title=f"n={n}, d={d}, m={m}: elements that one of P={count} ranks sends; the bound: {least:,.0f}",
+            numbers=numbers,
+            dispensable=("grid", "stored × P"),
+        )
+    style.say("over the bound: Y, dX, dW; stored × P: of X, W and Y, over one P-th of them.")
 
 
 def _count(text: str) -> int:

@@ -107,7 +107,7 @@ def _print(rows: list[Row], backend: str, model: str, machine: str) -> None:
             table,
             title=f"{dtype} {title} = {list(size)}, {backend}",
             numbers=columns[1:],
-            on=style.console(120),
+            dispensable=("sums held", "KiB sent", "of cpu"),
         )
     style.say(
         "alone: one rank, without communication, does what one of p ranks does: their local sizes in V/p pieces (casts "

@@ -64,5 +64,6 @@ def head(
             ],
             title=f"{dtype} {list(size)}, ranks: {ranks}",
             numbers=columns[1:],
+            dispensable=("s",),
         )
     style.say(bench_options.describe_machine(machine))

@@ -52,7 +52,7 @@ def model(
     if json:
         style.print_json({"machine": machine, "unit": "ms", "backend": how, "rows": bench.as_json(rows)})
         return
-    columns = ("part", "ranks", "ms", "tokens/s", "over one rank", "MiB at most")
+    columns = ("part", "ranks", "ms", "tokens/s", "over one rank", "peak MiB")
     table = [
         (
             row.part,
@@ -64,5 +64,5 @@ def model(
         )
         for row in rows
     ]
-    style.table(columns, table, title=f"GPT, {how}", numbers=columns[1:], on=style.console(120))
+    style.table(columns, table, title=f"GPT, {how}", numbers=columns[1:], dispensable=("tokens/s", "peak MiB"))
     style.say(bench_options.describe_machine(machine))

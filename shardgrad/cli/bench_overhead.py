@@ -38,9 +38,9 @@ def overhead(
         return
     columns = ("contender", "wall", "processor", "least", "/ plain", "/ hand-written")
     table = [
-        (r.name, r.wall.text(1), r.cpu.text(1), f"{r.least:.1f}", r.to_plain.text(3), r.to_hand.text(3)) for r in rows
+        (r.name, r.wall.text(), r.cpu.text(), f"{r.least:,.1f}", r.to_plain.text(3), r.to_hand.text(3)) for r in rows
     ]
-    style.table(columns, table, title="µs a step, host alone", numbers=columns[1:], on=style.console(150))
+    style.table(columns, table, title="µs a step, host alone", numbers=columns[1:], dispensable=("wall", "processor"))
     style.say(
         "plain: the local products as two nn.Linear. Medians of rounds [95 % confidence]; least: of processor time."
     )

@@ -52,20 +52,10 @@ def overlap(
     if json:
         style.print_json({"machine": machine, "backend": how, **bench.as_json(rows, costs)})
         return
-    columns = (
-        "case",
-        "contender",
-        "products",
-        "of these to hide",
-        "communication",
-        "together",
-        "share hidden",
-        "not waited for",
-    )
-    for dtype, size in dict.fromkeys((row.dtype, row.size) for row in rows):
+    columns = ("contender", "products", "to hide", "comm.", "together", "hidden", "not waited for")
+    for dtype, size, case in dict.fromkeys((row.dtype, row.size, row.case) for row in rows):
         table = [
             (
-                row.case,
                 row.name,
                 f"{row.products.median:,.0f}",
                 f"{row.could.median:,.0f}",
@@ -75,11 +65,14 @@ def overlap(
                 _share(row.unwaited),
             )
             for row in rows
-            if (row.dtype, row.size) == (dtype, size)
+            if (row.dtype, row.size, row.case) == (dtype, size, case)
         ]
-        title = f"{dtype} {list(size)}, {ranks} ranks, {how}, medians in µs"
-        style.table(columns, table, title=title, numbers=columns[2:], on=style.console(140))
-    style.say("not waited for: the same share, by the time that the calls were blocked (shardgrad's own calls only)")
+        title = f"{case}: {dtype} {list(size)}, {ranks} ranks, {how}, medians in µs"
+        style.table(columns, table, title=title, numbers=columns[1:], dispensable=("not waited for", "to hide"))
+    style.say(
+        "to hide: those of the products beside which communication can run; hidden: the share of what could be hidden "
+        "that was; not waited for: the same share, by the time that the calls were blocked (shardgrad's own calls only)"
+    )
     for axis, link in costs.links.items():
         style.say(
             f"measured of {axis}: {1e6 * link.latency:,.0f} µs for the smallest all-reduce, "

@@ -19,7 +19,7 @@ EPILOG = style.examples(
 
 
 def step(
-    sizes: options.Sizes = ("8x64x256,64x256x1024,256x512x2048,512x1024x4096,2048x1024x4096"),
+    sizes: options.Sizes = "8x64x256, 64x256x1024, 256x512x2048, 512x1024x4096, 2048x1024x4096",
     dtypes: options.Dtypes = "fp32,bf16",
     rounds: options.Rounds = 11,
     ranks: options.Ranks = 2,
@@ -54,7 +54,7 @@ def step(
 
 
 def _print(found: Found, ranks: int, machine: str) -> None:
-    columns = ("contender", "µs", "/ hand-written", "products' share", "/ shardgrad")
+    columns = ("contender", "µs", "/ hand-written", "products", "/ shardgrad")
     for dtype, size in dict.fromkeys((row.dtype, row.size) for row in found.rows):
         rows = [
             (
@@ -67,12 +67,18 @@ def _print(found: Found, ranks: int, machine: str) -> None:
             for row in found.rows
             if (row.dtype, row.size) == (dtype, size)
         ]
-        style.table(columns, rows, title=f"{dtype} {list(size)}, {ranks} ranks", numbers=columns[1:])
+        style.table(
+            columns,
+            rows,
+            title=f"{dtype} {list(size)}, {ranks} ranks",
+            numbers=columns[1:],
+            dispensable=("products", "/ shardgrad"),
+        )
     against = [
         (f"{name}, {backend}", f"{same:.2f}", "–" if on_shm is None else f"{on_shm:.2f}")
         for (name, backend), (same, on_shm) in found.against().items()
     ]
     means = ("contender", "/ shardgrad", "/ shardgrad, shm")
     style.table(means, against, title="time / shardgrad's, geometric means", numbers=means[1:])
-    for text in (*found.left_out, machine):
+    for text in ("products: their share of a step.", *found.left_out, machine):
         style.say(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +35,34 @@ def start(ranks: int) -> None:
     """
     if inside():
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, _STATUS: str(status_file)}
-        done = subprocess.run([*torchrun, "-m", "shardgrad", *sys.argv[1:]], env=environment, check=False)
-        status = int(status_file.read_text()) if done.returncode == 0 and status_file.exists() else done.returncode
+        os.environ[_STATUS] = str(status_file)
+        torchrun(ranks, "shardgrad", *sys.argv[1:])
+        status = int(status_file.read_text()) if status_file.exists() else 0
     raise typer.Exit(status)
+
+
+def torchrun(ranks: int, *program: str) -> None:
+    """Run a module with its arguments on so many ranks of this machine, and return once all have ended with status 0.
+
+    Torch's launcher runs in this process: signals reach it, and it passes them on and waits for its ranks.
+
+    Raises:
+        typer.Exit: 128 + a signal's number; 1, with torch's words, if a rank failed.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        run.main(["--standalone", f"--nproc-per-node={ranks}", "-m", *program])
+    except SignalException as stopped:
+        raise typer.Exit(128 + stopped.sigval) from None
+    except ChildFailedError as failed:
+        typer.echo(str(failed), err=True)
+        raise typer.Exit(1) from None
 
 
 @contextmanager

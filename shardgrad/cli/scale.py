@@ -255,9 +255,14 @@ def _compare(a: Path, b: Path, json: bool) -> None:
         at = f"{len(commit)} commits" if isinstance(commit, list) else f"commit {str(commit)[:10]}"
         torch = about["versions"]["torch"] if isinstance(about["versions"], dict) else "several versions"
         style.say(f"{name}: {path} ({at}, torch {torch}, {facts})", on=on)
-    kept, _ = style.fit(compare.columns(both), compare.DISPENSABLE, on.width)
-    numbers = [name for name in kept if name not in ("cell", "")]
-    style.table(list(kept), zip(*kept.values()), numbers=numbers, on=on)
+    columns = compare.columns(both)
+    style.table(
+        list(columns),
+        zip(*columns.values()),
+        numbers=[name for name in columns if name not in ("cell", "")],
+        dispensable=compare.DISPENSABLE,
+        on=on,
+    )
     style.say("within the spread: the quartiles of A and B overlap.", on=on)
     for name, lines in (("A", only_a), ("B", only_b)):
         if lines:

@@ -40,9 +40,22 @@ def table(
     title: str = "",
     numbers: Sequence[str] = (),
     total: Sequence[str] = (),
+    dispensable: Sequence[str] = (),
     on: Console | None = None,
 ) -> None:
-    """Print a table. Cells are plain text; `numbers` are the columns set to the right; `total` is a last, ruled row."""
+    """Print a table. Cells are plain text; `numbers` are the columns set to the right; `total` is a last, ruled row.
+
+    dispensable: columns to leave out, the first one first, until the others have room; a line below names them.
+    """
+    on = on or console()
+    caption = ""
+    if dispensable:
+        rows = list(rows)
+        kept, left_out = fit(
+            {name: [row[at] for row in rows] for at, name in enumerate(columns)}, dispensable, on.width
+        )
+        columns, rows = list(kept), list(zip(*kept.values()))
+        caption = f"left out for want of room: {', '.join(left_out)} (--json has all)" if left_out else ""
     made = Table(
         title=escape(title) if title else None, title_justify="left", title_style="bold", box=BOX, pad_edge=False
     )
@@ -54,7 +67,9 @@ def table(
         made.add_row(*(escape(cell) for cell in row), end_section=bool(total) and at == len(listed) - 1)
     if total:
         made.add_row(*(escape(cell) for cell in total), style="bold")
-    (on or console()).print(made)
+    on.print(made)
+    if caption:
+        say(caption, on=on)
 
 
 def fit(
@@ -120,7 +135,25 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-class Group(typer.core.TyperGroup):
+class _Plain:
+    """Help that says what is typed (`--ranks N`), not of which Python type it is (`--ranks <int>`)."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        found: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for one in found:
+            if one.param_type_name == "argument":  # its name stands there already
+                one.display_type_rich = lambda ctx: None
+            elif one.metavar is None:
+                kind = getattr(one, "type", None) or one.type_descriptor.annotation  # in older and newer typer
+                one.metavar = "" if one.is_flag else "N" if "int" in str(kind).lower() else "TEXT"
+        return found
+
+
+class Command(_Plain, typer.core.TyperCommand):
+    """One command."""
+
+
+class Group(_Plain, typer.core.TyperGroup):
     """Commands whose errors about what was typed look like all others: words, and where help is, with status 2."""
 
     def main(self, *args: Any, **options: Any) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 from shardgrad.cli import options, style
 from shardgrad.cli import ranks as processes
 
@@ -29,21 +26,20 @@ def train(
     if config is None:
         style.list_shipped(shipped.names(), "what it trains")
         return
-    from shardgrad.train.config import ConfigError, check_ranks, load
-    from shardgrad.train.data import DataError
-    from shardgrad.train.data import read as read_text
-    from shardgrad.train.stages import stages
-    from shardgrad.train.verify import default_ranks
+    from shardgrad.train.config import ConfigError, check_ranks, default_ranks, load
 
     if processes.inside():
         raise style.refuse("torchrun has started this process: start -m shardgrad.train by it, or this without it")
-    with style.exit_on(ConfigError, DataError):
+    with style.exit_on(ConfigError):
         read = load(config, overrides or [])
         ranks = ranks or default_ranks(read.mesh)
-        for stage in stages(check_ranks(read, ranks, by_option=True), ranks):
+        read = check_ranks(read, ranks, by_option=True)
+    from shardgrad.train.data import DataError  # torch takes seconds, which a wrong key need not
+    from shardgrad.train.data import read as read_text
+    from shardgrad.train.stages import stages
+
+    with style.exit_on(ConfigError, DataError):
+        for stage in stages(read, ranks):
             if stage.data.tokens is None:
                 read_text(stage.data.files)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # In place of this process: signals reach the launcher, which ends the ranks, and its status is the command's.
-    os.execv(sys.executable, [*launcher, "-m", "shardgrad.train", config, *(overrides or [])])
+    processes.torchrun(ranks, "shardgrad.train", config, *(overrides or []))

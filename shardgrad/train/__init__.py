@@ -44,5 +44,3 @@ torchrun `launch/train.py` or `-m shardgrad.train`.
 | `generate`    | a sample of text from the sharded model                               |
 | `curve`       | whether a training curve differs from one device's by rounding alone  |
 """
-
-from shardgrad.train.launch import main as main

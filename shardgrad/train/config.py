@@ -376,6 +376,13 @@ def decoder_sizes(config: Config) -> Model:
     )
 
 
+def default_ranks(mesh: Mesh) -> int:
+    """The ranks that a mesh needs: an axis that takes all there are has two, so that something is sharded over it."""
+    if mesh.grid is not None:
+        return prod(mesh.grid)
+    return 2 if mesh.dp is None and mesh.tp is None else (mesh.dp or 2) * (mesh.tp or 2)
+
+
 def check_ranks(config: Config, ranks: int, *, by_option: bool = False) -> Config:
     """The configuration with `mesh.dp` and `mesh.tp` resolved to the number of ranks.
 

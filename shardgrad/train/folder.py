@@ -16,7 +16,7 @@ from shardgrad.files import refuse_link, replace_text
 from shardgrad.train.config import ConfigError
 
 METRICS, CONFIG, RUN, SAMPLE, PAGE = "metrics.jsonl", "config.yaml", "run.json", "sample.txt", "report.html"
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model"
 _STEP = re.compile(r"step-(\d+)")
 
 

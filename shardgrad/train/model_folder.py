@@ -12,10 +12,10 @@ from shardgrad.comm.mesh import view
 from shardgrad.models.pretrained_save import save_pretrained
 from shardgrad.train import tokenizer
 from shardgrad.train.causal_lm import CausalLM
+from shardgrad.train.folder import MODEL
 from shardgrad.train.foreign import TOKENIZER
 from shardgrad.train.tokenizer import Tokenizer
 
-MODEL = "model"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
 
 

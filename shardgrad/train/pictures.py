@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Lines = Sequence[dict[str, Any]]
 BLUE, RED, GREY = "#3b6ea5", "#b5432a", "#8a8f98"
@@ -33,6 +32,10 @@ _STYLE: Any = {
 
 
 def _picture(draw: Callable[[Figure], None], height: float) -> str:
+    from matplotlib import rc_context  # takes a second, which the ranks that draw nothing need not
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, height), layout="constrained")
         FigureCanvasSVG(figure)

@@ -14,12 +14,11 @@ from shardgrad.files import replace_text
 from shardgrad.train import corpus, folder, foreign, resume
 from shardgrad.train.config import Config, TransformersModel
 from shardgrad.train.data import DataError
-from shardgrad.train.model_folder import MODEL
 from shardgrad.train.resume import Beginning
 
 _WRITTEN = (
     *(folder.METRICS, folder.CONFIG, folder.RUN, folder.SAMPLE, folder.PAGE),
-    *(folder.CHECKPOINTS, folder.TENSORBOARD, corpus.TOKENIZER, corpus.TOKENS, MODEL),
+    *(folder.CHECKPOINTS, folder.TENSORBOARD, corpus.TOKENIZER, corpus.TOKENS, folder.MODEL),
 )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from shardgrad.train.config import Config, ConfigError, TransformersModel, check_ranks, load
 from shardgrad.train.data import read
+from shardgrad.train.folder import MODEL
 from shardgrad.train.foreign import check
-from shardgrad.train.model_folder import MODEL
 
 
 def stages(config: Config, ranks: int) -> list[Config]:

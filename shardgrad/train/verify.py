@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from math import prod, sqrt
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from shardgrad.ops.exact import set_exact
 from shardgrad.train import tokenizer
 from shardgrad.train.build import build_model, build_one_device, one_device_name
 from shardgrad.train.causal_lm import OneDevice
-from shardgrad.train.config import Config, ConfigError, Mesh, Model, Train, TransformersModel, pieces
+from shardgrad.train.config import Config, ConfigError, Model, Train, TransformersModel, pieces
 from shardgrad.train.data import BYTES
 from shardgrad.train.decoder import Decoder
 from shardgrad.train.foreign import check_vocab, with_tokenizer
@@ -31,13 +31,6 @@ from shardgrad.verification.report import Report
 from shardgrad.verification.verify import verify
 
 _EPSILON = 1e-8  # AdamW's own
-
-
-def default_ranks(mesh: Mesh) -> int:
-    """The ranks that a mesh needs: an axis that takes all there are has two, so that something is sharded over it."""
-    if mesh.grid is not None:
-        return prod(mesh.grid)
-    return 2 if mesh.dp is None and mesh.tp is None else (mesh.dp or 2) * (mesh.tp or 2)
 
 
 def check(config: Config, ranks: int) -> Config:

@@ -199,18 +199,27 @@ class Report:
         from rich.text import Text
 
         table = Table(
-            title="times the rounding of one device (allowed)", title_justify="left", box=None, pad_edge=False
+            title="norm, and worst element: times the rounding of one device (allowed)",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
         )
-        table.add_column("tensor", no_wrap=True, max_width=32)
-        table.add_column("", no_wrap=True)
-        for column in ("error", "norm", "worst element"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for row in self.rows[:most]:
+        shown = [
+            (
+                *(row.kind, f"{row.error:.1e}", _times(row.ratio, row.allowed)),
+                *(_times(row.element, row.element_allowed), row.verdict),
+            )
+            for row in self.rows[:most]
+        ]
+        headings = ("", "error", "norm", "worst", "")
+        taken = sum(max(map(len, column)) + 2 for column in zip(headings, *shown))
+        room = max(16, min(32, console.width - taken))  # names alone are shortened
+        table.add_column("tensor", no_wrap=True, min_width=room)
+        for column in headings:
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for row, (*cells, verdict) in zip(self.rows, shown):
             colour = "green" if row.verdict == "rounding" else "yellow" if row.ok else "bold red"
-            verdict = Text(row.verdict, style=colour)
-            norm, element = _times(row.ratio, row.allowed), _times(row.element, row.element_allowed)
-            table.add_row(_shortened(row.name, 32), row.kind, f"{row.error:.1e}", norm, element, verdict)
+            table.add_row(_shortened(row.name, room), *cells, Text(verdict, style=colour))
         console.print(table)
         if len(self.rows) > most:
             console.print(f"… and {len(self.rows) - most} more, none of them worse", style="dim")

@@ -39,7 +39,7 @@ def test_what_is_wrong_is_said_before_a_rank_starts(
     arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("torch.distributed.run.main", lambda *_: pytest.fail("ranks were started"))
     ran = CliRunner().invoke(app, ["train", *arguments])
     assert ran.exit_code == 2
     assert told in ran.output
@@ -48,12 +48,12 @@ def test_what_is_wrong_is_said_before_a_rank_starts(
 
 def test_ranks_are_started_by_torchrun_as_many_as_the_mesh_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append([program, *arguments]))
+    monkeypatch.setattr("torch.distributed.run.main", started.append)
     for arguments, ranks in (([], 4), (["mesh.dp=3", "train.batch=30"], 6), (["--ranks", "4"], 4)):
         assert CliRunner().invoke(app, ["train", "dp-tp", *arguments]).exit_code == 0
-        assert started[-1][:5] == [sys.executable, sys.executable, "-m", "torch.distributed.run", "--standalone"]
         overrides = [] if "--ranks" in arguments else arguments
-        assert started[-1][5:] == [f"--nproc-per-node={ranks}", "-m", "shardgrad.train", "dp-tp", *overrides]
+        program = ["-m", "shardgrad.train", "dp-tp", *overrides]
+        assert started[-1] == ["--standalone", f"--nproc-per-node={ranks}", *program]
 
 
 @pytest.mark.slow
@@ -78,7 +78,29 @@ def test_a_run_from_another_folder_and_a_signal_that_ends_it(tmp_path: Path) -> 
                 assert time.monotonic() < until
             running.send_signal(signal.SIGTERM)
             rest = running.stdout.read()
-            assert running.wait(60) != 0
-            assert "resume" in rest or "stopped" in rest, rest
+            assert running.wait(60) == 128 + signal.SIGTERM
+            assert "To go on: the same command with run.resume=auto" in " ".join(rest.split())
+            assert "Traceback" not in rest
+        finally:
+            running.kill()
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shardgrad", "bench", "collectives", "--turns", "1000000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        try:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            until = time.monotonic() + 100
+            while len(children.read_text().split()) < 2:
+                assert running.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            running.send_signal(signal.SIGINT)
+            rest = running.communicate(timeout=60)[0]
+            assert running.returncode == 128 + signal.SIGINT
+            assert "SignalException" not in rest
         finally:
             running.kill()

@@ -87,7 +87,9 @@ def test_all_problems_at_once(file: Path) -> None:
 
 def test_a_key_far_from_all_gets_the_list(file: Path) -> None:
     (line,) = refusal(load, file, "qqqqq.zzzzz=1")[1:]
-    assert line.startswith("  qqqqq is no key; the keys are run.dir, run.resume, run.seed,")
+    assert line == "  qqqqq is no key; the sections and keys are run, mesh, data, model, train, sample"
+    (line,) = refusal(load, file, "run.zzzzz=1")[1:]
+    assert line.startswith("  run.zzzzz is no key; the keys are run.dir, run.resume, run.seed,")
 
 
 def test_missing_keys(file: Path) -> None:

@@ -30,7 +30,7 @@ def test_the_others_end_and_say_why(odd: str, said: str, tmp_path: Path) -> None
     program.write_text(
         textwrap.dedent("""\
             import os, sys
-            from shardgrad.train import launch, main
+            from shardgrad.train import launch
 
             odd, config = sys.argv[1:]
             if os.environ["RANK"] == "1":
@@ -41,7 +41,7 @@ def test_the_others_end_and_say_why(odd: str, said: str, tmp_path: Path) -> None
                     config += ".missing"
                 else:
                     launch.train = train
-            sys.exit(main([config]))
+            sys.exit(launch.main([config]))
         """)
     )
     status, text = run(program, 2, 60, [odd, tmp_path / "config.yaml"])

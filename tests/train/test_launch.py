@@ -111,7 +111,7 @@ def test_wrong_gradients_are_not_trained_on(config: Path, tmp_path: Path) -> Non
     script = tmp_path / "planted.py"
     script.write_text(
         "import sys, shardgrad.nn.norm as norm\n"
-        "from shardgrad.train import main\n"
+        "from shardgrad.train.launch import main\n"
         "norm.row_pieces = lambda parameters, shardings, mesh, dims: [parameters]\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -21,7 +21,7 @@ from shardgrad.testing import distributed
 from shardgrad.train import optimizer
 from shardgrad.train import verify as whole
 from shardgrad.train.build import build, mesh_shape
-from shardgrad.train.config import Config, check_ranks, load
+from shardgrad.train.config import Config, check_ranks, default_ranks, load
 from shardgrad.train.step import backward
 from shardgrad.verification.report import Report
 
@@ -148,8 +148,8 @@ def test_parameters_in_float64_are_computed_and_reduced_in_float64(world_size: i
 
 def test_ranks_that_a_mesh_needs() -> None:
     needed = {"quickstart": 2, "dp-tp": 4, "fully-sharded": 4, "3d": 8, "gpt2-124M": 4, "tiny-llama": 2}
-    assert {name: whole.default_ranks(load(CONFIGS / f"{name}.yaml").mesh) for name in needed} == needed
-    assert whole.default_ranks(load(CONFIGS / "quickstart.yaml", ["mesh.dp=null", "mesh.tp=null"]).mesh) == 2
+    assert {name: default_ranks(load(CONFIGS / f"{name}.yaml").mesh) for name in needed} == needed
+    assert default_ranks(load(CONFIGS / "quickstart.yaml", ["mesh.dp=null", "mesh.tp=null"]).mesh) == 2
 
 
 def test_the_vocabulary_is_the_runs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -344,6 +345,13 @@ def test_a_report_can_be_read(world_size: int) -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert text.splitlines()[2].split()[:2] == [report.rows[0].name, report.rows[0].kind]
     assert report.rows[0].score == max(row.score for row in report.rows)
+    long = replace(report, rows=tuple(replace(row, name=f"blocks.0.attention.{row.name}" * 2) for row in report.rows))
+    lines = long.table(width=80).splitlines()  # names alone are shortened
+    assert max(map(len, lines)) <= 80
+    for row, line in zip(long.rows[:20], lines[2:]):
+        assert line.startswith("…")
+        assert line.count("…") == 1
+        assert line.rstrip().endswith(row.verdict)
     assert "first in the order of execution: the gradient of down.bias, worst on rank" in " ".join(text.split())
     assert {row["name"] for row in json.loads(report.to_json())["rows"]} == {row.name for row in report.rows}
     with pytest.raises(KeyError):
