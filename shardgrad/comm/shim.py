@@ -8,6 +8,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -351,6 +352,18 @@ def allocations(record: Any) -> list[int]:
     `torch.profiler.profile(profile_memory=True)`."""
     events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
     return [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+
+
+def broadcasts(node: Any) -> bool:
+    """Whether a node of the graph was given less, to be differentiated, than its first result has elements."""
+    made = prod(node._input_metadata[0].shape)
+    given = [before._input_metadata[at].shape for before, at in node.next_functions if before is not None]
+    return any(prod(shape) < made for shape in given)
+
+
+def multiplied_first(node: Any) -> bool:
+    """Whether a node of the graph is of a sum one of whose terms it multiplied itself: `torch.add(x, y, alpha=3)`."""
+    return bool(getattr(node, "_saved_alpha", 1) != 1)
 
 
 def in_backward() -> bool:

@@ -22,8 +22,8 @@ from shardgrad.layout.lower import Products
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.exact_optimizers import watch_optimizers
+from shardgrad.ops.origin import check_origin
 from shardgrad.ops.overlap import is_set
-from shardgrad.ops.pieces import check_origin
 
 _THREADS = "exact: threads"
 
@@ -129,6 +129,7 @@ def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: Me
     counts = [prod(pieces[axis] // mesh_view.shape[axis] for axis in axes) if axes else 0 for axes in cut]
 
     def call_checked(*operands: Tensor) -> Any:
+        check_threads(mesh_view, mesh_view.settings[_THREADS])
         for operand, count in zip(operands, counts):
             if count and operand.grad_fn is not None:
                 check_origin(operand, count)
@@ -145,7 +146,6 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
         LayoutError: what the products leave to the caller has no pieces.
         ShapeError: pieces do not divide a size.
     """
-    check_threads(mesh_view, mesh_view.settings[_THREADS])
     pieces, sizes, name = products.pieces or {}, products.sizes, "; ".join(map(str, layouts))
     for layout in layouts:
         for tensor in layout.tensors:

@@ -147,7 +147,7 @@ UNSAFE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_functions_that_round_by_the_number_of_elements(world_size: int, name: str) -> None:
     act = UNSAFE[name]
     mesh = mesh_of(2)
-    for pieces, rows, refused in [(4, 5, True), (2, 5, True), (4, 32, False)]:
+    for pieces, rows, refused in [(4, 5, True), (2, 5, True), (4, 64, False)]:
         sg.set_exact(mesh, pieces)
         up, down = sg.ColumnParallelLinear(3, 4, mesh=mesh), sg.RowParallelLinear(4, 3, mesh=mesh)
         norm = sg.LayerNorm(4, mesh=mesh, sequence_dim=0)
@@ -164,6 +164,80 @@ def test_functions_that_round_by_the_number_of_elements(world_size: int, name: s
         down(per_piece(act)(h)).sum().backward()
         down(torch.tanh(h) * 2 - h)
         up(act(normal(rows, 3, seed=1).requires_grad_()))  # alike on all ranks, however many
+
+
+class OfRows(torch.autograd.Function):
+    """A function of somebody's, of which nothing is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 3
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "softmax of a shard": (lambda h, g: h.softmax(-1), "SoftmaxBackward0, which is not known"),
+    "a norm of a shard": (lambda h, g: F.layer_norm(h, h.shape[-1:]), "NativeLayerNormBackward0, which is not known"),
+    "a mean taken off": (lambda h, g: h - h.mean(-1, keepdim=True), "SubBackward0 of a smaller tensor"),
+    "a running sum": (lambda h, g: h.cumsum(0), "CumsumBackward0, which is not known"),
+    "a product by hand": (lambda h, g: normal(64, 64, seed=3) @ h, "MmBackward0, which is not known"),
+    "somebody's function": (lambda h, g: OfRows.apply(h), r"OfRowsBackward, .* sg.per_piece\(function\)\(x\)"),
+    "a parameter of columns": (lambda h, g: h * g, "MulBackward0 of a smaller tensor"),
+    "one that is expanded": (lambda h, g: h + g.expand(h.shape), "ExpandBackward0 of a smaller tensor"),
+    "softmax in per_piece": (
+        lambda h, g: per_piece(lambda x: x.softmax(-1))(h),
+        "SoftmaxBackward0, which is not known",
+    ),
+    "a parameter in per_piece": (lambda h, g: per_piece(lambda x: x * g[0])(h), "MulBackward0 of a smaller tensor"),
+    "one before per_piece": (lambda h, g: per_piece(torch.mul)(h, g.expand(h.shape)), "ExpandBackward0 of a smaller"),
+}
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_that_are_not_of_each_element(world_size: int, name: str) -> None:
+    """Also where a piece is a whole number of vectors."""
+    function, said = REFUSED[name]
+    mesh = mesh_of(2)
+    up, down = sg.ColumnParallelLinear(3, 12, mesh=mesh), sg.RowParallelLinear(12, 3, mesh=mesh)
+    gain = normal(6, seed=2).requires_grad_()
+    down(function(up(normal(64, 3, seed=1)), gain))
+    sg.set_exact(mesh, 4)
+    with pytest.raises(sg.LayoutError, match=said):
+        down(function(up(normal(64, 3, seed=1)), gain))
+    down(per_piece(OfRows.apply)(up(normal(64, 3, seed=1))) * gain.detach())
+
+
+LAST_ONES: list[tuple[Callable[[Tensor], Tensor], torch.dtype, int, str]] = [
+    (lambda h: torch.add(h, h, alpha=0.3), torch.bfloat16, 5, "AddBackward0"),
+    (lambda h: torch.sub(h, h, alpha=0.3), torch.float16, 5, "SubBackward0"),
+    (lambda h: torch.add(h, 0.7, alpha=0.3), torch.float32, 5, "AddBackward0"),
+    (F.gelu, torch.float16, 32, "GeluBackward0"),
+    (lambda h: (h.abs() + 0.1) ** -0.5, torch.bfloat16, 32, "PowBackward0"),
+]
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("case", range(len(LAST_ONES)))
+def test_what_rounds_the_last_elements_otherwise_in_some_dtypes(world_size: int, case: int) -> None:
+    """Refused, or given to `per_piece` with the same bits; pieces of 5 or 32 rows × 3 elements."""
+    function, dtype, rows, said = LAST_ONES[case]
+    meshes = Meshes({"tp": 4})
+
+    def between(mesh: DeviceMesh, act: Callable[..., Tensor]) -> dict[str, Tensor]:
+        w = sg.shard(normal(7, 12, seed=2, dtype=dtype), "W[d,m/tp]", mesh)
+        h = sg.matmul(normal(rows, 7, seed=1, dtype=dtype).requires_grad_(), w, COLUMN, mesh)
+        return {"Y": sg.matmul(act(h), sg.shard(normal(12, 5, seed=3, dtype=dtype), "W[d/tp,m]", mesh), ROW, mesh)}
+
+    meshes.run("in per_piece", lambda mesh: between(mesh, per_piece(function)))
+    meshes.run("refused", lambda mesh: between(mesh, function))
+    meshes.assert_same(refused=1)
+    for mesh in meshes.mine.values():
+        with pytest.raises(sg.LayoutError, match=said):
+            between(mesh, function)
 
 
 @pytest.mark.parametrize("function", [F.silu, F.gelu, torch.sigmoid, F.softplus])
