@@ -226,9 +226,14 @@ def real_mesh(mesh: Any) -> Any:
     return getattr(mesh, "real_obj", mesh)
 
 
+def root_of(mesh: Any) -> Any:
+    """The mesh that a mesh is a slice of; itself, if it is none."""
+    return real_mesh(mesh)._get_root_mesh()
+
+
 def places_along(mesh: Any, axis: str) -> dict[int, int]:
     """The place along an axis of every rank of the mesh that a mesh is part of; empty where that has no such axis."""
-    root = real_mesh(mesh)._get_root_mesh()
+    root = root_of(mesh)
     names = root.mesh_dim_names or ()
     if axis not in names:
         return {}

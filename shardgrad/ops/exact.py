@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import told
 from shardgrad.comm.agree import agree
-from shardgrad.comm.mesh import MeshView, view
+from shardgrad.comm.mesh import MeshView, slices_of, view
 from shardgrad.comm.pieces import KEY, exact, refuse_exact
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
@@ -52,6 +52,7 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         MeshError: the mesh has no such axis, or more ranks on it than pieces, or a number that does not divide them.
         ValueError: overlap is set on the mesh, or this rank has another number of threads.
         DisagreementError: ranks came with other pieces, or with other numbers of threads.
+        LayoutError: layers have been called on a slice of this mesh, `mesh["tp"]`, where it is not set.
     """
     mesh_view = view(mesh)
     if pieces is None:
@@ -68,8 +69,9 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
             agree(mesh_view, axis, lambda: text, "exact mode")
         check_threads(mesh_view, threads)
         mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
-    for bound in mesh_view.bound.values():
-        bound.use_settings()
+    for each in (mesh_view, *slices_of(mesh)):
+        for bound in each.bound.values():
+            bound.use_settings()
 
 
 def check_threads(mesh_view: MeshView, threads: int) -> None:

@@ -290,6 +290,40 @@ def test_ranks_that_set_it_differently(world_size: int, rank: int) -> None:
 
 
 @distributed(world_size=2)
+def test_a_slice_of_the_mesh_that_it_was_set_on(world_size: int) -> None:
+    mesh = mesh_of(1, 2, names=("dp", "tp"))
+    tp, x = mesh["tp"], normal(5, 8, seed=1)
+    layer = sg.RowParallelLinear(16, 3, mesh=tp)
+    layer(x)
+    said = r"a mesh of which this one \(tp\) is a slice, .* call sg.set_exact on the slice as well"
+    with pytest.raises(sg.LayoutError, match=said):
+        sg.set_exact(mesh, 4)
+    sg.set_exact(tp, 4)
+    sg.set_exact(mesh, 4)
+    layer(x)
+    with pytest.raises(sg.LayoutError, match=said):
+        sg.RowParallelLinear(16, 3, mesh=mesh["tp"])(x)
+    sg.set_exact(mesh, None)
+    sg.set_exact(tp, None)
+    layer(x)
+
+
+@distributed(world_size=2)
+def test_threads_that_change_later(world_size: int) -> None:
+    mesh = mesh_of(2)
+    sg.set_exact(mesh, 4)
+    layer, x = sg.ColumnParallelLinear(3, 8, mesh=mesh), normal(5, 3, seed=1)
+    layer(x)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="this rank has 2 threads, but bits are those of 1"):
+            layer(x)
+    finally:
+        torch.set_num_threads(1)
+    layer(x)
+
+
+@distributed(world_size=2)
 def test_wrappers_that_sum_gradients_by_themselves(world_size: int) -> None:
     mesh = mesh_of(2, 1, names=("dp", "tp"))
     sg.set_exact(mesh, {"tp": 4})
