@@ -19,6 +19,7 @@ from shardgrad.layout.tree import Cut, Level, side_by_side, single, summed, tree
 KEY = "exact"
 """Of `MeshView.settings`."""
 
+CHECK = "exact: where tensors come from"  # `ops.origin.check_origin`
 _REDUCTIONS = "reductions of pieces"  # of them too
 
 

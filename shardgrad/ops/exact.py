@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardgrad.arguments import told
 from shardgrad.comm.agree import agree
 from shardgrad.comm.mesh import MeshView, slices_of, view
-from shardgrad.comm.pieces import KEY, exact, refuse_exact
+from shardgrad.comm.pieces import CHECK, KEY, exact, refuse_exact
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
@@ -68,7 +68,7 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         for axis in mesh_view.axes.values():
             agree(mesh_view, axis, lambda: text, "exact mode")
         check_threads(mesh_view, threads)
-        mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
+        mesh_view.settings.update({KEY: made, _THREADS: threads, CHECK: check_origin})
     for each in (mesh_view, *slices_of(mesh)):
         for bound in each.bound.values():
             bound.use_settings()

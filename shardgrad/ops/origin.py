@@ -68,12 +68,12 @@ def check_origin(x: Tensor, pieces: int) -> None:
                 f"exact mode: a tensor of shape {tuple(x.shape)} comes from {name} of a smaller tensor, whose gradient "
                 "sums over what a rank has of the larger one. Write it as a product or a layer, or detach the smaller"
             )
-    one_by_one = (x.numel() // pieces) % GRAIN if pieces else 0
+    one_by_one = x.numel() % (pieces * GRAIN)
     chunked = torch.get_num_threads() > 1 and x.numel() > BLOCK
     if not function or not (one_by_one or chunked or strided):
         return
     if one_by_one:
-        why = f"pieces of {x.numel() // pieces} elements, no multiple of {GRAIN}"
+        why = f"{pieces} pieces of {x.numel()} elements, no multiples of {GRAIN}"
     elif chunked:
         why = f"{torch.get_num_threads()} threads that share {x.numel()} elements"
     else:

@@ -123,6 +123,24 @@ def test_collectives_that_the_program_calls_itself(world_size: int) -> None:
     assert sg.slice_replicated(x, mesh, "tp").shape == (2, 4)
 
 
+@distributed(world_size=4)
+def test_shards_that_are_handed_to_others(world_size: int) -> None:
+    """Looked at where they are gathered; what is done to the whole is not, on any number of ranks."""
+    meshes = Meshes({"tp": 4})
+
+    def between(mesh: DeviceMesh, act: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        w = sg.shard(normal(7, 12, seed=2), "W[d,m/tp]", mesh)
+        h = act(sg.matmul(normal(5, 7, seed=1).requires_grad_(), w, COLUMN, mesh))
+        whole = sg.gather_replicated(h, mesh, dim=1, size=12)
+        mine = sg.slice_replicated(F.silu(whole.softmax(1)), mesh, dim=1)
+        return {"Y": sg.matmul(mine, sg.shard(normal(12, 5, seed=3), "W[d/tp,m]", mesh), ROW, mesh), "whole": whole}
+
+    meshes.run("tanh", lambda mesh: between(mesh, torch.tanh))
+    meshes.run("silu", lambda mesh: between(mesh, F.silu))
+    meshes.run("softmax", lambda mesh: between(mesh, lambda h: h.softmax(1)))
+    meshes.assert_same(refused=2)
+
+
 @distributed(world_size=1)
 def test_graphs_of_the_compiler(world_size: int) -> None:
     mesh = mesh_of(1)
