@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ from shardgrad.comm.collectives import (
     whole_size,
 )
 from shardgrad.comm.first_derivatives import entry_by_entry
-from shardgrad.comm.mesh import Axis, axis_of, axis_on, view
-from shardgrad.comm.pieces import refuse_exact_on
+from shardgrad.comm.mesh import Axis, axis_of, axis_on, view, view_of
+from shardgrad.comm.pieces import CHECK, KEY, pieces_here, refuse_exact_on
 from shardgrad.comm.trace import traced_op
 from shardgrad.errors import ShapeError, shorten
 from shardgrad.layout.sizes import chunk, rule
@@ -99,6 +100,7 @@ def _rows_back(x: Tensor, at: _Where) -> Tensor:
 
 _Local = Callable[[Tensor, _Where], Tensor]
 _PAIRS: dict[str, tuple[_Local, _Local]] = {
+    "nothing": (_nothing, _nothing),
     "replicate": (_nothing, _all_reduce),
     "all_reduce": (_all_reduce, _nothing),
     "all_gather": (_all_gather, _reduce_scatter),
@@ -244,8 +246,9 @@ def _half(
 
 
 def _apply(name: str, x: Tensor, at: _Where) -> Tensor:
-    if at.axis.size == 1:
-        return x
+    if at.axis.size == 1:  # in exact mode the same graph as on several ranks, for what is read from it
+        alike = not torch.compiler.is_compiling() and KEY in view_of(at.axis).settings
+        return _pair("nothing", x, at, False) if alike else x
     if torch.compiler.is_compiling():
         shim.leave_checkpoint()
         numbers = (at.dim, at.global_size, at.other, at.other_global_size)
@@ -289,6 +292,13 @@ def _refuse_exact(mesh: DeviceMesh, axis: str, name: str) -> None:
     """A rank's term of a sum is itself a sum over its pieces, of which nothing is known here."""
     instead = "use a layer or a product, whose layout says what the sum is over"
     refuse_exact_on(mesh, [axis], f"the sum in sg.{name} or its gradient", instead)
+
+
+def _look(x: Tensor, mesh: DeviceMesh) -> None:
+    """In exact mode, where a shard comes from that is handed to others. Which axes shard it is not known: any may."""
+    settings = {} if torch.compiler.is_compiling() else view(mesh).settings
+    if KEY in settings and x.grad_fn is not None:
+        settings[CHECK](x, prod(pieces_here(view(mesh), axis) for axis in view(mesh).axes))
 
 
 @told
@@ -349,6 +359,7 @@ def gather_replicated(
 
 def _gathered(name: str, x: Tensor, mesh: DeviceMesh, axis_name: str, dim: int, size: int | None) -> Tensor:
     axis, dim = axis_on(mesh, axis_name), _dim(x, dim)
+    _look(x, mesh)
     global_size = _global_size(x, axis, dim, size, mesh) if axis.size > 1 else 0
     return _apply(name, x, _Where(axis, dim, global_size))
 
@@ -395,9 +406,8 @@ def all_to_all(
     split_dim, concat_dim = _dim(x, split_dim), _dim(x, concat_dim)
     if split_dim == concat_dim:
         raise ShapeError(f"all_to_all splits and concatenates dim {split_dim}: the dims must differ")
-    if over.size == 1:
-        return x
-    global_size = _global_size(x, over, concat_dim, size, mesh)
+    _look(x, mesh)
+    global_size = _global_size(x, over, concat_dim, size, mesh) if over.size > 1 else 0
     return _apply("all_to_all", x, _Where(over, split_dim, x.shape[split_dim], concat_dim, global_size))
 
 
@@ -430,4 +440,5 @@ def all_to_all_rows(
         )
     if send[over.index] != receive[over.index]:
         raise ShapeError(f"rank {over.index} sends itself {send[over.index]} rows, but receives {receive[over.index]}")
+    _look(x, mesh)
     return _apply("all_to_all_rows", x, _Where(over, send=tuple(send), receive=tuple(receive)))

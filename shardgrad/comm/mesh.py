@@ -52,6 +52,7 @@ class MeshView:
     handle: a name by which compiled graphs, which hold no objects, refer to the mesh; one for each view.
     bound, settings: the products bound to this mesh, and how they run; kept by other rooms, and lost with the mesh.
     agreed: per axis, the descriptions on which its ranks have agreed (see `agree`).
+    root: the mesh that this one is a slice of, `mesh["tp"]`; None of one that is none.
     """
 
     axes: dict[str, Axis]
@@ -62,6 +63,7 @@ class MeshView:
     bound: dict[Any, Any] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
     agreed: dict[str, set[str]] = field(default_factory=dict, repr=False)
+    root: weakref.ref[DeviceMesh] | None = field(default=None, repr=False)
 
     def axis(self, name: str, user: object = None) -> Axis:
         """One axis.
@@ -109,6 +111,18 @@ def view(mesh: DeviceMesh) -> MeshView:
     return made
 
 
+def settings_of_root(mesh_view: MeshView) -> dict[str, Any]:
+    """The settings of the mesh that a mesh is a slice of; empty if it is none, or nothing was done on that yet."""
+    root = mesh_view.root and mesh_view.root()
+    known, found = _views.get(id(root), (None, None))
+    return found.settings if root is not None and known is not None and known() is root and found is not None else {}
+
+
+def slices_of(mesh: DeviceMesh) -> list[MeshView]:
+    """The views of slices of a mesh, as far as something was done on them."""
+    return [view for _, view in _views.values() if view.root is not None and view.root() is mesh]
+
+
 def _view(mesh: DeviceMesh) -> MeshView:
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(
@@ -149,6 +163,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
         coordinate={name: axis.index for name, axis in axes.items()},
         handle=handle,
         agreed={name: set() for name in axes},
+        root=None if shim.root_of(mesh) is mesh else weakref.ref(shim.root_of(mesh)),
     )
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.comm import collectives as raw
 from shardgrad.comm import shim
-from shardgrad.comm.mesh import MeshView, view
+from shardgrad.comm.mesh import MeshView, settings_of_root, view
 from shardgrad.comm.tree import TreeAllReduce, TreeReduceScatter, stacked
 from shardgrad.errors import LayoutError
 from shardgrad.layout.cost import Collective, reduced
@@ -19,12 +19,23 @@ from shardgrad.layout.tree import Cut, Level, side_by_side, single, summed, tree
 KEY = "exact"
 """Of `MeshView.settings`."""
 
+CHECK = "exact: where tensors come from"  # `ops.origin.check_origin`
 _REDUCTIONS = "reductions of pieces"  # of them too
 
 
 def exact(view: MeshView) -> Mapping[str, int] | None:
-    """The pieces of every axis, over all its ranks; None where exact mode is not set."""
-    return view.settings.get(KEY)
+    """The pieces of every axis, over all its ranks; None where exact mode is not set.
+
+    Raises:
+        LayoutError: it is set on the mesh that this one is a slice of, and not on this one.
+    """
+    found: Mapping[str, int] | None = view.settings.get(KEY)
+    if found is None and view.root is not None and KEY in settings_of_root(view):
+        raise LayoutError(
+            f"exact mode is set on a mesh of which this one ({', '.join(view.axes)}) is a slice, but not on the slice: "
+            "build layers on the mesh itself, or call sg.set_exact on the slice as well"
+        )
+    return found
 
 
 def pieces_here(view: MeshView, axis: str) -> int:

@@ -8,6 +8,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
@@ -225,9 +226,14 @@ def real_mesh(mesh: Any) -> Any:
     return getattr(mesh, "real_obj", mesh)
 
 
+def root_of(mesh: Any) -> Any:
+    """The mesh that a mesh is a slice of; itself, if it is none."""
+    return real_mesh(mesh)._get_root_mesh()
+
+
 def places_along(mesh: Any, axis: str) -> dict[int, int]:
     """The place along an axis of every rank of the mesh that a mesh is part of; empty where that has no such axis."""
-    root = real_mesh(mesh)._get_root_mesh()
+    root = root_of(mesh)
     names = root.mesh_dim_names or ()
     if axis not in names:
         return {}
@@ -351,6 +357,18 @@ def allocations(record: Any) -> list[int]:
     `torch.profiler.profile(profile_memory=True)`."""
     events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
     return [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+
+
+def broadcasts(node: Any) -> bool:
+    """Whether a node of the graph was given less, to be differentiated, than its first result has elements."""
+    made = prod(node._input_metadata[0].shape)
+    given = [before._input_metadata[at].shape for before, at in node.next_functions if before is not None]
+    return any(prod(shape) < made for shape in given)
+
+
+def multiplied_first(node: Any) -> bool:
+    """Whether a node of the graph is of a sum one of whose terms it multiplied itself: `torch.add(x, y, alpha=3)`."""
+    return bool(getattr(node, "_saved_alpha", 1) != 1)
 
 
 def in_backward() -> bool:

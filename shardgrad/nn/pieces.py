@@ -32,7 +32,8 @@ from shardgrad.layout.tree import Level
 from shardgrad.nn.replicated import dim_over, for_rows, for_rows_collectives, one, size_before
 from shardgrad.nn.sharding import ParamSharding
 from shardgrad.ops.micro_batches import held
-from shardgrad.ops.pieces import check_origin, cut, join
+from shardgrad.ops.origin import check_origin
+from shardgrad.ops.pieces import cut, join
 
 Cut = Sequence[tuple[int, Sequence[str]]]
 """The dims of a tensor that axes shard, in order, each with its axes, major first."""

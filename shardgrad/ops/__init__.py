@@ -16,6 +16,7 @@
 | `exact`      | exact mode: set on a mesh, and what it refuses                          |
 | `exact_optimizers` | optimizers whose step depends on how parameters are sharded, refused |
 | `in_pieces`  | products of single pieces, and sums of them in a tree                   |
+| `origin`     | what was done to a tensor since the last layer, and whether it can be exact |
 | `pieces`     | functions of single pieces, between products                            |
 | `matmul`     | `matmul`, the one differentiable product                                |
 | `convolve`   | `convolve`, a convolution under the same rule                           |

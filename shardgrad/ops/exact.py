@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardgrad.arguments import told
 from shardgrad.comm.agree import agree
-from shardgrad.comm.mesh import MeshView, view
-from shardgrad.comm.pieces import KEY, exact, refuse_exact
+from shardgrad.comm.mesh import MeshView, slices_of, view
+from shardgrad.comm.pieces import CHECK, KEY, exact, refuse_exact
 from shardgrad.errors import LayoutError, MeshError, ShapeError
 from shardgrad.layout.exact import uneven
 from shardgrad.layout.layout import Layout
@@ -22,8 +22,8 @@ from shardgrad.layout.lower import Products
 from shardgrad.layout.notation import TensorSpec
 from shardgrad.layout.sizes import Sizes
 from shardgrad.ops.exact_optimizers import watch_optimizers
+from shardgrad.ops.origin import check_origin
 from shardgrad.ops.overlap import is_set
-from shardgrad.ops.pieces import check_origin
 
 _THREADS = "exact: threads"
 
@@ -52,6 +52,7 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         MeshError: the mesh has no such axis, or more ranks on it than pieces, or a number that does not divide them.
         ValueError: overlap is set on the mesh, or this rank has another number of threads.
         DisagreementError: ranks came with other pieces, or with other numbers of threads.
+        LayoutError: layers have been called on a slice of this mesh, `mesh["tp"]`, where it is not set.
     """
     mesh_view = view(mesh)
     if pieces is None:
@@ -67,9 +68,10 @@ def set_exact(mesh: DeviceMesh, pieces: Mapping[str, int] | int | None, *, threa
         for axis in mesh_view.axes.values():
             agree(mesh_view, axis, lambda: text, "exact mode")
         check_threads(mesh_view, threads)
-        mesh_view.settings[KEY], mesh_view.settings[_THREADS] = made, threads
-    for bound in mesh_view.bound.values():
-        bound.use_settings()
+        mesh_view.settings.update({KEY: made, _THREADS: threads, CHECK: check_origin})
+    for each in (mesh_view, *slices_of(mesh)):
+        for bound in each.bound.values():
+            bound.use_settings()
 
 
 def check_threads(mesh_view: MeshView, threads: int) -> None:
@@ -129,6 +131,7 @@ def checked(call: Callable[..., Any], specs: Sequence[TensorSpec], mesh_view: Me
     counts = [prod(pieces[axis] // mesh_view.shape[axis] for axis in axes) if axes else 0 for axes in cut]
 
     def call_checked(*operands: Tensor) -> Any:
+        check_threads(mesh_view, mesh_view.settings[_THREADS])
         for operand, count in zip(operands, counts):
             if count and operand.grad_fn is not None:
                 check_origin(operand, count)
@@ -145,7 +148,6 @@ def sizes_of_pieces(products: Products, layouts: Sequence[Layout], mesh_view: Me
         LayoutError: what the products leave to the caller has no pieces.
         ShapeError: pieces do not divide a size.
     """
-    check_threads(mesh_view, mesh_view.settings[_THREADS])
     pieces, sizes, name = products.pieces or {}, products.sizes, "; ".join(map(str, layouts))
     for layout in layouts:
         for tensor in layout.tensors:

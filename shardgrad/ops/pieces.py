@@ -6,7 +6,6 @@ silu, gelu, sigmoid, softplus, pow. So which elements these are must not depend 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product as every
 from typing import Any
@@ -20,24 +19,11 @@ from shardgrad.comm.first_derivatives import FirstDerivativeOnly
 from shardgrad.errors import LayoutError
 from shardgrad.ops.in_pieces import compact, piece
 
-GRAIN = 32
-"""A call of a multiple of so many elements has no last ones that are done one by one."""
+GRAIN = 64
+"""A call of a multiple of so many elements has no last ones that are done one by one, in any dtype."""
 
-_BLOCK = 1 << 14  # elements that torch gives to one thread, whatever the number of threads
-_LANES = 64
-
-_SAFE = re.compile(
-    "torch::autograd::AccumulateGrad|"
-    "(Abs|Add|Clamp|ClampMax|ClampMin|Cos|Div|Erf|Exp|Log|MaskedFill|Maximum|Minimum|Mul|Neg|Relu|Rsub|Sin|Sqrt|Sub|Tanh|"
-    "Where|Alias|Cat|Clone|Expand|Narrow|Permute|Repeat|Reshape|ReshapeAlias|Select|Slice|Split|SplitWithSizes|Squeeze|"
-    "Stack|T|ToCopy|Transpose|Unbind|UnsafeSplit|UnsafeView|Unsqueeze|View)Backward[0-9]?"
-)
-"""Functions whose elements do not depend on how many there are, and those that only move."""
-
-_STRIDED = re.compile(
-    "(Expand|Narrow|Permute|Select|Slice|Split|SplitWithSizes|T|Transpose|Unbind|UnsafeSplit)Backward"
-)
-"""Of these, those whose result is part of something else in memory."""
+BLOCK = 1 << 14
+"""Elements that torch gives to one thread, whatever the number of threads."""
 
 
 def cut(x: Tensor, counts: Mapping[int, int]) -> list[Tensor]:
@@ -136,16 +122,16 @@ def per_piece(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 "elementwise function are alike: expand what is broadcast"
             )
         size = shape.numel()
-        flat = [_Padded.apply(tensor, -size % _LANES) for tensor in tensors]
-        blocks = zip(*(one.split(_BLOCK) for one in flat)) if torch.get_num_threads() > 1 else [flat]
+        flat = [Padded.apply(tensor, -size % GRAIN) for tensor in tensors]
+        blocks = zip(*(one.split(BLOCK) for one in flat)) if torch.get_num_threads() > 1 else [flat]
         made = [function(*block) for block in blocks]
-        whole: Tensor = _Unpadded.apply(made[0] if len(made) == 1 else torch.cat(made), shape)
+        whole: Tensor = Unpadded.apply(made[0] if len(made) == 1 else torch.cat(made), shape)
         return whole
 
     return apply
 
 
-class _Padded(FirstDerivativeOnly):
+class Padded(FirstDerivativeOnly):
     """One dim, of ones behind what there is."""
 
     what = "per_piece"
@@ -160,7 +146,7 @@ class _Padded(FirstDerivativeOnly):
         return grad[: ctx.shape.numel()].view(ctx.shape), None
 
 
-class _Unpadded(FirstDerivativeOnly):
+class Unpadded(FirstDerivativeOnly):
     what = "per_piece"
 
     @staticmethod
@@ -171,45 +157,3 @@ class _Unpadded(FirstDerivativeOnly):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return F.pad(grad.reshape(-1), (0, ctx.size - grad.numel())), None
-
-
-def check_origin(x: Tensor, pieces: int) -> None:
-    """Refuse a tensor that comes, since the last layer, from a function whose bits depend on how many elements it has.
-
-    Seen where a graph is recorded. Where pieces are whole vectors, and one thread does all of them, it does not matter.
-
-    Raises:
-        LayoutError: it does.
-    """
-    one_by_one = (x.numel() // pieces) % GRAIN if pieces else 0
-    chunked = torch.get_num_threads() > 1 and x.numel() > _BLOCK
-    seen, ahead = set[Any](), [x.grad_fn]
-    function, strided = "", ""
-    while ahead:
-        node = ahead.pop()
-        if (
-            node is None
-            or node in seen
-            or getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("shardgrad")
-        ):
-            continue
-        seen.add(node)
-        name = node.name()
-        if not _SAFE.fullmatch(name):
-            function = name
-        elif _STRIDED.match(name):
-            strided = name
-        ahead += [before for before, _ in node.next_functions if before is not None]
-    if not function or not (one_by_one or chunked or strided):
-        return
-    if one_by_one:
-        why = f"pieces of {x.numel() // pieces} elements, no multiple of {GRAIN}"
-    elif chunked:
-        why = f"{torch.get_num_threads()} threads that share {x.numel()} elements"
-    else:
-        why = f"{strided} before or after it leaves rows that it does one by one"
-    raise LayoutError(
-        f"exact mode: a tensor of shape {tuple(x.shape)} comes from {function}, whose bits may depend on how many "
-        f"elements a rank has ({why}). If it is a function of each element, wrap it: sg.per_piece(function)(x); if it "
-        "sums over what is sharded, write it as a product or a layer"
-    )

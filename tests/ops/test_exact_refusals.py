@@ -123,6 +123,24 @@ def test_collectives_that_the_program_calls_itself(world_size: int) -> None:
     assert sg.slice_replicated(x, mesh, "tp").shape == (2, 4)
 
 
+@distributed(world_size=4)
+def test_shards_that_are_handed_to_others(world_size: int) -> None:
+    """Looked at where they are gathered; what is done to the whole is not, on any number of ranks."""
+    meshes = Meshes({"tp": 4})
+
+    def between(mesh: DeviceMesh, act: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        w = sg.shard(normal(7, 12, seed=2), "W[d,m/tp]", mesh)
+        h = act(sg.matmul(normal(5, 7, seed=1).requires_grad_(), w, COLUMN, mesh))
+        whole = sg.gather_replicated(h, mesh, dim=1, size=12)
+        mine = sg.slice_replicated(F.silu(whole.softmax(1)), mesh, dim=1)
+        return {"Y": sg.matmul(mine, sg.shard(normal(12, 5, seed=3), "W[d/tp,m]", mesh), ROW, mesh), "whole": whole}
+
+    meshes.run("tanh", lambda mesh: between(mesh, torch.tanh))
+    meshes.run("silu", lambda mesh: between(mesh, F.silu))
+    meshes.run("softmax", lambda mesh: between(mesh, lambda h: h.softmax(1)))
+    meshes.assert_same(refused=2)
+
+
 @distributed(world_size=1)
 def test_graphs_of_the_compiler(world_size: int) -> None:
     mesh = mesh_of(1)
@@ -147,7 +165,7 @@ UNSAFE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_functions_that_round_by_the_number_of_elements(world_size: int, name: str) -> None:
     act = UNSAFE[name]
     mesh = mesh_of(2)
-    for pieces, rows, refused in [(4, 5, True), (2, 5, True), (4, 32, False)]:
+    for pieces, rows, refused in [(4, 5, True), (2, 5, True), (4, 64, False)]:
         sg.set_exact(mesh, pieces)
         up, down = sg.ColumnParallelLinear(3, 4, mesh=mesh), sg.RowParallelLinear(4, 3, mesh=mesh)
         norm = sg.LayerNorm(4, mesh=mesh, sequence_dim=0)
@@ -164,6 +182,80 @@ def test_functions_that_round_by_the_number_of_elements(world_size: int, name: s
         down(per_piece(act)(h)).sum().backward()
         down(torch.tanh(h) * 2 - h)
         up(act(normal(rows, 3, seed=1).requires_grad_()))  # alike on all ranks, however many
+
+
+class OfRows(torch.autograd.Function):
+    """A function of somebody's, of which nothing is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 3
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "softmax of a shard": (lambda h, g: h.softmax(-1), "SoftmaxBackward0, which is not known"),
+    "a norm of a shard": (lambda h, g: F.layer_norm(h, h.shape[-1:]), "NativeLayerNormBackward0, which is not known"),
+    "a mean taken off": (lambda h, g: h - h.mean(-1, keepdim=True), "SubBackward0 of a smaller tensor"),
+    "a running sum": (lambda h, g: h.cumsum(0), "CumsumBackward0, which is not known"),
+    "a product by hand": (lambda h, g: normal(64, 64, seed=3) @ h, "MmBackward0, which is not known"),
+    "somebody's function": (lambda h, g: OfRows.apply(h), r"OfRowsBackward, .* sg.per_piece\(function\)\(x\)"),
+    "a parameter of columns": (lambda h, g: h * g, "MulBackward0 of a smaller tensor"),
+    "one that is expanded": (lambda h, g: h + g.expand(h.shape), "ExpandBackward0 of a smaller tensor"),
+    "softmax in per_piece": (
+        lambda h, g: per_piece(lambda x: x.softmax(-1))(h),
+        "SoftmaxBackward0, which is not known",
+    ),
+    "a parameter in per_piece": (lambda h, g: per_piece(lambda x: x * g[0])(h), "MulBackward0 of a smaller tensor"),
+    "one before per_piece": (lambda h, g: per_piece(torch.mul)(h, g.expand(h.shape)), "ExpandBackward0 of a smaller"),
+}
+
+
+@distributed(world_size=2)
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_that_are_not_of_each_element(world_size: int, name: str) -> None:
+    """Also where a piece is a whole number of vectors."""
+    function, said = REFUSED[name]
+    mesh = mesh_of(2)
+    up, down = sg.ColumnParallelLinear(3, 12, mesh=mesh), sg.RowParallelLinear(12, 3, mesh=mesh)
+    gain = normal(6, seed=2).requires_grad_()
+    down(function(up(normal(64, 3, seed=1)), gain))
+    sg.set_exact(mesh, 4)
+    with pytest.raises(sg.LayoutError, match=said):
+        down(function(up(normal(64, 3, seed=1)), gain))
+    down(per_piece(OfRows.apply)(up(normal(64, 3, seed=1))) * gain.detach())
+
+
+LAST_ONES: list[tuple[Callable[[Tensor], Tensor], torch.dtype, int, str]] = [
+    (lambda h: torch.add(h, h, alpha=0.3), torch.bfloat16, 5, "AddBackward0"),
+    (lambda h: torch.sub(h, h, alpha=0.3), torch.float16, 5, "SubBackward0"),
+    (lambda h: torch.add(h, 0.7, alpha=0.3), torch.float32, 5, "AddBackward0"),
+    (F.gelu, torch.float16, 32, "GeluBackward0"),
+    (lambda h: (h.abs() + 0.1) ** -0.5, torch.bfloat16, 32, "PowBackward0"),
+]
+
+
+@distributed(world_size=4)
+@pytest.mark.parametrize("case", range(len(LAST_ONES)))
+def test_what_rounds_the_last_elements_otherwise_in_some_dtypes(world_size: int, case: int) -> None:
+    """Refused, or given to `per_piece` with the same bits; pieces of 5 or 32 rows × 3 elements."""
+    function, dtype, rows, said = LAST_ONES[case]
+    meshes = Meshes({"tp": 4})
+
+    def between(mesh: DeviceMesh, act: Callable[..., Tensor]) -> dict[str, Tensor]:
+        w = sg.shard(normal(7, 12, seed=2, dtype=dtype), "W[d,m/tp]", mesh)
+        h = sg.matmul(normal(rows, 7, seed=1, dtype=dtype).requires_grad_(), w, COLUMN, mesh)
+        return {"Y": sg.matmul(act(h), sg.shard(normal(12, 5, seed=3, dtype=dtype), "W[d/tp,m]", mesh), ROW, mesh)}
+
+    meshes.run("in per_piece", lambda mesh: between(mesh, per_piece(function)))
+    meshes.run("refused", lambda mesh: between(mesh, function))
+    meshes.assert_same(refused=1)
+    for mesh in meshes.mine.values():
+        with pytest.raises(sg.LayoutError, match=said):
+            between(mesh, function)
 
 
 @pytest.mark.parametrize("function", [F.silu, F.gelu, torch.sigmoid, F.softplus])
@@ -213,6 +305,40 @@ def test_ranks_that_set_it_differently(world_size: int, rank: int) -> None:
         sg.set_exact(mesh, None)
     with pytest.raises(sg.DisagreementError, match="pieces"):
         sg.matmul(normal(4, 4, seed=1), normal(4, 4, seed=2), ROW, mesh)
+
+
+@distributed(world_size=2)
+def test_a_slice_of_the_mesh_that_it_was_set_on(world_size: int) -> None:
+    mesh = mesh_of(1, 2, names=("dp", "tp"))
+    tp, x = mesh["tp"], normal(5, 8, seed=1)
+    layer = sg.RowParallelLinear(16, 3, mesh=tp)
+    layer(x)
+    said = r"a mesh of which this one \(tp\) is a slice, .* call sg.set_exact on the slice as well"
+    with pytest.raises(sg.LayoutError, match=said):
+        sg.set_exact(mesh, 4)
+    sg.set_exact(tp, 4)
+    sg.set_exact(mesh, 4)
+    layer(x)
+    with pytest.raises(sg.LayoutError, match=said):
+        sg.RowParallelLinear(16, 3, mesh=mesh["tp"])(x)
+    sg.set_exact(mesh, None)
+    sg.set_exact(tp, None)
+    layer(x)
+
+
+@distributed(world_size=2)
+def test_threads_that_change_later(world_size: int) -> None:
+    mesh = mesh_of(2)
+    sg.set_exact(mesh, 4)
+    layer, x = sg.ColumnParallelLinear(3, 8, mesh=mesh), normal(5, 3, seed=1)
+    layer(x)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="this rank has 2 threads, but bits are those of 1"):
+            layer(x)
+    finally:
+        torch.set_num_threads(1)
+    layer(x)
 
 
 @distributed(world_size=2)

@@ -22,7 +22,6 @@ from shardgrad.errors import LayoutError
 from shardgrad.layout.cost import totals
 from shardgrad.nn.pieces import in_pieces
 from shardgrad.ops import exact
-from shardgrad.ops import pieces as pieces_module
 from shardgrad.testing import distributed
 from shardgrad.train import folder, grid
 from shardgrad.train.build import build_reference
@@ -145,7 +144,6 @@ def test_functions_of_joined_pieces_are_refused_and_differ(world_size: int) -> N
     with (
         mock.patch.object(grid, "in_pieces", unless(silu)),
         mock.patch.object(exact, "check_origin"),
-        mock.patch.object(pieces_module, "check_origin"),
     ):
         assert differing(AXES, [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], run)
 

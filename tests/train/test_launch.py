@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardgrad.train import launch, main
+from shardgrad.train import launch
+from shardgrad.train.launch import main
 from shardgrad.train.config import load
 
 ROOT = Path(__file__).parents[2]

@@ -55,7 +55,10 @@ def caught(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     with monkeypatch.context() as patches:
         if bug.patch is not None:
             bug.patch(patches)
-        report = sg.verify_exact(bug.program.build, bug.program.step, mesh_over(bug.axis, ranks), V)
+        try:
+            report = sg.verify_exact(bug.program.build, bug.program.step, mesh_over(bug.axis, ranks), V)
+        except sg.LayoutError as error:  # exact mode refuses what the bug does between two layers, by hand
+            return "exact mode: a tensor of shape" in str(error)
     return not report.ok
 
 
