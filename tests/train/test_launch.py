@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from shardgrad.train import launch
-from shardgrad.train.launch import main
 from shardgrad.train.config import load
+from shardgrad.train.launch import main
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch" / "train.py"
