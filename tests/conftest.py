@@ -30,6 +30,10 @@ SAMPLE = 5
 """Of a test of models on 2 ranks, one set of parameters in so many is run each time."""
 
 
+ON_TWO = ("test_compile", "test_parallel")
+"""Of these modules, whose tests take seconds for each rank, those on 2 ranks are run each time."""
+
+
 EXACT = 3
 """Of a test of exact mode on 4 ranks, which compares all meshes of up to so many, likewise one in so many."""
 
@@ -80,7 +84,8 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         many = size == MANY and sizes[_function(item)] & set(ALWAYS)  # what is shown on fewer ranks as well
         if size is not None and (size >= LARGE or many):
             item.add_marker(pytest.mark.slow)
-        if _other_half(item, size, sizes, halves):
+        on_two = item.path.stem in ON_TWO and size not in (None, 2) and 2 in sizes[_function(item)]
+        if on_two or _other_half(item, size, sizes, halves):
             item.add_marker(pytest.mark.slow)
         models = "models" in item.path.parts and size is not None
         exact = item.path.stem.startswith("test_exact") and size is not None and size >= 3  # for many meshes each
@@ -114,7 +119,8 @@ def _mark_what_is_rare(items: list[pytest.Item], sizes: dict[str, set[int]]) -> 
         exact = item.path.stem.startswith("test_exact") or item.path.stem == "test_same_bits"
         size = _world_size(item)
         repeats = size is not None and size not in ALWAYS and sizes[_function(item)] & set(ALWAYS)
-        if not item.get_closest_marker("slow") or not (exact or repeats or "models" in item.path.parts):
+        late = "late" in item.path.parts
+        if not item.get_closest_marker("slow") or not (exact or repeats or late or "models" in item.path.parts):
             continue
         key = _function(item), size or 0
         seen[key] += 1

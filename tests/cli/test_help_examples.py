@@ -49,7 +49,15 @@ CHEAP = {  # what an example is given besides, so that it does little; an option
 }
 RANKS = ("bench collectives", "bench exact", "bench model", "bench overlap", "bench step", "mutants", "trace", "verify")
 """What ranks run, which torchrun starts."""
-LONG = ("bench exact", "bench head", "chaos", "mutants", "scale --compare")
+LONG = (
+    "bench exact",
+    "scale configs/scaling/strong.yaml",
+    "bench overlap",
+    "bench head",
+    "chaos",
+    "mutants",
+    "scale --compare",
+)
 """What takes long even so."""
 
 

@@ -202,10 +202,13 @@ def _stop(process: "subprocess.Popen[str]") -> str:
     return STILL_THERE
 
 
-COLD = re.compile(r"shardgrad (verify|mutants|scale|bench (overhead|memory))\b(?!.*--dry-run)|launch/train\.py")
+COLD = re.compile(r"shardgrad (verify|mutants|scale|chaos|bench (overhead|memory))\b|launch/train\.py")
 """Commands that start ranks of their own, each of which imports torch, or that measure for long: slow. Other tests run
 the same commands."""
 
+
+RARE = re.compile(r"shardgrad verify \S+quickstart")
+"""Commands that `tests/train/test_verify_run.py` runs as well, on a smaller model."""
 
 FIRST_READ = (README, ROOT / "docs" / "tutorial.md", ROOT / "docs" / "layouts.md")
 """Pages whose programs with ranks are run each time; those of the others are slow."""
@@ -218,8 +221,11 @@ def marks(path: Path, blocks: list[Block], index: int) -> tuple[pytest.MarkDecor
     if path not in FIRST_READ and (info.startswith("python ranks=") or info == "text output"):
         return (pytest.mark.slow,)
     shell = [i for i, block in enumerate(blocks) if block.info.strip() == "sh"]
-    run = index in shell and not (path == README and index in shell[:README_COMMANDS])
-    return (pytest.mark.slow,) if run and COLD.search(blocks[index].text) else ()
+    if index not in shell or (path == README and index in shell[:README_COMMANDS]):
+        return ()
+    if RARE.search(blocks[index].text):
+        return pytest.mark.slow, pytest.mark.rare
+    return (pytest.mark.slow,) if COLD.search(blocks[index].text) else ()
 
 
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]

@@ -73,6 +73,7 @@ def test_adapters_from_peft_and_back(world_size: int, name: str, tmp_path: Path)
     assert torch.equal(loaded(input_ids=ids).logits, single(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_another_adapter_is_refused_and_nothing_is_changed(world_size: int, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model

@@ -58,7 +58,10 @@ def test_a_few_are_not_accused(world_size: int, dtype: str) -> None:
 
 @pytest.mark.slow
 @distributed(world_size=[2], timeout=400.0)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.rare)])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=pytest.mark.rare), "bfloat16", pytest.param("float16", marks=pytest.mark.rare)],
+)
 @pytest.mark.parametrize("room", ROOMS)
 def test_none_is_accused(world_size: int, room: str, dtype: str) -> None:
     assert accused(room, getattr(torch, dtype), world_size) == []

@@ -136,7 +136,14 @@ def check(kind: str, measured: Spread, ways: list[tuple[tuple[int, int], bool, i
 
 
 @distributed(world_size=[2], timeout=300)
-@pytest.mark.parametrize("planted", ["local mean", "no sum over dp", "no sum over tp", "rate of a shard"])
+@pytest.mark.parametrize(
+    "planted",
+    [
+        *(pytest.param(planted, marks=pytest.mark.slow) for planted in ("local mean", "rate of a shard")),
+        "no sum over dp",
+        "no sum over tp",
+    ],
+)
 @pytest.mark.parametrize("kind", ["llama"])
 def test_a_mistake_is_far(
     world_size: int, kind: str, planted: str, measured: Spread, monkeypatch: pytest.MonkeyPatch

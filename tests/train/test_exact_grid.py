@@ -76,6 +76,7 @@ def test_equal_bits_and_bytes_as_predicted(world_size: int) -> None:
 
 @distributed(world_size=[4], timeout=120, backend="shm")
 @pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "more",
     [
@@ -134,6 +135,7 @@ def unless(skipped: Callable[..., Any]) -> Callable[..., Any]:
     return lambda function, mesh, dims, *x: function(*x) if function is skipped else in_pieces(function, mesh, dims, *x)
 
 
+@pytest.mark.slow
 @distributed(world_size=[2], timeout=120, backend="shm")
 def test_functions_of_joined_pieces_are_refused_and_differ(world_size: int) -> None:
     run = trained(dict.fromkeys(AXES, 2), d_ff=66)

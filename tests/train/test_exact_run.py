@@ -68,6 +68,7 @@ def grids(ranks: int) -> list[tuple[int, int, int]]:
     return [(1, 1, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2), (2, 2, 2)]
 
 
+@pytest.mark.slow
 @distributed(world_size=[2, 4])
 @pytest.mark.parametrize(
     ("kind", "settings"),

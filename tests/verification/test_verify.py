@@ -6,12 +6,14 @@ import json
 import math
 import zlib
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hand import ROWS, D, Hand, M, Single, rows, tp, wrong
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -346,7 +348,9 @@ def test_a_report_can_be_read(world_size: int) -> None:
     assert text.splitlines()[2].split()[:2] == [report.rows[0].name, report.rows[0].kind]
     assert report.rows[0].score == max(row.score for row in report.rows)
     long = replace(report, rows=tuple(replace(row, name=f"blocks.0.attention.{row.name}" * 2) for row in report.rows))
-    lines = long.table(width=80).splitlines()  # names alone are shortened
+    narrow = Console(file=StringIO(), width=80)
+    long.show(narrow)
+    lines = narrow.file.getvalue().splitlines()  # names alone are shortened
     assert max(map(len, lines)) <= 80
     for row, line in zip(long.rows[:20], lines[2:]):
         assert line.startswith("…")

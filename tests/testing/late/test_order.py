@@ -287,7 +287,7 @@ def test_circles_of_ranks_that_wait() -> None:
 
 
 @pytest.mark.slow
-@distributed(world_size=[2, 3], backend="late")
+@distributed(world_size=3, backend="late")
 def test_ranks_that_wait_for_each_other_do_not_hang(rank: int, world_size: int) -> None:
     groups = [dist.new_group() for _ in range(2)]
     x, group = torch.ones(2), groups[min(rank, 1)]
@@ -308,7 +308,7 @@ def test_a_rank_that_waits_for_one_that_has_ended_does_not_hang(rank: int, world
 
 
 @pytest.mark.slow
-@distributed(world_size=[2, 3], backend="late")
+@distributed(world_size=3, backend="late")
 def test_messages_that_are_awaited_in_vain_do_not_hang(rank: int, world_size: int) -> None:
     """All ranks of a ring receive before they send."""
     x, group = torch.ones(2), dist.new_group()

@@ -277,7 +277,7 @@ def test_views_beside_what_is_under_way(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["late", "shm"])
+@pytest.mark.parametrize("backend", ["late", pytest.param("shm", marks=pytest.mark.rare)])
 @distributed(world_size=2)
 def test_compiled_ddp(rank: int, backend: str) -> None:
     """torch.compile comes upon the group's methods as DDP calls them, and leaves them alone."""
