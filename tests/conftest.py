@@ -46,9 +46,9 @@ LARGE = 8
 """So many ranks are more than most machines have cores: slow."""
 
 
-RARE = 3
-"""Of a slow test of models or of exact mode, or on one, four or more ranks of what is run on two and three, one set of
-parameters in so many is run with the slow tests, at each world size. The others are `rare` (`-m "slow or rare"`)."""
+RARE = 4
+"""Of the parameters of a slow test on ranks one set in so many is run with the slow tests, at each world size. The
+others are `rare` (`-m "slow or rare"`). Parameters of `tests/mutants` are each a room of its own, and all are run."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -98,7 +98,7 @@ def _mark_what_only_repeats(items: list[pytest.Item]) -> None:
         # Models of transformers are dear, and so is a process that imports it: a sample of them each time, on 2 ranks.
         if (models and size != 2) or at % (SAMPLE if models else EXACT if exact else SWEEP):
             item.add_marker(pytest.mark.slow)
-    _mark_what_is_rare(items, sizes)
+    _mark_what_is_rare(items)
 
 
 def _other_half(
@@ -112,19 +112,15 @@ def _other_half(
     return (seen[_function(item), size] + ALWAYS.index(size)) % len(ALWAYS) == 0
 
 
-def _mark_what_is_rare(items: list[pytest.Item], sizes: dict[str, set[int]]) -> None:
-    """Marks as rare, and no longer as slow, what of the slow tests repeats others at most cost."""
+def _mark_what_is_rare(items: list[pytest.Item]) -> None:
+    """Marks as rare, too, what of the slow tests repeats others at most cost."""
     seen: dict[tuple[str, int], int] = defaultdict(int)
     for item in items:
-        exact = item.path.stem.startswith("test_exact") or item.path.stem == "test_same_bits"
         size = _world_size(item)
-        repeats = size is not None and size not in ALWAYS and sizes[_function(item)] & set(ALWAYS)
-        late = "late" in item.path.parts
-        if not item.get_closest_marker("slow") or not (exact or repeats or late or "models" in item.path.parts):
+        if size is None or not item.get_closest_marker("slow") or "mutants" in item.path.parts:
             continue
-        key = _function(item), size or 0
-        seen[key] += 1
-        if (seen[key] - 1) % RARE:
+        seen[_function(item), size] += 1
+        if (seen[_function(item), size] - 1) % RARE:
             item.add_marker(pytest.mark.rare)
 
 

@@ -50,6 +50,7 @@ CHEAP = {  # what an example is given besides, so that it does little; an option
 RANKS = ("bench collectives", "bench exact", "bench model", "bench overlap", "bench step", "mutants", "trace", "verify")
 """What ranks run, which torchrun starts."""
 LONG = (
+    "bench overhead",
     "bench exact",
     "scale configs/scaling/strong.yaml",
     "bench overlap",

@@ -207,8 +207,8 @@ COLD = re.compile(r"shardgrad (verify|mutants|scale|chaos|bench (overhead|memory
 the same commands."""
 
 
-RARE = re.compile(r"shardgrad verify \S+quickstart")
-"""Commands that `tests/train/test_verify_run.py` runs as well, on a smaller model."""
+RARE = re.compile(r"shardgrad (verify \S+quickstart|mutants)")
+"""Commands whose cases `tests/train/test_verify_run.py` and `tests/mutants` run as well."""
 
 FIRST_READ = (README, ROOT / "docs" / "tutorial.md", ROOT / "docs" / "layouts.md")
 """Pages whose programs with ranks are run each time; those of the others are slow."""

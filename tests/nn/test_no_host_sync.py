@@ -40,6 +40,7 @@ def test_the_host_goes_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_in_models_of_the_training_program_too() -> None:
     assert goes_on("models") == {"GPT": True, "GPT, fully sharded": True, "Llama": True}
 

@@ -19,7 +19,11 @@ sample: {tokens: 0}
 @pytest.mark.parametrize(
     ("odd", "said"),
     [
-        pytest.param("config", "rank 1 does not take part: cannot read the configuration", marks=pytest.mark.slow),
+        pytest.param(
+            "config",
+            "rank 1 does not take part: cannot read the configuration",
+            marks=[pytest.mark.slow, pytest.mark.rare],
+        ),
         pytest.param("memory", "rank 1 has ended: it ran out of memory: 17 GB were refused", marks=pytest.mark.slow),
         ("bug", "rank 1 has ended: KeyError: 'a bug'"),
     ],
