@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -51,7 +51,10 @@ class Section(BaseModel):
     """Keys that belong together; others are refused.
 
     Where one of several sections may stand (a tagged union), a tag is in brackets and says when: "[with model.config]".
+    of_others: keys that tell a file of another kind, and what that is.
     """
+
+    of_others: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -95,6 +98,8 @@ def load(
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must hold sections ({', '.join(model.model_fields)}), not {shorten(values)}")
+    for key in model.of_others.keys() & values.keys():
+        raise ConfigError(f"{where} is {model.of_others[key]}")
     for key in files(values):
         _from(found.resolve().parent, values, key.split("."))
     for override in overrides:

@@ -84,3 +84,12 @@ def test_experiments_read_the_configuration_beside_them(elsewhere: Path) -> None
         "cells: [{train: mine.yaml, mesh: {dp: 2, tp: 2}}, {train: ./mine.yaml, mesh: {dp: 1, tp: 4}}]"
     )
     assert {one.cell.train for one in load_experiment("one.yaml").planned} == {str(elsewhere / "mine.yaml")}
+
+
+def test_a_file_for_another_command_is_told() -> None:
+    for name in shipped.names():
+        with pytest.raises(ConfigError, match=f"^{name} is a training configuration: start it by shardgrad train$"):
+            load_experiment(name)
+    for name in shipped.names("scaling"):
+        with pytest.raises(ConfigError, match=f"^{name} is an experiment: start it by shardgrad scale$"):
+            load(name)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
@@ -36,6 +36,7 @@ class Run(Section):
 class Config(Section):
     """A whole experiment."""
 
+    of_others: ClassVar = {"train": "a training configuration: start it by shardgrad train"}
     title: str = Field(min_length=1, description="what stands over the table and the pictures")
     run: Run = Run()
     matrix: dict[str, Any] = Field(

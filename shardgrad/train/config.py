@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Discriminator, Field, Tag
@@ -206,6 +206,7 @@ class Sample(_Section):
 class Config(_Section):
     """A whole configuration; keys are written `section.key`."""
 
+    of_others: ClassVar = dict.fromkeys(("matrix", "cells"), "an experiment: start it by shardgrad scale")
     run: Run = Run()
     mesh: Mesh = Mesh()
     data: Data = Data()
