@@ -9,7 +9,7 @@ import typer
 import shardgrad
 from shardgrad.cli import bench, chaos, explain, mutants, scale, style, trace, train, verify
 
-app = typer.Typer(
+app = style.App(
     name="shardgrad",
     help="Sharded matrix products whose backward is derived from how the tensors are stored.",
     cls=style.Group,
@@ -18,13 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=style.Command, name="train", epilog=train.EPILOG)(train.train)
-app.command(cls=style.Command, name="explain", epilog=explain.EPILOG)(explain.explain)
-app.command(cls=style.Command, name="scale", epilog=scale.EPILOG)(scale.scale)
-app.command(cls=style.Command, name="trace", epilog=trace.EPILOG)(trace.trace)
-app.command(cls=style.Command, name="verify", epilog=verify.EPILOG)(verify.verify)
-app.command(cls=style.Command, name="mutants", epilog=mutants.EPILOG)(mutants.mutants)
-app.command(cls=style.Command, name="chaos", epilog=chaos.EPILOG)(chaos.chaos)
+app.command(name="train", epilog=train.EPILOG)(train.train)
+app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
+app.command(name="scale", epilog=scale.EPILOG)(scale.scale)
+app.command(name="trace", epilog=trace.EPILOG)(trace.trace)
+app.command(name="verify", epilog=verify.EPILOG)(verify.verify)
+app.command(name="mutants", epilog=mutants.EPILOG)(mutants.mutants)
+app.command(name="chaos", epilog=chaos.EPILOG)(chaos.chaos)
 app.add_typer(bench.app, name="bench")
 
 

@@ -21,14 +21,14 @@ from shardgrad.cli import (
 )
 from shardgrad.cli import ranks as start_ranks
 
-app = typer.Typer(cls=style.Group, help="Measure on this machine.", invoke_without_command=True)
-app.command(cls=style.Command, name="step", epilog=bench_step.EPILOG)(bench_step.step)
-app.command(cls=style.Command, name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhead)
-app.command(cls=style.Command, name="model", epilog=bench_model.EPILOG)(bench_model.model)
-app.command(cls=style.Command, name="overlap", epilog=bench_overlap.EPILOG)(bench_overlap.overlap)
-app.command(cls=style.Command, name="exact", epilog=bench_exact.EPILOG)(bench_exact.exact)
-app.command(cls=style.Command, name="head", epilog=bench_head.EPILOG)(bench_head.head)
-app.command(cls=style.Command, name="gpu", epilog=bench_gpu.EPILOG)(bench_gpu.gpu)
+app = style.App(cls=style.Group, help="Measure on this machine.", invoke_without_command=True)
+app.command(name="step", epilog=bench_step.EPILOG)(bench_step.step)
+app.command(name="overhead", epilog=bench_overhead.EPILOG)(bench_overhead.overhead)
+app.command(name="model", epilog=bench_model.EPILOG)(bench_model.model)
+app.command(name="overlap", epilog=bench_overlap.EPILOG)(bench_overlap.overlap)
+app.command(name="exact", epilog=bench_exact.EPILOG)(bench_exact.exact)
+app.command(name="head", epilog=bench_head.EPILOG)(bench_head.head)
+app.command(name="gpu", epilog=bench_gpu.EPILOG)(bench_gpu.gpu)
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -39,7 +39,6 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command(
-    cls=style.Command,
     epilog=style.examples(
         "shardgrad bench collectives",
         "shardgrad bench collectives --ranks 4 --operations all-reduce,barrier --sizes 2KiB --draw times.svg",
@@ -97,7 +96,6 @@ def collectives(
 
 
 @app.command(
-    cls=style.Command,
     epilog=style.examples("shardgrad bench memory", "shardgrad bench memory --sizes s=512,b=1,h=512,a=8 --ranks 1,4"),
 )
 def memory(
@@ -161,7 +159,6 @@ def memory(
 
 
 @app.command(
-    cls=style.Command,
     name="bytes",
     epilog=style.examples(
         "shardgrad bench bytes", "shardgrad bench bytes --sizes n=65536,d=1024,m=4096 --ranks 16,64 --draw bytes.svg"

@@ -18,7 +18,7 @@ EPILOG = style.examples(
 
 
 def overlap(
-    sizes: options.Sizes = ("256x512x2048,512x1024x4096"),
+    sizes: options.Sizes = "256x512x2048,512x1024x4096",
     dtypes: options.Dtypes = "fp32",
     rounds: options.Rounds = 11,
     ranks: Annotated[

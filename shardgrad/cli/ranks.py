@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
+
+from shardgrad.cli import style
+
+if TYPE_CHECKING:
+    from shardgrad.train.config import Config
 
 _STATUS = "SHARDGRAD_STATUS_FILE"
 
@@ -63,6 +68,22 @@ def torchrun(ranks: int, *program: str) -> None:
     except ChildFailedError as failed:
         typer.echo(str(failed), err=True)
         raise typer.Exit(1) from None
+
+
+def configured(config: str, overrides: list[str] | None, ranks: int | None) -> tuple[Config, int]:
+    """A training configuration, and its ranks: the launcher's, as many as asked for, or as the mesh needs.
+
+    Nothing of torch is imported, which takes seconds: a wrong key need not wait for it.
+
+    Raises:
+        typer.Exit: it cannot be used on so many.
+    """
+    from shardgrad.train.config import ConfigError, check_ranks, default_ranks, load
+
+    with style.exit_on(ConfigError):
+        read = load(config, overrides or [])
+        ranks = count() or ranks or default_ranks(read.mesh)
+        return check_ranks(read, ranks, by_option=True), ranks
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD as BOX
@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from shardgrad.files import PICTURES
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 WIDTH = 100  # of what goes to a file or a pipe
 _SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -151,6 +153,13 @@ class _Plain:
 
 class Command(_Plain, typer.core.TyperCommand):
     """One command."""
+
+
+class App(typer.Typer):
+    """Commands of one group, whose help is alike."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
+        return super().command(name, cls=Command, **options)
 
 
 class Group(_Plain, typer.core.TyperGroup):

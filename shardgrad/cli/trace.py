@@ -74,14 +74,11 @@ def trace(
 
 def _ranks(config: str, overrides: list[str], ranks: int | None) -> int:
     """How many ranks are started; what is wrong with the configuration on them is told before any is."""
-    from shardgrad.train.config import ConfigError, check_ranks, default_ranks, load
+    _, ranks = processes.configured(config, overrides, ranks)
+    from shardgrad.cli import training_step
+    from shardgrad.train.config import ConfigError
 
     with style.exit_on(ConfigError):
-        read = load(config, overrides)
-        ranks = ranks or default_ranks(read.mesh)
-        check_ranks(read, ranks, by_option=True)
-        from shardgrad.cli import training_step  # torch takes seconds, which a wrong key need not
-
         training_step.read(config, overrides, ranks)
     return ranks
 

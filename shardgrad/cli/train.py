@@ -26,15 +26,11 @@ def train(
     if config is None:
         style.list_shipped(shipped.names(), "what it trains")
         return
-    from shardgrad.train.config import ConfigError, check_ranks, default_ranks, load
-
     if processes.inside():
         raise style.refuse("torchrun has started this process: start -m shardgrad.train by it, or this without it")
-    with style.exit_on(ConfigError):
-        read = load(config, overrides or [])
-        ranks = ranks or default_ranks(read.mesh)
-        read = check_ranks(read, ranks, by_option=True)
-    from shardgrad.train.data import DataError  # torch takes seconds, which a wrong key need not
+    read, ranks = processes.configured(config, overrides, ranks)
+    from shardgrad.train.config import ConfigError
+    from shardgrad.train.data import DataError
     from shardgrad.train.data import read as read_text
     from shardgrad.train.stages import stages
 

@@ -39,14 +39,10 @@ def verify(
         style.list_shipped(shipped.names(), "what it trains")
         return
     style.check_file(draw)
-    from shardgrad.train.config import ConfigError, check_ranks, default_ranks, load
-
-    with style.exit_on(ConfigError):
-        read = load(config, overrides or [])
-        ranks = processes.count() or ranks or default_ranks(read.mesh)
-        read = check_ranks(read, ranks, by_option=True)
+    read, ranks = processes.configured(config, overrides, ranks)
     from shardgrad.errors import LayoutError, ShapeError
-    from shardgrad.train.data import DataError  # torch takes seconds, which a wrong key need not
+    from shardgrad.train.config import ConfigError
+    from shardgrad.train.data import DataError
     from shardgrad.train.verify import check
 
     with style.exit_on(ConfigError, DataError):

@@ -113,9 +113,9 @@ def view(mesh: DeviceMesh) -> MeshView:
 
 def settings_of_root(mesh_view: MeshView) -> dict[str, Any]:
     """The settings of the mesh that a mesh is a slice of; empty if it is none, or nothing was done on that yet."""
-    root = mesh_view.root and mesh_view.root()
-    known, found = _views.get(id(root), (None, None))
-    return found.settings if root is not None and known is not None and known() is root and found is not None else {}
+    root = None if mesh_view.root is None else mesh_view.root()
+    found = None if root is None else _views.get(id(root))
+    return found[1].settings if found is not None and found[0]() is root else {}
 
 
 def slices_of(mesh: DeviceMesh) -> list[MeshView]:
@@ -139,6 +139,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
         raise MeshError(f"rank {dist.get_rank()} is not part of the mesh {mesh}")
     places = ",".join(f"{name}={coordinate[dim]}/{mesh.size(dim)}" for dim, name in enumerate(names))
     handle = f"{places} #{next(_numbers)}"
+    root = shim.root_of(mesh)
     kind = mesh.device_type
     device = (
         torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device("cpu")
@@ -163,7 +164,7 @@ def _view(mesh: DeviceMesh) -> MeshView:
         coordinate={name: axis.index for name, axis in axes.items()},
         handle=handle,
         agreed={name: set() for name in axes},
-        root=None if shim.root_of(mesh) is mesh else weakref.ref(shim.root_of(mesh)),
+        root=None if root is mesh else weakref.ref(root),
     )
 
 

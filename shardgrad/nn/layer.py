@@ -263,8 +263,7 @@ class Layer(ShardedModule):
         except Exception as error:
             if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
                 raise
-            self._name(error)
-            explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
+            self._explain(error, x, sequence_size)
             raise
 
     @staticmethod
@@ -310,11 +309,12 @@ class Layer(ShardedModule):
         """What a layer sends besides its products, for x of so many dims; see `nn.transfer`."""
         return ()
 
-    def _name(self, error: Exception) -> None:
-        """Put this layer before what is said of its products' shapes."""
+    def _explain(self, error: Exception, x: Any, sequence_size: int | None) -> None:
+        """Put this layer before what is said of its products' shapes, and say what is wrong with its arguments."""
         name = type(self).__name__
         if isinstance(error, ShapeError) and not str(error).startswith(name):
             error.args = (f"{name}({self.extra_repr()}): {error}",)
+        explain(error, OneProduct.forward, (self, x, sequence_size), {}, name)
 
     def _flags(self) -> str:
         """How a layer is parallel, for its repr."""
@@ -362,8 +362,7 @@ class OneProduct(Layer):
         except Exception as error:
             if torch.compiler.is_compiling():  # from torch 2.14 on it looks into handlers
                 raise
-            self._name(error)
-            explain(error, OneProduct.forward, (self, x, sequence_size), {}, type(self).__name__)
+            self._explain(error, x, sequence_size)
             raise
 
     def enter(self, x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ class Membership:
         self.rank = rank
         self._group: Group | None = None
         self._world: list[object] = []  # the default group itself; leave() says why in a list
-        self._entered = False
 
     def enter(self, group: Group) -> None:
         """Leaves the old group for this one; every rank of the new group must enter."""
@@ -38,9 +37,8 @@ class Membership:
             group.backend, init_method=f"file://{group.store}", rank=self.rank, world_size=group.world_size
         )
         self._group, self._world = group, [dist.group.WORLD]
-        if not self._entered:
+        if not gc.get_freeze_count():
             gc.freeze()  # what torch has made stays: looking through it at each collection is a tenth of all time
-            self._entered = True
 
     def is_intact(self) -> bool:
         """False after a task has destroyed, and perhaps replaced, the group it was given."""
